@@ -1,0 +1,71 @@
+"""The error tree. Every error a user can cause says what was wrong (with the value), why it matters, and what to do.
+
+`CrosschipError` and its children are for users and end a command with a message and an exit code. `assert` and any
+other exception are our own defects and end it with `EXIT_DEFECT`.
+"""
+
+__all__ = [
+    "EXIT_BAD_USAGE",
+    "EXIT_DEFECT",
+    "EXIT_FAIL",
+    "EXIT_INCONCLUSIVE",
+    "EXIT_OK",
+    "CheckpointError",
+    "ChipError",
+    "CrosschipError",
+    "DataError",
+    "ModelError",
+    "NotBuiltYet",
+    "RecipeError",
+    "RunDirectoryError",
+    "ServeError",
+]
+
+EXIT_OK = 0
+EXIT_FAIL = 1
+EXIT_BAD_USAGE = 2
+EXIT_INCONCLUSIVE = 3
+EXIT_DEFECT = 4
+
+
+class CrosschipError(Exception):
+    """An error a user can understand and mend. `problem` holds the value and the place, `remedy` what to do."""
+
+    exit_code = EXIT_BAD_USAGE
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}\n  what to do: {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+
+class RecipeError(CrosschipError):
+    """A recipe that cannot be honoured: an unknown key, a wrong value, an impossible combination."""
+
+
+class DataError(CrosschipError):
+    """Data that cannot be read: the file, the line and the remedy are in the message."""
+
+
+class ModelError(CrosschipError):
+    """A model directory or configuration that this code cannot run."""
+
+
+class ChipError(CrosschipError):
+    """A chip that is not there, or that cannot do what was asked."""
+
+
+class RunDirectoryError(CrosschipError):
+    """A run directory that is locked, incomplete or of another run."""
+
+
+class CheckpointError(CrosschipError):
+    """A checkpoint that is damaged, or that belongs to another model, tokenizer or data set."""
+
+
+class ServeError(CrosschipError):
+    """A request or a model that the engine cannot serve."""
+
+
+class NotBuiltYet(CrosschipError):
+    """A verb whose door is here and whose room is still empty."""

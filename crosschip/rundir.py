@@ -1,0 +1,193 @@
+"""The run directory: what a run leaves behind, and the rules under which it is written.
+
+Everything is written under a temporary name and renamed. A directory without its `COMPLETE` marker does not exist for
+a reader. A lock with the holder's host, process id and start time keeps two launchers apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import RunDirectoryError
+
+__all__ = [
+    "COMPLETE",
+    "RunDirectory",
+    "atomic_directory",
+    "is_complete",
+    "read_json",
+    "write_json",
+    "write_text",
+]
+
+COMPLETE = "COMPLETE"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part, even after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document; a missing or damaged file is a `RunDirectoryError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path} is missing", "check the path, or make the file again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"{path} is not JSON: {error}", "delete it and make it again") from None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether `path` is a directory that was written to its end."""
+    return (path / COMPLETE).is_file()
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `path`, with a `COMPLETE` marker, when the block ends without error.
+
+    An older directory at `path` is replaced; when the block raises, the older one stays and nothing is left over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        write_text(temporary / COMPLETE, "")
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            path.replace(replaced)
+        temporary.replace(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _process_start_time(pid: int) -> str | None:
+    """The kernel's start time of a process (Linux), so that a reused process id is not taken for the holder."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _holder_is_alive(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return True  # another machine: it cannot be asked, so it is believed
+    pid = int(holder["pid"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return bool(_process_start_time(pid) == holder.get("process_start"))
+
+
+class RunDirectory:
+    """Paths inside `runs/NAME/` and the lock over it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def resolved_recipe(self) -> Path:
+        """The recipe after overrides, as JSON."""
+        return self.path / "resolved.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was handed in."""
+        return self.path / "recipe.toml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer in Hugging Face layout."""
+        return self.path / "tokenizer"
+
+    @property
+    def data(self) -> Path:
+        """Token stores made from the data, one directory each."""
+        return self.path / "data"
+
+    @property
+    def index_page(self) -> Path:
+        """The run as one page."""
+        return self.path / "index.html"
+
+    @property
+    def evaluation(self) -> Path:
+        """Answers of the trained model on held-out problems, and the score."""
+        return self.path / "evaluation.json"
+
+    def stage(self, stage: str) -> Path:
+        """The directory of a training stage: `pretrain`, `sft` (later `rl`)."""
+        return self.path / "train" / stage
+
+    def handoff(self, target: str) -> Path:
+        """The directory of the model files for a target."""
+        return self.path / "handoff" / target
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; a second launcher gets a `RunDirectoryError` that names the holder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / "lock.json"
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_start": _process_start_time(os.getpid()),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self._take_lock(lock, holder)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+    def _take_lock(self, lock: Path, holder: dict[str, Any]) -> None:
+        written = lock.with_name(f".lock.{os.getpid()}.tmp")
+        written.write_text(json.dumps(holder), encoding="utf-8")
+        try:
+            for _ in range(2):
+                try:
+                    os.link(written, lock)  # appears whole or not at all, unlike open(O_EXCL) and a write
+                    return
+                except FileExistsError:
+                    self._remove_stale_lock(lock)
+        finally:
+            written.unlink(missing_ok=True)
+        raise RunDirectoryError(f"{self.path} was taken by another process just now", "run the command again")
+
+    def _remove_stale_lock(self, lock: Path) -> None:
+        try:
+            holder = json.loads(lock.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        if _holder_is_alive(holder):
+            raise RunDirectoryError(
+                f"{self.path} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}",
+                f"wait for it or end it; if that machine is gone, delete {lock}",
+            )
+        lock.unlink(missing_ok=True)
