@@ -1,0 +1,20 @@
+"""The DeepSeek-V3 architecture in plain PyTorch."""
+
+from crosschip.model.config import ModelConfig, config_from_settings
+from crosschip.model.decoder import Decoder, LatentCache, generate
+from crosschip.model.transformer import LossParts, Transformer, init_weights
+from crosschip.model.weights import load_model, read_config, save_model
+
+__all__ = [
+    "Decoder",
+    "LatentCache",
+    "LossParts",
+    "ModelConfig",
+    "Transformer",
+    "config_from_settings",
+    "generate",
+    "init_weights",
+    "load_model",
+    "read_config",
+    "save_model",
+]

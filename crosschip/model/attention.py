@@ -1,0 +1,70 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) for training: keys and values are expanded.
+
+B batch, T positions, D hidden size, H heads, N = qk_nope_head_dim, R = qk_rope_head_dim, V = v_head_dim,
+L = kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosschip.model.config import ModelConfig
+from crosschip.model.layers import Linear, RMSNorm
+from crosschip.model.rope import attention_scale, rotate
+
+__all__ = ["LatentAttention", "causal_attention"]
+
+# The two inner norms have this eps in the published code whatever `rms_norm_eps` says.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    """MLA with or without low-rank queries. Parameter names are those of the published weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = attention_scale(config)
+        heads, width = config.num_attention_heads, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(width, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(width, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(width, config.latent_dim, bias=config.attention_bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, width, bias=config.attention_bias)
+
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, H, N + R], before rotation."""
+        if self.config.q_lora_rank is None:
+            flat = self.q_proj(x_BTD)
+        else:
+            flat = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        return flat.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
+
+    def forward(self, x_BTD: Tensor, rope_T2r: Tensor) -> Tensor:
+        """Causal self-attention over whole sequences; `rope_T2r` is `rope_table`'s rows for the T positions."""
+        config = self.config
+        cos, sin = rope_T2r.unbind(1)
+        q_BTHN, q_BTHR = self.queries(x_BTD).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_BTHR = rotate(q_BTHR, cos[:, None], sin[:, None], config.rope_interleave)
+        latent_BTL, k_BTR = self.kv_a_proj_with_mqa(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        k_BTR = rotate(k_BTR, cos, sin, config.rope_interleave)
+        kv_BTHX = self.kv_b_proj(self.kv_a_layernorm(latent_BTL)).unflatten(-1, (config.num_attention_heads, -1))
+        k_BTHN, v_BTHV = kv_BTHX.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        k_BTHR = k_BTR[:, :, None].expand(-1, -1, config.num_attention_heads, -1)
+        q_BTHX = torch.cat((q_BTHN, q_BTHR), dim=-1)
+        k_BTHX = torch.cat((k_BTHN, k_BTHR), dim=-1)
+        out_BTHV = causal_attention(q_BTHX, k_BTHX, v_BTHV, self.scale)
+        return self.o_proj(out_BTHV.flatten(2))
+
+
+def causal_attention(q_BTHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale + causal mask) v: [B, T, H, X], [B, T, H, X], [B, T, H, V] to [B, T, H, V]."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHX, k_BTHX, v_BTHV))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)

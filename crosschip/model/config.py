@@ -1,0 +1,177 @@
+"""The architecture's numbers, under the field names of DeepSeek-V3's `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from crosschip.errors import ModelError
+
+if TYPE_CHECKING:
+    from crosschip.recipe import ModelSettings
+
+__all__ = ["ModelConfig", "config_from_settings"]
+
+# The one value of each field that this code computes; another one changes numbers, so it is refused by name.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+    "attention_dropout": (0, 0.0, None),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """DeepSeek-V3 architecture; the defaults are small. See the fields' meaning in arXiv 2412.19437, section 2.1."""
+
+    vocab_size: int
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    moe_intermediate_size: int = 256
+    num_hidden_layers: int = 4
+    num_nextn_predict_layers: int = 0
+    num_attention_heads: int = 4
+    n_shared_experts: int = 1
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    first_k_dense_replace: int = 1
+    kv_lora_rank: int = 64
+    q_lora_rank: int | None = None
+    qk_rope_head_dim: int = 32
+    qk_nope_head_dim: int = 32
+    v_head_dim: int = 32
+    max_position_embeddings: int = 1024
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # YaRN's fields, `type` or `rope_type` = "yarn"
+    rope_interleave: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: the part without position and the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers cached per token and layer: the latent and the shared rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts, the multi-token-prediction modules included."""
+        return sum(map(self.is_moe_layer, range(self.num_hidden_layers + self.num_nextn_predict_layers)))
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` has routed experts; the multi-token-prediction modules follow the last layer."""
+        return layer >= self.first_k_dense_replace
+
+    @classmethod
+    def from_hf(cls, document: dict[str, Any]) -> ModelConfig:
+        """Read a `config.json`, of transformers 4 or 5 or as published; refuse what this code does not compute."""
+        if document.get("model_type", "deepseek_v3") != "deepseek_v3":
+            raise ModelError(
+                f"model_type is {document['model_type']!r}, this engine runs 'deepseek_v3'",
+                "use a model of the DeepSeek-V3 architecture, or another engine for this one",
+            )
+        for field, allowed in _ONLY.items():
+            if field in document and document[field] not in allowed:
+                raise ModelError(
+                    f"config field {field} = {document[field]!r}; only {allowed[0]!r} is computed here",
+                    "use another engine for this model",
+                )
+        if document.get("num_key_value_heads", document["num_attention_heads"]) not in (
+            document["num_attention_heads"],
+            None,
+        ):
+            raise ModelError(
+                f"num_key_value_heads = {document['num_key_value_heads']} differs from "
+                f"num_attention_heads = {document['num_attention_heads']}",
+                "latent attention has one key per query head; check config.json",
+            )
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in document.items() if key in known and value is not None}
+        values["q_lora_rank"] = document.get("q_lora_rank")
+        values["rope_theta"], values["rope_scaling"] = _read_rope(document)
+        values["n_shared_experts"] = document.get("n_shared_experts") or 0
+        if isinstance(document.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(document["eos_token_id"])
+        return cls(**{**_PUBLISHED_DEFAULTS, **values})
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The complete `config.json`: what transformers reads and the fields that only other engines ask for.
+
+        vLLM drops the router bias without `topk_method` and `scoring_func`, and ignores tied embeddings for this
+        architecture, so the output matrix is always written out and `tie_word_embeddings` is false.
+        """
+        document = asdict(self)
+        if isinstance(self.eos_token_id, tuple):
+            document["eos_token_id"] = list(self.eos_token_id)
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            **document,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": self.num_attention_heads,
+            "rope_parameters": {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta},
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            "torch_dtype": dtype,
+        }
+
+
+# What transformers and the published code assume where config.json is silent.
+_PUBLISHED_DEFAULTS: dict[str, Any] = {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-6, "first_k_dense_replace": 0}
+
+
+def _read_rope(document: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """theta and the YaRN fields, from `rope_theta` + `rope_scaling` (4) or `rope_parameters` (5)."""
+    parameters = dict(document.get("rope_parameters") or {})
+    scaling = dict(document.get("rope_scaling") or {})
+    theta = parameters.pop("rope_theta", None) or scaling.pop("rope_theta", None) or document.get("rope_theta", 10000.0)
+    if "rope_theta" in document and float(document["rope_theta"]) != float(theta):
+        raise ModelError(
+            f"rope_theta = {document['rope_theta']} but rope_parameters says {theta}",
+            "make the two fields of config.json agree",
+        )
+    chosen = scaling or parameters
+    kind = chosen.pop("rope_type", None) or chosen.pop("type", None) or "default"
+    chosen.pop("type", None)
+    if kind == "default":
+        return float(theta), None
+    if kind != "yarn":
+        raise ModelError(f"rope type {kind!r} is not known here", "default and yarn are; use another engine")
+    chosen.setdefault("original_max_position_embeddings", document.get("max_position_embeddings"))
+    chosen.setdefault("factor", document["max_position_embeddings"] / chosen["original_max_position_embeddings"])
+    return float(theta), {"type": "yarn", "rope_type": "yarn", **chosen}
+
+
+def config_from_settings(
+    settings: ModelSettings,
+    vocab_size: int,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> ModelConfig:
+    """The configuration that a recipe's `[model]` table describes."""
+    values = settings.model_dump(exclude={"directory"})
+    if values["rope_scaling"] is not None:
+        _, values["rope_scaling"] = _read_rope(values)
+    return ModelConfig(
+        vocab_size=vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **values
+    )

@@ -1,0 +1,295 @@
+"""Weights in Hugging Face names, in and out, from one declaration.
+
+`published_views` says, for every tensor of the published layout, which part of which of our parameters it is. Read
+from left to right it exports, from right to left it imports: importing copies each tensor into its place, so a
+directory loads shard by shard without a second copy of the model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crosschip.errors import ModelError
+from crosschip.model.config import ModelConfig
+from crosschip.model.transformer import Transformer
+from crosschip.rundir import read_json, write_json
+
+__all__ = ["TensorView", "load_model", "published_views", "read_config", "save_model"]
+
+_SHARD_BYTES = 4 << 30
+_FP8_DTYPES = (torch.float8_e4m3fn,)
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """Tensor `published` is `ours[index]`; `shared` marks a copy, for other engines, of what stands elsewhere."""
+
+    published: str
+    ours: str
+    index: tuple[int | slice, ...] = ()
+    shared: bool = False
+
+
+def published_views(config: ModelConfig) -> Iterator[TensorView]:
+    """Every tensor of the published layout of this architecture."""
+    yield TensorView("model.embed_tokens.weight", "embed_tokens.weight")
+    for layer in range(config.num_hidden_layers):
+        yield from _block_views(config, layer, f"layers.{layer}")
+    for index in range(config.num_nextn_predict_layers):
+        layer = config.num_hidden_layers + index
+        ours, theirs = f"mtp.{index}", f"model.layers.{layer}"
+        for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm"):
+            yield TensorView(f"{theirs}.{name}.weight", f"{ours}.{name}.weight")
+        yield from _block_views(config, layer, ours)
+        yield TensorView(f"{theirs}.embed_tokens.weight", "embed_tokens.weight", shared=True)
+        yield TensorView(f"{theirs}.shared_head.head.weight", "lm_head.weight", shared=True)
+    yield TensorView("model.norm.weight", "norm.weight")
+    yield TensorView("lm_head.weight", "lm_head.weight", shared=config.tie_word_embeddings)
+
+
+def _block_views(config: ModelConfig, layer: int, ours: str) -> Iterator[TensorView]:
+    theirs = f"model.layers.{layer}"
+    names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    query = ("q_proj",) if config.q_lora_rank is None else ("q_a_proj", "q_a_layernorm", "q_b_proj")
+    attention = (*query, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+    names += [f"self_attn.{name}.weight" for name in attention]
+    if config.attention_bias:
+        biased = {"q_a_proj", "kv_a_proj_with_mqa", "o_proj"} & set(attention)
+        names += [f"self_attn.{name}.bias" for name in sorted(biased)]
+    if not config.is_moe_layer(layer):
+        names += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    else:
+        names += ["mlp.gate.weight", "mlp.gate.e_score_correction_bias"]
+        if config.n_shared_experts:
+            names += [f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")]
+        inner = config.moe_intermediate_size
+        for expert in range(config.n_routed_experts):
+            prefix, stack = f"{theirs}.mlp.experts.{expert}", f"{ours}.mlp.experts"
+            yield TensorView(f"{prefix}.gate_proj.weight", f"{stack}.gate_up_proj", (expert, slice(0, inner)))
+            yield TensorView(f"{prefix}.up_proj.weight", f"{stack}.gate_up_proj", (expert, slice(inner, None)))
+            yield TensorView(f"{prefix}.down_proj.weight", f"{stack}.down_proj", (expert,))
+    for name in names:
+        yield TensorView(f"{theirs}.{name}", f"{ours}.{name}")
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration in `directory`, parsed, and as the document it was."""
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory} has no config.json",
+            "give a model directory in Hugging Face layout (config.json and *.safetensors)",
+        )
+    document = read_json(directory / "config.json")
+    try:
+        return ModelConfig.from_hf(document), document
+    except KeyError as error:
+        raise ModelError(f"{directory}/config.json has no field {error}", "complete the file") from None
+
+
+class _Shards:
+    """The safetensors files of a directory, opened once each and read tensor by tensor."""
+
+    def __init__(self, directory: Path) -> None:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{directory} has no *.safetensors file", "convert the weights to safetensors first")
+        self.names_of: dict[Path, list[str]] = {}
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors raises its own type for a cut or damaged header
+                raise ModelError(
+                    f"{file} cannot be read as safetensors: {error}", "copy or download it again"
+                ) from None
+            self.names_of[file] = list(self._open[file].keys())
+            for name in self.names_of[file]:
+                if name in self._file_of:
+                    raise ModelError(
+                        f"{name} is in both {self._file_of[name].name} and {file.name} of {directory}",
+                        "remove the files of the other conversion",
+                    )
+                self._file_of[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def weight(self, name: str, block: tuple[int, int]) -> Tensor:
+        """The tensor, FP8 weights multiplied out with their block scales (`NAME_scale_inv`)."""
+        tensor = self.get(name)
+        if tensor.dtype not in _FP8_DTYPES:
+            return tensor
+        if f"{name}_scale_inv" not in self:
+            raise ModelError(
+                f"{name} is {tensor.dtype} but {name}_scale_inv is missing",
+                "without its scales the weight means nothing: convert the model again",
+            )
+        return dequantise_blocks(tensor, self.get(f"{name}_scale_inv"), block)
+
+
+def dequantise_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """FP8 [rows, columns] times its scale per block [ceil(rows / b0), ceil(columns / b1)], in fp32."""
+    rows, columns = weight.shape
+    expected = (-(-rows // block[0]), -(-columns // block[1]))
+    if tuple(scale.shape) != expected:
+        raise ModelError(
+            f"scales of shape {tuple(scale.shape)} for a weight of {tuple(weight.shape)} in blocks of "
+            f"{block}; expected {expected}",
+            "check weight_block_size in config.json",
+        )
+    wide = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return weight.float() * wide
+
+
+def _checkpoint_dtype(document: dict[str, Any], shards: _Shards) -> torch.dtype:
+    """The dtype the weights are meant to be used in; FP8 files are used in bf16."""
+    if document.get("quantization_config"):
+        return torch.bfloat16
+    dtype = shards.get("model.embed_tokens.weight").dtype
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """Load a published directory of this architecture, or one of ours; `dtype` None keeps the checkpoint's.
+
+    Peak memory is the model and one tensor. Missing, surplus, doubled or misshapen tensors are a `ModelError`.
+    """
+    config, document = read_config(directory)
+    shards = _Shards(directory)
+    if "model.embed_tokens.weight" not in shards:
+        raise ModelError(
+            f"{directory} has no tensor model.embed_tokens.weight", "this is not a complete model of this architecture"
+        )
+    with torch.device("meta"):
+        model = Transformer(config)
+    dtype = dtype or _checkpoint_dtype(document, shards)
+    _materialise(model, dtype, device)
+    quantisation = document.get("quantization_config") or {}
+    _check_quantisation(quantisation)
+    block = quantisation.get("weight_block_size") or (128, 128)
+    _fill(model, shards, (int(block[0]), int(block[1])), directory)
+    return model
+
+
+def _check_quantisation(quantisation: dict[str, Any]) -> None:
+    method = quantisation.get("quant_method")
+    if quantisation and method != "fp8":
+        raise ModelError(
+            f"quantization_config.quant_method is {method!r}",
+            "only fp8 block scales are read here; use the unquantised weights",
+        )
+
+
+def _materialise(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give the parameters of a model on the meta device uninitialised memory; router biases stay fp32."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[name] = torch.nn.Parameter(empty)
+    for router in model.routers():
+        router.e_score_correction_bias = torch.empty(
+            router.e_score_correction_bias.shape, dtype=torch.float32, device=device
+        )
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+@torch.no_grad()
+def _fill(model: Transformer, shards: _Shards, block: tuple[int, int], directory: Path) -> None:
+    views = {view.published: view for view in published_views(model.config)}
+    missing = [name for name, view in views.items() if name not in shards and not view.shared]
+    if missing:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} tensors, the first: {', '.join(missing[:4])}",
+            "the conversion or download is incomplete, or config.json is another model's",
+        )
+    state = model.state_dict(keep_vars=True)
+    for name in _known_names(shards, views, model.config, directory):
+        view, tensor = views[name], shards.weight(name, block)
+        place = state[view.ours].detach()[view.index]
+        if tensor.shape != place.shape:
+            raise ModelError(
+                f"{directory}: {name} has shape {tuple(tensor.shape)}, config.json means {tuple(place.shape)}",
+                "config.json and weights are not of one model",
+            )
+        if not view.shared:
+            place.copy_(tensor)
+    for name, view in views.items():
+        if view.shared and name in shards:
+            _check_shared(name, shards.weight(name, block), state[view.ours].detach(), directory)
+
+
+def _check_shared(name: str, copy: Tensor, original: Tensor, directory: Path) -> None:
+    if not torch.equal(copy.to(original.device, original.dtype), original):
+        raise ModelError(
+            f"{directory}: {name} differs from the tensor it should be a copy of",
+            "this engine shares the two; use another engine for this model",
+        )
+
+
+def _known_names(shards: _Shards, views: dict[str, TensorView], config: ModelConfig, directory: Path) -> Iterator[str]:
+    """The names to load, file by file; a name that means nothing here is an error."""
+    past_the_end = f"model.layers.{config.num_hidden_layers}."
+    for names in shards.names_of.values():
+        for name in names:
+            if name in views:
+                yield name
+            elif name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
+                continue
+            elif name.startswith(past_the_end) and not config.num_nextn_predict_layers:
+                continue  # a multi-token-prediction module that config.json switches off
+            else:
+                raise ModelError(
+                    f"{directory} holds {name}, which this architecture does not have",
+                    "config.json is another model's, or the conversion left something over",
+                )
+
+
+@torch.no_grad()
+def save_model(model: Transformer, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.json and safetensors shards in the published names; router biases are always fp32."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict(keep_vars=True)
+    plan = _plan_shards(model.config, state, dtype)
+    weight_map: dict[str, str] = {}
+    for number, views in enumerate(plan, start=1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        tensors = {view.published: _exported(state, view, dtype) for view in views}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(plan) > 1:
+        write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(directory / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
+
+
+def _exported(state: dict[str, Any], view: TensorView, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = state[view.ours].detach()[view.index]
+    kept = torch.float32 if view.ours.endswith("e_score_correction_bias") else dtype
+    return tensor.to("cpu", kept).clone(memory_format=torch.contiguous_format)
+
+
+def _plan_shards(config: ModelConfig, state: dict[str, Any], dtype: torch.dtype) -> list[list[TensorView]]:
+    plan: list[list[TensorView]] = [[]]
+    size = 0
+    for view in published_views(config):
+        num_bytes = state[view.ours][view.index].numel() * dtype.itemsize
+        if plan[-1] and size + num_bytes > _SHARD_BYTES:
+            plan.append([])
+            size = 0
+        plan[-1].append(view)
+        size += num_bytes
+    return plan
