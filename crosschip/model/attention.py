@@ -64,7 +64,31 @@ class LatentAttention(nn.Module):
         return self.o_proj(out_BTHV.flatten(2))
 
 
+# On CPUs, PyTorch's fused attention needs equal head sizes and is slower than plain products up to about this length;
+# beyond it, its memory (linear in the length, not quadratic) decides.
+_PLAIN_LENGTH = 1024
+_QUERY_BLOCK = 128
+
+
 def causal_attention(q_BTHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
     """softmax(q k^T * scale + causal mask) v: [B, T, H, X], [B, T, H, X], [B, T, H, V] to [B, T, H, V]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHX, k_BTHX, v_BTHV))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHX * scale, k_BTHX, v_BTHV))
+    if q.device.type == "cpu" and q.shape[2] <= _PLAIN_LENGTH:
+        return _blockwise_attention(q, k, v).transpose(1, 2)
+    # Fused kernels of several vendors, Nvidia's and Huawei's among them, want values as wide as keys.
+    wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
+    out = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=1.0)
+    return out[..., : v.shape[-1]].transpose(1, 2)
+
+
+def _blockwise_attention(q_BHTX: Tensor, k_BHTX: Tensor, v_BHTV: Tensor) -> Tensor:
+    """Plain products over blocks of queries, each against the keys up to its end: half of the square is skipped."""
+    q, k, v = (x.flatten(0, 1) for x in (q_BHTX, k_BHTX, v_BHTV))
+    outs = []
+    for first in range(0, q.shape[1], _QUERY_BLOCK):
+        last = min(first + _QUERY_BLOCK, q.shape[1])
+        scores = torch.bmm(q[:, first:last], k[:, :last].transpose(1, 2))
+        future = torch.full((last - first, last - first), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+        scores[:, :, first:] += future
+        outs.append(torch.bmm(scores.softmax(dim=-1), v[:, :last]))
+    return torch.cat(outs, dim=1).unflatten(0, q_BHTX.shape[:2])

@@ -1,0 +1,95 @@
+"""Training step: ours against transformers' with the same weights, batch and threads, and the measured product rate.
+
+python benchmarks/train_step.py --json docs/results/train_step.json
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peer import CONFIG, arguments, both_models, finish, medians, start
+
+from crosschip.model import Transformer
+
+BATCH, LENGTH = 16, 256
+
+
+def flops_per_token() -> float:
+    """Model FLOPs of one training token, forward and backward: 6 per weight used, and the causal attention."""
+    model = Transformer(CONFIG)
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    used = sum(p.numel() for p in model.parameters()) - CONFIG.vocab_size * CONFIG.hidden_size
+    used -= routed * (1 - CONFIG.num_experts_per_tok / CONFIG.n_routed_experts)
+    attention = CONFIG.num_hidden_layers * CONFIG.num_attention_heads * (CONFIG.qk_head_dim + CONFIG.v_head_dim)
+    return 6 * used + 6 * attention * LENGTH / 2
+
+
+def our_step(model: Transformer, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], int]:
+    """One step of our model: loss, gradients, clipping, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> int:
+        parts = model.loss(ids[:, :-1], ids[:, 1:], dtype)
+        (parts.loss_sum / parts.num_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_router_bias(parts.expert_load_LE, 1e-3)
+        return BATCH * LENGTH
+
+    return step
+
+
+def their_step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], int]:
+    """The same step of transformers' model; with autocast its products run in bf16."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> int:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return BATCH * LENGTH
+
+    return step
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    chip, rates = start(options)
+    ours, theirs = both_models(chip)
+    ids = torch.randint(0, CONFIG.vocab_size, (BATCH, LENGTH + 1)).to(chip.device)
+    sides = {
+        "ours_float32": our_step(ours, ids, torch.float32),
+        "ours_bfloat16": our_step(copy.deepcopy(ours), ids, torch.bfloat16),
+        "transformers_float32": their_step(theirs, ids, autocast=False),
+        "transformers_bfloat16_autocast": their_step(copy.deepcopy(theirs), ids, autocast=True),
+    }
+    tokens = medians(sides, chip, options.repeats)
+    ours_best = max(tokens["ours_float32"], tokens["ours_bfloat16"])
+    flops = flops_per_token()
+    finish(
+        options,
+        chip,
+        {
+            "benchmark": "train_step",
+            "batch": [BATCH, LENGTH],
+            "tokens_per_s": tokens,
+            "ratio_to_transformers_best": ours_best
+            / max(tokens["transformers_float32"], tokens["transformers_bfloat16_autocast"]),
+            "product_rate_flop_per_s": rates,
+            "flop_per_token": flops,
+            "share_of_product_rate": {
+                dtype: tokens[f"ours_{dtype}"] * flops / rates[dtype] for dtype in ("float32", "bfloat16")
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Handing a trained model off: the files a serving engine wants."""
+
+from crosschip.handoff.export import export_hf
+
+__all__ = ["export_hf"]

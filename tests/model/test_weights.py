@@ -1,0 +1,135 @@
+"""Directories in the published layout: FP8 scales, shards, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from crosschip.errors import ModelError
+from crosschip.model import ModelConfig, load_model, save_model
+from crosschip.model import weights as weights_module
+from tests.model.configs import random_model
+
+CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_nextn_predict_layers=1, n_routed_experts=4)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    save_model(random_model(CONFIG), tmp_path)
+    return tmp_path
+
+
+def rewrite(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_config(directory: Path, **fields) -> None:
+    document = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**document, **fields}))
+
+
+def test_config_holds_what_other_engines_ask_for(published: Path) -> None:
+    document = json.loads((published / "config.json").read_text())
+    assert document["topk_method"] == "noaux_tc"
+    assert document["scoring_func"] == "sigmoid"
+    assert document["tie_word_embeddings"] is False
+    assert document["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
+def test_a_tied_model_writes_its_output_matrix_and_loads_it_untied(tmp_path: Path) -> None:
+    tied = random_model(ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, tie_word_embeddings=True))
+    save_model(tied, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("lm_head.weight"), file.get_tensor("model.embed_tokens.weight"))
+    ids = torch.randint(0, 97, (1, 9))
+    assert torch.equal(load_model(tmp_path)(ids), tied(ids))
+
+
+def test_shards_with_an_index_load_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "_SHARD_BYTES", 20_000)
+    model = random_model(CONFIG)
+    save_model(model, tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(index) == sum(1 for _ in weights_module.published_views(CONFIG))
+    loaded = load_model(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_fp8_blocks_are_multiplied_out(published: Path) -> None:
+    block = (16, 8)
+    name = "model.layers.1.mlp.experts.2.gate_proj.weight"
+    exact = load_file(published / "model.safetensors")[name]
+    rows, columns = exact.shape
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        scale = torch.rand(-(-rows // block[0]), -(-columns // block[1])) + 0.5
+        wide = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        tensors[name] = (exact / wide).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+
+    rewrite(published, quantise)
+    edit_config(published, quantization_config={"quant_method": "fp8", "weight_block_size": list(block)})
+    model = load_model(published)
+    found = model.layers[1].mlp.experts.gate_up_proj[2, : CONFIG.moe_intermediate_size].detach().float()
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+    # e4m3 keeps 4 significant bits: at most 2^-4 of a value is lost; a dropped scale would cost 25 % or more.
+    assert torch.all((found - exact).abs() <= 2**-4 * exact.abs() + 0.02)
+    assert (found - exact).norm() / exact.norm() < 2**-4
+
+
+def test_fp8_without_its_scales_is_refused(published: Path) -> None:
+    name = "model.layers.1.mlp.experts.2.gate_proj.weight"
+    rewrite(published, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ModelError, match="scale_inv is missing"):
+        load_model(published)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.self_attn.o_proj.weight"), "lacks 1 tensors.*o_proj"),
+        (lambda t: t.update({"model.layers.1.extra": torch.zeros(2)}), "holds model.layers.1.extra"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(5)}), r"model.norm.weight has shape \(5,\)"),
+        (lambda t: t["model.layers.2.embed_tokens.weight"].add_(1), "differs from the tensor it should be a copy of"),
+    ],
+)
+def test_wrong_tensors_are_named(published: Path, change, message: str) -> None:
+    rewrite(published, change)
+    with pytest.raises(ModelError, match=message):
+        load_model(published)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("scoring_func", "softmax"), ("topk_method", "greedy"), ("model_type", "llama"), ("hidden_act", "gelu"),
+     ("num_key_value_heads", 1), ("rope_scaling", {"type": "linear", "factor": 2.0})],
+)  # fmt: skip
+def test_a_config_that_means_other_numbers_is_refused(published: Path, field: str, value: object) -> None:
+    edit_config(published, **{field: value})
+    with pytest.raises(ModelError, match=str(value if not isinstance(value, dict) else "linear")):
+        load_model(published)
+
+
+def test_a_cut_file_and_an_empty_directory_are_named(published: Path, tmp_path: Path) -> None:
+    file = published / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
+        load_model(published)
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path / "nothing")
+
+
+def test_the_dtype_is_the_checkpoints_unless_told(tmp_path: Path) -> None:
+    save_model(random_model(CONFIG), tmp_path, torch.bfloat16)
+    model = load_model(tmp_path)
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.routers()[0].e_score_correction_bias.dtype == torch.float32
+    assert load_model(tmp_path, torch.float32).embed_tokens.weight.dtype == torch.float32
