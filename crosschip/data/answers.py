@@ -1,0 +1,107 @@
+"""Reading an answer: the reasoning apart from the final answer, and whether the final answer is right."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+__all__ = ["THINK_CLOSE", "THINK_OPEN", "check_answer", "split_reasoning"]
+
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
+
+_MAX_NUMBER_CHARACTERS = 200  # a longer run of digits is no answer, and Python refuses to convert some
+_MAGNITUDE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# A minus sign belongs to the number unless something is subtracted from: `5-3`, `x-3`, `(2)-3`.
+_NUMBER = re.compile(
+    rf"(?<![\w.])(?P<sign>(?<![\w)\]}}])[-\u2212])?[$€£]?(?P<value>{_MAGNITUDE})(?: ?/ ?(?P<below>\d+))?"
+)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))")
+_LATEX_WORDS = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
+_UNIT = re.compile(r"\s[^\d]*$")
+_ANSWER_IS = re.compile(r"answer(?: is|:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+
+
+def split_reasoning(text: str) -> tuple[str | None, str, bool]:
+    """Split `<think>reasoning</think>answer` into (reasoning, answer, closed).
+
+    Without tags the whole text is the answer. An opened and never closed tag means that the model ran out of tokens
+    while thinking: all is reasoning, the answer is empty and `closed` is False. A text that starts inside the
+    reasoning (the prompt held the opening tag) is split at the closing tag.
+    """
+    opened = text.lstrip().startswith(THINK_OPEN)
+    body = text.lstrip()[len(THINK_OPEN) :] if opened else text
+    reasoning, close, answer = body.partition(THINK_CLOSE)
+    if close:
+        return reasoning, answer, True
+    if opened:
+        return body, "", False
+    return None, text, True
+
+
+def check_answer(answer_text: str, expected: str) -> bool:
+    """Whether the final answer in `answer_text` is `expected`.
+
+    The final answer is looked for after `</think>`; there, the last `\\boxed{}`, else what follows the last `####`,
+    else the text itself. A number is compared as a number (72, 72.0, $72; 1,000 and 1000; 3/4 and 0.75; 72 apples), the
+    last one of the passage counts; anything else is compared as words, without case and punctuation. Reasoning that
+    was never closed holds no answer.
+    """
+    _, answer, closed = split_reasoning(answer_text)
+    if not closed:
+        return False
+    passage = _final_passage(answer)
+    wanted = _whole_number(expected)
+    if wanted is not None:
+        return _last_number(passage) == wanted
+    candidates = [passage, *_ANSWER_IS.findall(passage)]
+    return _words(expected) != "" and any(_words(candidate) == _words(expected) for candidate in candidates)
+
+
+def _final_passage(answer: str) -> str:
+    boxed = _last_boxed(answer)
+    if boxed is not None:
+        return boxed
+    return answer.rpartition("####")[2]
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for index in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[begin + 1 : index]
+    return None
+
+
+def _number_of(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > _MAX_NUMBER_CHARACTERS:
+        return None
+    below = int(match["below"] or 1)
+    if below == 0:
+        return None
+    magnitude = Fraction(match["value"].replace(",", "")) / below
+    return -magnitude if match["sign"] else magnitude
+
+
+def _plain_fractions(text: str) -> str:
+    text = _LATEX_FRACTION.sub(lambda match: "/".join(part for part in match.groups() if part), text)
+    return text.replace("-$", "$-").replace("$-", "-")
+
+
+def _last_number(text: str) -> Fraction | None:
+    matches = list(_NUMBER.finditer(_plain_fractions(text)))
+    return _number_of(matches[-1]) if matches else None
+
+
+def _whole_number(text: str) -> Fraction | None:
+    """The number that `text` is as a whole, a unit behind it or not; None when it is anything else."""
+    match = _NUMBER.fullmatch(_UNIT.sub("", _plain_fractions(text.strip())).rstrip(".%$ "))
+    return _number_of(match) if match else None
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", _LATEX_WORDS.sub(r"\1", text).casefold()))
