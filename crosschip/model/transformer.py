@@ -47,10 +47,14 @@ class Block(nn.Module):
             else GatedMLP(config.hidden_size, config.intermediate_size)
         )
 
+    def attend(self, x_BTD: Tensor, rope_T2r: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention half: the residual stream after it, and its norm for the feed-forward half."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_T2r)
+        return x_BTD, self.post_attention_layernorm(x_BTD)
+
     def forward(self, x_BTD: Tensor, rope_T2r: Tensor, loads: list[Tensor]) -> Tensor:
         """[B, T, D] to [B, T, D]; the load of the experts, if there are any, is appended to `loads`."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_T2r)
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+        x_BTD, normed_BTD = self.attend(x_BTD, rope_T2r)
         if isinstance(self.mlp, MixtureOfExperts):
             out_BTD, load_E = self.mlp(normed_BTD)
             loads.append(load_E)

@@ -1,0 +1,290 @@
+"""The stages of a recipe one after the other: pre-training, then fine-tuning from where it ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from crosschip.chips import Chip, choose_compute_dtype, find_chip, product_rate
+from crosschip.data import ChatTokenizer, Source, open_source
+from crosschip.model import ModelConfig
+from crosschip.recipe import DataSettings, Recipe, StageSettings
+from crosschip.rundir import RunDirectory, write_json
+from crosschip.train.checkpoint import CheckpointState, find_newest, load_optimizer, read_state, set_damaged_aside
+from crosschip.train.identity import Identity, check_same_run, digest
+from crosschip.train.loop import StageEnd, StageJob, StagePosition, run_stage
+from crosschip.train.optimizer import build_optimizer
+from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer, starting_model
+from crosschip.train.pretrain import TokensTold, pretraining_data
+from crosschip.train.progress import StageProgress, open_progress
+from crosschip.train.sft import fine_tuning_data
+
+__all__ = ["TrainOutcome", "train_recipe"]
+
+Event = tuple[str, str, str]
+
+TELL_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How a training ended. `interrupted_by` is the number of a signal; `already_complete`: there was nothing to do."""
+
+    stages: tuple[StageEnd, ...]
+    interrupted_by: int | None = None
+    already_complete: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal's number, as a shell counts it."""
+        return 0 if self.interrupted_by is None else 128 + self.interrupted_by
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last stage's checkpoint, which is a model directory; None when none was written."""
+        return self.stages[-1].checkpoint if self.stages else None
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share. `dtypes` remembers what each wanted dtype became, `peaks` what was measured."""
+
+    recipe: Recipe
+    directory: RunDirectory
+    resume: bool
+    progress: StageProgress
+    chip: Chip
+    tokenizer: ChatTokenizer
+    config: ModelConfig
+    sources: dict[str, Source]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    peaks: dict[torch.dtype, float] = field(default_factory=dict)
+
+
+def train_recipe(
+    recipe: Recipe,
+    run: RunDirectory,
+    resume: bool = False,
+    progress: StageProgress | None = None,
+    resume_command: str | None = None,
+) -> TrainOutcome:
+    """Train every stage of `recipe` in `run`, which is locked meanwhile.
+
+    With `resume` it goes on from the newest whole checkpoint, bit-exactly on the same machine with the same number of
+    threads; what was finished is left alone. SIGINT and SIGTERM finish the step, save, and say how to go on with
+    `resume_command`.
+
+    Raises:
+        RunDirectoryError: the directory is in use, holds another run's results, or has nothing to resume.
+        CheckpointError: a checkpoint belongs to other data, another tokenizer or another architecture, or is damaged.
+        NonFiniteError: the training diverged or the chip erred; the last checkpoint is still there.
+    """
+    progress = progress or open_progress()
+    command = resume_command or f"crosschip train {run.recipe if run.recipe.exists() else 'RECIPE'} --out {run.path}"
+    check_directory(run, resume)
+    with run.lock():
+        check_directory(run, resume)  # again: another process may have trained here before the lock was this one's
+        outcome = _train_stages(recipe, run, resume, progress)
+    progress.say(_last_words(outcome, run, f"{command.removesuffix(' --resume')} --resume"))
+    return outcome
+
+
+def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, progress: StageProgress) -> TrainOutcome:
+    ends: list[StageEnd] = []
+    did_work = False
+    try:
+        prepared = _prepare(recipe, run, resume, progress)
+        for name, settings in _stages(recipe):
+            end, trained = _run_one(prepared, name, settings, ends[-1].checkpoint if ends else None)
+            ends.append(end)
+            did_work |= trained
+            if end.interrupted_by is not None:
+                return TrainOutcome(tuple(ends), end.interrupted_by)
+    except KeyboardInterrupt:  # outside a stage's loop, where nothing is half done
+        return TrainOutcome(tuple(ends), signal.SIGINT.value)
+    return TrainOutcome(tuple(ends), already_complete=not did_work)
+
+
+def _last_words(outcome: TrainOutcome, run: RunDirectory, resume_command: str) -> str:
+    done = ", ".join(f"{end.stage} {end.step} steps" for end in outcome.stages) or "nothing"
+    if outcome.interrupted_by is not None:
+        return f"interrupted; saved: {done}\ngo on with: {resume_command}"
+    if outcome.already_complete:
+        return f"{run.path} is complete: {done}; nothing to do"
+    return f"trained: {done}; weights in {outcome.checkpoint}"
+
+
+def _stages(recipe: Recipe) -> list[tuple[str, StageSettings]]:
+    named = (("pretrain", recipe.train), ("sft", recipe.sft))
+    return [(name, settings) for name, settings in named if settings is not None]
+
+
+def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, progress: StageProgress) -> _Run:
+    chip = find_chip(recipe.chips.train)
+    progress.say(f"training on {chip.name}")
+    sources: dict[str, Source] = {}
+    for _, settings in _stages(recipe):
+        data = settings.data or recipe.data
+        sources.setdefault(_key(data), open_source(data, recipe.seed))
+    write_json(run.resolved_recipe, recipe.model_dump(mode="json"))
+    tokenizer = obtain_tokenizer(recipe, run, list(sources.values()), resume, progress)
+    return _Run(recipe, run, resume, progress, chip, tokenizer, architecture(recipe, tokenizer), sources)
+
+
+def _key(data: DataSettings) -> str:
+    return data.model_dump_json()
+
+
+def _identity(run: _Run, settings: StageSettings) -> Identity:
+    """Fingerprints of everything a checkpoint of this stage belongs to."""
+    data = settings.data or run.recipe.data
+    model = json.loads(json.dumps(asdict(run.config)))
+    given = run.recipe.tokenizer.directory or run.recipe.model.directory
+    vocab_size = None if given else run.recipe.tokenizer.vocab_size
+    stage = settings.model_dump(mode="json", exclude={"data"})
+    return Identity(
+        fingerprints={
+            "data": digest([run.sources[_key(data)].fingerprint, run.recipe.seed, settings.seq_len]),
+            "tokenizer": digest([run.tokenizer.fingerprint, vocab_size]),
+            "architecture": digest(model),
+            "recipe_stage": digest(stage),
+        },
+        settings={
+            "data": {**data.model_dump(mode="json"), "seed": run.recipe.seed, "seq_len": settings.seq_len},
+            "tokenizer": {"vocab_size": vocab_size},
+            "model": model,
+            "stage": stage,
+        },
+    )
+
+
+def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None) -> tuple[StageEnd, bool]:
+    """Train one stage to its end, from its own checkpoint or `before`, the last one of the stage before.
+
+    Returns how it ended, and whether there was anything to train.
+    """
+    directory = run.directory.stage(name)
+    identity = _identity(run, settings)
+    checkpoint = find_newest(directory, run.progress.say) if run.resume else None
+    state, position = None, StagePosition()
+    if checkpoint is None:
+        events = [_beginning(run, name, before)]
+    else:
+        state = read_state(checkpoint)
+        changed = check_same_run(Identity(state.fingerprints, state.settings), identity, str(checkpoint), name)
+        if state.step >= settings.steps:
+            run.dtypes.setdefault(settings.dtype, getattr(torch, state.compute_dtype))
+            return StageEnd(name, state.step, settings.steps, checkpoint), False
+        position = StagePosition(state.step, state.sequences_consumed, state.tokens_consumed)
+        events = _resumption(run, name, state, changed, set_damaged_aside(directory, state.step))
+    job = _make_job(run, name, settings, checkpoint, before, state, identity, position, events)
+    return run_stage(job), True
+
+
+def _beginning(run: _Run, name: str, before: Path | None) -> Event:
+    if run.resume:
+        run.progress.say(f"{name}: no checkpoint yet, so it begins at step 1")
+    return "started", f"from {before or run.recipe.model.directory or 'new weights'}", "training"
+
+
+def _resumption(run: _Run, name: str, state: CheckpointState, changed: list[str], aside: list[Path]) -> list[Event]:
+    """Tell what a resumed stage does not have in common with the run that was interrupted."""
+    run.progress.say(f"{name}: going on after step {state.step}")
+    events = [("resumed", f"after step {state.step}", "training")]
+    events += [("damaged-checkpoint", str(path), "renamed and passed over") for path in aside]
+    if state.num_threads != torch.get_num_threads():
+        changed = [*changed, f"threads was {state.num_threads} and is now {torch.get_num_threads()}"]
+    if state.device != str(run.chip.device):
+        changed = [*changed, f"device was {state.device} and is now {run.chip.device}"]
+    if changed:
+        told = "; ".join(changed)
+        run.progress.say(
+            f"{name}: NOT the same run any more, its numbers will differ from an uninterrupted one: {told}"
+        )
+        events.append(("changed-settings", told, "training with the new ones"))
+    return events
+
+
+def _make_job(
+    run: _Run,
+    name: str,
+    settings: StageSettings,
+    checkpoint: Path | None,
+    before: Path | None,
+    state: CheckpointState | None,
+    identity: Identity,
+    position: StagePosition,
+    events: list[Event],
+) -> StageJob:
+    compute_dtype = _compute_dtype(run, settings, state)
+    prepare_data = pretraining_data if name == "pretrain" else fine_tuning_data
+    run.progress.say(f"{name}: preparing the data")
+    source = run.sources[_key(settings.data or run.recipe.data)]
+    tell = _every_few_seconds(run.progress, name)
+    data = prepare_data(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
+    for note in data.train.notes:
+        run.progress.say(f"{name}: {note}")
+    model = starting_model(run.recipe, run.config, checkpoint or before, run.chip.device, run.progress)
+    optimizer = build_optimizer(model, settings)
+    if not optimizer.defaults["fused"]:
+        run.progress.say(f"AdamW: torch has no fused kernel for {run.chip.device}, so one kernel per operation is used")
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer)
+    return StageJob(
+        name=name,
+        settings=settings,
+        directory=run.directory.stage(name),
+        model=model,
+        optimizer=optimizer,
+        train_stream=data.train,
+        validation_stream=data.validation,
+        prompts=data.prompts,
+        tokenizer=run.tokenizer,
+        chip=run.chip,
+        compute_dtype=compute_dtype,
+        identity=identity,
+        position=position,
+        progress=run.progress,
+        peak_flops=_peak(run, compute_dtype),
+        opening_events=events,
+    )
+
+
+def _every_few_seconds(progress: StageProgress, name: str) -> TokensTold:
+    """A listener to the writing of a token store that says how far it is, a line every few seconds."""
+    last = time.monotonic()
+
+    def tell(num_tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= TELL_EVERY_S:
+            last = time.monotonic()
+            progress.say(f"{name}: {num_tokens:,} tokens prepared so far")
+
+    return tell
+
+
+def _compute_dtype(run: _Run, settings: StageSettings, state: CheckpointState | None) -> torch.dtype:
+    """The recorded dtype of a resumed stage; else what the chip is found to be fast in, once per run."""
+    if state is not None:
+        run.progress.say(f"computing in {state.compute_dtype}, as recorded in the checkpoint")
+        recorded: torch.dtype = getattr(torch, state.compute_dtype)
+        return run.dtypes.setdefault(settings.dtype, recorded)
+    if settings.dtype not in run.dtypes:
+        run.dtypes[settings.dtype], reason = choose_compute_dtype(run.chip, settings.dtype)
+        run.progress.say(f"computing in {str(run.dtypes[settings.dtype]).removeprefix('torch.')}: {reason}")
+    return run.dtypes[settings.dtype]
+
+
+def _peak(run: _Run, dtype: torch.dtype) -> float | None:
+    """The chip's rate of matrix products in FLOP/s, where somebody looks at it."""
+    if not run.progress.measures_peak:
+        return None
+    if dtype not in run.peaks:
+        run.peaks[dtype] = product_rate(run.chip, dtype)
+        run.progress.say(f"measured peak of matrix products: {run.peaks[dtype] / 1e12:.3f} TFLOP/s")
+    return run.peaks[dtype]

@@ -1,0 +1,80 @@
+"""docs/recipe.md describes every key of the recipe with its true default, and no other; the README's recipe is one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from crosschip import recipe
+from crosschip.recipe import parse_recipe
+
+ROOT = Path(__file__).parent.parent
+HEADINGS = {
+    "The file itself": recipe.Recipe,
+    "[chips]": recipe.ChipSettings,
+    "[model]": recipe.ModelSettings,
+    "[tokenizer]": recipe.TokenizerSettings,
+    "[data]": recipe.DataSettings,
+    "[train] and [sft]": recipe.StageSettings,
+    "[evaluate]": recipe.EvaluateSettings,
+    "[handoff]": recipe.HandoffSettings,
+    "[serve]": recipe.ServeSettings,
+}
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Heading -> key -> the default as it is written."""
+    tables: dict[str, dict[str, str]] = {}
+    heading = ""
+    for line in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            heading = line[3:].replace("`", "")
+        row = re.match(r"\| `(\w+)` \| (.*?) ?\|", line)
+        if row:
+            tables.setdefault(heading, {})[row.group(1)] = row.group(2).strip().strip("`")
+    return tables
+
+
+def default_of(text: str) -> Any:
+    if text == "":
+        return PydanticUndefined
+    return None if text == "none" else tomllib.loads(f"value = {text}")["value"]
+
+
+def test_every_table_of_the_recipe_has_its_heading() -> None:
+    assert set(documented()) == set(HEADINGS)
+    tables = {name for name, field in recipe.Recipe.model_fields.items() if name not in ("name", "seed")}
+    text = " ".join(documented())
+    assert all(f"[{table}]" in text for table in tables)
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_keys_and_defaults(heading: str) -> None:
+    written = documented()[heading]
+    fields = {name: field.default for name, field in HEADINGS[heading].model_fields.items()}
+    if heading == "The file itself":
+        fields = {name: fields[name] for name in ("name", "seed")}  # its tables have headings of their own
+    assert {name: default_of(text) for name, text in written.items()} == fields
+
+
+def test_recipe_in_the_readme_is_one() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) == 1
+    parse_recipe(tomllib.loads(blocks[0]), "README.md")
+    assert len(readme.splitlines()) < 150
+
+
+def test_verbs_of_the_readme_are_those_of_the_command_line() -> None:
+    from typer.main import get_command
+
+    from crosschip.cli import app
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = set(re.findall(r"^\| `(\w+)` \|.*\| (?:yes|not yet) \|$", readme, flags=re.MULTILINE))
+    assert written == set(get_command(app).commands)  # type: ignore[attr-defined]

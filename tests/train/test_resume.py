@@ -1,0 +1,177 @@
+"""A training that is killed, stopped or resumed ends with the same bits as one that was not."""
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from crosschip.errors import CheckpointError, RunDirectoryError
+from crosschip.rundir import RunDirectory
+from crosschip.train.checkpoint import read_state
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_killed_run_goes_on_bit_exactly(
+    tiny, uninterrupted, stage, train, train_process, same_runs, tmp_path
+) -> None:
+    killed = train_process("killed", "--signal-at", f"{stage}:6:SIGKILL")
+    assert killed.returncode == -signal.SIGKILL
+    metrics = tmp_path / "killed" / "train" / stage / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 6, "lines of steps after the last checkpoint, to be cut"
+    train(tiny(), "killed", resume=True)
+    same_runs("killed", "uninterrupted")
+
+
+def test_the_comparison_of_runs_sees_a_single_other_bit(tiny, uninterrupted, stopped, train, same_runs) -> None:
+    train(tiny(), "stopped", resume=True)
+    same_runs("stopped", "uninterrupted")
+    flip(stopped / "train/sft/checkpoints/step-00000007/model.safetensors")
+    with pytest.raises(AssertionError, match=r"sft step-00000007 model.safetensors"):
+        same_runs("stopped", "uninterrupted")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    tiny, uninterrupted, train, train_process, same_runs, capsys
+) -> None:
+    assert train_process("early", "--signal-at", "pretrain:2:SIGKILL").returncode == -signal.SIGKILL
+    train(tiny(), "early", resume=True)
+    assert "no checkpoint yet" in capsys.readouterr().err
+    same_runs("early", "uninterrupted")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    tiny, train_with_signal, number, code, tmp_path, capsys
+) -> None:
+    outcome = train_with_signal(tiny(), "run", "pretrain", 5, number)
+    assert outcome.exit_code == code
+    assert outcome.checkpoint == tmp_path / "run/train/pretrain/checkpoints/step-00000005"
+    assert read_state(outcome.checkpoint).sequences_consumed == 20
+    assert f"go on with: crosschip train RECIPE --out {tmp_path / 'run'} --resume" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny, train, train_process, tmp_path) -> None:
+    ended = train_process("twice", "--signal-at", "pretrain:5:SIGINT,SIGINT")
+    assert ended.returncode == -signal.SIGINT
+    assert not (tmp_path / "twice/train/pretrain/checkpoints/step-00000005").exists()
+    assert (tmp_path / "twice/lock.json").exists()
+    assert train(tiny("train.steps=5"), "twice", resume=True).exit_code == 0, "the lock it left behind is stale"
+
+
+def test_a_signal_at_the_last_step_is_not_an_interruption(tiny, train_with_signal) -> None:
+    recipe = tiny("train.steps=3").model_copy(update={"sft": None})
+    assert train_with_signal(recipe, "last", "pretrain", 3, signal.SIGINT).exit_code == 0
+
+
+def test_results_are_never_overwritten(tiny, train, uninterrupted) -> None:
+    with pytest.raises(RunDirectoryError, match=r"already holds results.*\n.*--resume.*--out"):
+        train(tiny(), "uninterrupted")
+
+
+def test_resuming_where_nothing_is_says_so(tiny, train) -> None:
+    with pytest.raises(RunDirectoryError, match="there is no run at"):
+        train(tiny(), "nowhere", resume=True)
+
+
+def test_a_complete_run_says_so_and_is_left_alone(tiny, train, uninterrupted, tmp_path, capsys) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "uninterrupted/train").rglob("*") if path.is_file()}
+    outcome = train(tiny(), "uninterrupted", resume=True)
+    assert outcome.already_complete
+    assert outcome.exit_code == 0
+    assert "is complete: pretrain 10 steps, sft 7 steps; nothing to do" in capsys.readouterr().err
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "uninterrupted/train").rglob("*") if p.is_file()}
+
+
+def test_a_complete_run_can_be_made_longer_and_says_that_it_is_another(tiny, train, uninterrupted, capsys) -> None:
+    outcome = train(tiny("sft.steps=9"), "uninterrupted", resume=True)
+    assert outcome.stages[-1].step == 9
+    assert "sft.steps was 7 and is now 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.num_problems=700", r"another data: data.num_problems was 600 and is now 700"),
+        ("seed=8", r"another data: data.seed was 7 and is now 8"),
+        ("train.seq_len=40", r"another data: data.seq_len was 32 and is now 40"),
+        ("model.hidden_size=48", r"another architecture: model.hidden_size was 32 and is now 48"),
+        ("tokenizer.vocab_size=330", r"another tokenizer: tokenizer.vocab_size was 320 and is now 330"),
+    ],
+)
+def test_resume_refuses_another_run_by_the_field(tiny, train, uninterrupted, override, named) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        train(tiny(override), "uninterrupted", resume=True)
+
+
+def test_resume_refuses_other_content_behind_the_same_settings(tiny, train, tmp_path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {i} speaks of {i * i} things and of {i % 7} more." for i in range(900)))
+    files = ("data.source=files", f"data.path={text}", "data.validation_fraction=0.3", "train.steps=4")
+    recipe = tiny(*files).model_copy(update={"sft": None})
+    train(recipe, "text")
+    with text.open("a") as file:
+        file.write("\n\nOne more paragraph.")
+    with pytest.raises(CheckpointError, match="another data: same settings, but the content's fingerprint was"):
+        train(recipe, "text", resume=True)
+
+
+def test_a_locked_run_names_its_holder(tiny, train, tmp_path) -> None:
+    with RunDirectory(tmp_path / "run").lock(), pytest.raises(RunDirectoryError, match="in use by process"):
+        train(tiny(), "run")
+    lock = {"host": "elsewhere", "pid": 1, "process_start": "1", "since": "yesterday"}
+    assert socket.gethostname() != "elsewhere"
+    (tmp_path / "run" / "lock.json").write_text(json.dumps(lock))
+    with pytest.raises(RunDirectoryError, match="process 1 on elsewhere since yesterday"):
+        train(tiny(), "run")
+
+
+def test_the_recorded_dtype_is_kept(tiny, train, tmp_path, capsys) -> None:
+    stopped = tiny("train.dtype=bfloat16", "train.steps=4").model_copy(update={"sft": None})
+    train(stopped, "run")
+    longer = tiny("train.dtype=float32", "train.steps=6").model_copy(update={"sft": None})
+    outcome = train(longer, "run", resume=True)
+    assert read_state(outcome.checkpoint).compute_dtype == "bfloat16"
+    assert "computing in bfloat16, as recorded" in capsys.readouterr().err
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("optimizer/state.safetensors", cut, "optimizer/state.safetensors has"),
+        ("model.safetensors", flip, "model.safetensors has another SHA-256"),
+        ("state.json", cut, "state.json is not JSON"),
+        ("COMPLETE", Path.unlink, "COMPLETE is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tiny, train, uninterrupted, stopped, same_runs, capsys, file, damage, named
+) -> None:
+    checkpoints = stopped / "train/pretrain/checkpoints"
+    damage(checkpoints / "step-00000009" / file)
+    train(tiny(), "stopped", resume=True)
+    told = capsys.readouterr().err
+    assert named in told
+    assert "going on after step 8" in told
+    assert (checkpoints / "damaged-step-00000009").is_dir(), "renamed, so that it never counts as the newest"
+    same_runs("stopped", "uninterrupted")
+
+
+def test_without_a_whole_checkpoint_resume_refuses(tiny, train, tmp_path) -> None:
+    train(tiny("train.steps=4"), "run")
+    for path in (tmp_path / "run/train/pretrain/checkpoints").glob("*/model.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*model.safetensors is missing"):
+        train(tiny("train.steps=4"), "run", resume=True)

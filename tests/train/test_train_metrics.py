@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from crosschip.errors import RunDirectoryError
+from crosschip.train.metrics import StageLog, cut_after_step, step_record
+from crosschip.train.step import StepResult
+
+RESULT = StepResult(2.5, 3.0, 0.7, 90, 128, 1.25)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_holds_what_the_step_measured() -> None:
+    assert step_record(3, RESULT, 0.5, 1e-3) == {
+        "step": 3, "loss": 2.5, "gradient_norm": 0.7, "tokens": 128, "trained_tokens": 90, "seconds": 0.5,
+        "learning_rate": 1e-3, "tokens_per_s": 256.0, "mtp_loss": 3.0, "router_imbalance": 1.25,
+    }  # fmt: skip
+    dense = step_record(3, StepResult(2.5, None, 0.7, 90, 128, None), 0.5, 1e-3)
+    assert not {"mtp_loss", "router_imbalance"} & dense.keys()
+
+
+def test_lines_after_the_resumed_step_are_cut_and_events_are_not(tmp_path) -> None:
+    with StageLog(tmp_path, 0) as log:
+        for step in range(1, 6):
+            log.step(step_record(step, RESULT, 0.5, 1e-3))
+        log.validation(3, 2.0, 1.0)
+        log.validation(5, 2.0, 1.0)
+        log.sample(5, "a", "b")
+        log.event(5, "resumed", "detail", "action")
+    with StageLog(tmp_path, 3) as log:
+        log.step(step_record(4, RESULT, 0.5, 1e-3))
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path / "validation.jsonl")] == [3]
+    assert lines(tmp_path / "samples.jsonl") == []
+    assert [line["event"] for line in lines(tmp_path / "events.jsonl")] == ["resumed"]
+
+
+def test_a_line_torn_by_a_crash_is_cut(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    cut_after_step(path, 5)
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl:2 is not a line of this log: 'hello"):
+        cut_after_step(path, 5)
+
+
+def test_tensorboard_reads_the_curves(tmp_path) -> None:
+    with StageLog(tmp_path, 0) as log:
+        for step in (1, 2):
+            log.step(step_record(step, RESULT, 0.5, 1e-3))
+    assert dict(scalars(tmp_path / "tensorboard")["train/loss"]) == {1: 2.5, 2: 2.5}
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What the event files hold, read with the protocol buffers that tensorboardX ships."""
+    record_writer = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in directory.glob("events.*"):
+        content = file.read_bytes()
+        while content:  # length (8 bytes), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(content[:8], "little")
+            event = record_writer.Event.FromString(content[12 : 12 + length])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            content = content[12 + length + 4 :]
+    return found
