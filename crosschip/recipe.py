@@ -36,7 +36,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 class Settings(BaseModel):
     """A table of the recipe: unknown keys and values of another type are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ChipSettings(Settings):
@@ -84,8 +84,10 @@ class ModelSettings(Settings):
             raise ValueError(f"topk_group={self.topk_group} is more than n_group={self.n_group}")
         choosable = self.n_routed_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > choosable:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than the {choosable} experts "
-                             f"that topk_group={self.topk_group} groups hold")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {choosable} experts "
+                f"that topk_group={self.topk_group} groups hold"
+            )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rotations turn pairs")
         return self
@@ -101,9 +103,9 @@ class TokenizerSettings(Settings):
 class DataSettings(Settings):
     """`[data]`: `source = "arithmetic"` makes verifiable problems; `path` reads text, JSONL or Parquet.
 
-    A path is a file, a directory, a glob, or `hf://datasets/OWNER/NAME[/FILES]`. A row is plain text (`text_field`), chat
-    messages (`messages_field`), or a question and an answer; `reasoning_separator` splits an answer into reasoning and
-    final answer, and `remove_pattern` is a regular expression deleted from the answer before that.
+    A path is a file, a directory, a glob, or `hf://datasets/OWNER/NAME[/FILES]`. A row is plain text (`text_field`),
+    chat messages (`messages_field`), or a question and an answer; `reasoning_separator` splits an answer into
+    reasoning and final answer, and `remove_pattern` is a regular expression deleted from the answer before that.
     """
 
     source: Literal["arithmetic", "files"] = "files"
@@ -117,14 +119,16 @@ class DataSettings(Settings):
     remove_pattern: str | None = None
     skip_bad_rows: Annotated[int, Field(ge=0)] = 0
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    levels: list[Annotated[int, Field(ge=1)]] = [1]
+    levels: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
     num_problems: PositiveInt = 100_000
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
         if self.source == "arithmetic" and self.path is not None:
-            raise ValueError(f"path={self.path!r} is given together with source='arithmetic'; "
-                             "remove one of the two (source='files' reads a path)")
+            raise ValueError(
+                f"path={self.path!r} is given together with source='arithmetic'; "
+                "remove one of the two (source='files' reads a path)"
+            )
         return self
 
 
@@ -162,8 +166,9 @@ class StageSettings(Settings):
     @model_validator(mode="after")
     def _parts(self) -> StageSettings:
         if self.batch_size % self.gradient_accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of "
-                             f"gradient_accumulation={self.gradient_accumulation}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of gradient_accumulation={self.gradient_accumulation}"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}; lower it")
         return self
@@ -212,8 +217,10 @@ class Recipe(Settings):
             raise ValueError("neither [train] nor [sft] is there; add at least one stage")
         for name, stage in (("train", self.train), ("sft", self.sft)):
             if stage is not None and stage.seq_len > self.model.max_position_embeddings:
-                raise ValueError(f"{name}.seq_len={stage.seq_len} is more than "
-                                 f"model.max_position_embeddings={self.model.max_position_embeddings}; raise the latter")
+                raise ValueError(
+                    f"{name}.seq_len={stage.seq_len} is more than "
+                    f"model.max_position_embeddings={self.model.max_position_embeddings}; raise it"
+                )
         return self
 
 
@@ -244,7 +251,7 @@ def parse_recipe(document: dict[str, Any], origin: str) -> Recipe:
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(f"--set {override!r} is not KEY=VALUE", "write it like --set train.steps=200")
     try:
         value = tomllib.loads(f"value = {text}")["value"]

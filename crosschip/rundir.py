@@ -6,10 +6,14 @@ a reader. A lock with the holder's host, process id and start time keeps two lau
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
+import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,12 +38,15 @@ COMPLETE = "COMPLETE"
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never a part, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -62,6 +69,25 @@ def is_complete(path: Path) -> bool:
     return (path / COMPLETE).is_file()
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove what writers of the directory `path` that were killed have left under temporary names."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = re.fullmatch(r"\.(\d+)\.(tmp|old)", leftover.name.removeprefix(f".{path.name}"))
+        if found and not _is_running(int(found.group(1))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_on_disk(directory: Path) -> None:
+    """Wait until the files of a directory are on the disk, so that its marker never outlives them in a power cut."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path`, with a `COMPLETE` marker, when the block ends without error.
@@ -70,10 +96,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_leftovers(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        _put_on_disk(temporary)
         write_text(temporary / COMPLETE, "")
         replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
@@ -92,17 +120,35 @@ def _process_start_time(pid: int) -> str | None:
         return None
 
 
-def _holder_is_alive(holder: dict[str, Any]) -> bool:
-    if holder.get("host") != socket.gethostname():
-        return True  # another machine: it cannot be asked, so it is believed
-    pid = int(holder["pid"])
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return bool(_process_start_time(pid) == holder.get("process_start"))
+        pass  # it is there, and somebody else's
+    return True
+
+
+def _holder_is_alive(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return True  # another machine: it cannot be asked, so it is believed
+    pid = int(holder["pid"])
+    return _is_running(pid) and bool(_process_start_time(pid) == holder.get("process_start"))
+
+
+def _read_holder(lock: Path) -> dict[str, Any] | None:
+    """Who holds the lock; None when nobody does."""
+    try:
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        holder = None
+    if not isinstance(holder, dict) or not {"host", "pid", "since"} <= set(holder):
+        remedy = f"make sure that nothing trains there, then delete {lock}"
+        raise RunDirectoryError(f"{lock} is damaged, so nobody knows who holds the run", remedy)
+    return holder
 
 
 class RunDirectory:
@@ -110,6 +156,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock_depth = 0
 
     @property
     def resolved_recipe(self) -> Path:
@@ -151,7 +198,17 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; a second launcher gets a `RunDirectoryError` that names the holder."""
+        """Hold the run for this process; a second launcher gets a `RunDirectoryError` that names the holder.
+
+        The object that holds the lock may take it again, so that a verb can call another verb on the same run.
+        """
+        if self._lock_depth:
+            self._lock_depth += 1
+            try:
+                yield
+            finally:
+                self._lock_depth -= 1
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / "lock.json"
         holder = {
@@ -161,29 +218,32 @@ class RunDirectory:
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self._take_lock(lock, holder)
+        self._lock_depth = 1
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            self._lock_depth = 0
+            if _read_holder(lock) == holder:  # else somebody deleted it by hand and another process took it since
+                lock.unlink(missing_ok=True)
 
     def _take_lock(self, lock: Path, holder: dict[str, Any]) -> None:
-        written = lock.with_name(f".lock.{os.getpid()}.tmp")
-        written.write_text(json.dumps(holder), encoding="utf-8")
-        try:
-            for _ in range(2):
-                try:
-                    os.link(written, lock)  # appears whole or not at all, unlike open(O_EXCL) and a write
-                    return
-                except FileExistsError:
-                    self._remove_stale_lock(lock)
-        finally:
-            written.unlink(missing_ok=True)
-        raise RunDirectoryError(f"{self.path} was taken by another process just now", "run the command again")
+        written = lock.with_name(f".{lock.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        # Two launchers that find the same stale lock must not both remove it: the second would remove the first's.
+        with (self.path / ".lock.guard").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            try:
+                self._remove_stale_lock(lock)
+                written.write_text(json.dumps(holder), encoding="utf-8")
+                os.link(written, lock)  # appears whole or not at all, unlike open(O_EXCL) and a write
+            except FileExistsError:
+                problem = f"{self.path} was taken by another machine just now"
+                raise RunDirectoryError(problem, "run the command again") from None
+            finally:
+                written.unlink(missing_ok=True)
 
     def _remove_stale_lock(self, lock: Path) -> None:
-        try:
-            holder = json.loads(lock.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        holder = _read_holder(lock)
+        if holder is None:
             return
         if _holder_is_alive(holder):
             raise RunDirectoryError(

@@ -1,0 +1,5 @@
+"""`python -m crosschip`."""
+
+from crosschip.cli import main
+
+main()
