@@ -45,11 +45,12 @@ def our_step(model: Transformer, ids: torch.Tensor, dtype: torch.dtype) -> Calla
 
 def their_step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], int]:
     """The same step of transformers' model; with autocast its products run in bf16."""
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> int:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            loss = model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:]).loss
+            loss = model(inputs, labels=inputs, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -70,22 +70,40 @@ class RoutedExperts(nn.Module):
         return apply_experts(x_MD, ids_MK, weights_MK, gate_up_EFD, down_EDF)
 
 
+# Each expert's rows are filled up with zeros to a multiple of this. Matrix libraries make a kernel for each shape they
+# see (oneDNN, in bf16: longer than the product itself), and unpadded loads give new shapes at every step.
+_ROW_MULTIPLE = 64
+
+
 def apply_experts(
     x_MD: Tensor, ids_MK: Tensor, weights_MK: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of each token's experts [M, D], and the number of tokens each expert got [E]."""
     load_E = torch.bincount(ids_MK.flatten(), minlength=gate_up_EFD.shape[0])
+    place_P, rows_per_expert = _places(ids_MK, load_E)
     out_MD: Tensor = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-        x_MD, weights_MK, ids_MK, load_E.tolist(), gate_up_EFD, down_EDF
+        x_MD, weights_MK, place_P, rows_per_expert, gate_up_EFD, down_EDF
     )
     return out_MD, load_E
+
+
+def _places(ids_MK: Tensor, load_E: Tensor) -> tuple[Tensor, list[int]]:
+    """The row of each choice in a buffer sorted by expert, [M * K], and the rows that each expert has there."""
+    rows_E = (load_E + _ROW_MULTIPLE - 1) // _ROW_MULTIPLE * _ROW_MULTIPLE
+    padding_before_E = (rows_E - load_E).cumsum(0) - (rows_E - load_E)
+    experts_P, order_P = ids_MK.flatten().sort(stable=True)
+    rank_P = torch.arange(order_P.numel(), device=order_P.device)
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = rank_P + padding_before_E[experts_P]
+    return place_P, rows_E.tolist()
 
 
 class _ExpertsFunction(torch.autograd.Function):
     """Sort the tokens by expert, run each expert on its contiguous rows, and add the results per token.
 
-    Forward and backward are written out so that dispatch and combine are gathers in both directions (autograd would
-    scatter with atomics or a serial loop) and each expert's rows are computed in place in one buffer. P = M * K rows.
+    Forward and backward are written out so that dispatch and combine are row copies in both directions (autograd would
+    scatter with atomics or a serial loop) and each expert's rows are computed in place in one buffer. R rows of the
+    buffer, P = M * K choices.
     """
 
     @staticmethod
@@ -93,56 +111,58 @@ class _ExpertsFunction(torch.autograd.Function):
         ctx: Any,
         x_MD: Tensor,
         weights_MK: Tensor,
-        ids_MK: Tensor,
-        load: list[int],
+        place_P: Tensor,
+        split: list[int],
         gate_up_EFD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        num_choices = ids_MK.shape[1]
-        order_P = ids_MK.flatten().argsort(stable=True)
-        place_P = torch.empty_like(order_P)
-        place_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-        rows_PD = x_MD[order_P // num_choices]
-        inner_PF2 = rows_PD.new_empty(rows_PD.shape[0], gate_up_EFD.shape[1])
-        for rows, weight, out in zip(rows_PD.split(load), gate_up_EFD, inner_PF2.split(load), strict=True):
+        rows_RD = _dispatch(x_MD, place_P, sum(split))
+        inner_RF2 = rows_RD.new_empty(rows_RD.shape[0], gate_up_EFD.shape[1])
+        for rows, weight, out in zip(rows_RD.split(split), gate_up_EFD, inner_RF2.split(split), strict=True):
             torch.mm(rows, weight.t(), out=out)
-        gate, up = inner_PF2.chunk(2, dim=-1)
-        active_PF = F.silu(gate).mul_(up)
-        out_PD = torch.empty_like(rows_PD)
-        for rows, weight, out in zip(active_PF.split(load), down_EDF, out_PD.split(load), strict=True):
+        gate, up = inner_RF2.chunk(2, dim=-1)
+        active_RF = F.silu(gate).mul_(up)
+        out_RD = torch.empty_like(rows_RD)
+        for rows, weight, out in zip(active_RF.split(split), down_EDF, out_RD.split(split), strict=True):
             torch.mm(rows, weight.t(), out=out)
-        chosen_MKD = out_PD[place_P].unflatten(0, (-1, num_choices))
-        ctx.save_for_backward(rows_PD, inner_PF2, chosen_MKD, weights_MK, order_P, place_P, gate_up_EFD, down_EDF)
-        ctx.load = load
+        chosen_MKD = out_RD[place_P].unflatten(0, weights_MK.shape)
+        ctx.save_for_backward(rows_RD, inner_RF2, chosen_MKD, weights_MK, place_P, gate_up_EFD, down_EDF)
+        ctx.split = split
         return torch.bmm(weights_MK[:, None].to(x_MD.dtype), chosen_MKD).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_PD, inner_PF2, chosen_MKD, weights_MK, order_P, place_P, gate_up_EFD, down_EDF = ctx.saved_tensors
-        load, num_choices = ctx.load, weights_MK.shape[1]
+        rows_RD, inner_RF2, chosen_MKD, weights_MK, place_P, gate_up_EFD, down_EDF = ctx.saved_tensors
         grad_weights_MK = torch.bmm(chosen_MKD, grad_MD[:, :, None]).squeeze(-1).float()
-        row_weights_P1 = weights_MK.flatten()[order_P, None].to(grad_MD.dtype)
-        grad_out_PD = grad_MD[order_P // num_choices].mul_(row_weights_P1)
-        gate, up = inner_PF2.chunk(2, dim=-1)
-        active_PF = F.silu(gate).mul_(up)
-        grad_down_EDF, grad_active_PF = torch.empty_like(down_EDF), torch.empty_like(active_PF)
-        for e, (grad, active, out) in enumerate(
-            zip(grad_out_PD.split(load), active_PF.split(load), grad_active_PF.split(load), strict=True)
-        ):
-            torch.mm(grad.t(), active, out=grad_down_EDF[e])
-            torch.mm(grad, down_EDF[e], out=out)
-        grad_inner_PF2 = torch.empty_like(inner_PF2)
-        grad_gate, grad_up = grad_inner_PF2.chunk(2, dim=-1)
-        torch.mul(grad_active_PF, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_active_PF.mul_(up), gate))
-        grad_gate_up_EFD, grad_rows_PD = torch.empty_like(gate_up_EFD), torch.empty_like(rows_PD)
-        for e, (grad, rows, out) in enumerate(
-            zip(grad_inner_PF2.split(load), rows_PD.split(load), grad_rows_PD.split(load), strict=True)
-        ):
-            torch.mm(grad.t(), rows, out=grad_gate_up_EFD[e])
-            torch.mm(grad, gate_up_EFD[e], out=out)
-        grad_x_MD = grad_rows_PD[place_P].unflatten(0, (-1, num_choices)).sum(1)
+        grad_chosen_MKD = weights_MK[:, :, None].to(grad_MD.dtype) * grad_MD[:, None]
+        grad_out_RD = torch.zeros_like(rows_RD).index_copy_(0, place_P, grad_chosen_MKD.flatten(0, 1))
+        gate, up = inner_RF2.chunk(2, dim=-1)
+        silu_RF = F.silu(gate)
+        grad_active_RF, grad_down_EDF = _linear_backward(silu_RF * up, down_EDF, grad_out_RD, ctx.split)
+        grad_inner_RF2 = torch.empty_like(inner_RF2)
+        grad_gate, grad_up = grad_inner_RF2.chunk(2, dim=-1)
+        torch.mul(grad_active_RF, silu_RF, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad_active_RF.mul_(up), gate))
+        grad_rows_RD, grad_gate_up_EFD = _linear_backward(rows_RD, gate_up_EFD, grad_inner_RF2, ctx.split)
+        grad_x_MD = grad_rows_RD[place_P].unflatten(0, weights_MK.shape).sum(1)
         return grad_x_MD, grad_weights_MK, None, None, grad_gate_up_EFD, grad_down_EDF
+
+
+def _dispatch(x_MD: Tensor, place_P: Tensor, num_rows: int) -> Tensor:
+    """Copy each token's row to the place of each of its choices; the other rows are 0."""
+    num_choices = place_P.numel() // x_MD.shape[0]
+    chosen_PD = x_MD[:, None].expand(-1, num_choices, -1).reshape(-1, x_MD.shape[1])
+    return x_MD.new_zeros(num_rows, x_MD.shape[1]).index_copy_(0, place_P, chosen_PD)
+
+
+def _linear_backward(inputs: Tensor, weight_E: Tensor, grad: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:
+    """Gradients of each expert's `inputs @ weight.t()`: of the inputs [R, in] and of the weights [E, out, in]."""
+    grad_inputs, grad_weight_E = torch.empty_like(inputs), torch.empty_like(weight_E)
+    parts = zip(inputs.split(split), weight_E, grad.split(split), grad_inputs.split(split), grad_weight_E, strict=True)
+    for rows, weight, grad_rows, grad_inputs_rows, grad_weight in parts:
+        torch.mm(grad_rows, weight, out=grad_inputs_rows)
+        torch.mm(grad_rows.t(), rows, out=grad_weight)
+    return grad_inputs, grad_weight_E
 
 
 class MixtureOfExperts(nn.Module):

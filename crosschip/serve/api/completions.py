@@ -1,0 +1,193 @@
+"""`POST /v1/completions`: text or token ids in, their continuation out; `echo` with `logprobs` scores the prompt.
+
+Scores are teacher-forced natural log-probs from fp32 logits. It is how any two engines are compared.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosschip.serve.answer import AnswerWriter
+from crosschip.serve.api.errors import ApiError
+from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
+from crosschip.serve.api.logprobs import LegacyLogprobs, TokenNames
+from crosschip.serve.api.planning import check_ids, check_request, choose_max_tokens, sampling_params
+from crosschip.serve.api.schemas import CompletionRequest
+from crosschip.serve.api.served import ServedModel
+from crosschip.serve.engine.request import TokenScore
+
+__all__ = ["CompletionCall"]
+
+
+MAX_ANSWERS = 2048  # of one request, prompts times n
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as ids and as text; `offsets` say where in the text each token begins."""
+
+    ids: list[int]
+    text: str
+    offsets: list[int]
+
+
+@dataclass
+class _Part:
+    """New text, ids and log-probs of one choice; also the whole of it, when all parts were added up."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: LegacyLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class CompletionCall:
+    """One call: checked and planned when made, answered by `complete` or `stream`.
+
+    Raises:
+        ApiError: anything in the request that cannot be served.
+    """
+
+    def __init__(self, served: ServedModel, request: CompletionRequest) -> None:
+        check_request(served, request)
+        self._served, self._request = served, request
+        self._names = TokenNames(served.tokenizer, bool(request.return_tokens_as_token_ids))
+        self._gives_ids = bool(request.return_token_ids) or served.tokenizer is None
+        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
+        self._prompts = [self._read_prompt(prompt) for prompt in _as_list(request.prompt)]
+        self._per_prompt = request.n or 1
+        if len(self._prompts) * self._per_prompt > MAX_ANSWERS:
+            message = f"{len(self._prompts)} prompts with n={self._per_prompt} are more than {MAX_ANSWERS} answers"
+            raise ApiError(400, f"{message}; send them in several requests", param="prompt")
+        self._choices = [self._plan(index) for index in range(len(self._prompts) * self._per_prompt)]
+
+    async def complete(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer as one document."""
+        wholes = [self._echo(index) for index in range(len(self._choices))]
+        async for updates in generation.updates():
+            for update in updates:
+                part, whole = self._part_of(update), wholes[update.index]
+                whole.text += part.text
+                whole.token_ids += part.token_ids
+                whole.logprobs = _joined(whole.logprobs, part.logprobs)
+                whole.finish_reason = part.finish_reason
+        return self._document([(i, whole) for i, whole in enumerate(wholes)]) | {"usage": generation.usage.as_dict()}
+
+    async def stream(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
+        """The answer as chunks."""
+        options = self._request.stream_options
+        counted = bool(options and options.continuous_usage_stats)
+        for index in range(len(self._choices)):
+            if (echo := self._echo(index)).text or echo.token_ids:
+                yield self._document([(index, echo)])
+        async for updates in generation.updates():
+            for update in updates:
+                part = self._part_of(update)
+                if part.text or part.token_ids or part.logprobs or part.finish_reason:
+                    chunk = self._document([(update.index, part)])
+                    yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
+        if options and options.include_usage:
+            yield self._document([]) | {"usage": generation.usage.as_dict()}
+
+    def start(self) -> Generation:
+        """Hand the requests to the engine; to be called where the event loop runs."""
+        num_prompt_tokens = sum(len(prompt.ids) for prompt in self._prompts)
+        return Generation(self._served.engine, self._choices, num_prompt_tokens)
+
+    def _read_prompt(self, prompt: str | list[int]) -> _Prompt:
+        tokenizer = self._served.tokenizer
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                message = f"{self._served.name} has no tokenizer; give the prompt as token ids"
+                raise ApiError(400, message, param="prompt")
+            encoded = tokenizer.encode(prompt)
+            read = _Prompt(encoded.ids, prompt, encoded.offsets)
+        else:
+            read = self._prompt_of_ids(prompt)
+        check_ids(self._served, read.ids)
+        return read
+
+    def _prompt_of_ids(self, ids: list[int]) -> _Prompt:
+        """The text of a prompt of ids shows special tokens, too: every id is seen."""
+        tokenizer = self._served.tokenizer
+        if tokenizer is None or not self._request.echo:
+            return _Prompt(ids, "", [0] * len(ids))
+        check_ids(self._served, ids)
+        data, offsets = b"", []
+        for id_ in ids:
+            offsets.append(len(data.decode(errors="ignore")))
+            data += tokenizer.token_bytes(id_)
+        return _Prompt(ids, data.decode(errors="replace"), offsets)
+
+    def _plan(self, index: int) -> PlannedChoice:
+        request, prompt = self._request, self._prompts[index // self._per_prompt]
+        max_tokens = choose_max_tokens(self._served, len(prompt.ids), request.max_tokens, "prompt")
+        num_prompt_logprobs = request.logprobs if request.echo else None
+        params = sampling_params(
+            self._served, request, index, max_tokens, request.logprobs, num_prompt_logprobs=num_prompt_logprobs
+        )
+        tokenizer = self._served.tokenizer
+        writer = AnswerWriter(tokenizer, request.stop_strings, splits_reasoning=False) if tokenizer else None
+        return PlannedChoice(prompt.ids, params, writer)
+
+    def _echo(self, index: int) -> _Part:
+        if not self._request.echo:
+            return _Part()
+        prompt = self._prompts[index // self._per_prompt]
+        return _Part(prompt.text, list(prompt.ids))
+
+    def _part_of(self, update: ChoiceUpdate) -> _Part:
+        part = _Part(update.text.content, update.token_ids, None, update.finish_reason)
+        if self._request.logprobs is not None and (update.token_ids or update.prompt_scores):
+            part.logprobs = LegacyLogprobs(self._names)
+            if update.prompt_scores:
+                self._add_prompt_scores(part.logprobs, update.index, update.prompt_scores)
+            for token_id, score, offset in zip(update.token_ids, update.scores, update.offsets, strict=True):
+                part.logprobs.add(token_id, score, self._echo_length(update.index) + offset)
+        return part
+
+    def _echo_length(self, index: int) -> int:
+        """Characters of the prompt at the head of a choice's text."""
+        return len(self._prompts[index // self._per_prompt].text) if self._request.echo else 0
+
+    def _add_prompt_scores(self, logprobs: LegacyLogprobs, index: int, scores: list[TokenScore | None]) -> None:
+        prompt = self._prompts[index // self._per_prompt]
+        for token_id, score, offset in zip(prompt.ids, scores, prompt.offsets, strict=True):
+            logprobs.add(token_id, score, offset)
+
+    def _document(self, parts: list[tuple[int, _Part]]) -> dict[str, Any]:
+        choices = []
+        for index, part in parts:
+            choice = {
+                "index": index,
+                "text": part.text,
+                "logprobs": part.logprobs.as_dict() if part.logprobs else None,
+                "finish_reason": part.finish_reason,
+            }
+            choices.append(choice | ({"token_ids": part.token_ids} if self._gives_ids else {}))
+        return {**self._head, "object": "text_completion", "choices": choices, "crosschip": self._served.status}
+
+
+def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
+    """One prompt or several, as several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise ApiError(400, "prompt is an empty list; give text or token ids", param="prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
+
+
+def _joined(first: LegacyLogprobs | None, second: LegacyLogprobs | None) -> LegacyLogprobs | None:
+    if first is None or second is None:
+        return first or second
+    first.tokens += second.tokens
+    first.token_logprobs += second.token_logprobs
+    first.top_logprobs += second.top_logprobs
+    first.text_offset += second.text_offset
+    return first

@@ -1,0 +1,163 @@
+"""What a request may say. Unknown fields pass, as with other servers; what would change the answer and is not built
+is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+from crosschip.data import Message
+from crosschip.serve.api.errors import ApiError
+
+__all__ = ["ChatMessage", "ChatRequest", "CommonRequest", "CompletionRequest", "refuse_unsupported"]
+
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+
+
+def _check_unicode(text: str) -> str:
+    """JSON can hold half of a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not Unicode text: {error.reason}") from None
+    return text
+
+
+TokenIds = list[StrictInt]
+Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
+StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class StreamOptions(_Lenient):
+    """`include_usage` adds a last chunk with the usage, `continuous_usage_stats` the usage so far to every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class CommonRequest(_Lenient):
+    """What chats and completions share. `top_k`, `ignore_eos`, `stop_token_ids`, `return_token_ids` and
+    `return_tokens_as_token_ids` are not OpenAI's; they mean what they mean in vLLM."""
+
+    model: Text | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: int | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """The stop strings as a list."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+
+class TextPart(_Lenient):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Lenient):
+    """One turn. `reasoning_content` of earlier answers is handed to the template, which may use it or not."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
+
+    def as_message(self) -> Message:
+        """The message as chat templates know it; `developer` is what templates call `system`."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        return Message("system" if self.role == "developer" else self.role, text, self.reasoning_content)
+
+
+class ChatRequest(CommonRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+class CompletionRequest(CommonRequest):
+    """`POST /v1/completions`: text or token ids, one prompt or several."""
+
+    prompt: Text | TokenIds | list[Text] | list[TokenIds]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+
+# Parameters that would change the answer and are not built, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "prompt_embeds": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (),
+}
+
+
+def refuse_unsupported(request: CommonRequest) -> None:
+    """Raise an `ApiError` that names the first parameter which asks for something that is not built."""
+    for name, value in (request.model_extra or {}).items():
+        if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
+            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
+            raise ApiError(
+                400,
+                f"{name}={shown} is not supported by this engine and would change the answer; leave it out",
+                param=name,
+                code="unsupported_parameter",
+            )

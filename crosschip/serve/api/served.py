@@ -1,0 +1,90 @@
+"""What the API serves: an engine, its directory's tokenizer and generation settings, and the name clients use."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import ServeError
+from crosschip.serve.engine.engine import Engine
+from crosschip.serve.tokenizer import ServingTokenizer, load_serving_tokenizer
+
+__all__ = ["DefaultSampling", "ServedModel", "describe_served"]
+
+
+@dataclass(frozen=True)
+class DefaultSampling:
+    """What holds where a request says nothing: the model's own `generation_config.json`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """All that answering a request needs."""
+
+    engine: Engine
+    tokenizer: ServingTokenizer | None
+    name: str
+    stop_ids: frozenset[int]
+    sampling: DefaultSampling
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The `crosschip` field of every body."""
+        info = self.engine.info
+        return {"certificate": info.certificate, "model_dir": str(info.directory), "chip": info.chip}
+
+
+def describe_served(engine: Engine, model_name: str | None = None) -> ServedModel:
+    """Read what is beside the weights: tokenizer, template, stop ids, default sampling."""
+    directory = engine.info.directory
+    tokenizer = load_serving_tokenizer(directory)
+    generation = _read_config(directory / "generation_config.json")
+    stop_ids = set()
+    for config in (generation, _read_config(directory / "config.json")):
+        stop_ids.update(_id_list(config.get("eos_token_id")))
+    if tokenizer is not None:
+        stop_ids.update(tokenizer.stop_ids)
+    return ServedModel(
+        engine=engine,
+        tokenizer=tokenizer,
+        name=model_name or directory.name or "model",
+        stop_ids=frozenset(stop_ids),
+        sampling=_default_sampling(generation),
+    )
+
+
+def _default_sampling(generation: dict[str, Any]) -> DefaultSampling:
+    if generation.get("do_sample") is False:
+        return DefaultSampling(temperature=0.0)
+    return DefaultSampling(
+        temperature=float(generation.get("temperature") or 1.0),
+        top_p=float(generation.get("top_p") or 1.0),
+        top_k=int(generation.get("top_k") or 0),
+    )
+
+
+def _id_list(value: Any) -> list[int]:
+    """`eos_token_id` is a number, a list of them, or absent."""
+    if isinstance(value, int):
+        return [value]
+    return [id_ for id_ in value if isinstance(id_, int)] if isinstance(value, list) else []
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ServeError(f"{path} is not JSON: {error}", "fetch the file again") from None
+    if not isinstance(document, dict):
+        raise ServeError(f"{path} holds a {type(document).__name__}, not an object", "fetch the file again")
+    return document

@@ -1,0 +1,204 @@
+"""`crosschip chat`: a conversation in the terminal, with a server or with a model directory.
+
+Standard input that is not a terminal is read one line a turn, so that the command can stand in a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx
+
+from crosschip.errors import ServeError
+
+__all__ = ["chat_terminal"]
+
+# What a model writes is shown, not obeyed: control characters, escape sequences among them, are left out.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def chat_terminal(
+    target: str,
+    *,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    lines: TextIO | None = None,
+    out: TextIO | None = None,
+) -> None:
+    """Chat until `/quit`, the end of input, or Ctrl-C at the prompt; Ctrl-C in an answer stops only that.
+
+    Args:
+        target: the URL of a running server, or a model directory, which is then loaded and served to this chat alone.
+        temperature: None takes the model's default.
+        max_tokens: of each answer; None takes what fits.
+        device: where a directory's model runs.
+        lines: standard input unless given.
+        out: standard output unless given.
+
+    Raises:
+        ServeError: nothing answers at the URL, the directory does not exist, or a piped turn was refused.
+        ModelError: a directory this code cannot run.
+    """
+    lines, out = lines or sys.stdin, out or sys.stdout
+    with ExitStack() as stack:
+        url = target.rstrip("/").removesuffix("/v1")
+        if not target.startswith(("http://", "https://")):
+            url = stack.enter_context(_served_here(Path(target), device, out))
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=None)))
+        options = {"temperature": temperature, "max_tokens": max_tokens}
+        chat = _Chat(client, {name: value for name, value in options.items() if value is not None}, out)
+        chat.greet()
+        _converse(chat, lines, out)
+
+
+def _served_here(directory: Path, device: str, out: TextIO) -> Any:
+    if not directory.is_dir():
+        raise ServeError(
+            f"{directory} is neither a model directory nor a URL",
+            "give a directory with config.json and safetensors, or http://HOST:PORT of `crosschip serve`",
+        )
+    print(f"loading {directory} ...", file=out, flush=True)
+    # Only a chat that must compute needs torch and a server.
+    from crosschip.serve.api.server import background_server
+    from crosschip.serve.engine.loading import load_engine
+
+    return background_server(load_engine(directory, max_batch_size=1, device=device))
+
+
+def _converse(chat: _Chat, lines: TextIO, out: TextIO) -> None:
+    at_terminal = lines.isatty()
+    for line in _turns(lines, at_terminal, out):
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/new":
+            chat.messages.clear()
+        elif line:
+            try:
+                chat.turn(line)
+            except ServeError as error:
+                if not at_terminal:  # a pipe must not go on as if the turn had been answered
+                    raise
+                print(f"\n{error}", file=out, flush=True)
+
+
+def _turns(lines: TextIO, at_terminal: bool, out: TextIO) -> Iterator[str]:
+    """Lines without their end. At a terminal each is asked for, with editing where readline is there."""
+    if not at_terminal:
+        yield from (line.strip() for line in lines)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() edits lines once it is imported)
+    while True:
+        try:
+            yield input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=out)
+            return
+
+
+@dataclass
+class _Chat:
+    """The conversation so far, and where it is held."""
+
+    client: httpx.Client
+    options: dict[str, Any]
+    out: TextIO
+
+    def __post_init__(self) -> None:
+        self.messages: list[dict[str, str]] = []
+        self._styled = self.out.isatty() and "NO_COLOR" not in os.environ
+
+    def greet(self) -> None:
+        """Say what answers here, and in which state."""
+        try:
+            response = self.client.get("/v1/models")
+            response.raise_for_status()
+            card = response.json()["data"][0]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
+            raise ServeError(
+                f"no OpenAI-compatible server at {self.client.base_url}: {error}",
+                "start one with `crosschip serve DIR`, or give the directory itself",
+            ) from error
+        self.options["model"] = card["id"]
+        status = card.get("crosschip", {}).get("certificate", "UNCERTIFIED")
+        self._write(f"{card['id']} ({status})   /new begins again, /quit ends, Ctrl-C stops an answer\n")
+
+    def turn(self, text: str) -> None:
+        """Ask, and write the answer as it comes; an answer that was stopped stays in the conversation as it is."""
+        self.messages.append({"role": "user", "content": text})
+        answer: list[str] = []
+        try:
+            self._stream(answer)
+        except KeyboardInterrupt:
+            self._write((_PLAIN if self._styled else "") + "\n[stopped]")
+        except (httpx.HTTPError, ServeError) as error:
+            self.messages.pop()
+            if isinstance(error, ServeError):
+                raise
+            raise ServeError(f"the server went away: {error}", "see its log, and start it again") from error
+        self.messages.append({"role": "assistant", "content": "".join(answer)})
+        self._write("\n")
+
+    def _stream(self, answer: list[str]) -> None:
+        body = {"messages": self.messages, "stream": True, **self.options}
+        reasoning = False
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response.text)
+            for delta in _deltas(response):
+                if thought := delta.get("reasoning_content"):
+                    self._write(("" if reasoning else self._opening) + _shown(thought))
+                    reasoning = True
+                if content := delta.get("content"):
+                    self._write((self._closing + "\n\n" if reasoning else "") + _shown(content))
+                    reasoning = False
+                    answer.append(content)
+        if reasoning:
+            self._write(self._closing)
+
+    @property
+    def _opening(self) -> str:
+        """What sets reasoning apart: dim letters, or tags where there are no letters to dim."""
+        return _DIM if self._styled else "<think>"
+
+    @property
+    def _closing(self) -> str:
+        return _PLAIN if self._styled else "</think>"
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
+
+
+def _shown(text: str) -> str:
+    return _CONTROL.sub("", text)
+
+
+def _deltas(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        chunk = json.loads(line[len("data: ") :])
+        if "error" in chunk:
+            raise _refusal(json.dumps(chunk))
+        for choice in chunk["choices"]:
+            yield choice["delta"]
+
+
+def _refusal(body: str) -> ServeError:
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = body[:300]
+    return ServeError(f"the server refused: {message}", "shorten the conversation with /new, or mend what it names")

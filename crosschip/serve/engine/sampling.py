@@ -1,0 +1,108 @@
+"""From logits to token ids and log-probs, for a batch whose rows each have their own settings.
+
+Shape suffixes: N rows, V vocabulary, S rows that want log-probs, K most likely tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from crosschip.serve.engine.request import Request
+
+__all__ = ["SamplingPlan", "choose_tokens", "plan_sampling", "top_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class _DrawnRows:
+    """Rows that are drawn at random: their indices in the batch and their settings, on the device."""
+
+    requests: list[Request]
+    index_N: torch.Tensor
+    temperature_N1: torch.Tensor
+    top_p_N1: torch.Tensor
+    top_k_N1: torch.Tensor
+    filtered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """What is the same in every step as long as the batch has the same rows."""
+
+    drawn: list[_DrawnRows]
+    scored: list[int]
+    num_top: int
+    scored_index_S: torch.Tensor | None
+
+
+def plan_sampling(requests: Sequence[Request], device: torch.device) -> SamplingPlan:
+    """Sort the rows by what must be done for them; greedy rows need nothing but the argmax."""
+    # Rows with and without a filter are drawn by different arithmetic and must not move from one to the other with
+    # the company they are in: a seeded request gives the same tokens alone and in a batch.
+    plain: list[int] = []
+    filtered: list[int] = []
+    for row, request in enumerate(requests):
+        params = request.params
+        if not params.greedy:
+            (filtered if params.top_p < 1.0 or params.top_k > 0 else plain).append(row)
+    groups = ((plain, False), (filtered, True))
+    drawn = [_drawn_rows(requests, rows, is_filtered, device) for rows, is_filtered in groups if rows]
+    scored = [row for row, request in enumerate(requests) if request.params.num_logprobs is not None]
+    num_top = max((requests[row].params.num_logprobs or 0 for row in scored), default=0)
+    return SamplingPlan(drawn, scored, num_top, torch.tensor(scored, device=device) if scored else None)
+
+
+def _drawn_rows(requests: Sequence[Request], rows: list[int], filtered: bool, device: torch.device) -> _DrawnRows:
+    chosen = [requests[row] for row in rows]
+    return _DrawnRows(
+        requests=chosen,
+        index_N=torch.tensor(rows, device=device),
+        temperature_N1=torch.tensor([[r.params.temperature] for r in chosen], device=device, dtype=torch.float32),
+        top_p_N1=torch.tensor([[r.params.top_p] for r in chosen], device=device, dtype=torch.float32),
+        top_k_N1=torch.tensor([[r.params.top_k] for r in chosen], device=device),
+        filtered=filtered,
+    )
+
+
+def choose_tokens(logits_NV: torch.Tensor, plan: SamplingPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen ids [N] and each row's greatest logit [N], which is not finite when any logit of the row is NaN."""
+    greatest_N, ids_N = logits_NV.max(dim=-1)
+    for rows in plan.drawn:
+        scaled_NV = (logits_NV[rows.index_N] - greatest_N[rows.index_N, None]) / rows.temperature_N1
+        uniform_N1 = torch.tensor([[r.uniform.random()] for r in rows.requests], device=logits_NV.device)
+        draw = _draw_filtered if rows.filtered else _draw
+        ids_N[rows.index_N] = draw(torch.softmax(scaled_NV, dim=-1), uniform_N1, rows)
+    return ids_N, greatest_N
+
+
+def _draw(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, rows: _DrawnRows) -> torch.Tensor:
+    """Inverse of the cumulative distribution at `uniform`: one number per row, whatever the vocabulary."""
+    cumulative_NV = probabilities_NV.cumsum(dim=-1)
+    total_N1 = cumulative_NV[:, -1:]
+    # u * total may round up to the total; just below it lies the last token whose probability is not 0.
+    target_N1 = torch.minimum(uniform_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    return torch.searchsorted(cumulative_NV, target_N1, right=True).squeeze(1)
+
+
+def _draw_filtered(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, rows: _DrawnRows) -> torch.Tensor:
+    """Top-k, then top-p over what is left (the smallest set that reaches p), then the draw."""
+    sorted_NV, order_NV = probabilities_NV.sort(dim=-1, descending=True, stable=True)
+    rank_1V = torch.arange(sorted_NV.shape[1], device=sorted_NV.device)[None]
+    dropped_NV = (rows.top_k_N1 > 0) & (rank_1V >= rows.top_k_N1)
+    sorted_NV = sorted_NV.masked_fill(dropped_NV, 0.0)
+    sorted_NV = sorted_NV / sorted_NV.sum(dim=-1, keepdim=True)
+    before_NV = sorted_NV.cumsum(dim=-1) - sorted_NV
+    sorted_NV = sorted_NV.masked_fill((before_NV >= rows.top_p_N1) & (rank_1V > 0), 0.0)
+    return order_NV.gather(1, _draw(sorted_NV, uniform_N1, rows)[:, None]).squeeze(1)
+
+
+def top_logprobs(
+    logits_SV: torch.Tensor, ids_S: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs (natural, from fp32 logits before any temperature): the ids' own [S], the top ids and theirs [S, K]."""
+    logprobs_SV = torch.log_softmax(logits_SV.float(), dim=-1)
+    own_S = logprobs_SV.gather(1, ids_S[:, None]).squeeze(1)
+    top_SK, top_ids_SK = logprobs_SV.topk(min(num_top, logprobs_SV.shape[1]), dim=-1)
+    return own_S, top_ids_SK, top_SK
