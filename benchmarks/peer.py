@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from crosschip.chips import Chip, find_chip, fingerprint, product_rate, synchronize
+from crosschip.chips import Chip, find_chip, fingerprint, keep_freed_memory, product_rate, synchronize
 from crosschip.model import ModelConfig, Transformer, init_weights, save_model
 
 CONFIG = ModelConfig(
@@ -74,7 +74,8 @@ def medians(sides: dict[str, Callable[[], int]], chip: Chip, repeats: int) -> di
 
 
 def start(options: argparse.Namespace) -> tuple[Chip, dict[str, float]]:
-    """Set the threads, find the chip, measure its product rate in both dtypes."""
+    """Set the threads and the allocator, for all sides alike; find the chip and measure its product rates."""
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     chip = find_chip(options.chip)

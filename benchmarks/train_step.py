@@ -13,18 +13,9 @@ import torch
 from peer import CONFIG, arguments, both_models, finish, medians, start
 
 from crosschip.model import Transformer
+from crosschip.train.flops import train_flops_per_token
 
 BATCH, LENGTH = 16, 256
-
-
-def flops_per_token() -> float:
-    """Model FLOPs of one training token, forward and backward: 6 per weight used, and the causal attention."""
-    model = Transformer(CONFIG)
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    used = sum(p.numel() for p in model.parameters()) - CONFIG.vocab_size * CONFIG.hidden_size
-    used -= routed * (1 - CONFIG.num_experts_per_tok / CONFIG.n_routed_experts)
-    attention = CONFIG.num_hidden_layers * CONFIG.num_attention_heads * (CONFIG.qk_head_dim + CONFIG.v_head_dim)
-    return 6 * used + 6 * attention * LENGTH / 2
 
 
 def our_step(model: Transformer, ids: torch.Tensor, dtype: torch.dtype) -> Callable[[], int]:
@@ -73,7 +64,7 @@ def main() -> None:
     }
     tokens = medians(sides, chip, options.repeats)
     ours_best = max(tokens["ours_float32"], tokens["ours_bfloat16"])
-    flops = flops_per_token()
+    flops = train_flops_per_token(CONFIG, LENGTH)
     finish(
         options,
         chip,

@@ -6,6 +6,8 @@ L = kv_lora_rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,21 +76,49 @@ def causal_attention(q_BTHX: Tensor, k_BTHX: Tensor, v_BTHV: Tensor, scale: floa
     """softmax(q k^T * scale + causal mask) v: [B, T, H, X], [B, T, H, X], [B, T, H, V] to [B, T, H, V]."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHX * scale, k_BTHX, v_BTHV))
     if q.device.type == "cpu" and q.shape[2] <= _PLAIN_LENGTH:
-        return _blockwise_attention(q, k, v).transpose(1, 2)
+        flat = (x.flatten(0, 1).contiguous() for x in (q, k, v))
+        out_GTV: Tensor = _BlockwiseAttention.apply(*flat)  # type: ignore[no-untyped-call]
+        return out_GTV.unflatten(0, q.shape[:2]).transpose(1, 2)
     # Fused kernels of several vendors, Nvidia's and Huawei's among them, want values as wide as keys.
     wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
     out = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=1.0)
     return out[..., : v.shape[-1]].transpose(1, 2)
 
 
-def _blockwise_attention(q_BHTX: Tensor, k_BHTX: Tensor, v_BHTV: Tensor) -> Tensor:
-    """Plain products over blocks of queries, each against the keys up to its end: half of the square is skipped."""
-    q, k, v = (x.flatten(0, 1) for x in (q_BHTX, k_BHTX, v_BHTV))
-    outs = []
-    for first in range(0, q.shape[1], _QUERY_BLOCK):
-        last = min(first + _QUERY_BLOCK, q.shape[1])
-        scores = torch.bmm(q[:, first:last], k[:, :last].transpose(1, 2))
-        future = torch.full((last - first, last - first), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-        scores[:, :, first:] += future
-        outs.append(torch.bmm(scores.softmax(dim=-1), v[:, :last]))
-    return torch.cat(outs, dim=1).unflatten(0, q_BHTX.shape[:2])
+class _BlockwiseAttention(torch.autograd.Function):
+    """Plain products over blocks of queries, each against the keys up to its end: half of the square is skipped.
+
+    Written out because autograd would pad every block's key and value gradients to full length and add them up.
+    Scores are rounded to the compute dtype as in any unfused attention; the softmax runs in fp32 inside its kernel.
+    G = B * H.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_GTX: Tensor, k_GTX: Tensor, v_GTV: Tensor) -> Tensor:
+        out_GTV = torch.empty_like(v_GTV)
+        probs = []
+        for first, last in _blocks(q_GTX.shape[1]):
+            scores = torch.bmm(q_GTX[:, first:last], k_GTX[:, :last].transpose(1, 2))
+            future = torch.full((last - first, last - first), -torch.inf, dtype=q_GTX.dtype, device=q_GTX.device)
+            scores[:, :, first:] += future.triu_(1)
+            probs.append(scores.softmax(dim=-1))
+            out_GTV[:, first:last] = torch.bmm(probs[-1], v_GTV[:, :last])
+        ctx.save_for_backward(q_GTX, k_GTX, v_GTV, *probs)
+        return out_GTV
+
+    @staticmethod
+    def backward(ctx: Any, grad_GTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_GTX, k_GTX, v_GTV, *probs = ctx.saved_tensors
+        grad_q_GTX, grad_k_GTX, grad_v_GTV = (torch.zeros_like(x) for x in (q_GTX, k_GTX, v_GTV))
+        for (first, last), prob in zip(_blocks(q_GTX.shape[1]), probs, strict=True):
+            grad = grad_GTV[:, first:last]
+            grad_v_GTV[:, :last] += torch.bmm(prob.transpose(1, 2), grad)
+            grad_prob = torch.bmm(grad, v_GTV[:, :last].transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_prob, prob, -1, prob.dtype)
+            grad_q_GTX[:, first:last] = torch.bmm(grad_scores, k_GTX[:, :last])
+            grad_k_GTX[:, :last] += torch.bmm(grad_scores.transpose(1, 2), q_GTX[:, first:last])
+        return grad_q_GTX, grad_k_GTX, grad_v_GTV
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(first, min(first + _QUERY_BLOCK, length)) for first in range(0, length, _QUERY_BLOCK)]

@@ -1,7 +1,8 @@
 """Inference with a latent cache: what is kept per token is the latent and one rotated key, not keys and values.
 
-With queries carried into the latent space (the up-projection of keys is absorbed into the query, that of values into
-the output; arXiv 2405.04434, section 2.1.2) decoding reads `kv_lora_rank + qk_rope_head_dim` numbers a token and layer.
+Two identities save work. With queries carried into the latent space (the up-projection of keys is absorbed into the
+query, that of values into the output; arXiv 2405.04434, section 2.1.2) decoding reads `kv_lora_rank +
+qk_rope_head_dim` numbers a token and layer. And the weights of a norm are multiplied into the matrices that read it.
 
 B rows, T new tokens a row, S cached positions, D hidden size, H heads, N = qk_nope_head_dim, R = qk_rope_head_dim,
 V = v_head_dim, L = kv_lora_rank, X = L + R, E experts, F expert intermediate size, M = B * T, C vocabulary.
@@ -18,15 +19,17 @@ from torch import Tensor
 from crosschip.errors import ModelError
 from crosschip.model.attention import LATENT_NORM_EPS, causal_attention
 from crosschip.model.config import ModelConfig
-from crosschip.model.experts import MixtureOfExperts, Router, apply_experts, route
-from crosschip.model.layers import GatedMLP, rms_norm
+from crosschip.model.experts import MixtureOfExperts, apply_experts, route
+from crosschip.model.layers import GatedMLP
+from crosschip.model.matrix import Matrix
 from crosschip.model.rope import attention_scale, rope_table, rotate
 from crosschip.model.transformer import Block, Transformer
 
 __all__ = ["Decoder", "LatentCache", "generate"]
 
-# Up to this many tokens all experts are computed in one product: it reads every weight once, and so would a loop.
+# Up to this many tokens a few experts are computed all at once: their weights are read once, and so would a loop.
 _DENSE_EXPERT_TOKENS = 32
+_DENSE_EXPERTS = 16
 
 
 @dataclass
@@ -44,8 +47,8 @@ class _Span:
 
     slots: Tensor  # [B]
     positions_BT: Tensor
-    cos_BTr: Tensor
-    sin_BTr: Tensor
+    cos_BT1r: Tensor
+    sin_BT1r: Tensor
     num_cached: int  # S: the longest row after this call
     contiguous_from: int | None  # first slot when the slots are neighbours: then the cache is read without a copy
     fresh: bool  # nothing was cached before: keys and values can be expanded instead
@@ -53,64 +56,66 @@ class _Span:
 
 
 class _Attention:
-    """One layer's attention weights, prepared."""
+    """One layer's attention weights with its input norm, prepared."""
 
     def __init__(self, block: Block, dtype: torch.dtype, config: ModelConfig) -> None:
-        attention = block.self_attn
+        attention, self.config = block.self_attn, config
 
-        def weight(name: str) -> Tensor:
-            found: Tensor = getattr(attention, name).weight
-            return found.detach().to(dtype)
+        def tensor(name: str, part: str = "weight") -> Tensor:
+            found: Tensor = getattr(getattr(attention, name), part)
+            return found.detach().float()
 
-        self.config, self.scale = config, attention_scale(config)
-        query = "q_proj" if config.q_lora_rank is None else "q_a_proj"
-        self.q_width = getattr(attention, query).out_features
-        self.down = torch.cat((weight(query), weight("kv_a_proj_with_mqa")))
-        self.down_bias: Tensor | None = None
+        scale, low_rank = attention_scale(config), config.q_lora_rank is not None
+        query = tensor("q_a_proj") if low_rank else tensor("q_proj") * scale
+        self.q_width = query.shape[0]
+        bias = None
         if config.attention_bias:
-            biases = [getattr(attention, name).bias for name in (query, "kv_a_proj_with_mqa")]
-            zeros = torch.zeros(self.q_width, device=self.down.device)
-            self.down_bias = torch.cat([zeros if b is None else b.detach() for b in biases]).to(dtype)
-        self.q_norm = None if config.q_lora_rank is None else weight("q_a_layernorm")
-        self.q_up = None if config.q_lora_rank is None else weight("q_b_proj")
-        self.kv_norm = weight("kv_a_layernorm")
-        up_HXL = weight("kv_b_proj").unflatten(0, (config.num_attention_heads, -1))
+            q_bias = tensor("q_a_proj", "bias") if low_rank else query.new_zeros(self.q_width)
+            bias = torch.cat((q_bias, tensor("kv_a_proj_with_mqa", "bias"))).to(dtype)
+        norm = block.input_layernorm.weight.detach().float()
+        self.first = Matrix((torch.cat((query, tensor("kv_a_proj_with_mqa"))) * norm).to(dtype), bias)
+        self.q_up: Matrix | None = None
+        if low_rank:
+            self.q_up = Matrix((tensor("q_b_proj") * tensor("q_a_layernorm") * scale).to(dtype))
+        up_HXL = (
+            (tensor("kv_b_proj") * tensor("kv_a_layernorm")).to(dtype).unflatten(0, (config.num_attention_heads, -1))
+        )
         self.key_up_HNL, self.value_up_HVL = up_HXL.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        self.out = weight("o_proj")
-        self.out_bias = attention.o_proj.bias.detach().to(dtype) if config.attention_bias else None
+        out_bias = tensor("o_proj", "bias").to(dtype) if config.attention_bias else None
+        self.out = Matrix(tensor("o_proj").to(dtype), out_bias)
 
     def __call__(self, x_BTD: Tensor, span: _Span, cache_SPX: Tensor) -> Tensor:
         config = self.config
-        q, latent_BTL, k_BTR = F.linear(x_BTD, self.down, self.down_bias).split(
+        q, latent_BTL, k_BTR = self.first(_unit(x_BTD, config.rms_norm_eps)).split(
             [self.q_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
         if self.q_up is not None:
-            assert self.q_norm is not None
-            q = F.linear(rms_norm(q, self.q_norm, LATENT_NORM_EPS), self.q_up)
+            q = self.q_up(_unit(q, LATENT_NORM_EPS))
         q_BTHX = q.unflatten(-1, (config.num_attention_heads, -1))
         q_BTHN, q_BTHR = q_BTHX.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_BTHR = rotate(q_BTHR, span.cos_BTr[:, :, None], span.sin_BTr[:, :, None], config.rope_interleave)
-        k_BTR = rotate(k_BTR, span.cos_BTr, span.sin_BTr, config.rope_interleave)
-        latent_BTL = rms_norm(latent_BTL, self.kv_norm, LATENT_NORM_EPS)
+        both = torch.cat((q_BTHR, k_BTR[:, :, None]), dim=2)
+        rotated = rotate(both, span.cos_BT1r, span.sin_BT1r, config.rope_interleave)
+        q_BTHR, k_BTR = rotated[:, :, :-1], rotated[:, :, -1]
+        latent_BTL = _unit(latent_BTL, LATENT_NORM_EPS)
         cache_SPX[span.slots[:, None], span.positions_BT] = torch.cat((latent_BTL, k_BTR), dim=-1)
         if span.fresh:
             out_BTHV = self._expanded(q_BTHN, q_BTHR, latent_BTL, k_BTR)
         else:
             out_BTHV = self._absorbed(q_BTHN, q_BTHR, _read_cache(cache_SPX, span), span.mask_B1S)
-        return F.linear(out_BTHV.flatten(2), self.out, self.out_bias)
+        return self.out(out_BTHV.flatten(2))
 
     def _expanded(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BTL: Tensor, k_BTR: Tensor) -> Tensor:
         k_BTHN = torch.einsum("btl,hnl->bthn", latent_BTL, self.key_up_HNL)
         v_BTHV = torch.einsum("btl,hvl->bthv", latent_BTL, self.value_up_HVL)
         k_BTHR = k_BTR[:, :, None].expand(-1, -1, q_BTHN.shape[2], -1)
         q_BTHX, k_BTHX = torch.cat((q_BTHN, q_BTHR), dim=-1), torch.cat((k_BTHN, k_BTHR), dim=-1)
-        return causal_attention(q_BTHX, k_BTHX, v_BTHV, self.scale)
+        return causal_attention(q_BTHX, k_BTHX, v_BTHV, 1.0)
 
     def _absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, cache_BSX: Tensor, mask_BTS: Tensor | None) -> Tensor:
         batch, time, heads, _ = q_BTHN.shape
         q_HML = torch.bmm(q_BTHN.flatten(0, 1).transpose(0, 1), self.key_up_HNL)
         q_BTHL = q_HML.transpose(0, 1).unflatten(0, (batch, time))
-        q_BTHX = torch.cat((q_BTHL, q_BTHR), dim=-1).mul_(self.scale)
+        q_BTHX = torch.cat((q_BTHL, q_BTHR), dim=-1)
         scores = torch.bmm(q_BTHX.flatten(1, 2), cache_BSX.transpose(1, 2)).float()  # [B, T * H, S]
         if mask_BTS is not None:
             scores = (scores.unflatten(1, (time, heads)) + mask_BTS[:, :, None]).flatten(1, 2)
@@ -120,6 +125,11 @@ class _Attention:
         return out_HMV.transpose(0, 1).unflatten(0, (batch, time))
 
 
+def _unit(x: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean square, statistics in fp32; the norm's weight is in the next matrix."""
+    return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
 def _read_cache(cache_SPX: Tensor, span: _Span) -> Tensor:
     if span.contiguous_from is not None:
         last = span.contiguous_from + span.slots.shape[0]
@@ -127,52 +137,60 @@ def _read_cache(cache_SPX: Tensor, span: _Span) -> Tensor:
     return cache_SPX[span.slots, : span.num_cached]
 
 
-class _FeedForward:
-    """One layer's dense MLP, or its experts, prepared."""
+class _DenseMLP:
+    """A gated MLP with the norm before it, prepared: gate and up in one product."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, config: ModelConfig) -> None:
-        self.config = config
-        mlp = block.mlp
-        dense = mlp if isinstance(mlp, GatedMLP) else mlp.shared_experts
-        self.gate_up = self.down = None
-        if dense is not None:
-            self.gate_up = torch.cat((dense.gate_proj.weight, dense.up_proj.weight)).detach().to(dtype)
-            self.down = dense.down_proj.weight.detach().to(dtype)
-        self.router: Router | None = None
-        if isinstance(mlp, MixtureOfExperts):
-            self.router = mlp.gate
-            self.router_weight = mlp.gate.weight.detach().float()
-            self.expert_gate_up_EFD = mlp.experts.gate_up_proj.detach().to(dtype)
-            self.expert_down_EDF = mlp.experts.down_proj.detach().to(dtype)
+    def __init__(self, mlp: GatedMLP, norm: Tensor, dtype: torch.dtype) -> None:
+        gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).detach() * norm
+        self.gate_up = Matrix(gate_up.to(dtype))
+        self.down = Matrix(mlp.down_proj.weight.detach().to(dtype))
 
     def __call__(self, x_MD: Tensor) -> Tensor:
-        out_MD = None
-        if self.gate_up is not None:
-            assert self.down is not None
-            out_MD = F.linear(_swiglu(F.linear(x_MD, self.gate_up)), self.down)
-        if self.router is None:
-            assert out_MD is not None
-            return out_MD
-        routed_MD = self._routed(x_MD)
-        return routed_MD if out_MD is None else routed_MD.add_(out_MD)
+        gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))
 
-    def _routed(self, x_MD: Tensor) -> Tensor:
-        assert self.router is not None
-        scores_ME = F.linear(x_MD.float(), self.router_weight).sigmoid()
+
+class _AllExperts:
+    """All experts of a layer side by side as one wide MLP whose inner columns are weighted by the router."""
+
+    def __init__(self, moe: MixtureOfExperts, norm: Tensor, dtype: torch.dtype) -> None:
+        gate_EFD, up_EFD = moe.experts.gate_up_proj.detach().chunk(2, dim=1)
+        gates, ups = [gate_EFD.flatten(0, 1)], [up_EFD.flatten(0, 1)]
+        downs = [moe.experts.down_proj.detach().transpose(0, 1).flatten(1)]
+        self.num_routed_columns = gates[0].shape[0]
+        if moe.shared_experts is not None:
+            gates.append(moe.shared_experts.gate_proj.weight.detach())
+            ups.append(moe.shared_experts.up_proj.weight.detach())
+            downs.append(moe.shared_experts.down_proj.weight.detach())
+        self.gate_up = Matrix((torch.cat((*gates, *ups)) * norm).to(dtype))
+        self.down = Matrix(torch.cat(downs, dim=1).to(dtype))
+
+    def __call__(self, x_MD: Tensor, share_ME: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
+        active = F.silu(gate).mul_(up)
+        active[:, : self.num_routed_columns].unflatten(1, (share_ME.shape[1], -1)).mul_(share_ME[..., None])
+        return self.down(active)
+
+
+class _Experts:
+    """One layer's router, routed and shared experts with the norm before them, prepared."""
+
+    def __init__(self, moe: MixtureOfExperts, norm: Tensor, dtype: torch.dtype, config: ModelConfig) -> None:
+        self.config, self.router = config, moe.gate
+        self.router_weight = moe.gate.weight.detach().float() * norm
+        self.gate_up_EFD = (moe.experts.gate_up_proj.detach() * norm).to(dtype)
+        self.down_EDF = moe.experts.down_proj.detach().to(dtype)
+        shared = moe.shared_experts
+        self.shared = None if shared is None else _DenseMLP(shared, norm, dtype)
+        self.all = _AllExperts(moe, norm, dtype) if config.n_routed_experts <= _DENSE_EXPERTS else None
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        scores_ME = F.linear(x_MD.float(), self.router_weight).sigmoid_()
         ids_MK, weights_MK = route(scores_ME, self.router.e_score_correction_bias, self.config)
-        num_experts = scores_ME.shape[1]
-        if x_MD.shape[0] > _DENSE_EXPERT_TOKENS or ids_MK.numel() < num_experts:
-            out_MD, _ = apply_experts(x_MD, ids_MK, weights_MK, self.expert_gate_up_EFD, self.expert_down_EDF)
-            return out_MD
-        share_ME = torch.zeros_like(scores_ME).scatter_(1, ids_MK, weights_MK).to(x_MD.dtype)
-        inner_ME2F = F.linear(x_MD, self.expert_gate_up_EFD.flatten(0, 1)).unflatten(1, (num_experts, -1))
-        active_MEF = _swiglu(inner_ME2F).mul_(share_ME[..., None])
-        return torch.bmm(active_MEF.transpose(0, 1), self.expert_down_EDF.transpose(1, 2)).sum(0)
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+        if self.all is not None and x_MD.shape[0] <= _DENSE_EXPERT_TOKENS:
+            return self.all(x_MD, torch.zeros_like(scores_ME).scatter_(1, ids_MK, weights_MK).to(x_MD.dtype))
+        out_MD, _ = apply_experts(x_MD, ids_MK, weights_MK, self.gate_up_EFD, self.down_EDF)
+        return out_MD if self.shared is None else out_MD.add_(self.shared(x_MD))
 
 
 class Decoder:
@@ -183,20 +201,17 @@ class Decoder:
         self.dtype = dtype or model.embed_tokens.weight.dtype
         self.device = model.embed_tokens.weight.device
         self._embedding = model.embed_tokens.weight.detach().to(self.dtype)
-        self._output = model.lm_head.weight.detach().to(self.dtype)
+        self._output = Matrix(model.lm_head.weight.detach().to(self.dtype))
         self._norm = model.norm.weight.detach().to(self.dtype)
-        self._layers = []
-        for block in model.layers:
-            assert isinstance(block, Block)
-            self._layers.append(
-                (
-                    block.input_layernorm.weight.detach().to(self.dtype),
-                    _Attention(block, self.dtype, self.config),
-                    block.post_attention_layernorm.weight.detach().to(self.dtype),
-                    _FeedForward(block, self.dtype, self.config),
-                )
-            )
+        blocks = [block for block in model.layers if isinstance(block, Block)]
+        self._layers = [(_Attention(b, self.dtype, self.config), self._feed_forward(b)) for b in blocks]
         self._rope_P2r = torch.empty(0)
+
+    def _feed_forward(self, block: Block) -> _DenseMLP | _Experts:
+        norm = block.post_attention_layernorm.weight.detach().float()
+        if isinstance(block.mlp, MixtureOfExperts):
+            return _Experts(block.mlp, norm, self.dtype, self.config)
+        return _DenseMLP(block.mlp, norm, self.dtype)
 
     def new_cache(self, num_slots: int, max_len: int) -> LatentCache:
         """Memory for `num_slots` sequences of up to `max_len` tokens."""
@@ -221,10 +236,10 @@ class Decoder:
         span = self._span(start_B, slots_B, tokens_BT.shape[1], cache)
         x_BTD = F.embedding(tokens_BT.to(self.device), self._embedding)
         eps = self.config.rms_norm_eps
-        for (norm_1, attention, norm_2, feed_forward), rows in zip(self._layers, cache.rows, strict=True):
-            x_BTD = x_BTD + attention(rms_norm(x_BTD, norm_1, eps), span, rows)
-            x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, norm_2, eps).flatten(0, 1)).view_as(x_BTD)
-        return rms_norm(x_BTD, self._norm, eps)
+        for (attention, feed_forward), rows in zip(self._layers, cache.rows, strict=True):
+            x_BTD += attention(x_BTD, span, rows)
+            x_BTD += feed_forward(_unit(x_BTD, eps).flatten(0, 1)).view_as(x_BTD)
+        return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self._norm, eps)
 
     def _span(self, start_B: Tensor, slots_B: Tensor, time: int, cache: LatentCache) -> _Span:
         starts, slots = start_B.tolist(), slots_B.tolist()
@@ -240,8 +255,8 @@ class Decoder:
         return _Span(
             slots=slots_B.to(self.device),
             positions_BT=positions_BT,
-            cos_BTr=rope_BT2r[:, :, 0],
-            sin_BTr=rope_BT2r[:, :, 1],
+            cos_BT1r=rope_BT2r[:, :, :1],
+            sin_BT1r=rope_BT2r[:, :, 1:],
             num_cached=num_cached,
             contiguous_from=slots[0] if neighbours else None,
             fresh=max(starts) == 0 and time > 1,
@@ -251,7 +266,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., C] in fp32."""
-        return F.linear(hidden, self._output).float()
+        return self._output(hidden).float()
 
 
 def generate(decoder: Decoder, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:

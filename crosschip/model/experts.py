@@ -36,7 +36,7 @@ def route(scores_ME: Tensor, bias_E: Tensor, config: ModelConfig) -> tuple[Tenso
     weights_MK = scores_ME.gather(1, ids_MK)
     if config.norm_topk_prob:
         weights_MK = weights_MK / (weights_MK.sum(-1, keepdim=True) + 1e-20)
-    return ids_MK, weights_MK * config.routed_scaling_factor
+    return ids_MK, weights_MK if config.routed_scaling_factor == 1.0 else weights_MK * config.routed_scaling_factor
 
 
 class Router(nn.Module):
@@ -70,8 +70,8 @@ class RoutedExperts(nn.Module):
         return apply_experts(x_MD, ids_MK, weights_MK, gate_up_EFD, down_EDF)
 
 
-# Each expert's rows are filled up with zeros to a multiple of this. Matrix libraries make a kernel for each shape they
-# see (oneDNN, in bf16: longer than the product itself), and unpadded loads give new shapes at every step.
+# With many tokens each expert's rows are filled up with zeros to a multiple of this. Matrix libraries make a kernel
+# for each shape they see (oneDNN, in bf16: longer than the product itself), and unpadded loads are new at each step.
 _ROW_MULTIPLE = 64
 
 
@@ -89,7 +89,8 @@ def apply_experts(
 
 def _places(ids_MK: Tensor, load_E: Tensor) -> tuple[Tensor, list[int]]:
     """The row of each choice in a buffer sorted by expert, [M * K], and the rows that each expert has there."""
-    rows_E = (load_E + _ROW_MULTIPLE - 1) // _ROW_MULTIPLE * _ROW_MULTIPLE
+    multiple = _ROW_MULTIPLE if ids_MK.numel() >= _ROW_MULTIPLE * load_E.numel() else 1
+    rows_E = (load_E + multiple - 1) // multiple * multiple
     padding_before_E = (rows_E - load_E).cumsum(0) - (rows_E - load_E)
     experts_P, order_P = ids_MK.flatten().sort(stable=True)
     rank_P = torch.arange(order_P.numel(), device=order_P.device)
@@ -128,12 +129,15 @@ class _ExpertsFunction(torch.autograd.Function):
         chosen_MKD = out_RD[place_P].unflatten(0, weights_MK.shape)
         ctx.save_for_backward(rows_RD, inner_RF2, chosen_MKD, weights_MK, place_P, gate_up_EFD, down_EDF)
         ctx.split = split
-        return torch.bmm(weights_MK[:, None].to(x_MD.dtype), chosen_MKD).squeeze(1)
+        out_MD = chosen_MKD[:, 0] * weights_MK[:, :1].to(x_MD.dtype)
+        for choice in range(1, weights_MK.shape[1]):
+            out_MD.addcmul_(chosen_MKD[:, choice], weights_MK[:, choice : choice + 1].to(x_MD.dtype))
+        return out_MD
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, inner_RF2, chosen_MKD, weights_MK, place_P, gate_up_EFD, down_EDF = ctx.saved_tensors
-        grad_weights_MK = torch.bmm(chosen_MKD, grad_MD[:, :, None]).squeeze(-1).float()
+        grad_weights_MK = (chosen_MKD * grad_MD[:, None]).sum(-1, dtype=torch.float32)
         grad_chosen_MKD = weights_MK[:, :, None].to(grad_MD.dtype) * grad_MD[:, None]
         grad_out_RD = torch.zeros_like(rows_RD).index_copy_(0, place_P, grad_chosen_MKD.flatten(0, 1))
         gate, up = inner_RF2.chunk(2, dim=-1)
@@ -144,7 +148,10 @@ class _ExpertsFunction(torch.autograd.Function):
         torch.mul(grad_active_RF, silu_RF, out=grad_up)
         grad_gate.copy_(torch.ops.aten.silu_backward(grad_active_RF.mul_(up), gate))
         grad_rows_RD, grad_gate_up_EFD = _linear_backward(rows_RD, gate_up_EFD, grad_inner_RF2, ctx.split)
-        grad_x_MD = grad_rows_RD[place_P].unflatten(0, weights_MK.shape).sum(1)
+        first, *others = place_P.view_as(weights_MK).unbind(1)
+        grad_x_MD = grad_rows_RD[first]
+        for other in others:
+            grad_x_MD += grad_rows_RD[other]
         return grad_x_MD, grad_weights_MK, None, None, grad_gate_up_EFD, grad_down_EDF
 
 

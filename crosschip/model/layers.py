@@ -6,6 +6,8 @@ silently fp32 on some vendors' plug-ins. M tokens, D hidden size, F intermediate
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,31 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32, returned in x's dtype."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+    normed: Tensor = _RMSNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps x and one number per row, where autograd would keep several fp32 copies of x and pass over all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.mul(x, inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse  # fp32: inverse is
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad_normed = grad * weight
+        if grad_normed.dtype != torch.float32:
+            grad_normed = grad_normed.float()
+        along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1).div_(x.shape[-1])
+        grad_x = torch.addcmul(grad_normed, normed, along, value=-1.0).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class GatedMLP(nn.Module):

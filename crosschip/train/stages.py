@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from crosschip.chips import Chip, choose_compute_dtype, find_chip, product_rate
+from crosschip.chips import Chip, choose_compute_dtype, find_chip, keep_freed_memory, product_rate
 from crosschip.data import ChatTokenizer, Source, open_source
 from crosschip.model import ModelConfig
 from crosschip.recipe import DataSettings, Recipe, StageSettings
@@ -126,6 +126,7 @@ def _stages(recipe: Recipe) -> list[tuple[str, StageSettings]]:
 
 def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, progress: StageProgress) -> _Run:
     chip = find_chip(recipe.chips.train)
+    keep_freed_memory()
     progress.say(f"training on {chip.name}")
     sources: dict[str, Source] = {}
     for _, settings in _stages(recipe):

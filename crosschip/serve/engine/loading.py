@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from crosschip.chips import Chip, find_chip
+from crosschip.chips import Chip, find_chip, keep_freed_memory
 from crosschip.errors import ServeError
 from crosschip.model import Decoder, load_model
 from crosschip.serve.engine.engine import Engine, EngineInfo
@@ -40,6 +40,7 @@ def load_engine(
         ServeError: limits that cannot be met.
     """
     chip = find_chip(device)
+    keep_freed_memory()
     model = load_model(directory, dtype=dtype, device=chip.device)
     own_len = model.config.max_position_embeddings
     if max_model_len is not None and max_model_len > own_len:

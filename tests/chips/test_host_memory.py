@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import resource, sys, torch
+from crosschip.chips import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(1 << 20).add(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    def faults(mode: str) -> int:
+        done = subprocess.run([sys.executable, "-c", COUNT_FAULTS, mode], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    pages = 20 * 2 * (4 << 20) // 4096  # what 20 rounds of two 4 MiB tensors touch
+    assert faults("default") > pages / 2
+    assert faults("keep") < pages / 20
