@@ -80,6 +80,11 @@ class ModelSettings(Settings):
     def _divides(self) -> ModelSettings:
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts={self.n_routed_experts} is not a multiple of n_group={self.n_group}")
+        if self.n_group > 1 and self.n_routed_experts < 2 * self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group} leaves one expert a group of n_routed_experts={self.n_routed_experts}; groups "
+                "are ranked by their two best experts"
+            )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} is more than n_group={self.n_group}")
         choosable = self.n_routed_experts // self.n_group * self.topk_group

@@ -13,13 +13,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "crosschip"
 
-KNOWN_TO_ALL = {"recipe", "errors", "rundir", ""}  # "": the package itself, for its version
+KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", ""}  # "": the package itself, for its version
 EVERYTHING = None
 
 # A room and the rooms it may know, besides itself and what is known to all. A dotted name opens one module only.
 ARROWS: dict[str, set[str] | None] = {
     "": set(),
     "errors": set(),
+    "intervals": set(),
     "recipe": set(),
     "rundir": set(),
     "chips": set(),
@@ -39,7 +40,7 @@ ARROWS: dict[str, set[str] | None] = {
     "__main__": {"cli"},
 }
 
-TORCH_FREE = ("", "__main__", "cli", "doctor", "errors", "plan", "recipe", "report", "rundir", "voyage")
+TORCH_FREE = ("", "__main__", "cli", "doctor", "errors", "intervals", "plan", "recipe", "report", "rundir", "voyage")
 TENSOR_LIBRARIES = {"torch", "transformers", "safetensors"}
 
 

@@ -52,7 +52,7 @@ class _Span:
     num_cached: int  # S: the longest row after this call
     contiguous_from: int | None  # first slot when the slots are neighbours: then the cache is read without a copy
     fresh: bool  # nothing was cached before: keys and values can be expanded instead
-    mask_B1S: Tensor | None  # [B, T, S], -inf where a token may not look; None when everything cached may be seen
+    mask_BTS: Tensor | None  # [B, T, S], -inf where a token may not look; None when everything cached may be seen
 
 
 class _Attention:
@@ -101,7 +101,7 @@ class _Attention:
         if span.fresh:
             out_BTHV = self._expanded(q_BTHN, q_BTHR, latent_BTL, k_BTR)
         else:
-            out_BTHV = self._absorbed(q_BTHN, q_BTHR, _read_cache(cache_SPX, span), span.mask_B1S)
+            out_BTHV = self._absorbed(q_BTHN, q_BTHR, _read_cache(cache_SPX, span), span.mask_BTS)
         return self.out(out_BTHV.flatten(2))
 
     def _expanded(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BTL: Tensor, k_BTR: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Decoder:
             num_cached=num_cached,
             contiguous_from=slots[0] if neighbours else None,
             fresh=max(starts) == 0 and time > 1,
-            mask_B1S=mask,
+            mask_BTS=mask,
         )
 
     @torch.inference_mode()

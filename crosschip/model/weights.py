@@ -7,6 +7,7 @@ directory loads shard by shard without a second copy of the model in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,9 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 class _Shards:
-    """The safetensors files of a directory, opened once each and read tensor by tensor."""
+    """The safetensors files of a directory, read tensor by tensor. Few are open at once: an open file stays mapped."""
+
+    _MOST_OPEN = 2  # an FP8 weight and its scales may lie in two files
 
     def __init__(self, directory: Path) -> None:
         files = sorted(directory.glob("*.safetensors"))
@@ -105,13 +108,7 @@ class _Shards:
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for file in files:
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except Exception as error:  # safetensors raises its own type for a cut or damaged header
-                raise ModelError(
-                    f"{file} cannot be read as safetensors: {error}", "copy or download it again"
-                ) from None
-            self.names_of[file] = list(self._open[file].keys())
+            self.names_of[file] = list(self._opened(file).keys())
             for name in self.names_of[file]:
                 if name in self._file_of:
                     raise ModelError(
@@ -120,11 +117,24 @@ class _Shards:
                     )
                 self._file_of[name] = file
 
+    def _opened(self, file: Path) -> Any:
+        if file not in self._open:
+            try:
+                opened = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors raises its own type for a cut or damaged header
+                raise ModelError(
+                    f"{file} cannot be read as safetensors: {error}", "copy or download it again"
+                ) from None
+            while len(self._open) >= self._MOST_OPEN:
+                del self._open[next(iter(self._open))]
+            self._open[file] = opened
+        return self._open[file]
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     def get(self, name: str) -> Tensor:
-        tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
+        tensor: Tensor = self._opened(self._file_of[name]).get_tensor(name)
         return tensor
 
     def weight(self, name: str, block: tuple[int, int]) -> Tensor:
@@ -270,10 +280,18 @@ def save_model(model: Transformer, directory: Path, dtype: torch.dtype = torch.f
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = {view.published: _exported(state, view, dtype) for view in views}
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(_readable_mode())
         weight_map |= dict.fromkeys(tensors, file)
     if len(plan) > 1:
         write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(directory / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
+
+
+def _readable_mode() -> int:
+    """The mode of an ordinary new file; safetensors makes files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _exported(state: dict[str, Any], view: TensorView, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from crosschip.intervals import wilson_interval
 from crosschip.report.documents import Document, objects
-from crosschip.report.figures import count, percent, wilson_interval
+from crosschip.report.figures import count, percent
 
 __all__ = ["AgreementView", "Answer", "EvaluationView", "score_sentence", "view_agreement", "view_evaluation"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["bytes_text", "count", "decimals", "duration", "percent", "wilson_interval"]
+__all__ = ["bytes_text", "count", "decimals", "duration", "percent"]
 
 NARROW_SPACE = "\u202f"  # between groups of digits, and between a number and its unit
 
@@ -55,14 +55,3 @@ def bytes_text(num_bytes: int) -> str:
             break
         size /= 1000
     return f"{size:.0f}{NARROW_SPACE}{unit}" if unit == "B" or size >= 100 else f"{size:.1f}{NARROW_SPACE}{unit}"
-
-
-def wilson_interval(num_right: int, num_asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `num_asked` independent trials (Wilson 1927); it stays within 0 and 1."""
-    if num_asked == 0:
-        return 0.0, 1.0
-    share = num_right / num_asked
-    denominator = 1 + z * z / num_asked
-    centre = (share + z * z / (2 * num_asked)) / denominator
-    half = z * math.sqrt(share * (1 - share) / num_asked + z * z / (4 * num_asked**2)) / denominator
-    return max(0.0, centre - half), min(1.0, centre + half)

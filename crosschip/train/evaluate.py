@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +14,17 @@ from crosschip.chips import find_chip
 from crosschip.data import ChatTokenizer, Message, check_answer, load_tokenizer, open_source, split_reasoning
 from crosschip.data.arithmetic import held_out_problems
 from crosschip.errors import CheckpointError, DataError, RecipeError
+from crosschip.intervals import wilson_interval
 from crosschip.model import Decoder, generate, load_model
 from crosschip.recipe import EvaluateSettings, Recipe
 from crosschip.rundir import RunDirectory, write_json
 from crosschip.train.checkpoint import find_newest, read_state
 from crosschip.train.progress import StageProgress, open_progress
 
-__all__ = ["Question", "evaluate_recipe", "questions_of", "wilson_interval"]
+__all__ = ["Question", "evaluate_recipe", "questions_of"]
 
 SCHEMA_VERSION = 1
 BATCH_SIZE = 50
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,6 @@ class Answered:
     num_tokens: int
     text: str
     token_ids: list[int]
-
-
-def wilson_interval(num_right: int, num_asked: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which stays within [0, 1] and is sound near both ends."""
-    share, z2 = num_right / num_asked, Z_95**2
-    middle = share + z2 / (2 * num_asked)
-    width = Z_95 * math.sqrt(share * (1 - share) / num_asked + z2 / (4 * num_asked**2))
-    denominator = 1 + z2 / num_asked
-    # Never beyond the share itself, which rounding at 0 and 1 would allow.
-    return max(0.0, min(share, (middle - width) / denominator)), min(1.0, max(share, (middle + width) / denominator))
 
 
 def questions_of(recipe: Recipe, settings: EvaluateSettings) -> list[Question]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from crosschip.errors import ModelError
-from crosschip.model import ModelConfig, load_model, save_model
+from crosschip.model import ModelConfig, Transformer, load_model, save_model
 from crosschip.model import weights as weights_module
 from tests.model.configs import random_model
 
@@ -41,6 +43,11 @@ def test_config_holds_what_other_engines_ask_for(published: Path) -> None:
     assert document["scoring_func"] == "sigmoid"
     assert document["tie_word_embeddings"] is False
     assert document["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
+def test_weights_can_be_read_by_whoever_can_read_the_config(published: Path) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in published.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_tied_model_writes_its_output_matrix_and_loads_it_untied(tmp_path: Path) -> None:
@@ -133,3 +140,69 @@ def test_the_dtype_is_the_checkpoints_unless_told(tmp_path: Path) -> None:
     assert model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.routers()[0].e_score_correction_bias.dtype == torch.float32
     assert load_model(tmp_path, torch.float32).embed_tokens.weight.dtype == torch.float32
+
+
+PUBLISHED = {
+    # config.json of the published models, the fields that size them
+    "DeepSeek-V3": (
+        {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+         "num_hidden_layers": 61, "num_nextn_predict_layers": 1, "num_attention_heads": 128,
+         "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8,
+         "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
+         "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+         "v_head_dim": 128, "max_position_embeddings": 163840, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+         "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                          "original_max_position_embeddings": 4096, "type": "yarn"},
+         "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "hidden_act": "silu",
+         "model_type": "deepseek_v3", "moe_layer_freq": 1, "ep_size": 1, "attention_bias": False,
+         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}},
+        671.0e9,
+    ),
+    "Moonlight-16B-A3B": (
+        {"vocab_size": 163840, "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+         "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
+         "n_routed_experts": 64, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+         "routed_scaling_factor": 2.446, "first_k_dense_replace": 1, "kv_lora_rank": 512, "q_lora_rank": None,
+         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "max_position_embeddings": 8192,
+         "rms_norm_eps": 1e-05, "rope_theta": 50000.0, "rope_scaling": None, "topk_method": "noaux_tc",
+         "scoring_func": "sigmoid", "norm_topk_prob": True, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0},
+        15.96e9,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_published_number_of_parameters(name: str) -> None:
+    document, published = PUBLISHED[name]
+    config = ModelConfig.from_hf(document)
+    with torch.device("meta"):
+        model = Transformer(config)
+    main = sum(p.numel() for part, p in model.named_parameters() if not part.startswith("mtp."))
+    assert main == pytest.approx(published, rel=1e-3)
+    state = model.state_dict()
+    covered: dict[str, int] = {}
+    for view in weights_module.published_views(config):
+        if not view.shared:
+            covered[view.ours] = covered.get(view.ours, 0) + state[view.ours][view.index].numel()
+    assert covered == {key: tensor.numel() for key, tensor in state.items()}
+
+
+def test_loading_keeps_one_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "_SHARD_BYTES", 16 << 20)
+    config = ModelConfig(
+        vocab_size=8192, hidden_size=512, num_hidden_layers=6, moe_intermediate_size=512, n_routed_experts=16
+    )
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    save_model(model, tmp_path)
+    num_bytes = sum(p.numel() * 4 for p in model.parameters())
+    script = (
+        "import resource, sys, pathlib\n"
+        "from crosschip.model import load_model\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak(); model = load_model(pathlib.Path(sys.argv[1])); print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert num_bytes > 300e6
+    assert int(done.stdout) < 1.3 * num_bytes  # the model, the shard in hand, and the interpreter's own growth

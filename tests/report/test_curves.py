@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crosschip.report.curves import Series, last_value, series, thin
-from crosschip.report.figures import bytes_text, count, duration, percent, wilson_interval
+from crosschip.report.figures import bytes_text, count, duration, percent
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=500), st.integers(1, 40))
@@ -33,15 +32,6 @@ def test_series_takes_the_last_value_of_a_repeated_step_and_counts_bad_ones() ->
     assert series(rows, "loss") == Series([1, 2], [4.0, 2.5], 2)
     assert last_value(rows, "loss") == 2.5
     assert last_value([], "loss") is None
-
-
-@pytest.mark.parametrize(
-    ("right", "asked", "low", "high"),
-    # Newcombe 1998, table I: the score method without continuity correction
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_matches_published_values(right: int, asked: int, low: float, high: float) -> None:
-    assert wilson_interval(right, asked) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_numbers_as_people_read_them() -> None:

@@ -1,29 +1,13 @@
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from crosschip.data import Message
 from crosschip.errors import CheckpointError, DataError, RecipeError
 from crosschip.rundir import RunDirectory
 from crosschip.train import evaluate
-from crosschip.train.evaluate import Question, evaluate_recipe, questions_of, wilson_interval
+from crosschip.train.evaluate import Question, evaluate_recipe, questions_of
 from crosschip.train.progress import LineProgress
-
-
-def test_wilson_interval_as_published() -> None:
-    """Values of Newcombe 1998, table I, method 3 (the score interval without continuity correction)."""
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-
-
-@given(st.integers(1, 1000).flatmap(lambda asked: st.tuples(st.integers(0, asked), st.just(asked))))
-def test_wilson_interval_holds_the_share(counts: tuple[int, int]) -> None:
-    low, high = wilson_interval(*counts)
-    assert 0.0 <= low <= counts[0] / counts[1] <= high <= 1.0
 
 
 def test_every_answer_is_written_down(tiny, uninterrupted) -> None:
