@@ -179,7 +179,7 @@ def train(
     if not resume and not (run.path / "train").exists():
         write_text(run.recipe, recipe.read_text(encoding="utf-8"))
     again = ["crosschip", "train", str(recipe), "--out", str(run.path)]
-    again += [part for setting in settings for part in ("--set", setting)]
+    again += [*(part for setting in settings for part in ("--set", setting)), "--resume"]
     outcome = train_recipe(resolved, run, resume=resume, resume_command=shlex.join(again))
     raise typer.Exit(outcome.exit_code)
 

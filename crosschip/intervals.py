@@ -16,4 +16,5 @@ def wilson_interval(num_right: int, num_asked: int) -> tuple[float, float]:
     share, z2 = num_right / num_asked, _Z_95**2
     centre = (share + z2 / (2 * num_asked)) / (1 + z2 / num_asked)
     half = _Z_95 * math.sqrt(share * (1 - share) / num_asked + z2 / (4 * num_asked**2)) / (1 + z2 / num_asked)
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding aside, it holds the share
+    # min and max with the share itself: rounding must not push it out of its own interval
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))

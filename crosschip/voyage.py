@@ -218,7 +218,7 @@ def _tell_what_is_kept(voyage: Voyage, step: Step, state: str) -> None:
     finished = [one["title"] for one in voyage.document["steps"] if one["state"] == "finished"]
     print(f"\n{step.title}: {state}", flush=True)
     print(f"  kept in {voyage.run.path}: {', '.join(finished) or 'nothing yet'}, and what this step saved", flush=True)
-    print(f"  go on from here with: crosschip run {shlex.join(voyage.command)}", flush=True)
+    print(f"  go on from here with: {_again(voyage)}", flush=True)
     try:
         print(f"  the run so far as a page: {write_run_page(voyage.run)}", flush=True)
     except Exception as error:  # the step's own error is the one to be seen
@@ -256,16 +256,14 @@ def _train(voyage: Voyage) -> str:
 
     # Whatever an earlier call trained is gone on with; without anything trained there is nothing to resume.
     resume = (voyage.run.path / "train").is_dir()
-    recipe_file, *rest = voyage.command
-    again = shlex.join(["crosschip", "train", recipe_file, "--out", str(voyage.run.path), *_without_out(rest)])
-    outcome = train_recipe(voyage.recipe, voyage.run, resume=resume, resume_command=again)
+    outcome = train_recipe(voyage.recipe, voyage.run, resume=resume, resume_command=_again(voyage))
     if outcome.interrupted_by is not None:
         raise KeyboardInterrupt
     return ", ".join(f"{end.stage} {end.step} steps" for end in outcome.stages)
 
 
-def _without_out(options: list[str]) -> list[str]:
-    return options[2:] if options[:1] == ["--out"] else options
+def _again(voyage: Voyage) -> str:
+    return shlex.join(["crosschip", "run", *voyage.command])
 
 
 def _is_trained(voyage: Voyage) -> bool:

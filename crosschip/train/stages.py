@@ -85,12 +85,14 @@ def train_recipe(
         NonFiniteError: the training diverged or the chip erred; the last checkpoint is still there.
     """
     progress = progress or open_progress()
-    command = resume_command or f"crosschip train {run.recipe if run.recipe.exists() else 'RECIPE'} --out {run.path}"
+    if resume_command is None:
+        recipe_file = run.recipe if run.recipe.exists() else "RECIPE"
+        resume_command = f"crosschip train {recipe_file} --out {run.path} --resume"
     check_directory(run, resume)
     with run.lock():
         check_directory(run, resume)  # again: another process may have trained here before the lock was this one's
         outcome = _train_stages(recipe, run, resume, progress)
-    progress.say(_last_words(outcome, run, f"{command.removesuffix(' --resume')} --resume"))
+    progress.say(_last_words(outcome, run, resume_command))
     return outcome
 
 
