@@ -19,7 +19,7 @@ from torch import Tensor
 from crosschip.errors import ModelError
 from crosschip.model.attention import LATENT_NORM_EPS, causal_attention
 from crosschip.model.config import ModelConfig
-from crosschip.model.experts import MixtureOfExperts, apply_experts, route
+from crosschip.model.experts import MixtureOfExperts, combine, dispatch, places, route
 from crosschip.model.layers import GatedMLP
 from crosschip.model.matrix import Matrix
 from crosschip.model.rope import attention_scale, rope_table, rotate
@@ -140,10 +140,13 @@ def _read_cache(cache_SPX: Tensor, span: _Span) -> Tensor:
 class _DenseMLP:
     """A gated MLP with the norm before it, prepared: gate and up in one product."""
 
-    def __init__(self, mlp: GatedMLP, norm: Tensor, dtype: torch.dtype) -> None:
-        gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).detach() * norm
-        self.gate_up = Matrix(gate_up.to(dtype))
-        self.down = Matrix(mlp.down_proj.weight.detach().to(dtype))
+    def __init__(self, gate_up_FD: Tensor, down_DF: Tensor, norm: Tensor, dtype: torch.dtype) -> None:
+        self.gate_up = Matrix((gate_up_FD.detach() * norm).to(dtype))
+        self.down = Matrix(down_DF.detach().to(dtype))
+
+    @classmethod
+    def of(cls, mlp: GatedMLP, norm: Tensor, dtype: torch.dtype) -> _DenseMLP:
+        return cls(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), mlp.down_proj.weight, norm, dtype)
 
     def __call__(self, x_MD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
@@ -178,10 +181,9 @@ class _Experts:
     def __init__(self, moe: MixtureOfExperts, norm: Tensor, dtype: torch.dtype, config: ModelConfig) -> None:
         self.config, self.router = config, moe.gate
         self.router_weight = moe.gate.weight.detach().float() * norm
-        self.gate_up_EFD = (moe.experts.gate_up_proj.detach() * norm).to(dtype)
-        self.down_EDF = moe.experts.down_proj.detach().to(dtype)
-        shared = moe.shared_experts
-        self.shared = None if shared is None else _DenseMLP(shared, norm, dtype)
+        pairs = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
+        self.each = [_DenseMLP(gate_up_FD, down_DF, norm, dtype) for gate_up_FD, down_DF in pairs]
+        self.shared = None if moe.shared_experts is None else _DenseMLP.of(moe.shared_experts, norm, dtype)
         self.all = _AllExperts(moe, norm, dtype) if config.n_routed_experts <= _DENSE_EXPERTS else None
 
     def __call__(self, x_MD: Tensor) -> Tensor:
@@ -189,7 +191,10 @@ class _Experts:
         ids_MK, weights_MK = route(scores_ME, self.router.e_score_correction_bias, self.config)
         if self.all is not None and x_MD.shape[0] <= _DENSE_EXPERT_TOKENS:
             return self.all(x_MD, torch.zeros_like(scores_ME).scatter_(1, ids_MK, weights_MK).to(x_MD.dtype))
-        out_MD, _ = apply_experts(x_MD, ids_MK, weights_MK, self.gate_up_EFD, self.down_EDF)
+        place_P, split = places(ids_MK, torch.bincount(ids_MK.flatten(), minlength=len(self.each)))
+        parts = dispatch(x_MD, place_P, sum(split)).split(split)
+        out_RD = torch.cat([expert(rows) for expert, rows in zip(self.each, parts, strict=True) if len(rows)])
+        out_MD = combine(out_RD[place_P].unflatten(0, ids_MK.shape), weights_MK)
         return out_MD if self.shared is None else out_MD.add_(self.shared(x_MD))
 
 
@@ -211,7 +216,7 @@ class Decoder:
         norm = block.post_attention_layernorm.weight.detach().float()
         if isinstance(block.mlp, MixtureOfExperts):
             return _Experts(block.mlp, norm, self.dtype, self.config)
-        return _DenseMLP(block.mlp, norm, self.dtype)
+        return _DenseMLP.of(block.mlp, norm, self.dtype)
 
     def new_cache(self, num_slots: int, max_len: int) -> LatentCache:
         """Memory for `num_slots` sequences of up to `max_len` tokens."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crosschip.model.config import ModelConfig
 from crosschip.model.layers import GatedMLP
 
-__all__ = ["MixtureOfExperts", "RoutedExperts", "Router", "apply_experts", "route"]
+__all__ = ["MixtureOfExperts", "RoutedExperts", "Router", "combine", "dispatch", "places", "route"]
 
 
 def route(scores_ME: Tensor, bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,13 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_MD: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of each token's experts [M, D], and the number of tokens each expert got [E]."""
-        gate_up_EFD, down_EDF = self.gate_up_proj.to(x_MD.dtype), self.down_proj.to(x_MD.dtype)
-        return apply_experts(x_MD, ids_MK, weights_MK, gate_up_EFD, down_EDF)
+        load_E = torch.bincount(ids_MK.flatten(), minlength=self.gate_up_proj.shape[0])
+        place_P, rows_per_expert = places(ids_MK, load_E)
+        weights_E = self.gate_up_proj.to(x_MD.dtype), self.down_proj.to(x_MD.dtype)
+        out_MD: Tensor = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
+            x_MD, weights_MK, place_P, rows_per_expert, *weights_E
+        )
+        return out_MD, load_E
 
 
 # With many tokens each expert's rows are filled up with zeros to a multiple of this. Matrix libraries make a kernel
@@ -75,19 +80,7 @@ class RoutedExperts(nn.Module):
 _ROW_MULTIPLE = 64
 
 
-def apply_experts(
-    x_MD: Tensor, ids_MK: Tensor, weights_MK: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of each token's experts [M, D], and the number of tokens each expert got [E]."""
-    load_E = torch.bincount(ids_MK.flatten(), minlength=gate_up_EFD.shape[0])
-    place_P, rows_per_expert = _places(ids_MK, load_E)
-    out_MD: Tensor = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-        x_MD, weights_MK, place_P, rows_per_expert, gate_up_EFD, down_EDF
-    )
-    return out_MD, load_E
-
-
-def _places(ids_MK: Tensor, load_E: Tensor) -> tuple[Tensor, list[int]]:
+def places(ids_MK: Tensor, load_E: Tensor) -> tuple[Tensor, list[int]]:
     """The row of each choice in a buffer sorted by expert, [M * K], and the rows that each expert has there."""
     multiple = _ROW_MULTIPLE if ids_MK.numel() >= _ROW_MULTIPLE * load_E.numel() else 1
     rows_E = (load_E + multiple - 1) // multiple * multiple
@@ -117,7 +110,7 @@ class _ExpertsFunction(torch.autograd.Function):
         gate_up_EFD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        rows_RD = _dispatch(x_MD, place_P, sum(split))
+        rows_RD = dispatch(x_MD, place_P, sum(split))
         inner_RF2 = rows_RD.new_empty(rows_RD.shape[0], gate_up_EFD.shape[1])
         for rows, weight, out in zip(rows_RD.split(split), gate_up_EFD, inner_RF2.split(split), strict=True):
             torch.mm(rows, weight.t(), out=out)
@@ -129,10 +122,7 @@ class _ExpertsFunction(torch.autograd.Function):
         chosen_MKD = out_RD[place_P].unflatten(0, weights_MK.shape)
         ctx.save_for_backward(rows_RD, inner_RF2, chosen_MKD, weights_MK, place_P, gate_up_EFD, down_EDF)
         ctx.split = split
-        out_MD = chosen_MKD[:, 0] * weights_MK[:, :1].to(x_MD.dtype)
-        for choice in range(1, weights_MK.shape[1]):
-            out_MD.addcmul_(chosen_MKD[:, choice], weights_MK[:, choice : choice + 1].to(x_MD.dtype))
-        return out_MD
+        return combine(chosen_MKD, weights_MK)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,11 +145,20 @@ class _ExpertsFunction(torch.autograd.Function):
         return grad_x_MD, grad_weights_MK, None, None, grad_gate_up_EFD, grad_down_EDF
 
 
-def _dispatch(x_MD: Tensor, place_P: Tensor, num_rows: int) -> Tensor:
+def dispatch(x_MD: Tensor, place_P: Tensor, num_rows: int) -> Tensor:
     """Copy each token's row to the place of each of its choices; the other rows are 0."""
     num_choices = place_P.numel() // x_MD.shape[0]
     chosen_PD = x_MD[:, None].expand(-1, num_choices, -1).reshape(-1, x_MD.shape[1])
     return x_MD.new_zeros(num_rows, x_MD.shape[1]).index_copy_(0, place_P, chosen_PD)
+
+
+def combine(chosen_MKD: Tensor, weights_MK: Tensor) -> Tensor:
+    """The weighted sum over each token's K choices, in their dtype."""
+    weights_MK = weights_MK.to(chosen_MKD.dtype)
+    out_MD = chosen_MKD[:, 0] * weights_MK[:, :1]
+    for choice in range(1, weights_MK.shape[1]):
+        out_MD.addcmul_(chosen_MKD[:, choice], weights_MK[:, choice : choice + 1])
+    return out_MD
 
 
 def _linear_backward(inputs: Tensor, weight_E: Tensor, grad: Tensor, split: list[int]) -> tuple[Tensor, Tensor]:

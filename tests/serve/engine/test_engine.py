@@ -118,6 +118,25 @@ def test_prompt_scores_are_the_forward_pass(random_dir: Path, max_prefill_tokens
         scoring.close()
 
 
+def test_bfloat16_serves_rounded_log_probs(random_dir: Path) -> None:
+    rounded = load_engine(random_dir, max_batch_size=2, dtype=torch.bfloat16)
+    try:
+        assert rounded.info.dtype == "bfloat16"
+        prompt = torch.randint(3, 300, (400,), generator=torch.Generator().manual_seed(4)).tolist()
+        (event,) = answer(rounded, prompt, SamplingParams(max_tokens=0, num_prompt_logprobs=1))
+        assert event.prompt_scores is not None
+        found = torch.tensor([score.logprob for score in event.prompt_scores if score is not None])
+        places = torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])
+        exact = logprobs_of(random_dir, prompt)[places]
+        with torch.no_grad():
+            logits = load_model(random_dir).forward(torch.tensor([prompt]), torch.bfloat16)[0]
+        control = (torch.log_softmax(logits, -1)[places] - exact).square().mean().sqrt()
+        # The training model's own bf16 forward is an honest implementation: no more than 2.5 times its error.
+        assert 0 < (found - exact).square().mean().sqrt() < 2.5 * control
+    finally:
+        rounded.close()
+
+
 def test_a_stop_id_is_the_last_event(engine: Engine) -> None:
     prompt = [11, 12, 13]
     ids = [event.token_id for event in answer(engine, prompt)]
