@@ -127,14 +127,23 @@ def run(
 @app.command()
 @_guarded
 def qualify(
-    subject: Annotated[Path, typer.Argument(metavar="SUBJECT", help="A recipe, or a published model directory.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUBJECT", help="A recipe, a model directory, or package.module:function.", show_default=False
+        ),
+    ] = None,
     chip: ChipOption = "auto",
     role: Annotated[Literal["train", "serve"], typer.Option(help="What the chip shall do.")] = "train",
-    out: OutOption = None,
+    tier: Annotated[Literal["smoke", "standard", "soak"], typer.Option(help="How long to look.")] = "smoke",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report here.", show_default=False)
+    ] = None,
 ) -> None:
     """Examine whether a chip can train or serve a subject: findings, reproducers, a verdict (not built yet)."""
     raise NotBuiltYet(
-        f"`crosschip qualify` is not built yet; {subject} was not examined on {chip} for the role {role}",
+        f"`crosschip qualify` is not built yet: {model or 'no subject'} was not examined on {chip} for {role} "
+        f"({tier}), and {json_path or 'no report'} was not written",
         "use `crosschip doctor` for the environment, and `crosschip train` with a few steps to see whether it trains",
     )
 
@@ -143,17 +152,21 @@ def qualify(
 @_guarded
 def plan(
     recipe: RecipeArgument,
-    cluster: Annotated[Path, typer.Option(metavar="FILE", help="The cluster: chips, nodes, network, price.")],
-    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to train on, as in 1.5e12.")],
-    date: Annotated[
+    cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The cluster: chips, nodes, network, price.", show_default=False),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A report of `qualify`, for measured rates.", show_default=False)
+    ] = None,
+    by: Annotated[
         str | None, typer.Option(metavar="YYYY-MM-DD", help="The date it must be ready by.", show_default=False)
     ] = None,
-    overrides: SetOption = None,
-    out: OutOption = None,
 ) -> None:
     """Say memory, layout, step time, goodput, cost and date of a run on a cluster (not built yet)."""
     raise NotBuiltYet(
-        f"`crosschip plan` is not built yet; nothing was computed for {recipe} on {cluster} with {tokens} tokens",
+        f"`crosschip plan` is not built yet: nothing was computed for {recipe} on {cluster or 'no cluster'}, "
+        f"with {report or 'no report'}, by {by or 'no date'}",
         "measure a short run with `crosschip train` on one machine of that cluster",
     )
 

@@ -87,8 +87,8 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["qualify", "recipes/first.toml", "--chip", "npu", "--role", "serve"],
-        ["plan", "recipes/first.toml", "--cluster", "cluster.toml", "--tokens", "1e12", "--date", "2027-01-01"],
+        ["qualify", "--model", "recipes/first.toml", "--chip", "npu", "--role", "serve", "--tier", "smoke"],
+        ["plan", "recipes/first.toml", "--cluster", "cluster.toml", "--by", "2027-01-01"],
         ["compare", "one.json", "two.json"],
     ],
 )
@@ -108,7 +108,7 @@ def test_what_is_not_built_says_so(arguments: list[str]) -> None:
         (["train"], "Missing argument"),
         (["train", "r.toml", "--steps", "3"], "No such option: --steps"),
         (["run", "r.toml", "--port", "70000"], "'--port'"),
-        (["qualify", "r.toml", "--role", "cook"], "cook"),
+        (["qualify", "--model", "r.toml", "--role", "cook"], "cook"),
     ],
 )
 def test_bad_usage_ends_with_2(arguments: list[str], said: str) -> None:
