@@ -109,13 +109,13 @@ def teach(model: Transformer, tokenizer: ChatTokenizer) -> None:
     examples = []
     for question, reasoning, answer in CONVERSATIONS:
         messages = [Message("user", question), Message("assistant", answer, reasoning)]
-        examples.append(tokenizer.encode_example(messages)[0])
-    longest = max(len(ids) for ids in examples)
+        examples.append(tokenizer.encode_example(messages))
+    longest = max(len(ids) for ids, _ in examples)
     inputs = torch.full((len(examples), longest - 1), tokenizer.pad_id)
     labels = torch.full((len(examples), longest - 1), -100)
-    for row, ids in enumerate(examples):
+    for row, (ids, answered) in enumerate(examples):
         inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        labels[row, : len(ids) - 1] = torch.tensor(ids[1:])
+        labels[row, : len(ids) - 1] = torch.where(torch.tensor(answered[1:]), torch.tensor(ids[1:]), -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(600):
         for group in optimizer.param_groups:
@@ -126,9 +126,16 @@ def teach(model: Transformer, tokenizer: ChatTokenizer) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if loss.item() < 0.02:
+        if loss.item() < 0.02 and _is_sure(model, inputs, labels):
             return
     raise AssertionError(f"the tiny model did not learn its conversations: loss {loss.item():.3f}")
+
+
+@torch.no_grad()
+def _is_sure(model: Transformer, inputs: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether every token of every answer has a probability above 0.9: then no rounding can turn a greedy choice."""
+    probabilities = model(inputs).softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return bool((probabilities[labels != -100] > 0.9).all())
 
 
 @dataclass
