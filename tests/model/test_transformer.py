@@ -45,15 +45,16 @@ def test_multi_token_prediction_loss_is_that_of_the_written_out_module() -> None
 
 def test_multi_token_prediction_never_sees_its_target() -> None:
     model = random_model(CONFIG)
-    ids = torch.randint(0, 97, (1, 12))
+    ids = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(6))
     labels = torch.full((1, 11), -100)
     labels[0, 5] = 7  # the target of state 4 through module 1 and of state 3 through module 2
-    before = model.loss(ids[:, :-1], labels).mtp_loss_sum
+    before = model.loss(ids[:, :-1], labels).mtp_loss_sum.item()
     changed = ids.clone()
     changed[0, 6:] = (changed[0, 6:] + 1) % 97
-    assert torch.equal(before, model.loss(changed[:, :-1], labels).mtp_loss_sum)
+    # Other tokens sort the experts' rows anew, so sums may be rounded otherwise; nothing more may change.
+    assert model.loss(changed[:, :-1], labels).mtp_loss_sum.item() == pytest.approx(before, rel=1e-5)
     changed[0, 5] = (changed[0, 5] + 1) % 97  # a token both modules read
-    assert not torch.equal(before, model.loss(changed[:, :-1], labels).mtp_loss_sum)
+    assert model.loss(changed[:, :-1], labels).mtp_loss_sum.item() != pytest.approx(before, rel=1e-3)
 
 
 def test_router_bias_moves_against_the_load() -> None:
