@@ -16,7 +16,7 @@ _NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Let freed tensors' memory be used again instead of being given back; whether the C library does so.
 
-    By default glibc maps every large tensor afresh and the system clears it page by page at first touch: 21,000 page
+    By default glibc may map every large tensor afresh and the system clears it page by page at first touch: 21,000 page
     faults per training step of an 8 M parameter model, 10 % of its time. The process keeps its peak memory instead.
     """
     if platform.libc_ver()[0] != "glibc":
