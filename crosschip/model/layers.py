@@ -61,9 +61,7 @@ class _RMSNormFunction(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         normed = x * inverse  # fp32: inverse is
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad_normed = grad * weight
-        if grad_normed.dtype != torch.float32:
-            grad_normed = grad_normed.float()
+        grad_normed = (grad * weight).float()
         along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1).div_(x.shape[-1])
         grad_x = torch.addcmul(grad_normed, normed, along, value=-1.0).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
