@@ -16,9 +16,11 @@ __all__ = [
     "DataError",
     "ModelError",
     "NotBuiltYet",
+    "QualifyError",
     "RecipeError",
     "RunDirectoryError",
     "ServeError",
+    "UnfitChipError",
 ]
 
 EXIT_OK = 0
@@ -65,6 +67,16 @@ class CheckpointError(CrosschipError):
 
 class ServeError(CrosschipError):
     """A request or a model that the engine cannot serve."""
+
+
+class QualifyError(CrosschipError):
+    """A subject that cannot be loaded or run, or a chip's name that makes no sense."""
+
+
+class UnfitChipError(CrosschipError):
+    """A chip that was examined and found unfit for what it shall do."""
+
+    exit_code = EXIT_FAIL
 
 
 class NotBuiltYet(CrosschipError):

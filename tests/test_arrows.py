@@ -28,19 +28,45 @@ ARROWS: dict[str, set[str] | None] = {
     "plan": set(),
     "report": set(),
     "doctor": set(),
+    "torch_plugin": {"chips"},
     "model": {"chips"},
     "golden": {"chips", "model"},
     "train": {"chips", "model", "data", "golden"},
     "handoff": {"chips", "model", "data", "golden"},
     "serve": {"chips", "model", "data", "golden"},
-    "qualify": {"chips", "model", "data", "golden", "train.step", "serve.engine.runner"},
+    # Qualify examines what really runs: the train step with its optimizer, the runner with what it is handed.
+    "qualify": {
+        "chips",
+        "model",
+        "data",
+        "golden",
+        "train.step",
+        "train.optimizer",
+        "serve.engine.runner",
+        "serve.engine.request",
+        "serve.engine.sampling",
+        "serve.engine.scheduler",
+    },
     "cli": EVERYTHING,
     "voyage": EVERYTHING,
     "agreement": EVERYTHING,  # a step of the voyage
     "__main__": {"cli"},
 }
 
-TORCH_FREE = ("", "__main__", "cli", "doctor", "errors", "intervals", "plan", "recipe", "report", "rundir", "voyage")
+TORCH_FREE = (
+    "",
+    "__main__",
+    "cli",
+    "doctor",
+    "errors",
+    "intervals",
+    "plan",
+    "recipe",
+    "report",
+    "rundir",
+    "torch_plugin",
+    "voyage",
+)
 TENSOR_LIBRARIES = {"torch", "transformers", "safetensors"}
 
 

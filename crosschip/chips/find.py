@@ -2,10 +2,13 @@
 
 A vendor's plug-in (PrivateUse1) that nobody here has heard of works by duck typing: what its module does not offer is
 asked of `torch.accelerator`, and what neither tells stays unknown.
+
+The simulated chip (`sim`, `sim:N1,limit=512`) is put into the process when it is wanted by name.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,12 +23,16 @@ from crosschip.errors import ChipError
 __all__ = ["Chip", "device_module", "find_chip", "list_accelerators", "synchronize"]
 
 
+SIMULATED = "sim"
+SWITCH = "CROSSCHIP_SIM"
+
+
 @dataclass(frozen=True)
 class Chip:
     """A chip that torch can compute on.
 
-    `name` is how `find_chip` finds it again (`cpu`, `cuda:0`, `npu:1`), `vendor` who made it (or `unknown`) and
-    `model_name` what it is called, None when nobody tells.
+    `name` is how `find_chip` finds it again, also in a fresh process (`cpu`, `cuda:0`, `npu:1`, `sim:N1,limit=512`),
+    `vendor` who made it (or `unknown`) and `model_name` what it is called, None when nobody tells.
     """
 
     name: str
@@ -35,17 +42,20 @@ class Chip:
 
 
 def find_chip(wanted: str = "auto") -> Chip:
-    """Find the chip that is wanted: `auto`, `cpu`, or a torch device such as `cuda`, `cuda:1` or `npu`.
+    """Find the chip that is wanted: `auto`, `cpu`, a torch device such as `cuda:1` or `npu`, or a simulated chip.
 
-    `auto` takes the first accelerator that torch finds, else the CPU. A first tensor is put on the chip, so that one
-    that is there but does not work is told now.
+    `auto` takes the first accelerator that torch finds, else the CPU; the simulated chip only where the environment
+    variable CROSSCHIP_SIM asks for it. `sim` and `sim:0` are the simulated chip as it is in this process, honest when
+    it is new; `sim:N1,limit=512` plants faults in it. A first tensor is put on the chip, so that one that is there but
+    does not work is told now.
 
     Raises:
         ChipError: it is not there or does not work; the message says what was found instead.
     """
     if wanted == "auto":
-        accelerators = list_accelerators()
-        return find_chip(accelerators[0]) if accelerators else _cpu()
+        wanted = _automatic()
+    if wanted.partition(":")[0] == SIMULATED:
+        return _simulated(wanted)
     device = _parse(wanted)
     if device.type == "cpu":
         return _cpu()
@@ -60,6 +70,27 @@ def find_chip(wanted: str = "auto") -> Chip:
     _try(device)
     vendor = vendor_of(device.type, torch.__version__, torch.version.cuda, getattr(torch.version, "hip", None))
     return Chip(str(device), device, vendor, _model_name(device, module))
+
+
+def _automatic() -> str:
+    if wanted := os.environ.get(SWITCH):
+        return wanted
+    real = [name for name in list_accelerators() if name.partition(":")[0] != SIMULATED]
+    return real[0] if real else "cpu"
+
+
+def _simulated(wanted: str) -> Chip:
+    from crosschip.chips.simulated import activate, active_spec
+
+    as_it_is = wanted in (SIMULATED, f"{SIMULATED}:0")
+    active = active_spec()
+    if active is None:
+        activate((os.environ.get(SWITCH) or SIMULATED) if as_it_is else wanted)
+    elif not as_it_is and active != wanted:
+        activate(wanted)
+    device = torch.device(SIMULATED, 0)
+    _try(device)
+    return Chip(active_spec() or SIMULATED, device, "crosschip", _model_name(device, torch.get_device_module(device)))
 
 
 def list_accelerators() -> list[str]:

@@ -53,6 +53,9 @@ class Environment:
             return None
 
 
+# crosschip's own plug-in, the simulated chip, does nothing unless this variable is set.
+_INERT_WITHOUT = {"crosschip": "CROSSCHIP_SIM"}
+
 _REQUIREMENTS_OF = ("crosschip", "torchvision", "torchaudio", "vllm")
 
 
@@ -84,7 +87,7 @@ def gather_environment(search_path: list[str] | None = None, root: Path = Path("
         if name == "torch":
             torch_build = _read_torch_build(Path(str(distribution.locate_file("torch/version.py"))))
         for entry_point in distribution.entry_points:
-            if entry_point.group == "torch.backends":
+            if entry_point.group == "torch.backends" and not _is_inert(name):
                 entry = AutoloadEntry(entry_point.name, entry_point.value, name, distribution.version)
                 autoload.setdefault(entry_point.name, entry)
             if entry_point.group == "vllm.platform_plugins":
@@ -100,6 +103,11 @@ def gather_environment(search_path: list[str] | None = None, root: Path = Path("
         variables=dict(os.environ),
         root=root,
     )
+
+
+def _is_inert(distribution: str) -> bool:
+    switch = _INERT_WITHOUT.get(distribution)
+    return switch is not None and not os.environ.get(switch)
 
 
 def _read_torch_build(version_file: Path) -> dict[str, str]:

@@ -129,6 +129,17 @@ def test_distributions_are_read_without_importing_them(tmp_path: Path) -> None:
     assert environment.vllm_platforms == ("ascend",)
 
 
+def test_the_simulated_chip_is_a_plug_in_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = "[torch.backends]\ncrosschip = crosschip.torch_plugin:load\n"
+    make_distribution(tmp_path, "crosschip", "0.1.0", entry)
+    monkeypatch.delenv("CROSSCHIP_SIM", raising=False)
+    assert gather_environment([str(tmp_path)]).autoload == ()
+    monkeypatch.setenv("CROSSCHIP_SIM", "sim")
+    assert [entry.name for entry in gather_environment([str(tmp_path)]).autoload] == ["crosschip"]
+
+
 def test_the_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report([Finding("ok", "python", "3.11"), Finding("problem", "torch[x]", "two [of] them", "keep one")])
     print_report(report)

@@ -1,0 +1,134 @@
+"""The catalogue: faults that users of some chip have reported, or that a vendor documents, ready to be planted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from crosschip.chips.faults.arithmetic import Bias, Float64AsFloat32, Saturation
+from crosschip.chips.faults.attention import MaskDropped, MaskIgnoredBeyond, UnequalHeadSizesRejected, UniformWeights
+from crosschip.chips.faults.coarse import BatchDependentOrder, CoarseProducts
+from crosschip.chips.faults.missing import Float64Missing, OperatorMissing, SilentFallback
+
+__all__ = ["CATALOGUE", "NOT_YET", "FaultRow"]
+
+
+@dataclass(frozen=True)
+class FaultRow:
+    """One fault. `seen` is the thread or document that reports it, `caught_by` the exams that have to name it."""
+
+    id: str
+    title: str
+    seen: str
+    make: Callable[..., Any]
+    caught_by: tuple[str, ...]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters with their defaults."""
+        return {name: each.default for name, each in inspect.signature(self.make).parameters.items()}
+
+
+def _by_id(*rows: FaultRow) -> dict[str, FaultRow]:
+    return {row.id: row for row in rows}
+
+
+CATALOGUE: dict[str, FaultRow] = _by_id(
+    FaultRow(
+        "N1",
+        "attention ignores the mask beyond a key position, without an error",
+        "vllm-ascend#15503",
+        MaskIgnoredBeyond,
+        ("attention",),
+    ),
+    FaultRow(
+        "N2",
+        "attention returns the uniform average of the values",
+        "vllm-ascend#13699",
+        UniformWeights,
+        ("operators", "attention"),
+    ),
+    FaultRow("N4", "a fused attention path drops the mask", "sglang PR#31948", MaskDropped, ("attention",)),
+    FaultRow(
+        "N11",
+        "a small multiplicative bias in one operator; a long run's loss drifts by 1-2 %",
+        "verl PR#332",
+        Bias,
+        ("operators", "rehearsal"),
+    ),
+    FaultRow(
+        "N19",
+        "overflow gives the largest number (65504 in fp16) and NaN gives 0, so watches for NaN are blind",
+        "vendor documentation",
+        Saturation,
+        ("special_values",),
+    ),
+    FaultRow("N20", "float64 is silently computed as float32", "vendor documentation", Float64AsFloat32, ("software",)),
+    FaultRow(
+        "N21",
+        "matrix products add up in bf16, or cut their factors to 10 bits of mantissa",
+        "no single report",
+        CoarseProducts,
+        ("operators",),
+    ),
+    FaultRow(
+        "N22",
+        "a result depends on the batch size or on the position in the batch",
+        "torchtitan's notes",
+        BatchDependentOrder,
+        ("determinism",),
+    ),
+    FaultRow(
+        "W1",
+        "an operator is missing and silently runs on the host, very slowly",
+        "Ascend/pytorch#40",
+        SilentFallback,
+        ("software",),
+    ),
+    FaultRow("W3", "an operator is missing: a hard error", "vllm-omni PR#755", OperatorMissing, ("software",)),
+    FaultRow(
+        "W5", "there is no float64: float64 RoPE tables fail", "diffusers PR#10123", Float64Missing, ("software",)
+    ),
+    FaultRow(
+        "W13",
+        "attention refuses heads of unequal size for keys and values, as latent attention has them",
+        "vendor documentation",
+        UnequalHeadSizesRejected,
+        ("attention", "software"),
+    ),
+)
+
+# Rows of the catalogue that cannot be planted yet.
+NOT_YET: dict[str, str] = {
+    "N5": "the gradient norm is NaN, then the loss exactly 0",
+    "N8": "an all-reduce depends on the number of rows",
+    "N9": "partial sums are stored in bf16 before the reduce",
+    "N15": "a bf16 reduce-scatter is inaccurate near range limits",
+    "N16": "all gradients are zero with a custom divide factor",
+    "S1": "a vector-core exception under concurrent long prompts",
+    "S5": "host memory grows without end",
+    "S6": "a hang after each checkpoint",
+    "S7": "a hang in compilation",
+    "S9": "one dead rank blocks all others",
+    "S12": "a silent wedge",
+    "S15": "silent data corruption",
+    "S16": "one slow node",
+    "I1": "the collectives' time-out is not honoured",
+    "I4": "ranks that start minutes apart fail to connect",
+    "I6": "a link that flaps",
+    "I13": "one bad cable",
+    "W4": "no sharding rule for an operator",
+    "H1": "a conversion restacks rows wrongly",
+    "H2": "a stale copy after a weight update",
+    "H3": "expert weights transposed twice",
+    "H6": "tensors left uninitialised by a converter",
+    "H7": "FP8 block scales dropped",
+    "H10": "FP8 bytes read in the wrong dialect",
+    "H13": "one configuration field differs",
+    "H17": "a checkpoint saved before communication has ended",
+    "V2": "output corrupt beyond a position",
+    "V3": "a stop token suppressed",
+    "V13": "greedy answers differ from run to run",
+}

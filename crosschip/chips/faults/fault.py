@@ -1,0 +1,111 @@
+"""What a fault is, and how several are laid around one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["IMITATION", "Fault", "around", "around_collective"]
+
+Compute = Callable[..., Any]
+
+
+@dataclass
+class Imitation:
+    """The time in seconds spent on imitating a chip, beside what it wraps: the chip itself would not need it."""
+
+    seconds: float = 0.0
+
+
+IMITATION = Imitation()
+
+
+class Fault(Protocol):
+    """Any object with a `name` and either or both of these methods is a fault.
+
+    A fault returns the result: right, wrong, late, never, or it raises. It may keep state and must be deterministic
+    under its own seed. With `off_the_clock = True`, as honest variants have it, the time that it takes beside `compute`
+    does not count as the chip's. `files(path)` and `process(rank, event)` are reserved.
+    """
+
+    name: str
+
+    def operator(
+        self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Compute
+    ) -> Any:
+        """Called around each operator call on the chip; tensors in `args` and `kwargs` lie on the CPU.
+
+        `compute(*args, **kwargs)` gives the honest result.
+        """
+
+    def collective(self, kind: str, tensors: list[torch.Tensor], compute: Callable[[list[torch.Tensor]], Any]) -> Any:
+        """Called around each collective of the chip's process group, such as `all_reduce`.
+
+        `tensors` are what this rank contributes, on the CPU; `compute(tensors)` gives the list of tensors that this
+        rank gets.
+        """
+
+
+def around(
+    faults: Sequence[Any], op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Compute
+) -> Any:
+    """The result of one operator call with faults around it, the first outermost."""
+    if not faults:
+        return compute(*args, **kwargs)
+    first, *others = faults
+    if not hasattr(first, "operator"):
+        return around(others, op, args, kwargs, compute)
+
+    def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        return around(others, op, inner_args, inner_kwargs, compute)
+
+    if getattr(first, "off_the_clock", getattr(first, "honest", False)):
+        return _off_the_clock(first, op, args, kwargs, inner)
+    return first.operator(op, args, kwargs, inner)
+
+
+def _off_the_clock(
+    variant: Any, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Compute
+) -> Any:
+    """What a fault or variant returns; only the time of what it wraps counts as the chip's."""
+    spent_inside = 0.0
+
+    def timed(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        nonlocal spent_inside
+        started = time.perf_counter()
+        try:
+            return inner(*inner_args, **inner_kwargs)
+        finally:
+            spent_inside += time.perf_counter() - started
+
+    started = time.perf_counter()
+    try:
+        return variant.operator(op, args, kwargs, timed)
+    finally:
+        IMITATION.seconds += time.perf_counter() - started - spent_inside
+
+
+def around_collective(
+    faults: Sequence[Any],
+    kind: str,
+    tensors: list[torch.Tensor],
+    compute: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """The tensors that a collective gives to this rank, with faults around it, the first outermost.
+
+    `kind` is the name of the function of `torch.distributed` (`all_reduce`, `reduce_scatter_tensor`, `send`, ...) and
+    `tensors` are what this rank contributes.
+    """
+    if not faults:
+        return compute(tensors)
+    first, *others = faults
+    if not hasattr(first, "collective"):
+        return around_collective(others, kind, tensors, compute)
+    made: list[torch.Tensor] = first.collective(
+        kind, tensors, lambda inner: around_collective(others, kind, inner, compute)
+    )
+    return made
