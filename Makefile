@@ -10,7 +10,7 @@ BIN := .venv/bin
 BENCHMARKS := benchmarks/train_step.py benchmarks/generate.py
 export TORCH_INSTALL
 
-.PHONY: run test test-slow bench lint format clean venv-run venv-dev
+.PHONY: run test test-slow bench bench-qualify lint format clean venv-run venv-dev
 
 run: venv-run
 	$(BIN)/crosschip run $(RECIPE) $(ARGS)
@@ -23,6 +23,9 @@ test-slow: venv-dev
 
 bench: venv-run
 	set -e; for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark $(ARGS); done
+
+bench-qualify: venv-run
+	$(BIN)/python benchmarks/qualify.py $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NoReturn, ParamSpec
 import typer
 
 from crosschip import __version__
-from crosschip.errors import EXIT_BAD_USAGE, EXIT_DEFECT, CrosschipError, NotBuiltYet
+from crosschip.errors import EXIT_BAD_USAGE, EXIT_DEFECT, CrosschipError, NotBuiltYet, QualifyError
 
 __all__ = ["app", "main"]
 
@@ -60,6 +60,13 @@ SkipBadRowsOption = Annotated[
 HostOption = Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")]
 ChipOption = Annotated[str, typer.Option(metavar="CHIP", help="auto, cpu, or a torch device such as cuda:1 or npu.")]
+
+ExaminedChipOption = Annotated[
+    str,
+    typer.Option(
+        metavar="CHIP", help="auto, cpu, a torch device such as npu:0, or a simulated chip such as sim:N1,limit=512."
+    ),
+]
 
 Parameters = ParamSpec("Parameters")
 
@@ -133,19 +140,56 @@ def qualify(
             metavar="SUBJECT", help="A recipe, a model directory, or package.module:function.", show_default=False
         ),
     ] = None,
-    chip: ChipOption = "auto",
+    chip: ExaminedChipOption = "auto",
     role: Annotated[Literal["train", "serve"], typer.Option(help="What the chip shall do.")] = "train",
-    tier: Annotated[Literal["smoke", "standard", "soak"], typer.Option(help="How long to look.")] = "smoke",
+    tier: Annotated[
+        Literal["smoke", "standard", "soak"], typer.Option(help="How long to look: 2, 15 or 30 minutes.")
+    ] = "smoke",
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report here.", show_default=False)
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="The report; else qualify/CHIP-ROLE.json.", show_default=False),
     ] = None,
+    trace_only: Annotated[
+        bool, typer.Option("--trace-only", help="Only print which operator calls the subject makes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of all inputs that are drawn.")] = 0,
 ) -> None:
-    """Examine whether a chip can train or serve a subject: findings, reproducers, a verdict (not built yet)."""
-    raise NotBuiltYet(
-        f"`crosschip qualify` is not built yet: {model or 'no subject'} was not examined on {chip} for {role} "
-        f"({tier}), and {json_path or 'no report'} was not written",
-        "use `crosschip doctor` for the environment, and `crosschip train` with a few steps to see whether it trains",
-    )
+    """Examine whether a chip can train or serve a subject: findings, reproducers, a verdict.
+
+    Exit codes: 0 PASS or PASS WITH LIMITS, 1 FAIL, 3 INCONCLUSIVE.
+    """
+    if model is None:
+        raise QualifyError(
+            "--model is missing: a chip is examined for a model and its workload",
+            "give a recipe (--model recipes/first.toml), a model directory, or package.module:function",
+        )
+    from crosschip.qualify.finding import EXIT_CODES
+    from crosschip.qualify.qualification import Request, record_trace_document
+    from crosschip.qualify.qualification import qualify as examine
+    from crosschip.rundir import RunDirectory, write_json
+
+    report_path = json_path or RunDirectory(Path()).qualification(chip, role)
+    request = Request(model, chip, role, tier, report_path, seed)
+    if trace_only:
+        trace = record_trace_document(request, _tell)
+        if json_path is not None:
+            write_json(json_path, trace)
+        from crosschip.report.trace_table import print_trace
+
+        print_trace(trace)
+        return
+    report = examine(request, _tell)
+    from crosschip.report.qualify_table import print_qualification
+
+    print_qualification(report)
+    print(f"\nreport: {request.report}")
+    raise typer.Exit(EXIT_CODES[report["verdict"]])
+
+
+def _tell(line: str) -> None:
+    """A line of progress, for people who wait."""
+    if sys.stderr.isatty():
+        print(f"crosschip: {line}", file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ __all__ = [
     "EvaluateSettings",
     "HandoffSettings",
     "ModelSettings",
+    "QualifySettings",
     "Recipe",
     "ServeSettings",
     "StageSettings",
@@ -179,6 +180,13 @@ class StageSettings(Settings):
         return self
 
 
+class QualifySettings(Settings):
+    """`[qualify]`: the short examination of the chip before it trains; 0 seconds leave it out."""
+
+    time_s: Annotated[float, Field(ge=0.0)] = 60.0
+    on_fail: Literal["stop", "go on"] = "stop"
+
+
 class EvaluateSettings(Settings):
     """`[evaluate]`: held-out problems answered greedily after training. `level` is for the arithmetic generator."""
 
@@ -207,6 +215,7 @@ class Recipe(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
     chips: ChipSettings = ChipSettings()
+    qualify: QualifySettings = QualifySettings()
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings

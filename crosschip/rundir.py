@@ -192,6 +192,10 @@ class RunDirectory:
         """The directory of a training stage: `pretrain`, `sft` (later `rl`)."""
         return self.path / "train" / stage
 
+    def qualification(self, chip: str, role: str) -> Path:
+        """The report of a chip's examination for a role, `train` or `serve`."""
+        return self.path / "qualify" / f"{re.sub(r'[^A-Za-z0-9._=-]+', '-', chip)}-{role}.json"
+
     def handoff(self, target: str) -> Path:
         """The directory of the model files for a target."""
         return self.path / "handoff" / target

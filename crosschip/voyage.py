@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosschip import __version__
-from crosschip.errors import CrosschipError, RunDirectoryError
+from crosschip.errors import CrosschipError, RunDirectoryError, UnfitChipError
 from crosschip.recipe import Recipe, load_recipe, parse_recipe
 from crosschip.rundir import RunDirectory, is_complete, read_json, write_json, write_text
 
@@ -251,6 +251,48 @@ def _why(role: str, wanted: str, chip: Chip) -> str:
     return "the first accelerator that torch finds"
 
 
+def _qualify(voyage: Voyage) -> str:
+    """Examine the chip that trains with what it is to train; a chip that fails stops the voyage here."""
+    from crosschip.qualify.qualification import EXAMS, Request, qualify
+
+    settings, report = voyage.recipe.qualify, _qualification(voyage)
+    if settings.time_s == 0:
+        return "left out: qualify.time_s is 0"
+    exams = tuple(exam for exam in EXAMS if exam.name in _EXAMS_BEFORE_TRAINING)
+    chip = voyage.recipe.chips.train
+    request = Request(str(voyage.run.path), chip, "train", "smoke", report, time_s=settings.time_s, exams=exams)
+    document = qualify(request)
+    outcome = f"{document['verdict']}: {document['chip']} to train"
+    worst = [finding for finding in document["findings"] if finding["verdict"] == document["verdict"]]
+    if worst:
+        outcome += f"; {worst[0]['subject']}: {worst[0]['message']} ({len(document['findings'])} findings in {report})"
+    if document["verdict"] == "FAIL" and settings.on_fail == "stop":
+        raise UnfitChipError(
+            outcome,
+            "give the vendor the reproducers beside the report; train on another chip (--set chips.train=cpu), or all "
+            "the same with --set 'qualify.on_fail=\"go on\"'",
+        )
+    return outcome
+
+
+# The rehearsal and the matrix of determinism take longer; `crosschip qualify` has them.
+_EXAMS_BEFORE_TRAINING = ("software", "special_values", "operators", "attention")
+
+
+def _qualification(voyage: Voyage) -> Path:
+    return voyage.run.qualification(voyage.recipe.chips.train, "train")
+
+
+def _is_qualified(voyage: Voyage) -> bool:
+    report = _qualification(voyage)
+    if voyage.recipe.qualify.time_s == 0:
+        return True
+    if not report.exists():
+        return False
+    document = read_json(report)
+    return bool(document["complete"]) and (document["verdict"] != "FAIL" or voyage.recipe.qualify.on_fail == "go on")
+
+
 def _train(voyage: Voyage) -> str:
     from crosschip.train import train_recipe
 
@@ -326,6 +368,7 @@ def _serve(voyage: Voyage, host: str, port: int) -> None:
 
 STEPS = (
     Step("chips", "Find the chips", _find_chips),
+    Step("qualify", "Examine the chip that trains", _qualify, _is_qualified),
     Step("train", "Train", _train, _is_trained),
     Step("evaluate", "Evaluate on held-out problems", _evaluate, _is_evaluated),
     Step("handoff", "Hand off", _hand_off, lambda voyage: is_complete(_target(voyage))),

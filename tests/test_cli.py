@@ -87,7 +87,6 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["qualify", "--model", "recipes/first.toml", "--chip", "npu", "--role", "serve", "--tier", "smoke"],
         ["plan", "recipes/first.toml", "--cluster", "cluster.toml", "--by", "2027-01-01"],
         ["compare", "one.json", "two.json"],
     ],

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 HEADINGS = {
     "The file itself": recipe.Recipe,
     "[chips]": recipe.ChipSettings,
+    "[qualify]": recipe.QualifySettings,
     "[model]": recipe.ModelSettings,
     "[tokenizer]": recipe.TokenizerSettings,
     "[data]": recipe.DataSettings,

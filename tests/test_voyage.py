@@ -15,7 +15,7 @@ import pytest
 
 from crosschip import voyage
 from crosschip.agreement import compare_answers
-from crosschip.errors import ChipError, RecipeError, RunDirectoryError, ServeError
+from crosschip.errors import ChipError, RecipeError, RunDirectoryError, ServeError, UnfitChipError
 from crosschip.recipe import load_recipe
 from crosschip.rundir import RunDirectory, read_json, write_json
 from crosschip.voyage import Step, Voyage, run_voyage
@@ -23,6 +23,8 @@ from crosschip.voyage import Step, Voyage, run_voyage
 RECIPE = """
 name = "tiny"
 seed = 3
+[qualify]
+time_s = 0
 [data]
 source = "arithmetic"
 num_problems = 400
@@ -240,6 +242,18 @@ def test_tiny_voyage_from_end_to_end(tiny: tuple[Path, RunDirectory]) -> None:
     assert "Every step finished" in page
     assert "Notes on the documents" not in page
     assert page.count("<figure>") >= 8
+
+
+def test_chip_that_fails_stops_the_voyage_before_training(recipe: Path, tmp_path: Path) -> None:
+    settings = ["chips.train=sim:W3,operator=silu", "qualify.time_s=30"]
+    with pytest.raises(UnfitChipError, match="silu"):
+        run_voyage(recipe, tmp_path / "run", settings)
+    document = read_json(tmp_path / "run" / "voyage.json")
+    assert [(step["name"], step["state"]) for step in document["steps"]][-1] == ("qualify", "failed")
+    report = read_json(RunDirectory(tmp_path / "run").qualification("sim:W3,operator=silu", "train"))
+    assert report["verdict"] == "FAIL"
+    assert Path(report["findings"][0]["reproducer"]).is_file()
+    assert not (tmp_path / "run" / "train").exists()
 
 
 def test_handoff_of_other_weights_does_not_agree(tiny: tuple[Path, RunDirectory], tmp_path: Path) -> None:

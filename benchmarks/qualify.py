@@ -1,0 +1,220 @@
+"""What `qualify` catches: each fault of the catalogue planted, honest variants over many seeds, the judge's power.
+
+    python benchmarks/qualify.py                     # all; about 50 minutes on two cores
+    python benchmarks/qualify.py --only N21 W1       # some faults, no honest variants
+
+Each row is a run of the command's own machinery (`crosschip.qualify.qualify`) in child processes. Writes
+docs/results/qualify-faults.json and the table docs/results/qualify-faults.md, or elsewhere with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from crosschip.qualify.finding import Role
+from crosschip.qualify.qualification import Request, qualify
+from crosschip.rundir import write_json, write_text
+
+ROOT = Path(__file__).parent.parent
+FIRST = str(ROOT / "recipes" / "first.toml")
+TINY = "tests.qualify.tiny:subject"
+HONEST = ("sim", "sim:fp32", "sim:reordered", "sim:naive", "sim:noisy", "sim:flush")
+SEEDED = ("sim:noisy", "sim:reordered")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=None, help="catalogue ids; then honest variants are left out")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of each honest variant")
+    parser.add_argument("--honest-time", type=float, default=40.0, help="seconds of one honest qualification")
+    parser.add_argument("--subject", default=FIRST)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "qualify-faults")
+    return parser.parse_args()
+
+
+def examine(subject: str, chip: str, role: Role, seed: int = 0, time_s: float | None = None) -> dict[str, Any]:
+    """One qualification, its report without what a table does not need."""
+    with tempfile.TemporaryDirectory() as directory:
+        return qualify(Request(subject, chip, role, "smoke", Path(directory) / "report.json", seed, time_s=time_s))
+
+
+def catch(row: Any, subject: str) -> dict[str, Any]:
+    """Plant one fault; who names it, and after how long."""
+    for role in ("train", "serve"):
+        changed, calls = calls_changed(subject, row.id, role)
+        if changed or role == "serve":
+            break
+    report = examine(subject, f"sim:{row.id}", role)
+    expected = [finding for finding in report["findings"] if finding["exam"] in row.caught_by]
+    named = [finding for finding in expected if finding["verdict"] in ("FAIL", "PASS WITH LIMITS")]
+    first = min(named, key=lambda finding: finding["found_after_s"] or 1e9, default=None)
+    return {
+        "id": row.id,
+        "title": row.title,
+        "role": role,
+        "verdict": report["verdict"],
+        "expected_exams": row.caught_by,
+        "failing_exams": sorted({each["exam"] for each in report["findings"] if each["verdict"] == "FAIL"}),
+        "named": first and {key: first[key] for key in ("exam", "verdict", "subject", "message", "found_after_s")},
+        "calls_changed": changed,
+        "calls": calls,
+        "time_s": report["time_s"],
+    }
+
+
+def calls_changed(subject: str, fault: str, role: Role) -> tuple[int, int]:
+    """How many calls of one step of the subject the fault changes, delays or refuses, and of how many. In a child."""
+    command = [sys.executable, __file__, "--count", subject, fault, role]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    changed, calls = json.loads(done.stdout.splitlines()[-1])
+    return changed, calls
+
+
+def count(subject: str, fault: str, role: Role) -> None:
+    """Run one step on the simulated chip with the fault counted; prints `[changed, calls]`."""
+    from crosschip.chips.faults import faults_from
+    from crosschip.chips.faults.counting import CountingFault
+    from crosschip.chips.simulated import activate, plant
+    from crosschip.qualify.subject import load_subject
+
+    activate("sim")
+    workload = load_subject(subject).workload(torch.device("sim", 0), torch.bfloat16)
+    counting = [CountingFault(each) for each in faults_from(f"sim:{fault}")]
+    plant(counting)
+    with contextlib.suppress(Exception):  # a fault may refuse a call; what it did is counted
+        workload.train_step(0) if role == "train" else workload.serve_step()
+    plant([])
+    print(json.dumps([sum(each.num_affected for each in counting), sum(sum(each.calls.values()) for each in counting)]))
+
+
+def clear(variant: str, seed: int, time_s: float) -> dict[str, Any]:
+    """Qualify an honest variant; the findings that accuse it."""
+    chip = f"{variant},seed={seed}" if variant in SEEDED else variant
+    role: Role = "train" if seed % 2 == 0 else "serve"
+    report = examine(TINY, chip, role, seed, time_s)
+    accused = [
+        finding
+        for finding in report["findings"]
+        if finding["verdict"] == "FAIL" or (finding["verdict"] == "INCONCLUSIVE" and finding["critical"])
+    ]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "role": role,
+        "verdict": report["verdict"],
+        "num_checks": sum(sum(exam["num_checks"].values()) for exam in report["exams"]),
+        "accused": [f"{each['exam']}: {each['subject']}: {each['message']}" for each in accused],
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """The document as Markdown."""
+    machine = document["fingerprint"]
+    lines = [
+        "# What `qualify` catches",
+        "",
+        f"Made by `make bench-qualify` on {machine['host']['cpu']} ({machine['host']['usable_cores']} cores), torch "
+        f"{machine['software']['torch']}, in {document['time_s'] / 60:.0f} minutes, two qualifications at a time with "
+        "one thread each. The chip is simulated; no accelerator was used.",
+        "",
+        "## Planted faults",
+        "",
+        f"Subject: {document['subject']}, smoke tier. *Calls changed*: operator calls of one step of the subject that "
+        "the fault changed, delayed or refused, of all calls (0: the subject never meets it). *After*: seconds from "
+        "the start of the command to the finding.",
+        "",
+        "| fault | what it does | role | calls changed | verdict | named by | as | after |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in document["faults"]:
+        found = ("**missed**", "", "")
+        if named := row["named"]:
+            found = (named["exam"], f"`{named['subject']}`", f"{named['found_after_s']:.0f} s")
+        changed = f"{row['calls_changed']} of {row['calls']}"
+        lines.append("| " + " | ".join((row["id"], row["title"], row["role"], changed, row["verdict"], *found)) + " |")
+    caught = sum(1 for row in document["faults"] if row["named"])
+    lines += ["", f"{caught} of {len(document['faults'])} caught and named by an expected exam.", ""]
+    if document["honest"]:
+        lines += _honest_table(document["honest"])
+    if document["power"]:
+        lines += ["## Power", "", document["power"], ""]
+    return "\n".join(lines)
+
+
+def _honest_table(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "## Honest variants",
+        "",
+        f"Subject: `{TINY}`, half of the seeds as a chip to train on, half to serve on.",
+        "",
+        "| variant | qualifications | checks made | false alarms |",
+        "| --- | --- | --- | --- |",
+    ]
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        mine = [run for run in runs if run["variant"] == variant]
+        alarms = [alarm for run in mine for alarm in run["accused"]]
+        checks = sum(run["num_checks"] for run in mine)
+        lines.append(f"| `{variant}` | {len(mine)} | {checks} | {len(alarms)} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--count"]:
+        count(sys.argv[2], sys.argv[3], cast(Role, sys.argv[4]))
+        return
+    from crosschip.chips import find_chip, fingerprint
+    from crosschip.chips.faults import CATALOGUE
+
+    options = arguments()
+    began = time.monotonic()
+    os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; two run at a time
+    rows = [row for row in CATALOGUE.values() if options.only is None or row.id in options.only]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        faults = list(_shown(pool.map(lambda row: catch(row, options.subject), rows)))
+        cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST] if options.only is None else []
+        honest = list(_shown(pool.map(lambda case: clear(*case, options.honest_time), cases)))
+    document = {
+        "command": " ".join(["python", "benchmarks/qualify.py", *sys.argv[1:]]),
+        "fingerprint": fingerprint(find_chip("cpu")),
+        "subject": Path(options.subject).name,
+        "time_s": round(time.monotonic() - began, 1),
+        "faults": faults,
+        "honest": honest,
+        "power": power_sentence() if options.only is None else "",
+    }
+    write_json(options.out.with_suffix(".json"), document)
+    write_text(options.out.with_suffix(".md"), table(document) + "\n")
+    print(f"{options.out}.json and .md, in {document['time_s']:.0f} s")
+
+
+def power_sentence() -> str:
+    """How often an operator with a given error ratio fails, over simulated sweeps of 100 operators."""
+    from crosschip.qualify.power import rejection_rate
+
+    trials = 200
+    found = {ratio: rejection_rate(ratio, num_trials=trials) for ratio in (1.0, 2.0, 2.5, 3.0, 4.0)}
+    shown = ", ".join(f"{rate:.0%} at a ratio of {ratio:g}" for ratio, rate in found.items())
+    return f"Share of {trials} simulated sweeps in which the one operator of 100 with that error ratio fails: {shown}."
+
+
+def _shown(results: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        print(json.dumps(result), flush=True)
+        yield result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Qualify: examine whether a chip can train or serve a subject, by measurement."""

@@ -1,0 +1,155 @@
+"""The process in which one task of a qualification runs: `python -m crosschip.qualify.child JOB.json`.
+
+Tasks: `identify` finds the chip and says what it is, `trace` records the subject's calls, `exam` examines, `write_call`
+writes a call that ended a process as a reproducer. What comes out is written to the job's result file; an exam writes
+its journal as it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import ChipError, CrosschipError, QualifyError
+from crosschip.qualify.proctor import EXIT_RAISED
+from crosschip.rundir import read_json, write_json
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _identify(job: dict[str, Any]) -> dict[str, Any]:
+    """Load the subject, find the chip, say what it is and in which dtype the subject would be computed there."""
+    from crosschip.chips import find_chip, fingerprint
+    from crosschip.qualify.subject import load_subject, working_dtype
+
+    subject = load_subject(job["origin"])
+    try:
+        chip = find_chip(job["chip_spec"])
+    except ChipError as error:
+        raise _classified(error, job["chip_spec"]) from None
+    dtype = working_dtype(chip, subject.dtype_setting(job["role"]))
+    return {
+        "chip": chip.name,
+        "model_name": chip.model_name,
+        "fingerprint": fingerprint(chip),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "subject": subject.name,
+    }
+
+
+class ChipMissingError(ChipError):
+    """The name is right and there is no such chip here."""
+
+
+def _classified(error: ChipError, wanted: str) -> CrosschipError:
+    """Tell a name that makes no sense from a chip that is not here, and both from one that does not work."""
+    import torch
+
+    from crosschip.chips import list_accelerators
+    from crosschip.chips.faults import faults_from
+
+    kind = wanted.partition(":")[0]
+    try:
+        if kind == "sim":
+            faults_from(wanted)
+            return error
+        torch.device(wanted)
+    except (CrosschipError, RuntimeError):
+        return QualifyError(error.problem, error.remedy)
+    here = list_accelerators()
+    is_here = wanted in here or (any(name.startswith(f"{kind}:") for name in here) and ":" not in wanted)
+    return error if is_here else ChipMissingError(error.problem, error.remedy)
+
+
+def _trace(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from crosschip.qualify.record import record_trace
+    from crosschip.qualify.subject import load_subject
+
+    dtype = getattr(torch, job["compute_dtype"])
+    return {"trace": record_trace(load_subject(job["origin"]), job["role"], dtype).document()}
+
+
+def _exam(job: dict[str, Any]) -> dict[str, Any]:
+    from crosschip.chips import find_chip
+    from crosschip.qualify.exams.context import ExamContext
+    from crosschip.qualify.journal import Journal
+    from crosschip.qualify.subject import load_subject
+    from crosschip.qualify.trace import Trace
+
+    journal = Journal(Path(job["journal"]))
+    context = ExamContext(
+        exam=job["exam"],
+        chip=find_chip(job["chip_spec"]),
+        chip_spec=job["chip_spec"],
+        role=job["role"],
+        tier=job["tier"],
+        subject=load_subject(job["origin"]),
+        trace=Trace.from_document(read_json(Path(job["trace"]))),
+        journal=journal,
+        budget_s=job["budget_s"],
+        reproducers=Path(job["reproducers"]),
+        seed=job["seed"],
+        skip=frozenset(job["skip"]),
+        only=job.get("only"),
+    )
+    importlib.import_module(job["module"]).examine(context)
+    return {}
+
+
+def _write_call(job: dict[str, Any]) -> dict[str, Any]:
+    """Write a reproducer of one traced call without making it."""
+    from crosschip.qualify.reproducers import crash_reproducer
+    from crosschip.qualify.trace import Trace
+
+    trace = Trace.from_document(read_json(Path(job["trace"])))
+    call = next(each for each in trace.calls if each.id == job["call"])
+    return {"reproducer": crash_reproducer(Path(job["directory"]), job["slug"], job["title"], job["chip"], call)}
+
+
+_TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "identify": _identify,
+    "trace": _trace,
+    "exam": _exam,
+    "write_call": _write_call,
+}
+
+
+def _follow_the_parent() -> None:
+    """End when the parent ends, and be the first that the system ends when memory runs out (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def main() -> None:
+    """Run the job that the command line names."""
+    _follow_the_parent()
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    result = Path(job["result"])
+    try:
+        document = _TASKS[job["task"]](job)
+    except CrosschipError as error:
+        kind = type(error).__name__
+        write_json(result, {"refused": {"type": kind, "problem": error.problem, "remedy": error.remedy}})
+    except Exception as error:
+        text = traceback.format_exc()
+        write_json(result, {"raised": {"type": type(error).__name__, "message": str(error), "traceback": text}})
+        sys.exit(EXIT_RAISED)
+    else:
+        write_json(result, document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What an exam is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crosschip.chips import Chip
+from crosschip.qualify.finding import Role, Tier
+from crosschip.qualify.journal import Journal
+from crosschip.qualify.subject import Subject
+from crosschip.qualify.trace import Trace
+
+__all__ = ["ExamContext"]
+
+
+@dataclass
+class ExamContext:
+    """One exam on one chip. `skip` holds parts that an earlier try has finished or died in, `only` the one to take."""
+
+    exam: str
+    chip: Chip
+    chip_spec: str  # what a fresh process hands to `find_chip`
+    role: Role
+    tier: Tier
+    subject: Subject
+    trace: Trace
+    journal: Journal
+    budget_s: float  # end by yourself within this, and say what was not covered
+    reproducers: Path  # the directory for reproducers
+    seed: int = 0
+    skip: frozenset[str] = frozenset()
+    only: str | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.budget_s - (time.monotonic() - self.started)
+
+    def part(self, what: str, run: Callable[[], None]) -> None:
+        """Run a part of the exam once, unless an earlier try has finished it or died in it."""
+        if what in self.skip or (self.only is not None and what != self.only):
+            return
+        self.journal.now(what)
+        run()
+        self.journal.done(what)

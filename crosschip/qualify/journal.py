@@ -1,0 +1,109 @@
+"""The journal of an exam: what it says is written at once, one JSON line each.
+
+So nothing is lost when the chip takes the process down; `now` names what is about to run, so that a crash or a hang has
+a name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from crosschip.qualify.finding import ExamRecord, Finding
+
+__all__ = ["Journal", "JournalReader", "JournalState", "read_journal"]
+
+
+class Journal:
+    """The lines an exam writes: `now`, `done`, `finding`, `checked`, `measured`, `not_covered`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
+
+    def begun(self) -> None:
+        """Mark that a process begins: what an earlier one was about to run is no longer running."""
+        self._write({"begun": time.time()})
+
+    def now(self, what: str) -> None:
+        """Name what is about to run on the chip: an operator call, a step. Each must take seconds at most."""
+        self._write({"now": what, "at": time.time()})
+
+    def done(self, what: str) -> None:
+        """Say that a part of the exam is finished; after a crash the exam goes on with the parts that are not."""
+        self._write({"done": what})
+
+    def finding(self, finding: Finding) -> None:
+        """Report something that is not a plain pass."""
+        self._write({"finding": {**finding.document(), "found_at": time.time()}})
+
+    def checked(self, check: str, number: int = 1) -> None:
+        """Count checks that were made, whatever came out."""
+        self._write({"checked": check, "number": number})
+
+    def measured(self, **measurement: Any) -> None:
+        """Keep a number for pages and comparisons, such as an operator's error ratio with its bounds."""
+        self._write({"measured": measurement})
+
+    def not_covered(self, what: str) -> None:
+        """Say what the exam did not look at, and why."""
+        self._write({"not_covered": what})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+
+@dataclass
+class JournalState:
+    """What a journal says so far: the record, the parts that are done, and what was last begun, with its time."""
+
+    record: ExamRecord
+    done: set[str] = field(default_factory=set)
+    now: str | None = None
+    now_at: float | None = None
+
+
+class JournalReader:
+    """Follows a journal while it is being written; a last line without its end waits for the rest."""
+
+    def __init__(self, path: Path, exam: str) -> None:
+        self._path, self._position = path, 0
+        self.state = JournalState(ExamRecord(exam))
+
+    def read(self) -> JournalState:
+        """Take in what was written since the last call."""
+        if not self._path.exists():
+            return self.state
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._position += len(line)
+                    _take(self.state, json.loads(line))
+        return self.state
+
+
+def read_journal(path: Path, exam: str) -> JournalState:
+    """What a journal says."""
+    return JournalReader(path, exam).read()
+
+
+def _take(state: JournalState, line: dict[str, Any]) -> None:
+    record = state.record
+    if "now" in line:
+        state.now, state.now_at = line["now"], line["at"]
+    elif "begun" in line:
+        state.now = None
+    elif "done" in line:
+        state.done.add(line["done"])
+        state.now = None
+    elif "finding" in line:
+        record.findings.append(Finding.from_document(line["finding"]))
+    elif "checked" in line:
+        record.num_checks[line["checked"]] = record.num_checks.get(line["checked"], 0) + line["number"]
+    elif "measured" in line:
+        record.measurements.append(line["measured"])
+    elif "not_covered" in line:
+        record.not_covered.append(line["not_covered"])

@@ -1,0 +1,400 @@
+"""One qualification from beginning to end: find the chip, record the subject, examine, write the report. No torch here.
+
+Whatever the chip does, a report comes out of it: a chip that is missing, dies or hangs leaves one that says so and
+holds everything measured up to then. The report is written anew after each exam.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosschip import __version__
+from crosschip.errors import QualifyError
+from crosschip.qualify.finding import ExamRecord, Finding, Role, Tier, Verdict, roll_up, worst_first
+from crosschip.qualify.journal import read_journal
+from crosschip.qualify.proctor import PART_LIMIT_S, Ended, run_child
+from crosschip.rundir import write_json
+
+__all__ = ["EXAMS", "DefectError", "Request", "qualify", "record_trace_document", "reproducers_of"]
+
+SCHEMA_VERSION = 1
+
+
+class DefectError(Exception):
+    """An exam that went wrong on the CPU as well: the fault is ours and says nothing about the chip."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """An exam of the programme; `weight` is its share of the time."""
+
+    name: str
+    weight: float
+    module: str = ""
+
+    def job_module(self) -> str:
+        """The module whose `examine` is run."""
+        return self.module or f"crosschip.qualify.exams.{self.name}"
+
+
+EXAMS = (
+    Exam("software", 12),
+    Exam("special_values", 8),
+    Exam("operators", 40),
+    Exam("attention", 12),
+    Exam("determinism", 12),
+    Exam("rehearsal", 22),
+)
+
+# Wall time of a whole qualification in seconds. A slower machine examines less within it and says what it left out.
+TIER_S: dict[Tier, float] = {"smoke": 112.0, "standard": 840.0, "soak": 1800.0}
+MISSING = "ChipMissingError"  # what a child calls a chip whose name is right and that is not here
+_ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # for children that work on the CPU: no plug-in is loaded
+_START_S = 3.0  # a child's start: importing torch, finding the chip
+_LEAST_BUDGET_S = 4.0
+_IDENTIFY_LIMIT_S = 120.0
+_TRACE_LIMIT_S = 300.0
+_TRIES = 3  # of one exam, each without the parts that the earlier ones died in
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be qualified. `origin` is a recipe, a model directory or `package.module:function`."""
+
+    origin: str
+    chip: str = "auto"
+    role: Role = "train"
+    tier: Tier = "smoke"
+    report: Path = Path("qualify.json")
+    seed: int = 0
+    exams: tuple[Exam, ...] = EXAMS
+    time_s: float | None = None  # instead of the tier's
+    part_limit_s: float = PART_LIMIT_S
+
+
+@dataclass
+class _Qualification:
+    """A qualification under way."""
+
+    request: Request
+    directory: Path  # for jobs, journals and the trace
+    tell: Callable[[str], None]
+    started: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
+    identity: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] = field(default_factory=dict)
+    records: list[ExamRecord] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def remaining_s(self) -> float:
+        limit = self.request.time_s or TIER_S[self.request.tier]
+        return limit - (time.monotonic() - self.started)
+
+
+def qualify(request: Request, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Examine and write the report to `request.report`; reproducers go beside it. Returns the report.
+
+    `tell` gets a line whenever something begins.
+
+    Raises:
+        CrosschipError: the subject cannot be loaded, or the chip's name makes no sense.
+        DefectError: an exam failed on the CPU as well, so that the fault is ours; the report is written all the same.
+        KeyboardInterrupt: interrupted; the report holds what was measured up to then.
+    """
+    with tempfile.TemporaryDirectory(prefix="crosschip-qualify-") as directory, _terminated_as_interrupted():
+        going = _Qualification(request, Path(directory), tell)
+        try:
+            _examine_all(going)
+            going.complete = True
+        finally:
+            if going.records:
+                write_json(request.report, _document(going))
+        if going.defects:
+            raise DefectError("; ".join(going.defects))
+        return _document(going)
+
+
+def record_trace_document(request: Request, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Record the calls of the subject's step as it would run on the chip; the trace as a document.
+
+    Raises:
+        CrosschipError: the subject cannot be loaded or run, or the chip cannot be found.
+    """
+    with tempfile.TemporaryDirectory(prefix="crosschip-trace-") as directory, _terminated_as_interrupted():
+        going = _Qualification(request, Path(directory), tell)
+        ended = _identify(going)
+        if ended.how != "complete":
+            raise QualifyError(f"the chip {request.chip!r}: {ended.detail}", _remedy(ended))
+        _trace(going)
+        return going.trace
+
+
+def _examine_all(going: _Qualification) -> None:
+    ended = _identify(going)
+    if ended.how != "complete":
+        _report_unusable_chip(going, ended)
+        return
+    _trace(going)
+    exams = going.request.exams
+    for place, exam in enumerate(exams):
+        weights = sum(each.weight for each in exams[place:])
+        share_s = going.remaining_s * exam.weight / weights
+        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s - _START_S))
+        write_json(going.request.report, _document(going))
+
+
+def _identify(going: _Qualification) -> Ended:
+    request = going.request
+    going.tell(f"finding the chip {request.chip}")
+    job = {"task": "identify", "origin": request.origin, "chip_spec": request.chip, "role": request.role}
+    ended = run_child(job, going.directory, _IDENTIFY_LIMIT_S)
+    refused = ended.result.get("refused")
+    if refused is not None and refused["type"] not in ("ChipError", MISSING):
+        raise QualifyError(refused["problem"], refused["remedy"])
+    going.identity = ended.result if ended.how == "complete" else {}
+    return ended
+
+
+def _trace(going: _Qualification) -> None:
+    """Record on the honest simulated chip, in a process into which no plug-in is loaded."""
+    request = going.request
+    dtype = going.identity["compute_dtype"]
+    going.tell(f"recording {request.role} step of {going.identity['subject']} in {dtype}")
+    job = {"task": "trace", "origin": request.origin, "role": request.role, "compute_dtype": dtype}
+    ended = run_child(job, going.directory, _TRACE_LIMIT_S, _ALONE)
+    if ended.how == "refused":
+        raise QualifyError(ended.result["refused"]["problem"], ended.result["refused"]["remedy"])
+    if ended.how != "complete":
+        shown = ended.result.get("raised", {}).get("traceback", "")
+        raise QualifyError(
+            f"the {request.role} step of {request.origin} could not be recorded on the CPU: {ended.detail}\n{shown}",
+            "run the subject by itself on the CPU first",
+        )
+    going.trace = ended.result["trace"]
+    write_json(going.directory / "trace.json", going.trace)
+
+
+def _remedy(ended: Ended) -> str:
+    return ended.result.get("refused", {}).get("remedy", "run `crosschip doctor`")
+
+
+def _report_unusable_chip(going: _Qualification, ended: Ended) -> None:
+    """The chip could not even be found: missing is inconclusive, dying on the first tensor is a failure."""
+    missing = ended.result.get("refused", {}).get("type") == MISSING
+    verdict: Verdict = "INCONCLUSIVE" if missing else "FAIL"
+    finding = Finding(
+        exam="software",
+        kind="software" if ended.how in ("refused", "raised") else "stability",
+        verdict=verdict,
+        subject=f"chip {going.request.chip}",
+        check="chip_found",
+        message=f"the chip cannot be used: {ended.detail}",
+        measured=ended.how,
+        limit="a first tensor computed and read back",
+        limit_source="without it nothing can be examined",
+        critical=True,
+        details={"remedy": _remedy(ended)},
+        found_at=time.time(),
+    )
+    going.records.append(ExamRecord("software", [finding], {"chip_found": 1}, ended=ended.how))
+    going.records += [
+        ExamRecord(exam.name, not_covered=["everything: the chip cannot be used"], ended="not run")
+        for exam in going.request.exams
+        if exam.name != "software"
+    ]
+
+
+def _take_exam(going: _Qualification, exam: Exam, budget_s: float) -> None:
+    """Run one exam and keep what its journal says, whatever happens to it."""
+    going.tell(f"{exam.name} (up to {budget_s:.0f} s)")
+    began = time.monotonic()
+    journal = going.directory / f"{exam.name}.journal.jsonl"
+    losses: list[Finding] = []
+    how = "interrupted"
+    try:
+        how = _try_exam(going, exam, journal, budget_s, losses)
+    finally:
+        record = read_journal(journal, exam.name).record
+        record.findings += losses
+        record.not_covered += [f"{loss.subject}: the exam ended in it" for loss in losses]
+        record.ended, record.time_s = how, time.monotonic() - began
+        going.records.append(record)
+
+
+def _try_exam(going: _Qualification, exam: Exam, journal: Path, budget_s: float, losses: list[Finding]) -> str:
+    """Run the exam in a child, again without the part in question when it died in one; returns how it ended."""
+    began = time.monotonic()
+    died_in: set[str] = set()
+    ended = Ended("complete")
+    for _ in range(_TRIES):
+        left_s = max(_LEAST_BUDGET_S, budget_s - (time.monotonic() - began))
+        job = _exam_job(going, exam, journal, left_s, died_in)
+        ended = run_child(job, going.directory, 2 * left_s + going.request.part_limit_s)
+        if ended.how == "complete":
+            break
+        ours = _fails_on_cpu(going, exam, job, ended)
+        if ours is not None:
+            going.defects.append(f"the exam {exam.name}: {ours}")
+            return "defect"
+        losses.append(_loss(going, exam, ended))
+        if ended.now is None or ended.how in ("budget", "refused"):
+            break
+        died_in.add(ended.now)
+    return ended.how
+
+
+def _exam_job(
+    going: _Qualification, exam: Exam, journal: Path, budget_s: float, died_in: set[str], chip: str | None = None
+) -> dict[str, Any]:
+    request = going.request
+    return {
+        "task": "exam",
+        "exam": exam.name,
+        "module": exam.job_module(),
+        "chip_spec": chip or going.identity["chip"],
+        "role": request.role,
+        "tier": request.tier,
+        "origin": request.origin,
+        "trace": str(going.directory / "trace.json"),
+        "journal": str(journal),
+        "budget_s": budget_s,
+        "part_limit_s": request.part_limit_s,
+        "reproducers": str(reproducers_of(request.report)),
+        "seed": request.seed,
+        "skip": sorted(read_journal(journal, exam.name).done | died_in),
+    }
+
+
+def reproducers_of(report: Path) -> Path:
+    """Where the reproducers of a report lie."""
+    return report.resolve().parent / "reproducers" / report.stem
+
+
+def _loss(going: _Qualification, exam: Exam, ended: Ended) -> Finding:
+    """A child that did not end well, as a finding about the chip, with the call it was in as a reproducer."""
+    at = ended.now or "before its first part"
+    words = {"hang": "hangs", "crash": "takes the process down", "budget": "the exam did not end in time"}
+    return Finding(
+        exam=exam.name,
+        kind="software" if ended.how in ("raised", "refused") else "stability",
+        verdict="INCONCLUSIVE" if ended.how == "budget" else "FAIL",
+        subject=at,
+        check=ended.how,
+        message=f"{words.get(ended.how, 'raises')}: {ended.detail}",
+        measured=ended.how,
+        limit="ends by itself",
+        limit_source="every part of an exam takes seconds on the CPU",
+        critical=True,
+        severity=100.0,
+        reproducer=_reproducer_of_the_end(going, exam, ended),
+        details={"traceback": ended.result.get("raised", {}).get("traceback", "")},
+        found_at=time.time(),
+    )
+
+
+def _reproducer_of_the_end(going: _Qualification, exam: Exam, ended: Ended) -> str | None:
+    """A file that makes the traced call in which the child ended; None when it was in no traced call."""
+    found = re.search(r"\bc\d{4,}\b", ended.now or "")
+    if found is None:
+        return None
+    job = {
+        "task": "write_call",
+        "call": found.group(),
+        "trace": str(going.directory / "trace.json"),
+        "chip": going.identity["chip"],
+        "directory": str(reproducers_of(going.request.report)),
+        "slug": f"{exam.name}-{ended.how}-{ended.now}",
+        "title": f"{ended.now}: {ended.detail.partition(';')[0]}",
+    }
+    written = run_child(job, going.directory, _IDENTIFY_LIMIT_S, _ALONE)
+    return written.result.get("reproducer")
+
+
+def _fails_on_cpu(going: _Qualification, exam: Exam, job: dict[str, Any], ended: Ended) -> str | None:
+    """Run the part that failed on the CPU: when it fails there as well, what went wrong; then the exam is broken."""
+    if ended.how == "budget":
+        return None
+    journal = going.directory / f"{exam.name}.control.jsonl"
+    journal.unlink(missing_ok=True)
+    control = _exam_job(going, exam, journal, job["budget_s"], set(), chip="cpu")
+    control |= {"skip": job["skip"], "only": ended.now}
+    again = run_child(control, going.directory, 2 * job["budget_s"] + going.request.part_limit_s)
+    if again.how in ("complete", "budget"):
+        return None
+    return again.result.get("raised", {}).get("traceback") or f"{again.how}: {again.detail}"
+
+
+def _document(going: _Qualification) -> dict[str, Any]:
+    """The report as a document; before all exams are done it says so, and its verdict is at best inconclusive."""
+    request, findings = going.request, [finding for record in going.records for finding in record.findings]
+    verdict = roll_up(findings, going.records)
+    if not going.complete and verdict != "FAIL":
+        verdict = "INCONCLUSIVE"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "document": "qualification",
+        "crosschip": __version__,
+        "verdict": verdict,
+        "role": request.role,
+        "chip": going.identity.get("chip", request.chip),
+        "tier": request.tier,
+        "complete": going.complete,
+        "subject": going.identity.get("subject", request.origin),
+        "origin": request.origin,
+        "compute_dtype": going.identity.get("compute_dtype"),
+        "seed": request.seed,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(going.began_at)),
+        "time_s": round(time.monotonic() - going.started, 1),
+        "exams": [record.document() for record in going.records],
+        "findings": [_in_report(finding, going) for finding in worst_first(findings)],
+        "trace": _trace_summary(going.trace),
+        "fingerprint": going.identity.get("fingerprint"),
+    }
+
+
+def _in_report(finding: Finding, going: _Qualification) -> dict[str, Any]:
+    """A finding with the whole path of its reproducer and the time since the beginning."""
+    document = finding.document()
+    found_at = document.pop("found_at")
+    document["found_after_s"] = None if found_at is None else round(found_at - going.began_at, 1)
+    if finding.reproducer:
+        document["reproducer"] = str(reproducers_of(going.request.report) / finding.reproducer)
+    return document
+
+
+def _trace_summary(trace: dict[str, Any]) -> dict[str, Any] | None:
+    if not trace:
+        return None
+    calls = trace["calls"]
+    return {
+        "num_calls": sum(call["count"] for call in calls),
+        "num_distinct_calls": len(calls),
+        "operators": sorted({call["operator"] for call in calls}),
+        "notes": trace.get("notes", []),
+    }
+
+
+class _terminated_as_interrupted:
+    """Inside, SIGTERM ends the work as Ctrl-C does, so that children are ended and the report is written."""
+
+    def __enter__(self) -> None:
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        try:
+            self._before = signal.signal(signal.SIGTERM, interrupt)
+        except ValueError:  # not the main thread: its owner deals with signals
+            self._before = None
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

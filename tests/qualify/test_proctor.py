@@ -1,0 +1,117 @@
+"""Children that end well, raise, die of real signals, hang or run too long."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosschip.qualify.journal import Journal, read_journal
+from crosschip.qualify.proctor import Ended, run_child
+from crosschip.qualify.trace import Trace
+from crosschip.rundir import write_json
+from tests.qualify.dying_exams import WAYS
+
+TINY = "tests.qualify.tiny:subject"
+
+
+def job(directory: Path, way: str, **changes: Any) -> dict[str, Any]:
+    write_json(directory / "trace.json", Trace("tiny", "train", "float32", []).document())
+    return {
+        "task": "exam",
+        "exam": "dying",
+        "module": "tests.qualify.dying_exams",
+        "chip_spec": "cpu",
+        "role": "train",
+        "tier": "smoke",
+        "origin": TINY,
+        "trace": str(directory / "trace.json"),
+        "journal": str(directory / "journal.jsonl"),
+        "budget_s": 5.0,
+        "part_limit_s": 3.0,
+        "reproducers": str(directory / "reproducers"),
+        "seed": WAYS.index(way),
+        "skip": [],
+        **changes,
+    }
+
+
+def run(directory: Path, way: str, deadline_s: float = 60.0, **changes: Any) -> Ended:
+    return run_child(job(directory, way, **changes), directory, deadline_s)
+
+
+def test_a_child_that_ends_well_is_complete(tmp_path: Path) -> None:
+    assert run(tmp_path, "complete").how == "complete"
+    state = read_journal(tmp_path / "journal.jsonl", "dying")
+    assert state.done == {"first", "second", "third"}
+    assert state.record.num_checks == {"good": 2}
+
+
+@pytest.mark.parametrize(
+    ("way", "how", "words"),
+    [
+        ("segfault", "crash", "SIGSEGV"),
+        ("exit", "crash", "exit code 3"),
+        ("hog", "crash", "memory runs out"),
+        ("raise", "raised", "ValueError: what a chip's plug-in may raise"),
+        ("refuse", "refused", "the chip is gone"),
+        ("hang", "hang", "3 s"),
+    ],
+)
+def test_a_child_that_dies_names_the_part_and_keeps_what_it_found(
+    tmp_path: Path, way: str, how: str, words: str
+) -> None:
+    ended = run(tmp_path, way)
+    assert (ended.how, ended.now) == (how, "second")
+    assert words in ended.detail
+    record = read_journal(tmp_path / "journal.jsonl", "dying").record
+    assert [finding.message for finding in record.findings] == ["as it should"]
+
+
+def test_a_second_try_leaves_out_what_is_done_and_what_it_died_in(tmp_path: Path) -> None:
+    run(tmp_path, "segfault")
+    done = read_journal(tmp_path / "journal.jsonl", "dying").done
+    assert run(tmp_path, "segfault", skip=[*done, "second"]).how == "complete"
+    assert read_journal(tmp_path / "journal.jsonl", "dying").record.num_checks == {"good": 2}
+
+
+def test_the_deadline_ends_a_child_whose_parts_seem_to_live(tmp_path: Path) -> None:
+    ended = run(tmp_path, "hang", deadline_s=6.0, part_limit_s=3600.0)
+    assert ended.how == "budget"
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    script = (
+        "import json, sys; from pathlib import Path; from crosschip.qualify.proctor import run_child\n"
+        "run_child(json.loads(sys.argv[1]), Path(sys.argv[2]), 600.0)"
+    )
+    hanging = json.dumps(job(tmp_path, "hang", part_limit_s=600.0))
+    parent = subprocess.Popen([sys.executable, "-c", script, hanging, str(tmp_path)], cwd=Path.cwd())
+    journal = tmp_path / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while read_journal(journal, "dying").now != "second":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert children
+
+
+def test_a_journal_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.checked("whole")
+    with path.open("a") as file:
+        file.write('{"checked": "ha')
+    assert read_journal(path, "any").record.num_checks == {"whole": 1}

@@ -1,0 +1,98 @@
+"""Whole qualifications in real child processes: what the report says when the chip is honest, absent, wrong or dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crosschip.errors import QualifyError
+from crosschip.qualify.finding import EXIT_CODES
+from crosschip.qualify.qualification import EXAMS, DefectError, Exam, Request, qualify
+from tests.qualify.dying_exams import WAYS
+
+TINY = "tests.qualify.tiny:subject"
+SOFTWARE = tuple(exam for exam in EXAMS if exam.name == "software")
+DYING = (Exam("dying", 1, "tests.qualify.dying_exams"),)
+
+
+def request(tmp_path: Path, chip: str, **changes: Any) -> Request:
+    settings = {"exams": SOFTWARE, "time_s": 30.0, "part_limit_s": 15.0} | changes
+    return Request(TINY, chip, report=tmp_path / "report.json", **settings)
+
+
+def test_an_honest_chip_gets_a_report_without_failures(tmp_path: Path) -> None:
+    report = qualify(request(tmp_path, "sim"))
+    assert json.loads((tmp_path / "report.json").read_text()) | {"time_s": 0} == report | {"time_s": 0}
+    assert report["verdict"] in ("PASS", "PASS WITH LIMITS")
+    assert (report["role"], report["chip"], report["complete"]) == ("train", "sim", True)
+    assert EXIT_CODES[report["verdict"]] == 0
+    assert not [finding for finding in report["findings"] if finding["verdict"] == "FAIL"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_chip_that_is_not_here_leaves_a_report_that_says_so(tmp_path: Path) -> None:
+    report = qualify(request(tmp_path, "cuda", exams=EXAMS))
+    assert report["verdict"] == "INCONCLUSIVE"
+    assert "cuda" in report["findings"][0]["message"]
+    assert {exam["exam"]: exam["ended"] for exam in report["exams"]}["operators"] == "not run"
+
+
+@pytest.mark.parametrize("chip", ["sim:NO_SUCH_FAULT", "banana", "sim:no.such.module:FAULT"])
+def test_a_name_that_makes_no_sense_is_refused_without_a_report(tmp_path: Path, chip: str) -> None:
+    with pytest.raises(QualifyError):
+        qualify(request(tmp_path, chip))
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [("Raise", "software", "not implemented"), ("Crash", "stability", "SIGSEGV"), ("Hang", "stability", "15 s")],
+)
+def test_an_operator_that_fails_is_named_and_the_exam_goes_on(
+    tmp_path: Path, fault: str, kind: str, words: str
+) -> None:
+    report = qualify(request(tmp_path, f"sim:tests.qualify.faulty:{fault}", time_s=60.0))
+    assert report["verdict"] == "FAIL"
+    named = [finding for finding in report["findings"] if "gelu" in finding["subject"] and finding["verdict"] == "FAIL"]
+    assert {finding["kind"] for finding in named} == {kind}
+    assert words in named[0]["message"]
+    assert report["exams"][0]["ended"] == "complete"  # the rest was examined in another try
+
+
+def test_a_chip_that_fails_its_first_tensor_is_a_failure(tmp_path: Path) -> None:
+    report = qualify(request(tmp_path, "sim:tests.qualify.faulty:Raise,operators=aten::mul"))
+    assert report["verdict"] == "FAIL"
+    assert "not implemented" in report["findings"][0]["message"]
+
+
+def test_what_only_the_chip_raises_is_its_failure_and_what_the_cpu_raises_too_is_our_defect(tmp_path: Path) -> None:
+    refusing = request(tmp_path, "sim", exams=DYING, seed=WAYS.index("raise"))
+    with pytest.raises(DefectError, match="what a chip's plug-in may raise"):
+        qualify(refusing)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert [exam["ended"] for exam in written["exams"]] == ["defect"]
+    assert written["verdict"] != "FAIL"
+
+
+def test_an_interrupted_qualification_keeps_what_it_measured(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "crosschip", "qualify", "--model", TINY, "--chip", "sim", "--json", str(report)]
+    child = subprocess.Popen(command, cwd=Path.cwd(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not report.exists():
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.1)
+    child.terminate()
+    assert child.wait(30) == 130
+    written = json.loads(report.read_text())
+    assert written["complete"] is False
+    assert written["exams"]
+    assert written["verdict"] in ("INCONCLUSIVE", "FAIL")
