@@ -15,6 +15,7 @@ from crosschip.qualify.exams import determinism
 from crosschip.qualify.finding import ExamRecord, Finding
 from crosschip.qualify.fixed_work import bits_of, hash_of, same_bits
 from crosschip.qualify.repetition import repeat
+from crosschip.qualify.trace import Trace, TracedCall
 from tests.qualify.unsteady import Unsteady, process_dependent
 
 BATCH = "batch composition"
@@ -181,10 +182,16 @@ def test_every_row_is_compared_in_its_own_place() -> None:
     assert all(compared.share == 0 for compared in compare_batches(call, "cpu"))
 
 
-def test_batched_calls_are_those_of_the_forward_pass(first_trace: Callable[[str], Any]) -> None:
-    found = list(batched_calls(first_trace("train"), "smoke"))
-    assert {"mm", "scaled_dot_product_attention"} <= {call.name for call in found}
-    assert all(call.args[call.sliced[0]]["tensor"]["shape"][0] <= 256 for call in found)
+def test_batched_calls_are_those_of_the_forward_pass() -> None:
+    def call(phase: str, rows: int, terms: int, time_s: float) -> TracedCall:
+        args, kwargs = product(rows, terms, 8, "float32")
+        return TracedCall(f"{phase}{rows}", "aten.mm.default", args, kwargs, [], 1, time_s, [phase])
+
+    calls = [call("forward", 4096, 64, 1.0), call("backward", 64, 4096, 9.0), call("forward", 1024, 32, 2.0)]
+    reduced = TracedCall("r", "aten.mean.dim", [calls[0].args[0], [0], False], {}, [], 1, 1.0, ["forward"])
+    found = list(batched_calls(Trace("made", "train", "float32", [*calls, reduced]), "smoke"))
+    shapes = [each.args[0]["tensor"]["shape"] for each in found]
+    assert shapes == [[256, 32], [256, 64]], "those of the forward pass, the longest first, with few rows"
 
 
 def test_bits_tell_zeros_and_nans_apart() -> None:

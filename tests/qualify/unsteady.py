@@ -32,5 +32,5 @@ class Unsteady:
 
 
 def process_dependent() -> Unsteady:
-    """Products that differ from process to process by a unit in the last place."""
-    return Unsteady(lambda result, _: result * (1 + (1 + os.getpid() % 7) * 2.0**-20))
+    """Products that differ from process to process by less than a thousandth."""
+    return Unsteady(lambda result, _: result * (1 + os.getpid() % 997 * 2.0**-20))

@@ -58,8 +58,9 @@ def examine(context: ExamContext) -> None:
     critical = [operator for operator in sweep.shares if is_critical(context.trace, operator)]
     sweep.critical = {*critical, *(GRADIENT_OF + operator for operator in critical)}
     for call, is_first in _in_order(sweep):
-        if call.operator in sweep.failed:
-            sweep.failed[call.operator] += 1
+        operator = call.operator.removeprefix(GRADIENT_OF)
+        if operator in sweep.failed:
+            sweep.failed[operator] += 1
         elif context.remaining_s < _FLUSH_S:
             sweep.cut[call.operator] = sweep.cut.get(call.operator, 0) + 1
         else:
