@@ -26,7 +26,7 @@ __all__ = [
 
 LADDER = (1, 15, 16, 17, 127, 128, 129, 511, 512, 513, 1024, 2048, 4096, 8192)
 _FEW_QUERIES = 8  # on the ladder: the cost grows with the length then, not with its square
-_LONGEST_SQUARE = {"smoke": 1024, "standard": 4096, "soak": 8192}
+_LONGEST_SQUARE = {"smoke": 1024, "standard": 4096, "soak": 4096}
 
 
 @dataclass(frozen=True)
