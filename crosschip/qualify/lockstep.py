@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crosschip.chips.faults.calls import tensors_in
 from crosschip.qualify.module_paths import ModulePaths, code_line
 from crosschip.qualify.one_call import deviation, is_comparable, results_of
-from crosschip.qualify.record import encode_arguments
+from crosschip.qualify.record import encode_arguments, encoded_tensors
 from crosschip.qualify.statistics import value_statistics
 
 __all__ = ["Divergence", "Replay", "lockstep"]
@@ -151,10 +152,10 @@ class _Lockstep(TorchDispatchMode):
         if self._replay.num_wrong[op._schema.name] > 1:
             return
         encoded = encode_arguments(*copies, _describe)
-        for mine, theirs in zip(_encoded_tensors(list(encoded)), _tensors([args, kwargs]), strict=True):
+        for mine, theirs in zip(encoded_tensors(list(encoded)), tensors_in([args, kwargs]), strict=True):
             if theirs.device.type == self._device.type:
                 mine.pop("host", None)
-        tensors = " ".join(map(_shown, list(_tensors([args, kwargs]))[:2]))
+        tensors = " ".join(map(_shown, list(tensors_in([args, kwargs]))[:2]))
         divergence = Divergence(where, op._schema.name, str(op), tensors, *found, number, code_line(), *encoded)
         self._replay.divergences.append(divergence)
 
@@ -162,7 +163,7 @@ class _Lockstep(TorchDispatchMode):
         asked = kwargs.get("device")
         if asked is not None and torch.device(asked).type == self._device.type:
             return True
-        return any(tensor.device.type == self._device.type for tensor in _tensors([args, kwargs]))
+        return any(tensor.device.type == self._device.type for tensor in tensors_in([args, kwargs]))
 
 
 def _on_host(value: Any) -> Any:
@@ -194,24 +195,3 @@ def _describe(tensor: torch.Tensor) -> dict[str, Any]:
 
 def _shown(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(map(str, tensor.shape))}]"
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-def _encoded_tensors(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        if "tensor" in value:
-            yield value
-        else:
-            yield from _encoded_tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _encoded_tensors(each)

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crosschip.chips.faults.calls import tensors_in
 from crosschip.chips.simulated import activate, plant
 from crosschip.qualify.finding import Role
 from crosschip.qualify.statistics import merge_integers, overwritten_values, value_statistics
 from crosschip.qualify.subject import Subject, Workload
 from crosschip.qualify.trace import PHASES, Trace, TracedCall, tensor_specs
 
-__all__ = ["encode_arguments", "record_trace"]
+__all__ = ["encode_arguments", "encoded_tensors", "record_trace"]
 
 Describe = Callable[[torch.Tensor], dict[str, Any] | None]
 
@@ -117,16 +118,6 @@ def _encoded_tensor(tensor: torch.Tensor, describe: Describe) -> dict[str, Any]:
     return found
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
 class _Recorder(TorchDispatchMode):
     """Counts the calls on the simulated chip, with time and, at the first of each kind, statistics."""
 
@@ -179,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         """Note a call before it may change its arguments; the key of its entry, None where it has none."""
         phase = self._phase(args, kwargs)
         encoded_args, encoded_kwargs = encode_arguments(args, kwargs, _nothing)
-        tensors, specs = list(_tensors([args, kwargs])), list(_encoded_tensors([encoded_args, encoded_kwargs]))
+        tensors, specs = list(tensors_in([args, kwargs])), list(encoded_tensors([encoded_args, encoded_kwargs]))
         if phase == "forward" and _is_differentiated(op):
             for tensor, encoded in zip(tensors, specs, strict=True):
                 if tensor.requires_grad:
@@ -215,7 +206,7 @@ class _Recorder(TorchDispatchMode):
         if torch._C._current_autograd_node() is not None:
             self._train_phase = "backward"
         elif torch.is_grad_enabled():
-            if any(tensor.requires_grad for tensor in _tensors([args, kwargs])):
+            if any(tensor.requires_grad for tensor in tensors_in([args, kwargs])):
                 self._train_phase = "forward"
         elif self._train_phase == "backward":
             self._train_phase = "optimizer"
@@ -237,23 +228,23 @@ def _nothing(tensor: torch.Tensor) -> None:
     return None
 
 
-def _encoded_tensors(value: Any) -> Iterator[dict[str, Any]]:
+def encoded_tensors(value: Any) -> Iterator[dict[str, Any]]:
     """The `{"tensor": ...}` objects inside an encoded value, in order."""
     if isinstance(value, dict):
         if "tensor" in value:
             yield value
         else:
-            yield from _encoded_tensors(list(value.values()))
+            yield from encoded_tensors(list(value.values()))
     elif isinstance(value, list):
         for each in value:
-            yield from _encoded_tensors(each)
+            yield from encoded_tensors(each)
 
 
 def _is_operator_of_the_chip(op: Any, args: Any, kwargs: Any) -> bool:
     name = op._schema.name
     if name in _BOOKKEEPING or name in _TRANSFERS or name.startswith("crosschip_sim::"):
         return False
-    kinds = {tensor.device.type for tensor in _tensors([args, kwargs])}
+    kinds = {tensor.device.type for tensor in tensors_in([args, kwargs])}
     asked = kwargs.get("device")
     if asked is not None:
         kinds.add(torch.device(asked).type)
@@ -275,6 +266,6 @@ def _is_differentiated(op: Any) -> bool:
 def _overwritten(op: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The tensors that a call fills without reading them."""
     if op._schema.name in _OVERWRITING:
-        return list(_tensors(args[:1]))
+        return list(tensors_in(args[:1]))
     outs = [each.name for each in op._schema.arguments if each.is_out]
-    return list(_tensors([kwargs[name] for name in outs if name in kwargs]))
+    return list(tensors_in([kwargs[name] for name in outs if name in kwargs]))
