@@ -88,7 +88,7 @@ def count(subject: str, fault: str, role: Role) -> None:
     from crosschip.chips.faults import faults_from
     from crosschip.chips.faults.counting import CountingFault
     from crosschip.chips.simulated import activate, plant
-    from crosschip.qualify.subject import load_subject
+    from crosschip.qualify.subjects.subject import load_subject
 
     activate("sim")
     workload = load_subject(subject).workload(torch.device("sim", 0), torch.bfloat16)
@@ -202,7 +202,7 @@ def main() -> None:
 
 def power_sentence() -> str:
     """How often an operator with a given error ratio fails, over simulated sweeps of 100 operators."""
-    from crosschip.qualify.power import rejection_rate
+    from crosschip.qualify.judging.power import rejection_rate
 
     trials = 200
     found = {ratio: rejection_rate(ratio, num_trials=trials) for ratio in (1.0, 2.0, 2.5, 3.0, 4.0)}

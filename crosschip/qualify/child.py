@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 def _identify(job: dict[str, Any]) -> dict[str, Any]:
     """Load the subject, find the chip, say what it is and in which dtype the subject would be computed there."""
     from crosschip.chips import find_chip, fingerprint
-    from crosschip.qualify.subject import load_subject, working_dtype
+    from crosschip.qualify.subjects.subject import load_subject, working_dtype
 
     subject = load_subject(job["origin"])
     try:
@@ -74,8 +74,8 @@ def _classified(error: ChipError, wanted: str) -> CrosschipError:
 def _trace(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from crosschip.qualify.record import record_trace
-    from crosschip.qualify.subject import load_subject
+    from crosschip.qualify.subjects.subject import load_subject
+    from crosschip.qualify.tracing.record import record_trace
 
     dtype = getattr(torch, job["compute_dtype"])
     return {"trace": record_trace(load_subject(job["origin"]), job["role"], dtype).document()}
@@ -85,8 +85,8 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
     from crosschip.chips import find_chip
     from crosschip.qualify.exams.context import ExamContext
     from crosschip.qualify.journal import Journal
-    from crosschip.qualify.subject import load_subject
-    from crosschip.qualify.trace import Trace
+    from crosschip.qualify.subjects.subject import load_subject
+    from crosschip.qualify.tracing.trace import Trace
 
     journal = Journal(Path(job["journal"]))
     context = ExamContext(
@@ -110,8 +110,8 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
 
 def _write_call(job: dict[str, Any]) -> dict[str, Any]:
     """Write a reproducer of one traced call without making it."""
-    from crosschip.qualify.reproducers import crash_reproducer
-    from crosschip.qualify.trace import Trace
+    from crosschip.qualify.reproducing.reproducers import crash_reproducer
+    from crosschip.qualify.tracing.trace import Trace
 
     trace = Trace.from_document(read_json(Path(job["trace"])))
     call = next(each for each in trace.calls if each.id == job["call"])

@@ -41,7 +41,7 @@ class Exam:
 
     def job_module(self) -> str:
         """The module whose `examine` is run."""
-        return self.module or f"crosschip.qualify.exams.{self.name}"
+        return self.module or f"crosschip.qualify.exams.{self.name}.exam"
 
 
 EXAMS = (
@@ -234,7 +234,7 @@ def _try_exam(going: _Qualification, exam: Exam, journal: Path, budget_s: float,
     """Run the exam in a child, again without the part in question when it died in one; returns how it ended."""
     began = time.monotonic()
     died_in: set[str] = set()
-    ended = Ended("complete")
+    ended, is_ours = Ended("complete"), False
     for _ in range(_TRIES):
         left_s = max(_LEAST_BUDGET_S, budget_s - (time.monotonic() - began))
         job = _exam_job(going, exam, journal, left_s, died_in)
@@ -243,13 +243,14 @@ def _try_exam(going: _Qualification, exam: Exam, journal: Path, budget_s: float,
             break
         ours = _fails_on_cpu(going, exam, job, ended)
         if ours is not None:
-            going.defects.append(f"the exam {exam.name}: {ours}")
-            return "defect"
-        losses.append(_loss(going, exam, ended))
+            is_ours = True
+            going.defects.append(f"the exam {exam.name}, in {ended.now or 'its beginning'}: {ours}")
+        else:
+            losses.append(_loss(going, exam, ended))
         if ended.now is None or ended.how in ("budget", "refused"):
             break
         died_in.add(ended.now)
-    return ended.how
+    return "defect" if is_ours else ended.how
 
 
 def _exam_job(

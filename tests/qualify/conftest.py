@@ -16,9 +16,9 @@ from crosschip.chips.simulated import activate, plant
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.finding import ExamRecord, Role, Tier
 from crosschip.qualify.journal import Journal, read_journal
-from crosschip.qualify.record import record_trace
-from crosschip.qualify.subject import load_subject
-from crosschip.qualify.trace import Trace
+from crosschip.qualify.subjects.subject import load_subject
+from crosschip.qualify.tracing.record import record_trace
+from crosschip.qualify.tracing.trace import Trace
 
 FIRST = str(Path(__file__).parent.parent.parent / "recipes" / "first.toml")
 TINY = "tests.qualify.tiny:subject"
@@ -85,7 +85,7 @@ def examine_on(tmp_path: Path) -> Callable[..., ExamRecord]:
         )
         plant(list(planted))
         try:
-            importlib.import_module(f"crosschip.qualify.exams.{exam}").examine(context)
+            importlib.import_module(f"crosschip.qualify.exams.{exam}.exam").examine(context)
         finally:
             plant([])
         return read_journal(journal_path, exam).record

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crosschip.qualify.subject import StepMeasure
+from crosschip.qualify.subjects.subject import StepMeasure
 
 __all__ = ["RehearsedSubject"]
 

@@ -15,7 +15,7 @@ import pytest
 
 from crosschip.qualify.journal import Journal, read_journal
 from crosschip.qualify.proctor import Ended, run_child
-from crosschip.qualify.trace import Trace
+from crosschip.qualify.tracing.trace import Trace
 from crosschip.rundir import write_json
 from tests.qualify.dying_exams import WAYS
 

@@ -78,6 +78,7 @@ def test_what_only_the_chip_raises_is_its_failure_and_what_the_cpu_raises_too_is
         qualify(refusing)
     written = json.loads((tmp_path / "report.json").read_text())
     assert [exam["ended"] for exam in written["exams"]] == ["defect"]
+    assert written["exams"][0]["num_checks"] == {"good": 2}  # the part that is broken is left out, the rest examined
     assert written["verdict"] != "FAIL"
 
 

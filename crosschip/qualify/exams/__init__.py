@@ -1,1 +1,1 @@
-"""The exams. Each module has one public function, `examine(context)`, and runs in a child process of its own."""
+"""The exams; each has a package whose `exam` module has `examine`."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from crosschip.chips import Chip
 from crosschip.qualify.finding import Role, Tier
 from crosschip.qualify.journal import Journal
-from crosschip.qualify.subject import Subject
-from crosschip.qualify.trace import Trace
+from crosschip.qualify.subjects.subject import Subject
+from crosschip.qualify.tracing.trace import Trace
 
 __all__ = ["ExamContext"]
 

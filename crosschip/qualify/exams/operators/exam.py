@@ -1,0 +1,149 @@
+"""The exam of the operators: each traced call on the chip, against fp64 and relative to honest implementations.
+
+Each distinct operator is examined on one of its calls, and on its gradient where the subject needs that, before any
+gets its second call; critical ones come first. What is found wrong with an operator ends its examination: one finding
+each, the first that is sure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.exams.operators.case import Case
+from crosschip.qualify.exams.operators.checks import GRADIENT_OF
+from crosschip.qualify.exams.operators.examination import examine_call
+from crosschip.qualify.exams.operators.gradient import gradient_call
+from crosschip.qualify.exams.operators.plan import PlannedDraw
+from crosschip.qualify.exams.operators.problem import Problem, finding_of, problem_of_judgement, verdict_details
+from crosschip.qualify.finding import Finding
+from crosschip.qualify.judging.judge import RATIO_LIMIT, Judgement, benjamini_hochberg
+from crosschip.qualify.tracing.criticality import is_critical
+from crosschip.qualify.tracing.trace import TracedCall
+
+__all__ = ["examine"]
+
+_FLUSH_S = 1.0  # kept for what is said at the end
+
+
+@dataclass
+class _Open:
+    """A call whose error ratio is for the end, when all p-values are known."""
+
+    call: TracedCall
+    judgement: Judgement
+    draw: PlannedDraw
+
+
+@dataclass
+class _Sweep:
+    """The exam so far."""
+
+    context: ExamContext
+    failed: dict[str, int] = field(default_factory=dict)  # operators, and how many of their calls were left out then
+    p_values: list[float] = field(default_factory=list)
+    open: list[_Open] = field(default_factory=list)
+    limited: set[str] = field(default_factory=set)
+    cut: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    critical: set[str] = field(default_factory=set)
+
+
+def examine(context: ExamContext) -> None:
+    """Examine the operators of the trace within the budget."""
+    sweep = _Sweep(context)
+    for call in context.trace.calls:
+        sweep.shares[call.operator] = sweep.shares.get(call.operator, 0.0) + context.trace.share(call)
+    critical = [operator for operator in sweep.shares if is_critical(context.trace, operator)]
+    sweep.critical = {*critical, *(GRADIENT_OF + operator for operator in critical)}
+    for call, is_first in _in_order(sweep):
+        operator = call.operator.removeprefix(GRADIENT_OF)
+        if operator in sweep.failed:
+            sweep.failed[operator] += 1
+        elif context.remaining_s < _FLUSH_S:
+            sweep.cut[call.operator] = sweep.cut.get(call.operator, 0) + 1
+        else:
+            context.part(f"{call.title} #{call.id}", partial(_examine, sweep, call, is_first))
+    _flush(sweep)
+
+
+def _in_order(sweep: _Sweep) -> list[tuple[TracedCall, bool]]:
+    """Calls with whether they are their operator's first; first ones first, critical ones first among them."""
+    by_operator: dict[str, list[TracedCall]] = {}
+    for call in sorted(sweep.context.trace.calls, key=lambda call: -call.time_s):
+        by_operator.setdefault(call.operator, []).append(call)
+
+    def rank(operator: str) -> tuple[bool, float]:
+        return operator not in sweep.critical, -sweep.shares[operator]
+
+    ordered = sorted(by_operator, key=rank)
+    firsts = [by_operator[operator][0] for operator in ordered]
+    gradients = [made for call in firsts if (made := gradient_call(call)) is not None]
+    rounds = max((len(calls) for calls in by_operator.values()), default=0)
+    others = [
+        by_operator[operator][number]
+        for number in range(1, rounds)
+        for operator in ordered
+        if number < len(by_operator[operator])
+    ]
+    return [*((call, True) for call in [*firsts, *gradients]), *((call, False) for call in others)]
+
+
+def _examine(sweep: _Sweep, call: TracedCall, is_first: bool) -> None:
+    context = sweep.context
+    case = Case(context, call, is_first)
+    problem = examine_call(case)
+    if problem is not None:
+        sweep.failed[call.operator] = 0
+        context.journal.finding(finding_of(context, call, problem, call.operator in sweep.critical))
+    elif case.limit and call.operator not in sweep.limited:
+        sweep.limited.add(call.operator)
+        context.journal.finding(
+            finding_of(context, call, case.limit, call.operator in sweep.critical, "PASS WITH LIMITS")
+        )
+    if case.judgement is not None:
+        sweep.p_values.append(case.judgement.p_value)
+        if problem is None and case.judgement.state in ("open", "abstain"):
+            assert case.worst_draw is not None
+            sweep.open.append(_Open(call, case.judgement, case.worst_draw))
+
+
+def _flush(sweep: _Sweep) -> None:
+    """Say what only the whole sweep can tell: rejections by their rank, what stayed open, what was not covered."""
+    context = sweep.context
+    context.journal.now("conclusions")
+    rejected = benjamini_hochberg(sweep.p_values) if sweep.p_values else []
+    threshold = max((p for p, out in zip(sweep.p_values, rejected, strict=True) if out), default=-1.0)
+    told: set[str] = set(sweep.failed)
+    for each in sorted(sweep.open, key=lambda each: each.judgement.p_value):
+        if each.call.operator in told:
+            continue
+        told.add(each.call.operator)
+        if each.judgement.p_value <= threshold:
+            problem = problem_of_judgement(each.judgement, each.draw)
+            context.journal.finding(finding_of(context, each.call, problem, each.call.operator in sweep.critical))
+        elif each.judgement.reason == "draws":
+            context.journal.not_covered(f"{each.call.title}: too few draws within the budget")
+        else:
+            context.journal.finding(_inconclusive(sweep, each))
+    for operator, number in sweep.failed.items():
+        if number:
+            context.journal.not_covered(f"{operator}: {number} more calls, as one has failed")
+    if sweep.cut:
+        named = ", ".join(f"{operator} ({number})" for operator, number in sorted(sweep.cut.items()))
+        context.journal.not_covered(f"calls that the budget of {context.budget_s:.0f} s cut, by operator: {named}")
+    context.journal.done("conclusions")
+
+
+def _inconclusive(sweep: _Sweep, each: _Open) -> Finding:
+    judgement = each.judgement
+    if judgement.state == "abstain":
+        message = "honest implementations differ by more than 10 % of the result, so nothing can be said"
+    else:
+        message = f"the error ratio is between {judgement.lower:.3g} and {judgement.upper:.3g} after all draws"
+    source = "2.5 times the worst honest control"
+    problem = Problem("error ratio", message, judgement.ratio, RATIO_LIMIT, source, each.draw)
+    details = verdict_details(judgement)
+    found = finding_of(sweep.context, each.call, problem, each.call.operator in sweep.critical, "INCONCLUSIVE")
+    return Finding(**{**found.__dict__, "details": {**found.details, **details}})

@@ -1,0 +1,202 @@
+"""A problem found with one operator call, and the finding and the reproducer that are made of it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.exams.operators import checks
+from crosschip.qualify.exams.operators.plan import PlannedDraw
+from crosschip.qualify.finding import Finding, Kind, Verdict
+from crosschip.qualify.judging.judge import (
+    BIAS_LIMIT,
+    GROSS_LIMIT,
+    RATIO_LIMIT,
+    SLOPE_LIMIT,
+    TAIL_LIMIT,
+    Judgement,
+    Slope,
+)
+from crosschip.qualify.reproducing.reproducers import (
+    Check,
+    outcome_of,
+    shrink,
+    slug_of,
+    smaller_calls,
+    write_reproducer,
+)
+from crosschip.qualify.tracing.trace import TracedCall
+
+__all__ = ["Problem", "finding_of", "problem_of_judgement", "problem_of_slope", "verdict_details"]
+
+# What others hold operators to, beside the limits used here.
+PUBLISHED = {
+    "Ascend msprobe, error ratio to the reference device (max, mean, RMSE) for the strictest operators": [2, 1.2, 1.2],
+    "Ascend msprobe, for ordinary operators": [10, 2, 2],
+    "BackendBench, rtol and atol for every dtype": [1e-2, 1e-2],
+}
+_SHRINKING_S = 2.0
+_NUM_SEEDS = 4
+_RARE = 100  # calls, for a failure that comes and goes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What was wrong on which inputs. `ways` are checks that may show it in a file, the most telling first."""
+
+    check: str
+    message: str
+    measured: float | str | None
+    limit: float | str | None
+    limit_source: str
+    draw: PlannedDraw
+    ways: tuple[tuple[Any, dict[str, Any]], ...] = ()
+    severity: float = 1.0
+    kind: Kind = "numerics"
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def exact_problem(check: str, message: str, draw: PlannedDraw, source: str, way: Any = checks.differs) -> Problem:
+    """A problem without tolerance."""
+    return Problem(check, message, message, "exact", source, draw, ((way, {}), (checks.errs, {"times": 4.0})), 100.0)
+
+
+def problem_of_judgement(judgement: Judgement, draw: PlannedDraw) -> Problem:
+    """What the judge rejects."""
+    details = verdict_details(judgement)
+    by_error = ((checks.errs, {"times": GROSS_LIMIT}), (checks.errs, {"times": 4.0}))
+    by_ratio = ((checks.errs, {"times": RATIO_LIMIT}),)
+    if judgement.reason == "bitwise":
+        message = f"{judgement.num_different} results differ from exact ones ({judgement.worst_draw})"
+        exact = exact_problem("exact results", message, draw, "results that the dtype holds exactly have no rounding")
+        return _with_details(exact, details)
+    if judgement.reason == "outlier":
+        message = f"a result is off by {judgement.gross:.3g} times the honest error there ({judgement.worst_draw})"
+        source = "2.5 times 6.4 standard deviations, which 10^10 honest results do not reach"
+        return Problem(
+            "outliers",
+            message,
+            judgement.gross,
+            GROSS_LIMIT,
+            source,
+            draw,
+            by_error,
+            judgement.gross / GROSS_LIMIT,
+            details=details,
+        )
+    if judgement.reason == "tail":
+        assert judgement.tail is not None
+        message = f"the 99.9 % point of its errors is {judgement.tail:.3g} times that of the worst honest control"
+        source = "2.5 times the widest honest difference of shape, normal against uniform errors"
+        return Problem(
+            "error tail",
+            message,
+            judgement.tail,
+            TAIL_LIMIT,
+            source,
+            draw,
+            by_ratio,
+            judgement.tail / TAIL_LIMIT,
+            details=details,
+        )
+    if judgement.reason == "bias":
+        worst = max((each for each in judgement.offsets if each.fails), key=lambda each: abs(each.effect))
+        words = {"bias": "away from zero", "shift": "upwards", "gain": "in proportion to the result"}[worst.kind]
+        message = (
+            f"its errors have one sign: their mean {words} is {worst.effect:+.3g} of the honest error, "
+            f"{worst.z:+.3g} standard errors beyond the controls'"
+        )
+        ways = ((checks.is_biased, {"limit": BIAS_LIMIT, "draws": 16}),)
+        source = "half the usual error; truncation instead of rounding has 1.73 of it"
+        return Problem(
+            "bias",
+            message,
+            abs(worst.effect),
+            BIAS_LIMIT,
+            source,
+            draw,
+            ways,
+            abs(worst.effect) / BIAS_LIMIT,
+            details=details,
+        )
+    assert judgement.ratio is not None
+    message = (
+        f"its error is {judgement.ratio:.3g} times that of the worst honest control "
+        f"(95 % bounds {judgement.lower:.3g} to {judgement.upper:.3g}, p = {judgement.p_value:.2g})"
+    )
+    source = "2.5 times the worst honest control, one-sided test, false discoveries held at 5 %"
+    return Problem(
+        "error ratio",
+        message,
+        judgement.ratio,
+        RATIO_LIMIT,
+        source,
+        draw,
+        by_ratio,
+        judgement.ratio / RATIO_LIMIT,
+        details=details,
+    )
+
+
+def problem_of_slope(slope: Slope, draw: PlannedDraw) -> Problem:
+    """An error that grows too fast with K."""
+    message = f"its error grows with K by the power {slope.value:.2f} more than that of the worst honest control"
+    source = "half the growth of an accumulator as coarse as the result"
+    ways = ((checks.errs, {"times": RATIO_LIMIT}),)
+    return Problem("slope over K", message, slope.value, SLOPE_LIMIT, source, draw, ways, slope.value / SLOPE_LIMIT)
+
+
+def _with_details(problem: Problem, details: dict[str, Any]) -> Problem:
+    return Problem(**{**problem.__dict__, "details": details})
+
+
+def verdict_details(judgement: Judgement) -> dict[str, Any]:
+    """The judge's numbers for a report."""
+    numbers = {name: getattr(judgement, name) for name in ("ratio", "lower", "upper", "p_value", "tail", "gross")}
+    rounded = {name: float(f"{value:.5g}") for name, value in numbers.items() if value is not None}
+    counts = {name: getattr(judgement, name) for name in ("num_draws", "num_outputs", "num_exact", "num_abstained")}
+    offsets = {each.kind: [round(each.effect, 4), round(each.z, 2)] for each in judgement.offsets}
+    return {**rounded, **counts, "offsets_effect_and_z": offsets}
+
+
+def finding_of(
+    context: ExamContext, call: TracedCall, problem: Problem, critical: bool, verdict: Verdict = "FAIL"
+) -> Finding:
+    """The finding, with a reproducer when a check on the chip shows the problem alone."""
+    reproducer = _reproducer(context, call, problem) if verdict == "FAIL" else None
+    return Finding(
+        exam=context.exam,
+        kind=problem.kind,
+        verdict=verdict,
+        subject=call.title,
+        check=problem.check,
+        message=f"{call.operator}: {problem.message}",
+        measured=problem.measured,
+        limit=problem.limit,
+        limit_source=problem.limit_source,
+        critical=critical,
+        severity=problem.severity,
+        reproducer=reproducer,
+        details={**problem.details, "inputs": problem.draw.label, "published limits": PUBLISHED},
+    )
+
+
+def _reproducer(context: ExamContext, call: TracedCall, problem: Problem) -> str | None:
+    """The file's name. Values are drawn anew there, so a few seeds are tried, and many calls for a rare failure."""
+    args, kwargs = problem.draw.encoded
+    title = f"{call.title}: {problem.message}"
+    tries = [(seed, 1) for seed in range(_NUM_SEEDS)] + [(0, _RARE)]
+    for (seed, repeats), (function, more) in itertools.product(tries, problem.ways):
+        given = {"operator": call.operator, "args": args, "kwargs": kwargs, "seed": problem.draw.seed + seed, **more}
+        check = Check(function, given, repeats=repeats)
+        if not outcome_of(function, str(context.chip.device), given, repeats)[0]:
+            continue
+        limit_s = min(_SHRINKING_S, max(0.2, context.remaining_s / 10))
+        smallest = shrink(check, context.chip.device, smaller_calls, limit_s) if repeats == 1 else check
+        for each in (smallest, check):
+            name = write_reproducer(context, slug_of(call.title), title, each)
+            if name is not None:
+                return name
+    return None

@@ -1,0 +1,88 @@
+"""Operators that draw random numbers: two devices' numbers are never equal, but their distributions are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crosschip.qualify.exams.operators.runs import Inputs, Outcome, on_device, same
+
+__all__ = ["ALPHA", "compare_distributions"]
+
+# A sweep has few such operators and each has three tests; at this level an honest chip fails one sweep in thousands.
+ALPHA = 1e-6
+_MIN_NUMBERS = 1 << 16
+_MOST_CALLS = 512
+
+
+def compare_distributions(op: Any, inputs: Inputs, device: torch.device) -> tuple[str, dict[str, float]]:
+    """What is wrong with the numbers that a device draws, in words (empty when nothing is), and what was measured.
+
+    They must be the same again under the same seed and others under another; lie where the CPU's lie; and have the
+    CPU's distribution: Kolmogorov and Smirnov's test, and those of the mean and of the mean square, each at `ALPHA`.
+    """
+    torch.manual_seed(1)
+    first = on_device(op, inputs, device)
+    torch.manual_seed(1)
+    if not _equal(first, on_device(op, inputs, device)):
+        return "the same seed gives other numbers", {}
+    size = max(1, max((each.numel() for _, each in first.outputs), default=1))
+    num_calls = min(_MOST_CALLS, -(-_MIN_NUMBERS // size))
+    mine = _drawn(lambda: on_device(op, inputs, device), num_calls, seed=2)
+    honest = _drawn(lambda: on_device(op, inputs, torch.device("cpu")), num_calls, seed=3)
+    measured: dict[str, float] = {"num_calls": float(num_calls)}
+    for number, (got, expected) in enumerate(zip(mine, honest, strict=True)):
+        problem = _compared(got, expected, measured)
+        if problem:
+            return f"output {number}: {problem}", measured
+    return "", measured
+
+
+def _equal(a: Outcome, b: Outcome) -> bool:
+    return all(same(x, y) for (_, x), (_, y) in zip(a.outputs, b.outputs, strict=True))
+
+
+def _drawn(call: Callable[[], Outcome], num_calls: int, seed: int) -> list[NDArray[np.float64]]:
+    torch.manual_seed(seed)
+    outcomes = [[each for _, each in call().outputs] for _ in range(num_calls)]
+    return [_numbers(torch.cat([each.reshape(-1) for each in column])) for column in zip(*outcomes, strict=True)]
+
+
+def _numbers(tensor: Tensor) -> NDArray[np.float64]:
+    made: NDArray[np.float64] = tensor.double().numpy()
+    return made
+
+
+def _compared(got: NDArray[np.float64], expected: NDArray[np.float64], measured: dict[str, float]) -> str:
+    if not np.isfinite(got).all() and np.isfinite(expected).all():
+        return "numbers that are not finite"
+    spread = float(np.ptp(expected)) if len(expected) else 0.0
+    if len(got) and spread == 0.0:
+        return "" if np.array_equal(got, expected) else "the CPU has one constant number there"
+    gap = _largest_gap(got, expected)
+    limit = math.sqrt(-math.log(ALPHA / 2) / len(got))  # two samples of equal size: c(alpha) * sqrt(2 / n)
+    measured.update(distribution_gap=gap, distribution_limit=limit)
+    if gap > limit:
+        return f"the distribution is {gap:.3g} away from the CPU's (limit {limit:.3g})"
+    for name, power in (("mean", 1), ("mean square", 2)):
+        a, b = got**power, expected**power
+        error = math.sqrt((a.var() + b.var()) / len(a))
+        z = (a.mean() - b.mean()) / error if error > 0 else 0.0
+        measured[f"z_{name.replace(' ', '_')}"] = float(z)
+        if math.erfc(abs(z) / math.sqrt(2)) < ALPHA:
+            return f"the {name} is {a.mean():.6g} instead of {b.mean():.6g} (z = {z:.1f})"
+    return ""
+
+
+def _largest_gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """The largest distance of two samples' distribution functions."""
+    a, b = np.sort(a), np.sort(b)
+    places = np.concatenate([a, b])
+    gaps = np.searchsorted(a, places, side="right") / len(a) - np.searchsorted(b, places, side="right") / len(b)
+    return float(np.abs(gaps).max())

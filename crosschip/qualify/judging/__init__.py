@@ -1,0 +1,1 @@
+"""Statistics that turn errors into verdicts."""

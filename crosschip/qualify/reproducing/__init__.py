@@ -1,0 +1,1 @@
+"""Failures as files that need only torch."""

@@ -1,0 +1,1 @@
+"""What is examined: a recipe, a model directory or a callable, as a workload that can be run."""

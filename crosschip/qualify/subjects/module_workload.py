@@ -1,0 +1,135 @@
+"""The steps of any module on given inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from crosschip.errors import QualifyError
+from crosschip.qualify.subjects.generic_step import (
+    GenericTrainer,
+    float_tensors,
+    narrow_states_note,
+    switch_dropout_off,
+)
+from crosschip.qualify.subjects.subject import StepMeasure
+
+__all__ = ["Inputs", "ModuleWorkload"]
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+_SMALL_ROWS = 4
+
+
+class ModuleWorkload:
+    """A module and the inputs of its forward, on one device. Each step has the same inputs."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        inputs: Inputs,
+        device: torch.device,
+        dtype: torch.dtype,
+        origin: str,
+        small: bool = False,
+    ) -> None:
+        self.phase = "prefill"
+        self.notes = narrow_states_note(dtype) + switch_dropout_off(module)
+        self.module = module.to(device=device, dtype=dtype)
+        self._origin, self._device = origin, device
+        self._rows = _num_rows(inputs)
+        self._inputs = _mapped(inputs, lambda tensor: _placed(tensor, device, dtype))
+        if small and self._rows > _SMALL_ROWS:
+            self._inputs = self._taken(list(range(_SMALL_ROWS)))
+            self._rows = _SMALL_ROWS
+        self._trainer = GenericTrainer(self.module, origin)
+
+    def train_step(self, index: int) -> StepMeasure:
+        """Forward and backward in training mode, clipping, AdamW."""
+        self.module.train()
+        return self._trainer.step(lambda: self._forward(self._inputs))
+
+    def serve_step(self) -> torch.Tensor:
+        """The output of forward in evaluation mode: its floating-point tensors as rows, those of one width together."""
+        outputs = self._evaluate(self._inputs)
+        width = outputs[-1].shape[-1] if outputs[-1].dim() else 1
+        wide = [output.reshape(-1, width) for output in outputs if (output.shape[-1] if output.dim() else 1) == width]
+        return torch.cat([output.cpu().float() for output in wide])
+
+    def serve_rows(self, rows: list[int]) -> torch.Tensor:
+        """What these rows of the inputs give, as one batch; [rows, width], at the last place of each row.
+
+        Where the output has no rows (a loss), it is the last inner result that has.
+
+        Raises:
+            QualifyError: the inputs or what is computed from them have no rows.
+        """
+        taken = [row % max(1, self._rows) for row in rows]
+        inner: list[torch.Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda _module, _args, output: inner.extend(float_tensors(output)))
+            for module in self.module.modules()
+        ]
+        try:
+            outputs = self._evaluate(self._taken(taken))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for found in (*reversed(outputs), *reversed(inner)):
+            if self._rows and found.dim() >= 2 and found.shape[0] == len(rows):
+                return found.reshape(len(rows), -1, found.shape[-1])[:, -1].cpu().float()
+        raise QualifyError(
+            f"nothing that {self._origin} computes has one row for each row of its inputs",
+            "let all input tensors begin with the batch dimension",
+        )
+
+    def _forward(self, inputs: Inputs) -> Any:
+        return self.module(**inputs) if isinstance(inputs, dict) else self.module(*inputs)
+
+    @torch.inference_mode()
+    def _evaluate(self, inputs: Inputs) -> list[torch.Tensor]:
+        self.module.eval()
+        outputs = list(float_tensors(self._forward(inputs)))
+        if not outputs:
+            raise QualifyError(
+                f"the module of {self._origin} gives no floating-point tensor", "let its forward return one"
+            )
+        return outputs
+
+    def _taken(self, rows: list[int]) -> Inputs:
+        """The inputs with only these rows of the tensors that begin with the batch dimension."""
+        index = torch.tensor(rows, device=self._device)
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            has_rows = self._rows > 0 and tensor.dim() > 0 and tensor.shape[0] == self._rows
+            return tensor.index_select(0, index) if has_rows else tensor
+
+        return _mapped(self._inputs, take)
+
+
+def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    moved = tensor.detach().to(device)
+    return moved.to(dtype) if moved.is_floating_point() else moved
+
+
+def _num_rows(inputs: Inputs) -> int:
+    """The batch size: the first dimension of the first tensor that has one, 0 where none has."""
+    for value in inputs.values() if isinstance(inputs, dict) else inputs:
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return int(value.shape[0])
+    return 0
+
+
+def _mapped(inputs: Inputs, change: Any) -> Inputs:
+    def changed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if isinstance(value, list | tuple):
+            return type(value)(changed(each) for each in value)
+        if isinstance(value, dict):
+            return {name: changed(each) for name, each in value.items()}
+        return value
+
+    result: Inputs = changed(inputs)
+    return result

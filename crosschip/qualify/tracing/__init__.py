@@ -1,0 +1,1 @@
+"""Which calls a subject makes, and those calls made again."""

@@ -1,0 +1,111 @@
+"""Model directories of other architectures as subjects: a configuration alone, weights random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crosschip.errors import QualifyError
+from crosschip.qualify.subjects.subject import load_subject
+from crosschip.qualify.tracing.record import record_trace
+
+CPU = torch.device("cpu")
+
+
+def write_config(directory: Path, **fields: Any) -> str:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    return str(directory)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "attention_dropout": 0.1,
+    "torch_dtype": "bfloat16",
+}
+QWEN2_MOE = {
+    **LLAMA,
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 96,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_dropout_prob": 0.1,
+}
+
+
+@pytest.mark.parametrize("document", [LLAMA, QWEN2_MOE], ids=["llama", "qwen2-moe"])
+@pytest.mark.parametrize("role", ["train", "serve"])
+def test_causal_language_models_of_transformers_are_traced(tmp_path: Path, document: dict[str, Any], role: Any) -> None:
+    subject = load_subject(write_config(tmp_path / "model", **document))
+    assert (subject.dtype_setting("train"), subject.dtype_setting("serve")) == ("auto", "bfloat16")
+    trace = record_trace(subject, role, torch.float32)
+    operators = {call.operator for call in trace.calls}
+    assert {"aten.mm.default", "aten.scaled_dot_product_attention.default"} <= operators
+    assert not [name for name in operators if "cpu" in name or "dropout" in name]
+    assert {phase for call in trace.calls for phase in call.phases} == (
+        {"forward", "backward", "optimizer"} if role == "train" else {"prefill", "decode", "sampling"}
+    )
+
+
+def test_a_small_llama_learns_and_serves_rows(tmp_path: Path) -> None:
+    subject = load_subject(write_config(tmp_path / "model", **LLAMA))
+    workload = subject.workload(CPU, torch.float32, small=True)
+    assert len(workload.module.model.layers) == 2
+    losses = [workload.train_step(index).loss for index in range(60)]
+    assert losses[-1] < losses[0] - 1.0
+    assert workload.serve_rows([0, 1, 2]).shape == (3, 512)
+    assert workload.serve_step().shape == (8 * 5, 512)
+
+
+def test_a_wide_llama_is_made_narrow_for_the_rehearsal(tmp_path: Path) -> None:
+    wide = {**LLAMA, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "pad_token_id": 511}
+    workload = load_subject(write_config(tmp_path / "model", **wide)).workload(CPU, torch.float32, small=True)
+    config = workload.module.config
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (128, 4, 1)
+    assert "hidden_size 2048 -> 128" in workload.notes[0]
+
+
+def test_a_model_of_pictures_is_run_on_made_ones(tmp_path: Path) -> None:
+    subject = load_subject(write_config(tmp_path / "model", **VIT))
+    workload = subject.workload(CPU, torch.float32)
+    assert workload.train_step(0) == subject.workload(CPU, torch.float32).train_step(0)  # without dropout
+    assert workload.serve_rows([0, 1]).shape[0] == 2
+    assert "aten.convolution.default" in {call.operator for call in record_trace(subject, "serve", torch.float32).calls}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "of_my_own", "auto_map": {"AutoModel": "mine.Model"}}, "is never run"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "whisper"}, "make inputs|build"),
+    ],
+)
+def test_models_that_cannot_be_examined_are_refused_with_a_remedy(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(QualifyError, match=said):
+        load_subject(write_config(tmp_path / "model", **fields)).workload(CPU, torch.float32, small=True)
