@@ -14,6 +14,8 @@ from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK
 
 __all__ = [
     "EXIT_CODES",
+    "LEAST_COVERAGE",
+    "Coverage",
     "ExamRecord",
     "Finding",
     "Kind",
@@ -73,6 +75,28 @@ class Finding:
         return cls(**document)
 
 
+LEAST_COVERAGE = 0.5
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a plan an exam reached within its time, and the share that its verdict needs."""
+
+    made: int
+    planned: int
+    least: float
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the share suffices for a verdict."""
+        return self.made >= self.least * self.planned
+
+    def sentence(self, what: str) -> str:
+        """What is missing, in words."""
+        needed = "" if self.is_enough else f"; a verdict needs {self.least:.0%}: give it more time, as --tier standard"
+        return f"{what}: {self.planned - self.made} of {self.planned}, for lack of time{needed}"
+
+
 @dataclass
 class ExamRecord:
     """What is known of one exam, also when it ended early: `ended` is `complete`, `budget`, `crash`, `hang`, ..."""
@@ -82,15 +106,22 @@ class ExamRecord:
     num_checks: dict[str, int] = field(default_factory=dict)  # checks made, by check
     measurements: list[dict[str, Any]] = field(default_factory=list)  # for pages and comparisons
     not_covered: list[str] = field(default_factory=list)
+    coverage: dict[str, Coverage] = field(default_factory=dict)  # by plan
     ended: str = "complete"
     time_s: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
-        """The exam's own verdict: one that checked nothing, or did not come to its end, is at best inconclusive."""
+        """The exam's own verdict: one that checked nothing or too little, or did not end, is at best inconclusive."""
         verdict = roll_up(self.findings)
-        unfinished = self.ended != "complete" or not (self.num_checks or self.findings)
+        too_little = any(not each.is_enough for each in self.coverage.values())
+        unfinished = self.ended != "complete" or too_little or not (self.num_checks or self.findings)
         return "INCONCLUSIVE" if unfinished and verdict != "FAIL" else verdict
+
+    def _cut(self) -> list[str]:
+        """What the time cut, in words; what makes the exam inconclusive first."""
+        cut = [(what, each) for what, each in self.coverage.items() if each.made < each.planned]
+        return [each.sentence(what) for what, each in sorted(cut, key=lambda pair: pair[1].is_enough)]
 
     def document(self) -> dict[str, Any]:
         """The exam for JSON, without its findings, which the report lists together."""
@@ -100,7 +131,8 @@ class ExamRecord:
             "ended": self.ended,
             "time_s": round(self.time_s, 3),
             "num_checks": dict(sorted(self.num_checks.items())),
-            "not_covered": self.not_covered,
+            "coverage": {what: asdict(each) for what, each in self.coverage.items()},
+            "not_covered": [*self._cut(), *self.not_covered],
             "measurements": self.measurements,
         }
 

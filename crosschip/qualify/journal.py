@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from crosschip.qualify.finding import ExamRecord, Finding
+from crosschip.qualify.finding import LEAST_COVERAGE, Coverage, ExamRecord, Finding
 
 __all__ = ["Journal", "JournalReader", "JournalState", "read_journal"]
 
 
 class Journal:
-    """The lines an exam writes: `now`, `done`, `finding`, `checked`, `measured`, `not_covered`."""
+    """The lines an exam writes: `now`, `done`, `finding`, `checked`, `measured`, `covered`, `not_covered`."""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
@@ -46,6 +46,13 @@ class Journal:
     def measured(self, **measurement: Any) -> None:
         """Keep a number for pages and comparisons, such as an operator's error ratio with its bounds."""
         self._write({"measured": measurement})
+
+    def covered(self, what: str, made: int, planned: int, least: float = LEAST_COVERAGE) -> None:
+        """Say how much of a plan was reached in the time; with a smaller share than `least` the exam is inconclusive.
+
+        A later line about the same plan replaces an earlier one.
+        """
+        self._write({"covered": what, "made": made, "planned": planned, "least": least})
 
     def not_covered(self, what: str) -> None:
         """Say what the exam did not look at, and why."""
@@ -105,5 +112,7 @@ def _take(state: JournalState, line: dict[str, Any]) -> None:
         record.num_checks[line["checked"]] = record.num_checks.get(line["checked"], 0) + line["number"]
     elif "measured" in line:
         record.measurements.append(line["measured"])
+    elif "covered" in line:
+        record.coverage[line["covered"]] = Coverage(line["made"], line["planned"], line["least"])
     elif "not_covered" in line:
         record.not_covered.append(line["not_covered"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from crosschip.qualify.finding import EXIT_CODES, ExamRecord, Finding, roll_up, worst_first
+from crosschip.qualify.finding import EXIT_CODES, Coverage, ExamRecord, Finding, roll_up, worst_first
 
 
 def finding(verdict: Any, critical: bool = False, severity: float = 1.0, subject: str = "aten.mm") -> Finding:
@@ -33,6 +33,15 @@ def test_an_exam_that_checked_nothing_or_did_not_end_is_inconclusive_unless_it_f
     assert ExamRecord("operators", num_checks={"gate": 3}, ended="hang").verdict == "INCONCLUSIVE"
     assert ExamRecord("operators", [finding("FAIL")], ended="hang").verdict == "FAIL"
     assert roll_up([], [ExamRecord("operators", num_checks={"gate": 1}), ExamRecord("attention")]) == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(("made", "verdict"), [(49, "INCONCLUSIVE"), (50, "PASS"), (100, "PASS")])
+def test_an_exam_that_reached_too_little_of_its_plan_is_inconclusive_and_says_so(made: int, verdict: str) -> None:
+    record = ExamRecord("attention", num_checks={"case": made}, coverage={"cases": Coverage(made, 100, 0.5)})
+    assert record.verdict == verdict
+    told = record.document()["not_covered"]
+    assert told == ([] if made == 100 else told)
+    assert ("a verdict needs 50%" in " ".join(told)) == (verdict == "INCONCLUSIVE")
 
 
 def test_exit_codes_are_those_that_scripts_rely_on() -> None:

@@ -253,7 +253,8 @@ def test_the_exam_keeps_to_its_budget(examine_on: Examine) -> None:
     started = time.monotonic()
     record = examine_on("software", budget_s=0.5)
     assert time.monotonic() - started < 10.0
-    assert any("traced calls were not made" in each for each in record.not_covered)
+    assert record.coverage["traced calls"].made < record.coverage["traced calls"].planned
+    assert record.verdict == "INCONCLUSIVE"
 
 
 def test_plain_parameters_keep_shapes_and_integers() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from crosschip.qualify.exams.attention.case import AttentionCase, Comparison
 from crosschip.qualify.exams.attention.plan import features, smaller_cases, with_length
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.finding import Finding
+from crosschip.qualify.finding import LEAST_COVERAGE, Finding
 from crosschip.qualify.judging.condition import Cause, causes
 from crosschip.qualify.reproducing.reproducers import Check, shrink, write_reproducer
 
@@ -51,16 +51,18 @@ class Answer:
 
 
 def ask_all(
-    context: ExamContext, question: Question, cases: Iterable[tuple[AttentionCase, bool]], until_s: float
+    context: ExamContext, question: Question, cases: Iterable[tuple[AttentionCase, bool]], until_s: float, used: bool
 ) -> list[Answer]:
-    """Ask cases until the exam's remaining time is down to `until_s`. What the CPU refuses as well does not count."""
+    """Ask cases until the exam's remaining time is down to `until_s`. What the CPU refuses as well does not count.
+
+    `used` says whether the subject uses this way of attention, so that its verdict needs the answers.
+    """
     answers: list[Answer] = []
-    pending = list(dict.fromkeys(cases))
-    for place, (case, traced) in enumerate(pending):
+    pending, num_asked = list(dict.fromkeys(cases)), 0
+    for case, traced in pending:
         if context.remaining_s < until_s:
-            left = len(pending) - place
-            context.journal.not_covered(f"{question.title}: {left} of {len(pending)} cases, for lack of time")
             break
+        num_asked += 1
         name = f"{question.title} {describe(case)}"
         if name in context.skip:
             continue
@@ -68,7 +70,9 @@ def ask_all(
         answer = _ask(context, question, case, traced)
         if answer is not None:
             answers.append(answer)
-    context.journal.checked(f"{question.title}: {question.check}", len(answers))
+    what = f"{question.title}: {question.check}"
+    context.journal.covered(what, num_asked, len(pending), LEAST_COVERAGE if used else 0.0)
+    context.journal.checked(what, len(answers))
     return answers
 
 

@@ -18,7 +18,7 @@ from crosschip.qualify.exams.attention.answers import describe
 from crosschip.qualify.exams.attention.case import AttentionCase, attend_on
 from crosschip.qualify.exams.attention.plan import smaller_cases
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.finding import Finding, Verdict
+from crosschip.qualify.finding import LEAST_COVERAGE, Finding, Verdict
 from crosschip.qualify.judging.judge import BIAS_LIMIT, RATIO_LIMIT, DrawErrors, Judgement, errors_of, judge_draws
 from crosschip.qualify.reproducing.reproducers import Check, shrink, write_reproducer
 
@@ -33,16 +33,17 @@ def judge_attention(
 ) -> None:
     """Judge each case, and report the worst that is not passed. What is known to be wrong is not reported again."""
     judged: list[tuple[AttentionCase, Judgement]] = []
-    for place, case in enumerate(cases):
+    num_asked = 0
+    for case in cases:
         if context.remaining_s < until_s:
-            left = len(cases) - place
-            context.journal.not_covered(f"{title}: error ratio of {left} of {len(cases)} calls, for lack of time")
             break
+        num_asked += 1
         context.journal.now(f"{title}: error of {describe(case)}")
         try:
             judged.append((case, _judge(context, case)))
         except _RefusedError as error:
             context.journal.not_covered(f"{title}: error ratio of {describe(case)}: {error}")
+    context.journal.covered(f"{title}: {_CHECK}", num_asked, len(cases), LEAST_COVERAGE if used else 0.0)
     context.journal.checked(f"{title}: {_CHECK}", len(judged))
     for case, judgement in judged:
         context.journal.measured(

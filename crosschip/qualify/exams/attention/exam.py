@@ -114,7 +114,7 @@ class _Part:
         self.kinds = list(kinds.values())
 
     def ask(self, question: Question, cases: Iterable[tuple[AttentionCase, bool]]) -> None:
-        answers = ask_all(self.context, question, cases, self.until_s)
+        answers = ask_all(self.context, question, cases, self.until_s, self.used)
         refusal = f"{self.title} refuses"
         wrong, refused = report(self.context, question, answers, self.used, refusals=refusal not in self.known)
         self.known |= {f"{self.title} is wrong"} if wrong else set()

@@ -55,12 +55,11 @@ class _OfOperator:
 def examine_batches(context: ExamContext, until_s: float) -> None:
     """Compare compositions of the subject's row-wise calls until the exam's remaining time is down to `until_s`."""
     by_name: dict[str, _OfOperator] = {}
-    calls = list(batched_calls(context.trace, context.tier))
-    for place, call in enumerate(calls):
+    calls, num_taken = list(batched_calls(context.trace, context.tier)), 0
+    for call in calls:
         if context.remaining_s < until_s:
-            left = len(calls) - place
-            context.journal.not_covered(f"batch composition of {left} of {len(calls)} calls, for lack of time")
             break
+        num_taken += 1
         name = f"batches of {call.title}"
         if name in context.skip:
             continue
@@ -68,6 +67,7 @@ def examine_batches(context: ExamContext, until_s: float) -> None:
         found = by_name.setdefault(call.name, _OfOperator())
         for kind in ("traced", "integers", "cancelling") if call.name in PRODUCTS else ("traced",):
             _compare(context, call, kind, found)
+    context.journal.covered("batch composition of calls", num_taken, len(calls))
     for name, of_operator in by_name.items():
         context.journal.checked("batch composition", of_operator.num_compared)
         _report(context, name, of_operator)

@@ -27,7 +27,7 @@ from crosschip.qualify.exams.determinism.fixed_work import (
 )
 from crosschip.qualify.exams.determinism.repetition import DOCUMENTED, Repetition, repeat, repeats_differ
 from crosschip.qualify.exams.determinism.serve_rows import examine_serve_rows
-from crosschip.qualify.finding import Finding, Verdict
+from crosschip.qualify.finding import LEAST_COVERAGE, Finding, Verdict
 from crosschip.qualify.journal import read_journal
 from crosschip.qualify.proctor import run_child
 from crosschip.qualify.reproducing.reproducers import Check, shrink, smaller_calls, write_reproducer
@@ -74,20 +74,20 @@ def _again(context: ExamContext) -> Iterator[str]:
     for largest in (False, True):
         calls = [call for call in repeatable_calls(context.trace, largest) if call.operator not in reported]
         until_s = context.budget_s * (_AFTER_LARGEST if largest else _AFTER_AGAIN)
-        for place, call in enumerate(calls):
-            left = len(calls) - place
+        num_taken = 0
+        for call in calls:
             if context.remaining_s < until_s:
-                size = "largest" if largest else "quickest"
-                told = f"the same call again: the {size} call of {left} of {len(calls)} operators, for lack of time"
-                context.journal.not_covered(told)
                 break
-            limit_s = min(0.3, 2 * (context.remaining_s - until_s) / left)
+            limit_s = min(0.3, 2 * (context.remaining_s - until_s) / (len(calls) - num_taken))
+            num_taken += 1
             found = _repeat(context, call, limit_s, 4 if largest else _REPEATS[context.tier])
             context.journal.checked("the same call again", found.number if found else 0)
             if found is not None and found.different:
                 reported.add(call.operator)
                 if _report_varying(context, call, found):
                     yield call.operator
+        what = f"the same call again, the {'largest' if largest else 'quickest'} of an operator"
+        context.journal.covered(what, num_taken, len(calls), 0.0 if largest else LEAST_COVERAGE)
 
 
 def _repeat(context: ExamContext, call: TracedCall, limit_s: float, number: int) -> Repetition | None:

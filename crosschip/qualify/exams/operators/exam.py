@@ -17,7 +17,7 @@ from crosschip.qualify.exams.operators.examination import examine_call
 from crosschip.qualify.exams.operators.gradient import gradient_call
 from crosschip.qualify.exams.operators.plan import PlannedDraw
 from crosschip.qualify.exams.operators.problem import Problem, finding_of, problem_of_judgement, verdict_details
-from crosschip.qualify.finding import Finding
+from crosschip.qualify.finding import LEAST_COVERAGE, Finding
 from crosschip.qualify.judging.judge import RATIO_LIMIT, Judgement, benjamini_hochberg
 from crosschip.qualify.tracing.criticality import is_critical
 from crosschip.qualify.tracing.trace import TracedCall
@@ -45,6 +45,7 @@ class _Sweep:
     p_values: list[float] = field(default_factory=list)
     open: list[_Open] = field(default_factory=list)
     limited: set[str] = field(default_factory=set)
+    undecided: set[str] = field(default_factory=set)  # by the budget, on their first call
     cut: dict[str, int] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     critical: set[str] = field(default_factory=set)
@@ -57,15 +58,28 @@ def examine(context: ExamContext) -> None:
         sweep.shares[call.operator] = sweep.shares.get(call.operator, 0.0) + context.trace.share(call)
     critical = [operator for operator in sweep.shares if is_critical(context.trace, operator)]
     sweep.critical = {*critical, *(GRADIENT_OF + operator for operator in critical)}
-    for call, is_first in _in_order(sweep):
+    in_order = _in_order(sweep)
+    for call, is_first in in_order:
         operator = call.operator.removeprefix(GRADIENT_OF)
         if operator in sweep.failed:
             sweep.failed[operator] += 1
         elif context.remaining_s < _FLUSH_S:
             sweep.cut[call.operator] = sweep.cut.get(call.operator, 0) + 1
+            sweep.undecided |= {call.operator} if is_first else set()
         else:
             context.part(f"{call.title} #{call.id}", partial(_examine, sweep, call, is_first))
+    _say_how_much(sweep, {call.operator for call, is_first in in_order if is_first})
     _flush(sweep)
+
+
+def _say_how_much(sweep: _Sweep, operators: set[str]) -> None:
+    """How many operators had their first call decided; every critical one must."""
+    for what, of_these, least in (
+        ("critical operators", operators & sweep.critical, 1.0),
+        ("operators", operators, LEAST_COVERAGE),
+    ):
+        made = len(of_these - sweep.undecided)
+        sweep.context.journal.covered(f"{what} and their gradients, one call each", made, len(of_these), least)
 
 
 def _in_order(sweep: _Sweep) -> list[tuple[TracedCall, bool]]:
@@ -107,6 +121,7 @@ def _examine(sweep: _Sweep, call: TracedCall, is_first: bool) -> None:
         if problem is None and case.judgement.state in ("open", "abstain"):
             assert case.worst_draw is not None
             sweep.open.append(_Open(call, case.judgement, case.worst_draw))
+            sweep.undecided |= {call.operator} if is_first and case.judgement.reason == "draws" else set()
 
 
 def _flush(sweep: _Sweep) -> None:

@@ -24,6 +24,7 @@ from crosschip.qualify.judging.training_equivalence import LOSS_MARGIN, Equivale
 __all__ = ["examine"]
 
 _STEPS = 100
+_LEAST_SHARE = 0.25  # of those steps, for a verdict: the warm-up and the steepest part of the curve are behind then
 _LEAST_STEPS = 12  # with fewer there is no curve to speak of
 _LOCKSTEP = "rehearsal, lockstep"
 
@@ -162,10 +163,9 @@ def _judge(training: _Training) -> None:
     for run in runs:
         _keep_curves(context, run)
     least = min(len(run.chip_curve) for run in runs)
-    if least < _STEPS or len(runs) < _SIZES[context.tier].num_seeds:
-        context.journal.not_covered(
-            f"rehearsed {least} of {_STEPS} steps with {len(runs)} seeds, as the time allowed; drift after that"
-        )
+    planned_seeds = _SIZES[context.tier].num_seeds if training.has_seeds else 1
+    context.journal.covered("steps of a rehearsal, and drift after them", least, _STEPS, _LEAST_SHARE)
+    context.journal.covered("seeds of the rehearsal", len(runs), planned_seeds, least=0.0)
 
 
 def _judge_finals(training: _Training) -> None:

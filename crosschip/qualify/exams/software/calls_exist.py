@@ -40,6 +40,7 @@ _WORDS = {
     "strides": "gives a result with other strides",
 }
 _REPRODUCER_S = 1.5  # for shrinking one failure
+_LEAST_CALLS = 0.25  # of the traced calls, besides one of each operator: the others differ in shape only
 _LONG_S = 0.02  # a call that takes this long is not timed again unless it turns out to be suspiciously slow
 
 
@@ -107,14 +108,14 @@ class _Replay:
         self._problems: dict[str, list[_Problem]] = defaultdict(list)
         self._num_made: dict[str, int] = defaultdict(int)
         self._with_gradient: set[tuple[str, str]] = set()
-        self._num_left = 0
+        self._left: list[TracedCall] = []
         self._not_comparable: list[str] = []
 
     def all_right(self, calls: Sequence[TracedCall], until_s: float) -> bool:
         """Make some calls of one operator; whether no problem with it is known then."""
         for call in calls:
             if self.context.remaining_s < until_s:
-                self._num_left += 1
+                self._left.append(call)
                 continue
             self.context.part(f"{call.title} ({call.id})", lambda call=call: self._make(call))  # type: ignore[misc]
         return not calls or not self._problems[calls[0].operator]
@@ -201,12 +202,16 @@ class _Replay:
 
     def say_what_is_left(self) -> None:
         """Name what was not looked at."""
-        if self._num_left:
-            self.context.journal.not_covered(f"{self._num_left} traced calls were not made: the time was up")
+        calls, left = self.context.trace.calls, {call.id for call in self._left}
+        operators = {call.operator for call in calls}
+        called = {call.operator for call in calls if call.id not in left}
+        journal = self.context.journal
+        journal.covered("traced calls", len(calls) - len(left), len(calls), least=_LEAST_CALLS)
+        journal.covered("operators of the traced calls", len(called), len(operators), least=1.0)
         if self._not_comparable:
             shown = ", ".join(self._not_comparable[:3])
             number = len(self._not_comparable)
-            self.context.journal.not_covered(f"{number} traced calls could not be made again on the CPU: {shown}")
+            journal.not_covered(f"{number} traced calls could not be made again on the CPU: {shown}")
 
 
 def _gives_gradients(op: torch._ops.OpOverload, parameters: dict[str, Any], device: torch.device) -> bool:
