@@ -1,4 +1,4 @@
-"""Whether two ways of training are equivalent: statistics over seeds and steps. Pure numbers: numpy, no torch.
+"""Whether two ways of training are equivalent: statistics over seeds and steps. No torch.
 
 "Not significantly different" is not "equivalent": equivalence is shown by two one-sided tests (TOST; Schuirmann 1987)
 against a margin that is stated beforehand, a difference by the opposite test against the same margin.
@@ -6,13 +6,14 @@ against a margin that is stated beforehand, a difference by the opposite test ag
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from crosschip.qualify.judging.student import student_tail, student_threshold
 
 __all__ = [
     "LOSS_MARGIN",
@@ -21,8 +22,6 @@ __all__ = [
     "equivalence",
     "mean_bound",
     "smoothed_final",
-    "student_t_quantile",
-    "student_t_tail",
 ]
 
 LOSS_MARGIN = 0.005  # relative: final losses closer than this are the same training
@@ -75,7 +74,7 @@ def equivalence(differences: Sequence[float], margin: float = LOSS_MARGIN, alpha
     mean = float(values.mean())
     if values.size < 2:
         return Equivalence(mean, -math.inf, math.inf, margin, values.size, "undecided")
-    half = student_t_quantile(1.0 - alpha, values.size - 1) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    half = student_threshold(alpha, values.size - 1) * float(values.std(ddof=1)) / math.sqrt(values.size)
     lower, upper = mean - half, mean + half
     shown: Shown = "undecided"
     if -margin < lower and upper < margin:
@@ -93,60 +92,7 @@ def mean_bound(values: Sequence[float], limit: float, two_sided: bool = False, a
     if draws.size < 2:
         return MeanBound(mean, -math.inf, math.inf, limit, 1.0, draws.size)
     error = float(draws.std(ddof=1)) / math.sqrt(draws.size)
-    half = student_t_quantile(1.0 - alpha, draws.size - 1) * error
+    half = student_threshold(alpha, draws.size - 1) * error
     t = excess / error if error > 0.0 else math.copysign(math.inf, excess if excess else -1.0)
-    p = student_t_tail(t, draws.size - 1)
+    p = student_tail(t, draws.size - 1)
     return MeanBound(mean, mean - half, mean + half, limit, p, draws.size)
-
-
-def student_t_tail(t: float, dof: int) -> float:
-    """P(T > t) for Student's t with `dof` degrees of freedom, by the incomplete beta function (A&S 26.7.1)."""
-    if not math.isfinite(t):
-        return 0.0 if t > 0 else 1.0
-    tail = 0.5 * _incomplete_beta(dof / (dof + t * t), 0.5 * dof, 0.5)
-    return tail if t >= 0 else 1.0 - tail
-
-
-@functools.lru_cache(maxsize=256)
-def student_t_quantile(probability: float, dof: int) -> float:
-    """The t with P(T <= t) = `probability`, by bisection."""
-    if probability < 0.5:
-        return -student_t_quantile(1.0 - probability, dof)
-    low, high = 0.0, 1.0
-    while student_t_tail(high, dof) > 1.0 - probability:
-        high *= 2.0
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if student_t_tail(middle, dof) > 1.0 - probability else (low, middle)
-    return 0.5 * (low + high)
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (Numerical Recipes, 6.4)."""
-    if x <= 0.0 or x >= 1.0:
-        return 0.0 if x <= 0.0 else 1.0
-    if x > (a + 1.0) / (a + b + 2.0):
-        return 1.0 - _incomplete_beta(1.0 - x, b, a)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) * _beta_fraction(x, a, b) / a
-
-
-def _beta_fraction(x: float, a: float, b: float) -> float:
-    """Lentz's method; it converges in some tens of steps for x below (a + 1) / (a + b + 2)."""
-    tiny = 1e-300
-    c, d = 1.0, 1.0 / max(tiny, 1.0 - (a + b) * x / (a + 1.0))
-    fraction = d
-    for m in range(1, 500):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d, c = 1.0 / _away_from_zero(1.0 + even * d, tiny), _away_from_zero(1.0 + even / c, tiny)
-        fraction *= d * c
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d, c = 1.0 / _away_from_zero(1.0 + odd * d, tiny), _away_from_zero(1.0 + odd / c, tiny)
-        fraction *= d * c
-        if abs(d * c - 1.0) < 1e-14:
-            break
-    return fraction
-
-
-def _away_from_zero(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crosschip.chips.faults.catalogue import CATALOGUE
 from crosschip.chips.faults.variants import VARIANTS
-from crosschip.qualify.exams import determinism
+from crosschip.qualify.exams.determinism import exam as determinism
 from crosschip.qualify.exams.determinism.batch_plan import batched_calls
 from crosschip.qualify.exams.determinism.composition import compare_batches, compositions, make_row_wise
 from crosschip.qualify.exams.determinism.fixed_work import bits_of, hash_of, same_bits

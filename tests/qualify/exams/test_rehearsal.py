@@ -16,8 +16,8 @@ from crosschip.chips import find_chip
 from crosschip.chips.faults import faults_from
 from crosschip.chips.faults.variants import VARIANTS
 from crosschip.chips.simulated import activate, plant
-from crosschip.qualify.exams import rehearsal
 from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.exams.rehearsal import exam as rehearsal
 from crosschip.qualify.finding import ExamRecord, Role, Tier
 from crosschip.qualify.journal import Journal, read_journal
 from crosschip.qualify.subjects.subject import load_subject

@@ -1,29 +1,12 @@
 import math
 
 import numpy as np
-import pytest
 
 from crosschip.qualify.judging.training_equivalence import (
     equivalence,
     mean_bound,
     smoothed_final,
-    student_t_quantile,
-    student_t_tail,
 )
-
-
-@pytest.mark.parametrize(
-    ("probability", "dof", "expected"), [(0.95, 1, 6.3138), (0.95, 4, 2.1318), (0.975, 10, 2.2281), (0.99, 30, 2.4573)]
-)
-def test_quantiles_are_those_of_the_tables(probability: float, dof: int, expected: float) -> None:
-    assert student_t_quantile(probability, dof) == pytest.approx(expected, abs=1e-4)
-    assert student_t_tail(expected, dof) == pytest.approx(1.0 - probability, abs=1e-5)
-    assert student_t_quantile(1.0 - probability, dof) == pytest.approx(-expected, abs=1e-4)
-
-
-def test_the_tail_of_one_degree_of_freedom_is_the_arc_tangent() -> None:
-    for t in (-3.0, 0.0, 0.2, 5.0, 1e4):
-        assert student_t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, rel=1e-6)
 
 
 def test_a_difference_of_nothing_with_little_spread_is_equivalent() -> None:

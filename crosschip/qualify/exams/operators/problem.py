@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crosschip.qualify.exams.context import ExamContext
@@ -66,78 +66,76 @@ def exact_problem(check: str, message: str, draw: PlannedDraw, source: str, way:
 def problem_of_judgement(judgement: Judgement, draw: PlannedDraw) -> Problem:
     """What the judge rejects."""
     details = verdict_details(judgement)
-    by_error = ((checks.errs, {"times": GROSS_LIMIT}), (checks.errs, {"times": 4.0}))
-    by_ratio = ((checks.errs, {"times": RATIO_LIMIT}),)
     if judgement.reason == "bitwise":
         message = f"{judgement.num_different} results differ from exact ones ({judgement.worst_draw})"
         exact = exact_problem("exact results", message, draw, "results that the dtype holds exactly have no rounding")
-        return _with_details(exact, details)
-    if judgement.reason == "outlier":
-        message = f"a result is off by {judgement.gross:.3g} times the honest error there ({judgement.worst_draw})"
-        source = "2.5 times 6.4 standard deviations, which 10^10 honest results do not reach"
-        return Problem(
-            "outliers",
-            message,
-            judgement.gross,
-            GROSS_LIMIT,
-            source,
-            draw,
-            by_error,
-            judgement.gross / GROSS_LIMIT,
-            details=details,
-        )
-    if judgement.reason == "tail":
-        assert judgement.tail is not None
-        message = f"the 99.9 % point of its errors is {judgement.tail:.3g} times that of the worst honest control"
-        source = "2.5 times the widest honest difference of shape, normal against uniform errors"
-        return Problem(
-            "error tail",
-            message,
-            judgement.tail,
-            TAIL_LIMIT,
-            source,
-            draw,
-            by_ratio,
-            judgement.tail / TAIL_LIMIT,
-            details=details,
-        )
-    if judgement.reason == "bias":
-        worst = max((each for each in judgement.offsets if each.fails), key=lambda each: abs(each.effect))
-        words = {"bias": "away from zero", "shift": "upwards", "gain": "in proportion to the result"}[worst.kind]
-        message = (
-            f"its errors have one sign: their mean {words} is {worst.effect:+.3g} of the honest error, "
-            f"{worst.z:+.3g} standard errors beyond the controls'"
-        )
-        ways = ((checks.is_biased, {"limit": BIAS_LIMIT, "draws": 16}),)
-        source = "half the usual error; truncation instead of rounding has 1.73 of it"
-        return Problem(
-            "bias",
-            message,
-            abs(worst.effect),
-            BIAS_LIMIT,
-            source,
-            draw,
-            ways,
-            abs(worst.effect) / BIAS_LIMIT,
-            details=details,
-        )
+        return replace(exact, details=details)
+    rejected = _REJECTED.get(judgement.reason, _error_ratio)(judgement)
+    return Problem(
+        rejected.check,
+        rejected.message,
+        rejected.measured,
+        rejected.limit,
+        rejected.source,
+        draw,
+        rejected.ways,
+        rejected.measured / rejected.limit,
+        details=details,
+    )
+
+
+@dataclass(frozen=True)
+class _Rejected:
+    """What a judgement's reason says, beside the inputs it was found on."""
+
+    check: str
+    message: str
+    measured: float
+    limit: float
+    source: str
+    ways: tuple[tuple[Any, dict[str, Any]], ...]
+
+
+_BY_RATIO = ((checks.errs, {"times": RATIO_LIMIT}),)
+
+
+def _outlier(judgement: Judgement) -> _Rejected:
+    message = f"a result is off by {judgement.gross:.3g} times the honest error there ({judgement.worst_draw})"
+    source = "2.5 times 6.4 standard deviations, which 10^10 honest results do not reach"
+    ways = ((checks.errs, {"times": GROSS_LIMIT}), (checks.errs, {"times": 4.0}))
+    return _Rejected("outliers", message, judgement.gross, GROSS_LIMIT, source, ways)
+
+
+def _tail(judgement: Judgement) -> _Rejected:
+    assert judgement.tail is not None
+    message = f"the 99.9 % point of its errors is {judgement.tail:.3g} times that of the worst honest control"
+    source = "2.5 times the widest honest difference of shape, normal against uniform errors"
+    return _Rejected("error tail", message, judgement.tail, TAIL_LIMIT, source, _BY_RATIO)
+
+
+def _bias(judgement: Judgement) -> _Rejected:
+    worst = max((each for each in judgement.offsets if each.fails), key=lambda each: abs(each.effect))
+    words = {"bias": "away from zero", "shift": "upwards", "gain": "in proportion to the result"}[worst.kind]
+    message = (
+        f"its errors have one sign: their mean {words} is {worst.effect:+.3g} of the honest error, "
+        f"{worst.z:+.3g} standard errors beyond the controls'"
+    )
+    source = "half the usual error; truncation instead of rounding has 1.73 of it"
+    ways = ((checks.is_biased, {"limit": BIAS_LIMIT, "draws": 16}),)
+    return _Rejected("bias", message, abs(worst.effect), BIAS_LIMIT, source, ways)
+
+
+def _error_ratio(judgement: Judgement) -> _Rejected:
     assert judgement.ratio is not None
     message = (
         f"its error is {judgement.ratio:.3g} times that of the worst honest control "
         f"(95 % bounds {judgement.lower:.3g} to {judgement.upper:.3g}, p = {judgement.p_value:.2g})"
     )
     source = "2.5 times the worst honest control, one-sided test, false discoveries held at 5 %"
-    return Problem(
-        "error ratio",
-        message,
-        judgement.ratio,
-        RATIO_LIMIT,
-        source,
-        draw,
-        by_ratio,
-        judgement.ratio / RATIO_LIMIT,
-        details=details,
-    )
+    return _Rejected("error ratio", message, judgement.ratio, RATIO_LIMIT, source, _BY_RATIO)
+
+
+_REJECTED = {"outlier": _outlier, "tail": _tail, "bias": _bias}
 
 
 def problem_of_slope(slope: Slope, draw: PlannedDraw) -> Problem:
@@ -146,10 +144,6 @@ def problem_of_slope(slope: Slope, draw: PlannedDraw) -> Problem:
     source = "half the growth of an accumulator as coarse as the result"
     ways = ((checks.errs, {"times": RATIO_LIMIT}),)
     return Problem("slope over K", message, slope.value, SLOPE_LIMIT, source, draw, ways, slope.value / SLOPE_LIMIT)
-
-
-def _with_details(problem: Problem, details: dict[str, Any]) -> Problem:
-    return Problem(**{**problem.__dict__, "details": details})
 
 
 def verdict_details(judgement: Judgement) -> dict[str, Any]:
