@@ -25,7 +25,8 @@ from typing import Any, cast
 import torch
 
 from crosschip.qualify.finding import Role
-from crosschip.qualify.qualification import Request, qualify
+from crosschip.qualify.programme import Request
+from crosschip.qualify.qualification import qualify
 from crosschip.rundir import write_json, write_text
 
 ROOT = Path(__file__).parent.parent

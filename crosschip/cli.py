@@ -153,6 +153,13 @@ def qualify(
         bool, typer.Option("--trace-only", help="Only print which operator calls the subject makes.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="The seed of all inputs that are drawn.")] = 0,
+    exams: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Only these exams: software, operators, ...", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Wall time, instead of the tier's.", show_default=False)
+    ] = None,
 ) -> None:
     """Examine whether a chip can train or serve a subject: findings, reproducers, a verdict.
 
@@ -164,12 +171,15 @@ def qualify(
             "give a recipe (--model recipes/first.toml), a model directory, or package.module:function",
         )
     from crosschip.qualify.finding import EXIT_CODES
-    from crosschip.qualify.qualification import Request, record_trace_document
+    from crosschip.qualify.programme import Request, named_exams
     from crosschip.qualify.qualification import qualify as examine
+    from crosschip.qualify.qualification import record_trace_document
     from crosschip.rundir import RunDirectory, write_json
 
     report_path = json_path or RunDirectory(Path()).qualification(chip, role)
-    request = Request(model, chip, role, tier, report_path, seed)
+    chosen = None if exams is None else named_exams([name.strip() for name in exams.split(",")])
+    time_s = None if minutes is None else 60.0 * minutes
+    request = Request(model, chip, role, tier, report_path, seed, chosen, time_s)
     if trace_only:
         trace = record_trace_document(request, _tell)
         if json_path is not None:

@@ -253,12 +253,13 @@ def _why(role: str, wanted: str, chip: Chip) -> str:
 
 def _qualify(voyage: Voyage) -> str:
     """Examine the chip that trains with what it is to train; a chip that fails stops the voyage here."""
-    from crosschip.qualify.qualification import EXAMS, Request, qualify
+    from crosschip.qualify.programme import Request, named_exams
+    from crosschip.qualify.qualification import qualify
 
     settings, report = voyage.recipe.qualify, _qualification(voyage)
     if settings.time_s == 0:
         return "left out: qualify.time_s is 0"
-    exams = tuple(exam for exam in EXAMS if exam.name in _EXAMS_BEFORE_TRAINING)
+    exams = named_exams(_EXAMS_BEFORE_TRAINING)
     chip = voyage.recipe.chips.train
     request = Request(str(voyage.run.path), chip, "train", "smoke", report, time_s=settings.time_s, exams=exams)
     document = qualify(request)

@@ -15,46 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crosschip import __version__
 from crosschip.errors import QualifyError
-from crosschip.qualify.finding import ExamRecord, Finding, Role, Tier, Verdict, roll_up, worst_first
+from crosschip.qualify.finding import ExamRecord, Finding, Verdict
 from crosschip.qualify.journal import read_journal
-from crosschip.qualify.proctor import PART_LIMIT_S, Ended, run_child
+from crosschip.qualify.proctor import Ended, run_child
+from crosschip.qualify.programme import TIER_S, Exam, Request
+from crosschip.qualify.report_document import ReportHead, report_document, reproducers_of
 from crosschip.rundir import write_json
 
-__all__ = ["EXAMS", "DefectError", "Request", "qualify", "record_trace_document", "reproducers_of"]
-
-SCHEMA_VERSION = 1
+__all__ = ["DefectError", "qualify", "record_trace_document"]
 
 
 class DefectError(Exception):
     """An exam that went wrong on the CPU as well: the fault is ours and says nothing about the chip."""
 
 
-@dataclass(frozen=True)
-class Exam:
-    """An exam of the programme; `weight` is its share of the time."""
-
-    name: str
-    weight: float
-    module: str = ""
-
-    def job_module(self) -> str:
-        """The module whose `examine` is run."""
-        return self.module or f"crosschip.qualify.exams.{self.name}.exam"
-
-
-EXAMS = (
-    Exam("software", 12),
-    Exam("special_values", 8),
-    Exam("operators", 40),
-    Exam("attention", 12),
-    Exam("determinism", 12),
-    Exam("rehearsal", 22),
-)
-
-# Wall time of a whole qualification in seconds. A slower machine examines less within it and says what it left out.
-TIER_S: dict[Tier, float] = {"smoke": 112.0, "standard": 840.0, "soak": 1800.0}
 MISSING = "ChipMissingError"  # what a child calls a chip whose name is right and that is not here
 _ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # for children that work on the CPU: no plug-in is loaded
 _START_S = 3.0  # a child's start: importing torch, finding the chip
@@ -62,21 +37,6 @@ _LEAST_BUDGET_S = 4.0
 _IDENTIFY_LIMIT_S = 120.0
 _TRACE_LIMIT_S = 300.0
 _TRIES = 3  # of one exam, each without the parts that the earlier ones died in
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be qualified. `origin` is a recipe, a model directory or `package.module:function`."""
-
-    origin: str
-    chip: str = "auto"
-    role: Role = "train"
-    tier: Tier = "smoke"
-    report: Path = Path("qualify.json")
-    seed: int = 0
-    exams: tuple[Exam, ...] = EXAMS
-    time_s: float | None = None  # instead of the tier's
-    part_limit_s: float = PART_LIMIT_S
 
 
 @dataclass
@@ -144,10 +104,9 @@ def _examine_all(going: _Qualification) -> None:
         _report_unusable_chip(going, ended)
         return
     _trace(going)
-    exams = going.request.exams
-    for place, exam in enumerate(exams):
-        weights = sum(each.weight for each in exams[place:])
-        share_s = going.remaining_s * exam.weight / weights
+    programme = going.request.programme
+    for place, (exam, weight) in enumerate(programme):
+        share_s = going.remaining_s * weight / sum(each for _, each in programme[place:])
         _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s - _START_S))
         write_json(going.request.report, _document(going))
 
@@ -208,7 +167,7 @@ def _report_unusable_chip(going: _Qualification, ended: Ended) -> None:
     going.records.append(ExamRecord("software", [finding], {"chip_found": 1}, ended=ended.how))
     going.records += [
         ExamRecord(exam.name, not_covered=["everything: the chip cannot be used"], ended="not run")
-        for exam in going.request.exams
+        for exam, _ in going.request.programme
         if exam.name != "software"
     ]
 
@@ -275,11 +234,6 @@ def _exam_job(
     }
 
 
-def reproducers_of(report: Path) -> Path:
-    """Where the reproducers of a report lie."""
-    return report.resolve().parent / "reproducers" / report.stem
-
-
 def _loss(going: _Qualification, exam: Exam, ended: Ended) -> Finding:
     """A child that did not end well, as a finding about the chip, with the call it was in as a reproducer."""
     at = ended.now or "before its first part"
@@ -335,53 +289,21 @@ def _fails_on_cpu(going: _Qualification, exam: Exam, job: dict[str, Any], ended:
 
 
 def _document(going: _Qualification) -> dict[str, Any]:
-    """The report as a document; before all exams are done it says so, and its verdict is at best inconclusive."""
-    request, findings = going.request, [finding for record in going.records for finding in record.findings]
-    verdict = roll_up(findings, going.records)
-    if not going.complete and verdict != "FAIL":
-        verdict = "INCONCLUSIVE"
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "document": "qualification",
-        "crosschip": __version__,
-        "verdict": verdict,
-        "role": request.role,
-        "chip": going.identity.get("chip", request.chip),
-        "tier": request.tier,
-        "complete": going.complete,
-        "subject": going.identity.get("subject", request.origin),
-        "origin": request.origin,
-        "compute_dtype": going.identity.get("compute_dtype"),
-        "seed": request.seed,
-        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(going.began_at)),
-        "time_s": round(time.monotonic() - going.started, 1),
-        "exams": [record.document() for record in going.records],
-        "findings": [_in_report(finding, going) for finding in worst_first(findings)],
-        "trace": _trace_summary(going.trace),
-        "fingerprint": going.identity.get("fingerprint"),
-    }
-
-
-def _in_report(finding: Finding, going: _Qualification) -> dict[str, Any]:
-    """A finding with the whole path of its reproducer and the time since the beginning."""
-    document = finding.document()
-    found_at = document.pop("found_at")
-    document["found_after_s"] = None if found_at is None else round(found_at - going.began_at, 1)
-    if finding.reproducer:
-        document["reproducer"] = str(reproducers_of(going.request.report) / finding.reproducer)
-    return document
-
-
-def _trace_summary(trace: dict[str, Any]) -> dict[str, Any] | None:
-    if not trace:
-        return None
-    calls = trace["calls"]
-    return {
-        "num_calls": sum(call["count"] for call in calls),
-        "num_distinct_calls": len(calls),
-        "operators": sorted({call["operator"] for call in calls}),
-        "notes": trace.get("notes", []),
-    }
+    request, identity = going.request, going.identity
+    head = ReportHead(
+        chip=identity.get("chip", request.chip),
+        role=request.role,
+        tier=request.tier,
+        subject=identity.get("subject", request.origin),
+        origin=request.origin,
+        report=request.report,
+        began_at=going.began_at,
+        seed=request.seed,
+        compute_dtype=identity.get("compute_dtype"),
+        fingerprint=identity.get("fingerprint"),
+        trace=going.trace,
+    )
+    return report_document(head, going.records, time.monotonic() - going.started, going.complete)
 
 
 class _terminated_as_interrupted:

@@ -14,11 +14,12 @@ import torch
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.finding import EXIT_CODES
-from crosschip.qualify.qualification import EXAMS, DefectError, Exam, Request, qualify
+from crosschip.qualify.programme import EXAMS, Exam, Request, named_exams
+from crosschip.qualify.qualification import DefectError, qualify
 from tests.qualify.dying_exams import WAYS
 
 TINY = "tests.qualify.tiny:subject"
-SOFTWARE = tuple(exam for exam in EXAMS if exam.name == "software")
+SOFTWARE = named_exams(["software"])
 DYING = (Exam("dying", 1, "tests.qualify.dying_exams"),)
 
 

@@ -15,6 +15,7 @@ from crosschip.qualify.judging.judge import ILL_CONDITIONED, RATIO_LIMIT, benjam
 from crosschip.qualify.judging.training_equivalence import (
     LOSS_MARGIN,
     Equivalence,
+    MeanBound,
     equivalence,
     mean_bound,
     smoothed_final,
@@ -26,6 +27,8 @@ __all__ = [
     "PUBLISHED",
     "Coupled",
     "Evidence",
+    "HonestComparison",
+    "beside_honest",
     "judge_coupled",
     "judge_curves",
     "judge_gates",
@@ -80,6 +83,45 @@ class Judgement:
     tensors: list[dict[str, Any]] = field(default_factory=list)
     ill_conditioned: list[str] = field(default_factory=list)
     num_tests: int = 0
+
+
+@dataclass(frozen=True)
+class HonestComparison:
+    """Errors and scales of the chip over draws beside those of honest controls.
+
+    `ratio` bounds the mean log ratio of the errors, `scale` the mean of the scale beyond the plain control's, whose
+    limit is the margin stated for the loss and what rounding alone does; `worst` is the draw with the largest ratio.
+    """
+
+    ratio: MeanBound
+    scale: MeanBound
+    worst: int
+
+    @property
+    def times(self) -> float:
+        """How many times an honest error the chip's is."""
+        return math.exp(self.ratio.mean)
+
+
+def beside_honest(
+    errors: Sequence[float],
+    honest_errors: Sequence[float],
+    scales: Sequence[float],
+    plain_scales: Sequence[float],
+    noisy_scales: Sequence[float],
+) -> HonestComparison:
+    """Compare draw by draw; `plain_scales` are 0 where the chip computes in fp32."""
+    ratios = [
+        math.log(max(mine, LEAST_ERROR) / max(honest, LEAST_ERROR))
+        for mine, honest in zip(errors, honest_errors, strict=True)
+    ]
+    noise = abs(sum(noisy - plain for noisy, plain in zip(noisy_scales, plain_scales, strict=True)))
+    beyond = [mine - plain for mine, plain in zip(scales, plain_scales, strict=True)]
+    return HonestComparison(
+        mean_bound(ratios, math.log(RATIO_LIMIT)),
+        mean_bound(beyond, LOSS_MARGIN + noise / len(ratios), two_sided=True),
+        max(range(len(ratios)), key=lambda place: ratios[place]),
+    )
 
 
 def judge_gates(coupled: Coupled) -> list[Evidence]:
@@ -177,30 +219,27 @@ def _judge_updates(coupled: Coupled) -> list[Evidence]:
 def _judge_tensor(name: str, draws: Sequence[Coupled], judgement: Judgement) -> list[tuple[float, Evidence]]:
     chip = [draw.chip.gradients[name] for draw in draws]
     honest = [max(control.gradients[name].error for control in draw.controls) for draw in draws]
-    ratios = [
-        math.log(max(mine.error, LEAST_ERROR) / max(error, LEAST_ERROR))
-        for mine, error in zip(chip, honest, strict=True)
-    ]
-    ratio = mean_bound(ratios, math.log(RATIO_LIMIT))
-    plain = [draw.plain.gradients[name].scale if draw.plain else 0.0 for draw in draws]
-    noise = abs(sum(draw.noisy.gradients[name].scale - base for draw, base in zip(draws, plain, strict=True)))
-    limit = LOSS_MARGIN + noise / len(draws)
-    scale = mean_bound([mine.scale - base for mine, base in zip(chip, plain, strict=True)], limit, two_sided=True)
+    found = beside_honest(
+        [mine.error for mine in chip],
+        honest,
+        [mine.scale for mine in chip],
+        [draw.plain.gradients[name].scale if draw.plain else 0.0 for draw in draws],
+        [draw.noisy.gradients[name].scale for draw in draws],
+    )
     judgement.tensors.append(
         {
             "tensor": name,
             "error": _root_mean_square([mine.error for mine in chip]),
             "control_error": _root_mean_square(honest),
-            "error_ratio": math.exp(ratio.mean),
-            "scale": scale.mean,
+            "error_ratio": found.times,
+            "scale": found.scale.mean,
             "cosine": min(mine.cosine for mine in chip),
         }
     )
     if _root_mean_square(honest) > ILL_CONDITIONED:
         judgement.ill_conditioned.append(name)
         return []
-    worst = max(range(len(draws)), key=lambda place: ratios[place])
-    at, what = draws[worst], "the gradient" if name == TOGETHER else "the gradient of"
+    at, what = draws[found.worst], "the gradient" if name == TOGETHER else "the gradient of"
     who = f"{what} of {name}" if name == TOGETHER else f"{what} {name}"
     errs = Evidence(
         check="gradient_error",
@@ -208,25 +247,25 @@ def _judge_tensor(name: str, draws: Sequence[Coupled], judgement: Judgement) -> 
         message=f"{who} is off by {judgement.tensors[-1]['error']:.2g} of its size, by "
         f"{judgement.tensors[-1]['control_error']:.2g} in honest implementations (cosine with the reference's down to "
         f"{judgement.tensors[-1]['cosine']:.6f})",
-        measured=math.exp(ratio.mean),
+        measured=found.times,
         limit=RATIO_LIMIT,
         limit_source="error ratio to the worst honest control (CPU in the same dtype), or to the least that counts",
-        severity=math.exp(ratio.mean) / RATIO_LIMIT,
+        severity=found.times / RATIO_LIMIT,
         seed=at.seed,
         step=at.chip.index,
     )
     biased = Evidence(
         check="gradient_scale",
         subject=f"gradient of {name}",
-        message=f"{who} is {1 + scale.mean:.4f} times as long as the reference's, in every step alike",
-        measured=scale.mean,
-        limit=limit,
+        message=f"{who} is {1 + found.scale.mean:.4f} times as long as the reference's, in every step alike",
+        measured=found.scale.mean,
+        limit=found.scale.limit,
         limit_source="the margin stated for the loss, beside the CPU in the same dtype",
-        severity=abs(scale.mean) / limit,
+        severity=abs(found.scale.mean) / found.scale.limit,
         seed=at.seed,
         step=at.chip.index,
     )
-    return [(ratio.p, errs), (scale.p, biased)]
+    return [(found.ratio.p, errs), (found.scale.p, biased)]
 
 
 def _judge_loss(draws: Sequence[Coupled]) -> tuple[float, Evidence]:

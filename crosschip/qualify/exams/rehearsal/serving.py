@@ -17,13 +17,12 @@ import torch
 
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.rehearsal.findings import not_rehearsed, raised_evidence, report
-from crosschip.qualify.exams.rehearsal.judgement import FALSE_DISCOVERY_RATE, LEAST_ERROR, Evidence
+from crosschip.qualify.exams.rehearsal.judgement import FALSE_DISCOVERY_RATE, Evidence, beside_honest
 from crosschip.qualify.exams.rehearsal.lockstep import Replay, lockstep
 from crosschip.qualify.exams.rehearsal.run import ChipRaisedError, on_chip
 from crosschip.qualify.finding import Tier
 from crosschip.qualify.judging.judge import ILL_CONDITIONED, RATIO_LIMIT, benjamini_hochberg
 from crosschip.qualify.judging.rounding_noise import RoundingNoise
-from crosschip.qualify.judging.training_equivalence import LOSS_MARGIN, mean_bound
 from crosschip.qualify.subjects.subject import Workload
 
 __all__ = ["Answer", "compare_answers", "judge_answers", "rehearse_serving"]
@@ -121,24 +120,17 @@ def judge_answers(drawn: Sequence[tuple[Answer, list[Answer], bool]], first_seed
     Each entry is the chip's answer, the controls', and whether the first control is the CPU in the chip's dtype.
     """
     honest = [max(control.error for control in controls) for _, controls, _ in drawn]
-    ratios = [
-        math.log(max(chip.error, LEAST_ERROR) / max(error, LEAST_ERROR))
-        for (chip, _, _), error in zip(drawn, honest, strict=True)
-    ]
-    ratio = mean_bound(ratios, math.log(RATIO_LIMIT))
-    plain = [controls[0].scale if is_plain else 0.0 for _, controls, is_plain in drawn]
-    noise = abs(
-        sum(controls[-1].scale - base for (_, controls, _), base in zip(drawn, plain, strict=True)) / len(drawn)
+    found = beside_honest(
+        [chip.error for chip, _, _ in drawn],
+        honest,
+        [chip.scale for chip, _, _ in drawn],
+        [controls[0].scale if is_plain else 0.0 for _, controls, is_plain in drawn],
+        [controls[-1].scale for _, controls, _ in drawn],
     )
-    limit = LOSS_MARGIN + noise
-    scale = mean_bound(
-        [chip.scale - base for (chip, _, _), base in zip(drawn, plain, strict=True)], limit, two_sided=True
-    )
-    seed = first_seed + max(range(len(drawn)), key=lambda place: ratios[place])
-    times = math.exp(ratio.mean)
+    seed, times, scale, limit = first_seed + found.worst, found.times, found.scale, found.scale.limit
     tests = [
         (
-            ratio.p if max(honest) <= ILL_CONDITIONED else 1.0,
+            found.ratio.p if max(honest) <= ILL_CONDITIONED else 1.0,
             Evidence(
                 check="logits_error",
                 subject="logits",

@@ -1,0 +1,83 @@
+"""The programme of a qualification: which exams it holds, with which share of the time. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crosschip.errors import QualifyError
+from crosschip.qualify.finding import Role, Tier
+from crosschip.qualify.proctor import PART_LIMIT_S
+
+__all__ = ["EXAMS", "TIER_S", "Exam", "Request", "named_exams"]
+
+# Wall time of a whole qualification in seconds. A slower machine examines less within it and says what it left out.
+TIER_S: dict[Tier, float] = {"smoke": 112.0, "standard": 840.0, "soak": 1800.0}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """An exam of the programme; `weight` is its share of the time, `weights` where a tier has another one."""
+
+    name: str
+    weight: float
+    module: str = ""
+    weights: dict[Tier, float] = field(default_factory=dict)
+
+    def job_module(self) -> str:
+        """The module whose `examine` is run."""
+        return self.module or f"crosschip.qualify.exams.{self.name}.exam"
+
+    def weight_in(self, tier: Tier) -> float:
+        """The share of the time in a tier; 0 where the tier leaves the exam out."""
+        return self.weights.get(tier, self.weight)
+
+
+EXAMS = (
+    Exam("software", 12),
+    Exam("special_values", 8),
+    Exam("operators", 40),
+    Exam("attention", 12),
+    Exam("determinism", 12),
+    Exam("rehearsal", 22),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be qualified. `origin` is a recipe, a model directory or `package.module:function`.
+
+    `exams` are those that are wished for, whatever the tier; None for the tier's. `time_s` stands instead of the
+    tier's wall time.
+    """
+
+    origin: str
+    chip: str = "auto"
+    role: Role = "train"
+    tier: Tier = "smoke"
+    report: Path = Path("qualify.json")
+    seed: int = 0
+    exams: tuple[Exam, ...] | None = None
+    time_s: float | None = None
+    part_limit_s: float = PART_LIMIT_S
+
+    @property
+    def programme(self) -> list[tuple[Exam, float]]:
+        """The exams to be taken, with their weights."""
+        if self.exams is not None:
+            return [(exam, exam.weight_in(self.tier) or exam.weight) for exam in self.exams]
+        return [(exam, weight) for exam in EXAMS if (weight := exam.weight_in(self.tier)) > 0]
+
+
+def named_exams(names: Sequence[str]) -> tuple[Exam, ...]:
+    """The exams of these names, in the programme's order.
+
+    Raises:
+        QualifyError: there is no exam of that name.
+    """
+    known = {exam.name: exam for exam in EXAMS}
+    for name in names:
+        if name not in known:
+            raise QualifyError(f"there is no exam {name!r}", f"choose among {', '.join(known)}")
+    return tuple(exam for name, exam in known.items() if name in names)

@@ -1,0 +1,90 @@
+"""The report of a qualification as one JSON document. Documents only: no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosschip import __version__
+from crosschip.qualify.finding import ExamRecord, Finding, Role, Tier, roll_up, worst_first
+
+__all__ = ["ReportHead", "report_document", "reproducers_of"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ReportHead:
+    """What a report is about. `began_at` is in seconds since the epoch."""
+
+    chip: str
+    role: Role
+    tier: Tier
+    subject: str
+    origin: str
+    report: Path
+    began_at: float
+    seed: int = 0
+    compute_dtype: str | None = None
+    fingerprint: dict[str, Any] | None = None
+    trace: dict[str, Any] = field(default_factory=dict)
+
+
+def report_document(
+    head: ReportHead, records: Sequence[ExamRecord], time_s: float, complete: bool = True
+) -> dict[str, Any]:
+    """The report; before all exams are done it says so, and its verdict is at best inconclusive."""
+    findings = [finding for record in records for finding in record.findings]
+    verdict = roll_up(findings, records)
+    if not complete and verdict != "FAIL":
+        verdict = "INCONCLUSIVE"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "document": "qualification",
+        "crosschip": __version__,
+        "verdict": verdict,
+        "role": head.role,
+        "chip": head.chip,
+        "tier": head.tier,
+        "complete": complete,
+        "subject": head.subject,
+        "origin": head.origin,
+        "compute_dtype": head.compute_dtype,
+        "seed": head.seed,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(head.began_at)),
+        "time_s": round(time_s, 1),
+        "exams": [record.document() for record in records],
+        "findings": [_in_report(finding, head) for finding in worst_first(findings)],
+        "trace": _trace_summary(head.trace),
+        "fingerprint": head.fingerprint,
+    }
+
+
+def reproducers_of(report: Path) -> Path:
+    """Where the reproducers of a report lie."""
+    return report.resolve().parent / "reproducers" / report.stem
+
+
+def _in_report(finding: Finding, head: ReportHead) -> dict[str, Any]:
+    """A finding with the whole path of its reproducer and the time since the beginning."""
+    document = finding.document()
+    found_at = document.pop("found_at")
+    document["found_after_s"] = None if found_at is None else round(found_at - head.began_at, 1)
+    if finding.reproducer:
+        document["reproducer"] = str(reproducers_of(head.report) / finding.reproducer)
+    return document
+
+
+def _trace_summary(trace: dict[str, Any]) -> dict[str, Any] | None:
+    if not trace:
+        return None
+    calls = trace["calls"]
+    return {
+        "num_calls": sum(call["count"] for call in calls),
+        "num_distinct_calls": len(calls),
+        "operators": sorted({call["operator"] for call in calls}),
+        "notes": trace.get("notes", []),
+    }
