@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -98,3 +100,35 @@ def test_an_interrupted_qualification_keeps_what_it_measured(tmp_path: Path) -> 
     assert written["complete"] is False
     assert written["exams"]
     assert written["verdict"] in ("INCONCLUSIVE", "FAIL")
+
+
+@pytest.mark.parametrize("delay_s", [1.0, 6.0, None])
+def test_killed_at_any_moment_it_leaves_a_whole_report_or_none_and_no_process(
+    tmp_path: Path, delay_s: float | None
+) -> None:
+    """`None` kills right after the report's first line of life: the moment it is replaced by the next one."""
+    report = tmp_path / "out" / "report.json"
+    command = [sys.executable, "-m", "crosschip", "qualify", "--model", TINY, "--chip", "sim", "--json", str(report)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # jobs name their directory, so that children can be found
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not report.exists() if delay_s is None else time.monotonic() < deadline - 120 + delay_s:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    if report.exists():
+        assert json.loads(report.read_text())["complete"] is False
+    assert delay_s is not None or report.exists()
+    while _processes_about(tmp_path):
+        assert time.monotonic() < deadline, _processes_about(tmp_path)
+        time.sleep(0.1)
+
+
+def _processes_about(path: Path) -> list[str]:
+    """The command lines of living processes that name a path."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(line.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [each for each in found if str(path) in each]
