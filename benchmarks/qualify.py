@@ -25,7 +25,8 @@ from typing import Any, cast
 import torch
 
 from crosschip.qualify.finding import Role
-from crosschip.qualify.programme import Request
+from crosschip.qualify.proctor import PART_LIMIT_S
+from crosschip.qualify.programme import Exam, Request, named_exams
 from crosschip.qualify.qualification import qualify
 from crosschip.rundir import write_json, write_text
 
@@ -46,10 +47,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def examine(subject: str, chip: str, role: Role, seed: int = 0, time_s: float | None = None) -> dict[str, Any]:
-    """One qualification, its report without what a table does not need."""
+def examine(
+    subject: str,
+    chip: str,
+    role: Role,
+    seed: int = 0,
+    time_s: float | None = None,
+    exams: tuple[Exam, ...] | None = None,
+    part_limit_s: float = PART_LIMIT_S,
+) -> dict[str, Any]:
+    """One qualification in the smoke tier."""
     with tempfile.TemporaryDirectory() as directory:
-        return qualify(Request(subject, chip, role, "smoke", Path(directory) / "report.json", seed, time_s=time_s))
+        report = Path(directory) / "report.json"
+        return qualify(Request(subject, chip, role, "smoke", report, seed, exams, time_s, part_limit_s))
 
 
 def catch(row: Any, subject: str) -> dict[str, Any]:
@@ -58,7 +68,7 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
         changed, calls = calls_changed(subject, row.id, role)
         if changed or role == "serve":
             break
-    report = examine(subject, f"sim:{row.id}", role)
+    report = examine(subject, f"sim:{row.id}", role, **_programme_for(row))
     expected = [finding for finding in report["findings"] if finding["exam"] in row.caught_by]
     named = [finding for finding in expected if finding["verdict"] in ("FAIL", "PASS WITH LIMITS")]
     first = min(named, key=lambda finding: finding["found_after_s"] or 1e9, default=None)
@@ -74,6 +84,14 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
         "calls": calls,
         "time_s": report["time_s"],
     }
+
+
+def _programme_for(row: Any) -> dict[str, Any]:
+    """The smoke tier leaves out links and stability: rows that only those catch get them, and the time they need."""
+    beyond = [exam for exam in named_exams(row.caught_by) if exam.weight_in("smoke") == 0]
+    if len(beyond) < len(row.caught_by):
+        return {}
+    return {"exams": tuple(beyond), "time_s": 100.0, "part_limit_s": 20.0}
 
 
 def calls_changed(subject: str, fault: str, role: Role) -> tuple[int, int]:
