@@ -93,7 +93,11 @@ class Coverage:
 
     def sentence(self, what: str) -> str:
         """What is missing, in words."""
-        needed = "" if self.is_enough else f"; a verdict needs {self.least:.0%}: give it more time, as --tier standard"
+        needed = (
+            ""
+            if self.is_enough
+            else f"; a verdict needs {self.least:.0%}: give it more time (--minutes, a longer tier)"
+        )
         return f"{what}: {self.planned - self.made} of {self.planned}, for lack of time{needed}"
 
 

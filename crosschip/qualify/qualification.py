@@ -32,8 +32,7 @@ class DefectError(Exception):
 
 MISSING = "ChipMissingError"  # what a child calls a chip whose name is right and that is not here
 _ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # for children that work on the CPU: no plug-in is loaded
-_START_S = 3.0  # a child's start: importing torch, finding the chip
-_LEAST_BUDGET_S = 4.0
+_LEAST_BUDGET_S = 6.0  # with a child's start
 _IDENTIFY_LIMIT_S = 120.0
 _TRACE_LIMIT_S = 300.0
 _TRIES = 3  # of one exam, each without the parts that the earlier ones died in
@@ -107,7 +106,7 @@ def _examine_all(going: _Qualification) -> None:
     programme = going.request.programme
     for place, (exam, weight) in enumerate(programme):
         share_s = going.remaining_s * weight / sum(each for _, each in programme[place:])
-        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s - _START_S))
+        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s))
         write_json(going.request.report, _document(going))
 
 
@@ -227,6 +226,7 @@ def _exam_job(
         "trace": str(going.directory / "trace.json"),
         "journal": str(journal),
         "budget_s": budget_s,
+        "given_at": time.time(),
         "part_limit_s": request.part_limit_s,
         "reproducers": str(reproducers_of(request.report)),
         "seed": request.seed,
