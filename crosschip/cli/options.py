@@ -1,4 +1,7 @@
-"""Options and arguments that several verbs share, and what they mean for a recipe."""
+"""Options and arguments that several verbs share, and what they mean for a recipe.
+
+Each says its name: some releases of typer take a metavar for the name otherwise (`--CHIP`, seen with 0.27).
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,25 @@ SetOption = Annotated[
 ]
 SkipBadRowsOption = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", help="Leave out up to N rows of data that cannot be read; they are counted."),
+    typer.Option(
+        "--skip-bad-rows",
+        min=0,
+        metavar="N",
+        help="Leave out up to N rows of data that cannot be read; they are counted.",
+    ),
 ]
-HostOption = Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")]
-ChipOption = Annotated[str, typer.Option(metavar="CHIP", help="auto, cpu, or a torch device such as cuda:1 or npu.")]
+HostOption = Annotated[str, typer.Option("--host", help="The address to listen on; 0.0.0.0 lets other machines in.")]
+PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on.")]
+ChipOption = Annotated[
+    str, typer.Option("--chip", metavar="CHIP", help="auto, cpu, or a torch device such as cuda:1 or npu.")
+]
 
 ExaminedChipOption = Annotated[
     str,
     typer.Option(
-        metavar="CHIP", help="auto, cpu, a torch device such as npu:0, or a simulated chip such as sim:N1,limit=512."
+        "--chip",
+        metavar="CHIP",
+        help="auto, cpu, a torch device such as npu:0, or a simulated chip such as sim:N1,limit=512.",
     ),
 ]
 

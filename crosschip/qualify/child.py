@@ -1,4 +1,6 @@
-"""The process in which one task of a qualification runs: `python -m crosschip.qualify.child JOB.json`.
+"""The process in which one task of a qualification runs: `python -m crosschip.qualify.child`.
+
+It imports what a task needs, then reads the path of its job from standard input; without one it ends.
 
 Tasks: `identify` finds the chip and says what it is, `trace` records the subject's calls, `exam` examines, `write_call`
 writes a call that ended a process as a reproducer. What comes out is written to the job's result file; an exam writes
@@ -141,10 +143,23 @@ def _follow_the_parent() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+def _prepare() -> None:
+    """Import what takes seconds. What a chip's plug-in raises or does meanwhile is met again by the task itself."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("crosschip.qualify.subjects.subject")
+        importlib.import_module("crosschip.qualify.exams.context")
+
+
 def main() -> None:
-    """Run the job that the command line names."""
+    """Wait for a job and run it."""
     _follow_the_parent()
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    _prepare()
+    path = sys.stdin.readline().strip()
+    if path:
+        _run(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _run(job: dict[str, Any]) -> None:
     result = Path(job["result"])
     try:
         document = _TASKS[job["task"]](job)

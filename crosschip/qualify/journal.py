@@ -85,10 +85,11 @@ class JournalReader:
             return self.state
         with self._path.open("rb") as file:
             file.seek(self._position)
-            for line in file:
-                if line.endswith(b"\n"):
-                    self._position += len(line)
-                    _take(self.state, json.loads(line))
+            written = file.read()  # once: the writer may be in the middle of a line, and go on while this reads
+        whole = written[: written.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for line in whole.splitlines():
+            _take(self.state, json.loads(line))
         return self.state
 
 

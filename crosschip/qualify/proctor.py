@@ -19,7 +19,7 @@ from crosschip.qualify.environment import examination_environment
 from crosschip.qualify.journal import Journal, JournalReader, JournalState, read_journal
 from crosschip.rundir import read_json, write_json
 
-__all__ = ["EXIT_RAISED", "PART_LIMIT_S", "Ended", "run_child"]
+__all__ = ["EXIT_RAISED", "PART_LIMIT_S", "Child", "Ended", "run_child", "start_child"]
 
 How = Literal["complete", "refused", "raised", "crash", "hang", "budget"]
 
@@ -39,34 +39,77 @@ class Ended:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-def run_child(
-    job: dict[str, Any], directory: Path, deadline_s: float, environment: dict[str, str] | None = None
-) -> Ended:
-    """Run a job (`task` and what it needs) in a child until it ends, a part hangs, or the deadline is over.
+@dataclass(frozen=True)
+class Child:
+    """A process that has imported what a task needs, or soon will have, and waits for its job."""
 
-    `directory` gets the job, its result and its log. `refused` is a `CrosschipError` of the child, `raised` any other
-    exception, `crash` every other way to die, `hang` a part beyond `PART_LIMIT_S`, `budget` the deadline.
-    """
-    number = 1 + sum(1 for _ in directory.glob("*.job.json"))
-    job_path = directory / f"{number:02d}-{job['task']}.job.json"
-    result_path, log_path = job_path.with_suffix(".result.json"), job_path.with_suffix(".log")
-    if "journal" in job:
-        Journal(Path(job["journal"])).begun()
-    write_json(job_path, {**job, "result": str(result_path)})
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is still there."""
+        return self.process.poll() is None
+
+    def give(self, job: Path) -> None:
+        """Hand over the job's file. A child that has died in the meantime is seen when it is watched."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{job}\n".encode())
+            self.process.stdin.close()
+
+    def end(self) -> None:
+        """End it and all it started; it leads a process group of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+
+def start_child(directory: Path, environment: dict[str, str] | None = None) -> Child:
+    """Start a child that waits for `run_child`. Imports take seconds, which are another task's if it starts early."""
+    log_path = directory / f"{1 + sum(1 for _ in directory.glob('*.log')):02d}.log"
     with log_path.open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "crosschip.qualify.child", str(job_path)],
-            stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(
+            [sys.executable, "-m", "crosschip.qualify.child"],
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             env=examination_environment({**os.environ, **(environment or {})}),
             start_new_session=True,
         )
-        try:
-            stopped = _watch(child, job, deadline_s)
-        finally:
-            _end(child)
-    return _how_it_ended(child.returncode, stopped, job, result_path, log_path)
+    return Child(process, log_path)
+
+
+def run_child(
+    job: dict[str, Any],
+    directory: Path,
+    deadline_s: float,
+    environment: dict[str, str] | None = None,
+    child: Child | None = None,
+) -> Ended:
+    """Run a job (`task` and what it needs) in a child until it ends, a part hangs, or the deadline is over.
+
+    `directory` gets the job, its result and its log. `child` is one that was started before, in the environment that
+    is wanted. `refused` is a `CrosschipError` of the child, `raised` any other exception, `crash` every other way to
+    die, `hang` a part beyond `PART_LIMIT_S`, `budget` the deadline.
+    """
+    number = 1 + sum(1 for _ in directory.glob("*.job.json"))
+    job_path = directory / f"{number:02d}-{job['task']}.job.json"
+    result_path = job_path.with_suffix(".result.json")
+    if "journal" in job:
+        Journal(Path(job["journal"])).begun()
+    write_json(job_path, {**job, "result": str(result_path)})
+    if child is None or not child.waits:
+        child = start_child(directory, environment)
+    child.give(job_path)
+    try:
+        stopped = _watch(child.process, job, deadline_s)
+    finally:
+        child.end()
+    return _how_it_ended(child.process.returncode, stopped, job, result_path, child.log)
 
 
 def _watch(child: subprocess.Popen[bytes], job: dict[str, Any], deadline_s: float) -> How | None:
@@ -84,13 +127,6 @@ def _watch(child: subprocess.Popen[bytes], job: dict[str, Any], deadline_s: floa
 
 def _hangs(state: JournalState, limit_s: float) -> bool:
     return state.now is not None and state.now_at is not None and time.time() - state.now_at > limit_s
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and all it started; it leads a process group of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _how_it_ended(code: int, stopped: How | None, job: dict[str, Any], result: Path, log: Path) -> Ended:

@@ -18,7 +18,7 @@ from typing import Any
 from crosschip.errors import QualifyError
 from crosschip.qualify.finding import ExamRecord, Finding, Verdict
 from crosschip.qualify.journal import read_journal
-from crosschip.qualify.proctor import Ended, run_child
+from crosschip.qualify.proctor import Child, Ended, run_child, start_child
 from crosschip.qualify.programme import TIER_S, Exam, Request
 from crosschip.qualify.report_document import ReportHead, report_document, reproducers_of
 from crosschip.rundir import write_json
@@ -52,6 +52,24 @@ class _Qualification:
     records: list[ExamRecord] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
     complete: bool = False
+    ready: dict[bool, Child] = field(default_factory=dict)  # whether without plug-ins; they wait for their jobs
+
+    def prepare(self, alone: bool = False) -> None:
+        """Start a child for a later task, whose imports go on beside what runs now."""
+        if alone not in self.ready:
+            self.ready[alone] = start_child(self.directory, _ALONE if alone else None)
+
+    def run(self, job: dict[str, Any], deadline_s: float, alone: bool = False, is_last: bool = True) -> Ended:
+        """Run a job in a child; without plug-ins if it is to be `alone`. If it is not the last, another gets ready."""
+        child = self.ready.pop(alone, None)
+        if not is_last:
+            self.prepare()
+        return run_child(job, self.directory, deadline_s, _ALONE if alone else None, child)
+
+    def end_children(self) -> None:
+        """End those that still wait."""
+        for child in self.ready.values():
+            child.end()
 
     @property
     def remaining_s(self) -> float:
@@ -75,6 +93,7 @@ def qualify(request: Request, tell: Callable[[str], None] = lambda line: None) -
             _examine_all(going)
             going.complete = True
         finally:
+            going.end_children()
             if going.records:
                 write_json(request.report, _document(going))
         if going.defects:
@@ -90,11 +109,14 @@ def record_trace_document(request: Request, tell: Callable[[str], None] = lambda
     """
     with tempfile.TemporaryDirectory(prefix="crosschip-trace-") as directory, _terminated_as_interrupted():
         going = _Qualification(request, Path(directory), tell)
-        ended = _identify(going)
-        if ended.how != "complete":
-            raise QualifyError(f"the chip {request.chip!r}: {ended.detail}", _remedy(ended))
-        _trace(going)
-        return going.trace
+        try:
+            ended = _identify(going)
+            if ended.how != "complete":
+                raise QualifyError(f"the chip {request.chip!r}: {ended.detail}", _remedy(ended))
+            _trace(going)
+            return going.trace
+        finally:
+            going.end_children()
 
 
 def _examine_all(going: _Qualification) -> None:
@@ -102,11 +124,12 @@ def _examine_all(going: _Qualification) -> None:
     if ended.how != "complete":
         _report_unusable_chip(going, ended)
         return
+    going.prepare()
     _trace(going)
     programme = going.request.programme
     for place, (exam, weight) in enumerate(programme):
         share_s = going.remaining_s * weight / sum(each for _, each in programme[place:])
-        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s))
+        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s), is_last=place + 1 == len(programme))
         write_json(going.request.report, _document(going))
 
 
@@ -114,7 +137,8 @@ def _identify(going: _Qualification) -> Ended:
     request = going.request
     going.tell(f"finding the chip {request.chip}")
     job = {"task": "identify", "origin": request.origin, "chip_spec": request.chip, "role": request.role}
-    ended = run_child(job, going.directory, _IDENTIFY_LIMIT_S)
+    going.prepare(alone=True)
+    ended = going.run(job, _IDENTIFY_LIMIT_S)
     refused = ended.result.get("refused")
     if refused is not None and refused["type"] not in ("ChipError", MISSING):
         raise QualifyError(refused["problem"], refused["remedy"])
@@ -128,7 +152,7 @@ def _trace(going: _Qualification) -> None:
     dtype = going.identity["compute_dtype"]
     going.tell(f"recording {request.role} step of {going.identity['subject']} in {dtype}")
     job = {"task": "trace", "origin": request.origin, "role": request.role, "compute_dtype": dtype}
-    ended = run_child(job, going.directory, _TRACE_LIMIT_S, _ALONE)
+    ended = going.run(job, _TRACE_LIMIT_S, alone=True)
     if ended.how == "refused":
         raise QualifyError(ended.result["refused"]["problem"], ended.result["refused"]["remedy"])
     if ended.how != "complete":
@@ -171,7 +195,7 @@ def _report_unusable_chip(going: _Qualification, ended: Ended) -> None:
     ]
 
 
-def _take_exam(going: _Qualification, exam: Exam, budget_s: float) -> None:
+def _take_exam(going: _Qualification, exam: Exam, budget_s: float, is_last: bool) -> None:
     """Run one exam and keep what its journal says, whatever happens to it."""
     going.tell(f"{exam.name} (up to {budget_s:.0f} s)")
     began = time.monotonic()
@@ -179,7 +203,7 @@ def _take_exam(going: _Qualification, exam: Exam, budget_s: float) -> None:
     losses: list[Finding] = []
     how = "interrupted"
     try:
-        how = _try_exam(going, exam, journal, budget_s, losses)
+        how = _try_exam(going, exam, journal, budget_s, losses, is_last)
     finally:
         record = read_journal(journal, exam.name).record
         record.findings += losses
@@ -188,7 +212,9 @@ def _take_exam(going: _Qualification, exam: Exam, budget_s: float) -> None:
         going.records.append(record)
 
 
-def _try_exam(going: _Qualification, exam: Exam, journal: Path, budget_s: float, losses: list[Finding]) -> str:
+def _try_exam(
+    going: _Qualification, exam: Exam, journal: Path, budget_s: float, losses: list[Finding], is_last: bool
+) -> str:
     """Run the exam in a child, again without the part in question when it died in one; returns how it ended."""
     began = time.monotonic()
     died_in: set[str] = set()
@@ -196,7 +222,7 @@ def _try_exam(going: _Qualification, exam: Exam, journal: Path, budget_s: float,
     for _ in range(_TRIES):
         left_s = max(_LEAST_BUDGET_S, budget_s - (time.monotonic() - began))
         job = _exam_job(going, exam, journal, left_s, died_in)
-        ended = run_child(job, going.directory, 2 * left_s + going.request.part_limit_s)
+        ended = going.run(job, 2 * left_s + going.request.part_limit_s, is_last=is_last)
         if ended.how == "complete":
             break
         ours = _fails_on_cpu(going, exam, job, ended)
@@ -270,7 +296,7 @@ def _reproducer_of_the_end(going: _Qualification, exam: Exam, ended: Ended) -> s
         "slug": f"{exam.name}-{ended.how}-{ended.now}",
         "title": f"{ended.now}: {ended.detail.partition(';')[0]}",
     }
-    written = run_child(job, going.directory, _IDENTIFY_LIMIT_S, _ALONE)
+    written = going.run(job, _IDENTIFY_LIMIT_S, alone=True)
     return written.result.get("reproducer")
 
 
@@ -282,7 +308,7 @@ def _fails_on_cpu(going: _Qualification, exam: Exam, job: dict[str, Any], ended:
     journal.unlink(missing_ok=True)
     control = _exam_job(going, exam, journal, job["budget_s"], set(), chip="cpu")
     control |= {"skip": job["skip"], "only": ended.now}
-    again = run_child(control, going.directory, 2 * job["budget_s"] + going.request.part_limit_s)
+    again = going.run(control, 2 * job["budget_s"] + going.request.part_limit_s)
     if again.how in ("complete", "budget"):
         return None
     return again.result.get("raised", {}).get("traceback") or f"{again.how}: {again.detail}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ __all__ = ["print_qualification"]
 
 _NUM_WORST = 3
 _NUM_NOT_COVERED = 12
+_CELL = 60  # characters; the report has all of it
 _COLOURS = {"PASS": "green", "PASS WITH LIMITS": "yellow", "INCONCLUSIVE": "yellow", "FAIL": "bold red"}
 
 
@@ -67,8 +69,8 @@ def _print_others(console: Console, findings: list[dict[str, Any]]) -> None:
             finding["exam"],
             escape(finding["subject"]),
             finding["check"],
-            escape(_shown(finding["measured"])),
-            escape(_shown(finding["limit"])),
+            escape(_briefly(finding["measured"])),
+            escape(_briefly(finding["limit"])),
         )
     console.print()
     console.print(table)
@@ -101,6 +103,10 @@ def _print_not_covered(console: Console, report: dict[str, Any]) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
     if len(missing) > _NUM_NOT_COVERED:
         console.print(f"  and {len(missing) - _NUM_NOT_COVERED} more, in the report")
+
+
+def _briefly(value: Any) -> str:
+    return shorten(_shown(value), _CELL, placeholder=" ...")
 
 
 def _shown(value: Any) -> str:

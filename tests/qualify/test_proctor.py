@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from crosschip.qualify.journal import Journal, read_journal
-from crosschip.qualify.proctor import Ended, run_child
+from crosschip.qualify.journal import Journal, JournalReader, read_journal
+from crosschip.qualify.proctor import Ended, run_child, start_child
 from crosschip.qualify.tracing.trace import Trace
 from crosschip.rundir import write_json
 from tests.qualify.dying_exams import WAYS
@@ -82,6 +82,26 @@ def test_a_second_try_leaves_out_what_is_done_and_what_it_died_in(tmp_path: Path
     assert read_journal(tmp_path / "journal.jsonl", "dying").record.num_checks == {"good": 2}
 
 
+def test_a_child_may_wait_for_its_job(tmp_path: Path) -> None:
+    waiting = start_child(tmp_path)
+    ended = run_child(job(tmp_path, "complete"), tmp_path, 60.0, child=waiting)
+    assert (ended.how, waiting.process.returncode) == ("complete", 0)
+
+
+def test_a_child_that_died_waiting_is_replaced(tmp_path: Path) -> None:
+    waiting = start_child(tmp_path)
+    waiting.end()
+    assert run_child(job(tmp_path, "complete"), tmp_path, 60.0, child=waiting).how == "complete"
+
+
+def test_a_waiting_child_without_a_job_ends(tmp_path: Path) -> None:
+    waiting = start_child(tmp_path)
+    assert waiting.process.stdin is not None
+    waiting.process.stdin.close()
+    assert waiting.process.wait(60) == 0
+    assert waiting.log.read_bytes() == b""
+
+
 def test_the_deadline_ends_a_child_whose_parts_seem_to_live(tmp_path: Path) -> None:
     ended = run(tmp_path, "hang", deadline_s=6.0, part_limit_s=3600.0)
     assert ended.how == "budget"
@@ -115,3 +135,22 @@ def test_a_journal_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_p
     with path.open("a") as file:
         file.write('{"checked": "ha')
     assert read_journal(path, "any").record.num_checks == {"whole": 1}
+
+
+_WRITES_IN_PIECES = """
+import json, sys
+line = json.dumps({"checked": "a" * 30_000, "number": 1}).encode() + b"\\n"
+with open(sys.argv[1], "ab", buffering=0) as file:
+    for _ in range(1000):
+        for first in range(0, len(line), 500):
+            file.write(line[first : first + 500])
+"""
+
+
+def test_a_journal_whose_lines_come_in_pieces_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    writer = subprocess.Popen([sys.executable, "-c", _WRITES_IN_PIECES, str(path)])
+    reader = JournalReader(path, "any")
+    while writer.poll() is None:
+        reader.read()
+    assert reader.read().record.num_checks == {"a" * 30_000: 1000}

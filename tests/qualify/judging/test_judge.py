@@ -214,3 +214,32 @@ def test_power_at_a_ratio_of_four() -> None:
 
 def test_the_limit_of_a_bias_lies_between_honest_chips_and_truncation() -> None:
     assert 0 < BIAS_LIMIT < math.sqrt(3) / 2
+
+
+def fp32_draws(chip: Any, num_draws: int = 32, num_outputs: int = 256) -> list[DrawErrors]:
+    """Draws of an operator that computes in fp32 with an error of a few last places."""
+    rng = np.random.default_rng(3)
+    draws = []
+    for _ in range(num_draws):
+        golden = rng.normal(size=num_outputs) + 3.0
+        honest = (golden * (1 + rng.normal(size=num_outputs) * 2.0**-24)).astype(np.float32).astype(np.float64)
+        rounded = golden.astype(np.float32).astype(np.float64)
+        found = errors_of("draw", chip(golden), golden, rounded, {"CPU": honest}, 2.0**-23, TINY)
+        assert found is not None
+        draws.append(found)
+    return draws
+
+
+@pytest.mark.parametrize(
+    ("share", "state", "reason"),
+    [(2.0**-23, "pass", "slight bias"), (2.0**-16, "fail", "outlier"), (0.0, "pass", "")],
+)
+def test_a_bias_too_small_to_move_a_training_is_a_limit(share: float, state: str, reason: str) -> None:
+    found = judge_draws(fp32_draws(lambda golden: golden * (1 + share)))
+    assert (found.state, found.reason) == (state, reason)
+
+
+def test_a_bias_that_hides_behind_a_coarse_control_is_not_harmless() -> None:
+    draws = bf16_draws(lambda golden, rng: to_bf16(golden, "truncate"))
+    shares = [each.share for each in judge_draws(draws).offsets if each.fails]
+    assert max(shares) > 2.0**-10

@@ -50,11 +50,21 @@ def judge_attention(
             operator=title, case=describe(case), check=_CHECK, ratio=judgement.ratio,
             lower=judgement.lower, upper=judgement.upper, num_draws=judgement.num_draws,
         )  # fmt: skip
-    failed = [pair for pair in judged if pair[1].state == "fail"]
-    undecided = [pair for pair in judged if pair[1].state in ("open", "abstain")]
-    for pairs, verdict in ((failed, "FAIL" if used else "PASS WITH LIMITS"), (undecided, "INCONCLUSIVE")):
-        if pairs and not known_wrong:
-            _report(context, title, pairs, verdict, used)  # type: ignore[arg-type]
+    by_verdict: dict[Verdict, list[tuple[AttentionCase, Judgement]]] = {}
+    for pair in judged:
+        verdict = _verdict(pair[1], used)
+        by_verdict.setdefault(verdict, []).append(pair)
+    for verdict, pairs in by_verdict.items():
+        if verdict != "PASS" and not known_wrong:
+            _report(context, title, pairs, verdict, used)
+
+
+def _verdict(judgement: Judgement, used: bool) -> Verdict:
+    if judgement.state in ("open", "abstain"):
+        return "INCONCLUSIVE"
+    if judgement.state == "fail" and used:
+        return "FAIL"
+    return "PASS WITH LIMITS" if judgement.reason else "PASS"
 
 
 class _RefusedError(Exception):
@@ -109,6 +119,7 @@ def _report(
     words = {
         "ratio": f"its error is {judgement.ratio or 0:.3g} times the worst honest one",
         "bias": "its error leans to one side",
+        "slight bias": "its error leans to one side, by too little to matter for a training",
         "outlier": f"single numbers are off by {judgement.gross:.3g} times what they may be",
         "tail": f"its tail of errors is {judgement.tail or 0:.3g} times the honest one",
     }

@@ -53,6 +53,7 @@ _MOST_REPEATS = {"smoke": 16, "standard": 128, "soak": 128}
 _MOST_DRAWS = 4 * NUM_POOLED
 _LARGEST_COMPARED = 1 << 22
 _FEW = 1 << 12  # outputs whose golden results cost nothing
+_NOT_AGAIN = "the CPU does not make this call again, or values that it writes to one place are left to chance"
 _CONTRACT = "the operator's contract, as the CPU keeps it"
 
 
@@ -71,7 +72,7 @@ def _first_problem(case: Case, draw: PlannedDraw) -> Problem | None:
     """The call as recorded: its form, where NaN and Inf stand and, where it is not too large, its values."""
     both = made(case, draw)
     if both is None:
-        case.context.journal.not_covered(f"{case.call.title}: the CPU does not make this call again")
+        case.context.journal.not_covered(f"{case.call.title}: {_NOT_AGAIN}")
         return None
     inputs, eager = both
     try:
@@ -223,9 +224,9 @@ def _judged(case: Case) -> Problem | None:
     case.judgement = min(judgements, key=lambda each: (order[each.state], each.p_value))
     case.worst_draw = case.planned.get(case.judgement.worst_draw) or recorded(case.call, case.seed)
     case.context.journal.checked("error ratio", len(judgements))
-    if case.judgement.state != "fail":
-        return None
-    return problem_of_judgement(case.judgement, case.worst_draw)
+    if case.judgement.reason == "slight bias":
+        case.limit = case.limit or problem_of_judgement(case.judgement, case.worst_draw)
+    return problem_of_judgement(case.judgement, case.worst_draw) if case.judgement.state == "fail" else None
 
 
 def _slope_problem(case: Case) -> Problem | None:
@@ -297,7 +298,7 @@ def _examine_random(case: Case) -> Problem | None:
     draw = recorded(case.short, case.seed)
     both = made(case, draw)
     if both is None:
-        case.context.journal.not_covered(f"{case.call.title}: the CPU does not make this call again")
+        case.context.journal.not_covered(f"{case.call.title}: {_NOT_AGAIN}")
         return None
     try:
         chip = on_chip(case, both[0])

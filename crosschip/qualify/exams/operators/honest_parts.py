@@ -281,16 +281,22 @@ def _adamw(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Any:
-    """AdamW (arXiv 1711.05101) in single steps, each rounded; state_steps have been counted before."""
+    """AdamW (arXiv 1711.05101) in single steps, each rounded; state_steps have been counted before.
+
+    Its factors are fp32, too, as in CUDA's kernel, where the CPU's own has them in fp64: 1 - beta2 of 0.95 is then off
+    by 2e-7 of itself, and with it whatever is added to the state.
+    """
     if amsgrad or maximize or grad_scale is not None or found_inf is not None or not all(map(is_ours, params)):
         return NotImplemented
+    one, rate, keep, keep_square = (np.float32(each) for each in (1.0, lr, beta1, beta2))
     made: list[list[Tensor]] = [[], [], [], []]
     for param, grad, mean, square, step in zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True):
-        first = mean * beta1 + grad * (1 - beta1)
-        second = square * beta2 + grad * grad * (1 - beta2)
-        corrected = second.sqrt() / math.sqrt(1 - beta2 ** float(step)) + eps
-        decayed = param * (1 - lr * weight_decay)
-        update = first / corrected * (lr / (1 - beta1 ** float(step)))
+        count = np.float32(float(step))
+        first = mean * float(keep) + grad * float(one - keep)
+        second = square * float(keep_square) + grad * grad * float(one - keep_square)
+        corrected = second.sqrt() / float(np.sqrt(one - keep_square**count)) + eps
+        decayed = param * float(one - rate * np.float32(weight_decay))
+        update = first / corrected * float(rate / (one - keep**count))
         for into, each in zip(made, (decayed - update, grad, first, second), strict=True):
             into.append(each)
     return [*made, max_exp_avg_sqs]

@@ -118,7 +118,7 @@ def _bias(judgement: Judgement) -> _Rejected:
     words = {"bias": "away from zero", "shift": "upwards", "gain": "in proportion to the result"}[worst.kind]
     message = (
         f"its errors have one sign: their mean {words} is {worst.effect:+.3g} of the honest error, "
-        f"{worst.z:+.3g} standard errors beyond the controls'"
+        f"{worst.z:+.3g} standard errors beyond the controls'; {worst.share:.1g} of the results"
     )
     source = "half the usual error; truncation instead of rounding has 1.73 of it"
     ways = ((checks.is_biased, {"limit": BIAS_LIMIT, "draws": 16}),)
@@ -135,7 +135,7 @@ def _error_ratio(judgement: Judgement) -> _Rejected:
     return _Rejected("error ratio", message, judgement.ratio, RATIO_LIMIT, source, _BY_RATIO)
 
 
-_REJECTED = {"outlier": _outlier, "tail": _tail, "bias": _bias}
+_REJECTED = {"outlier": _outlier, "tail": _tail, "bias": _bias, "slight bias": _bias}
 
 
 def problem_of_slope(slope: Slope, draw: PlannedDraw) -> Problem:

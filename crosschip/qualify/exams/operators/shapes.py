@@ -100,14 +100,22 @@ class Dimensions:
             number += 1
             names = self.of_tensors[number]
             shape = [sizes.get(name, size) if name else size for name, size in zip(names, spec["shape"], strict=True)]
-            values = spec["values"]
-            if "literal" in values and math.prod(shape) != math.prod(spec["shape"]):
-                values = {key: value for key, value in values.items() if key != "literal"}
+            values = _values_of(spec, math.prod(shape))
             return {**spec, "shape": shape, "stride": _strides(spec, shape), "values": values}
 
         changed = {self.sizes[name]: size for name, size in sizes.items() if name.startswith("size ")}
         args, kwargs = with_each_tensor(encoded, resize)
         return _with_lists([args, kwargs], changed)
+
+
+def _values_of(spec: dict[str, Any], count: int) -> dict[str, Any]:
+    """What a tensor of `count` elements holds instead: no literal values, and a permutation stays one."""
+    values, before = spec["values"], math.prod(spec["shape"])
+    if count == before:
+        return values
+    is_permutation = values.get("unique") and values["high"] - values["low"] + 1 == before
+    kept = {key: value for key, value in values.items() if key != "literal"}
+    return {**kept, "high": values["low"] + max(1, count) - 1} if is_permutation else kept
 
 
 def name_dimensions(call: TracedCall, pointwise: bool) -> Dimensions:

@@ -22,6 +22,7 @@ _LIMIT_AT_NEGATIVE_INFINITY = ("torch.nn.functional.silu", "torch.nn.functional.
 
 # Where all inputs are of moderate size or special, a finite result must be about right, too.
 _MODERATE = (2.0**-12, 2.0**12)
+_FEW = 6
 _ABOUT = (0.25, 2.0**-6)  # relative and absolute: coarse, for how exact it is is another question
 
 
@@ -34,9 +35,16 @@ def special_case(
         return False, "results of the right kinds", "the right kinds"
     _, place, expected, got = lies[0]
     given = [values[place[0]] if place and len(values) > place[0] else values for values in inputs]
-    words = f"{function}({', '.join(map(str, given))}{', ' + str(options) if options else ''}) in {dtype}"
+    words = f"{function}({', '.join(map(_briefly, given))}{', ' + str(options) if options else ''}) in {dtype}"
     more = f", and so in {len(lies) - 1} more places" if len(lies) > 1 else ""
     return True, f"{words} = {expected}{f' at {list(place[1:])}' if place[1:] else ''}", f"{got}{more}"
+
+
+def _briefly(values: Any) -> str:
+    """A number, or the first few of many."""
+    if not isinstance(values, list) or len(values) <= _FEW:
+        return str(values)
+    return f"[{', '.join(map(str, values[:_FEW]))}, ... {len(values)} in all]"
 
 
 def lies_of(device: str, function: str, dtype: str, inputs: list[Any], options: dict[str, Any]) -> list[Lie]:
