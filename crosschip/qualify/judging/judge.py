@@ -239,7 +239,8 @@ def judge_draws(draws: Sequence[DrawErrors]) -> Judgement:
         "num_abstained": len(draws) - len(exact) - len(sound),
         "gross": max((draw.gross for draw in sound), default=0.0),
     }
-    broken = [draw for draw in exact if draw.num_different]
+    # What rounds elsewhere may do so here, if only by as little as products in fp32 made of three in TF32.
+    broken = [draw for draw in exact if draw.num_different and not (sound and draw.is_nearly_exact)]
     if broken:
         worst = max(broken, key=lambda draw: draw.num_different / draw.num_outputs)
         share = {"num_different": worst.num_different, "worst_draw": worst.label}

@@ -243,3 +243,13 @@ def test_a_bias_that_hides_behind_a_coarse_control_is_not_harmless() -> None:
     draws = bf16_draws(lambda golden, rng: to_bf16(golden, "truncate"))
     shares = [each.share for each in judge_draws(draws).offsets if each.fails]
     assert max(shares) > 2.0**-10
+
+
+@pytest.mark.parametrize(("share", "state"), [(2.0**-22, "pass"), (2.0**-10, "fail")])
+def test_an_operator_that_rounds_may_round_a_result_that_could_be_exact(share: float, state: str) -> None:
+    golden = np.arange(1.0, 65.0)
+    exact = errors_of("one key", golden * (1 + share), golden, golden, {"CPU": golden}, 2.0**-23, TINY)
+    assert exact is not None
+    rounding = fp32_draws(lambda golden: golden * (1 + 2.0**-25))
+    assert judge_draws([exact]).state == "fail"  # one that moves numbers has nothing to round
+    assert judge_draws([*rounding, exact]).state == state

@@ -87,7 +87,6 @@ def keep(
     problem = problem_of_judgement(judge_draws([error]), draw)
     rounds = any(not each.exact for each in case.draws.get(position, ()))
     if error.exact and error.is_nearly_exact and rounds:
-        # What rounds elsewhere, as fp32 products out of three in TF32 do, may do so here, if only by so little.
         case.limit = case.limit or problem
         return None
     return problem
