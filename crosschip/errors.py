@@ -14,6 +14,7 @@ __all__ = [
     "ChipError",
     "CrosschipError",
     "DataError",
+    "GoldenError",
     "ModelError",
     "NotBuiltYet",
     "QualifyError",
@@ -77,6 +78,10 @@ class UnfitChipError(CrosschipError):
     """A chip that was examined and found unfit for what it shall do."""
 
     exit_code = EXIT_FAIL
+
+
+class GoldenError(CrosschipError):
+    """A golden bundle that was cut, altered or made for other weights, or that cannot be recorded or replayed."""
 
 
 class NotBuiltYet(CrosschipError):

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "crosschip"
 
-KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", ""}  # "": the package itself, for its version
+KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", "published", ""}  # "": the package itself, for its version
 EVERYTHING = None
 
 # A room and the rooms it may know, besides itself and what is known to all. A dotted name opens one module only.
@@ -21,6 +21,7 @@ ARROWS: dict[str, set[str] | None] = {
     "": set(),
     "errors": set(),
     "intervals": set(),
+    "published": set(),
     "recipe": set(),
     "rundir": set(),
     "chips": set(),
@@ -50,6 +51,7 @@ ARROWS: dict[str, set[str] | None] = {
     "cli": EVERYTHING,
     "voyage": EVERYTHING,
     "agreement": EVERYTHING,  # a step of the voyage
+    "dry_voyage": EVERYTHING,  # a rehearsal of the voyage: exports, serves and examines
     "__main__": {"cli"},
 }
 
@@ -61,6 +63,7 @@ TORCH_FREE = (
     "errors",
     "intervals",
     "plan",
+    "published",
     "recipe",
     "report",
     "rundir",

@@ -1,4 +1,4 @@
-"""The process in which one task of a qualification runs: `python -m crosschip.qualify.child`.
+"""The process in which one task of a qualification runs: `python -m crosschip.qualify.child [SUBJECT [EXAM]]`.
 
 It imports what a task needs, then reads the path of its job from standard input; without one it ends.
 
@@ -37,6 +37,10 @@ def _identify(job: dict[str, Any]) -> dict[str, Any]:
     from crosschip.qualify.subjects.subject import load_subject, working_dtype
 
     subject = load_subject(job["origin"])
+    if job.get("golden"):
+        from crosschip.golden.bundle import load_bundle
+
+        load_bundle(Path(job["golden"]))  # a bundle that was cut or altered is refused before anything is examined
     try:
         chip = find_chip(job["chip_spec"])
     except ChipError as error:
@@ -107,6 +111,7 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
         seed=job["seed"],
         skip=frozenset(job["skip"]),
         only=job.get("only"),
+        golden=Path(job["golden"]) if job.get("golden") else None,
     )
     importlib.import_module(job["module"]).examine(context)
     return {}
@@ -143,17 +148,22 @@ def _follow_the_parent() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _prepare() -> None:
-    """Import what takes seconds. What a chip's plug-in raises or does meanwhile is met again by the task itself."""
+def _prepare(origin: str | None, module: str | None) -> None:
+    """Import what takes seconds: the rooms, the subject, an exam. What fails meanwhile fails again in the task."""
     with contextlib.suppress(Exception):
-        importlib.import_module("crosschip.qualify.subjects.subject")
         importlib.import_module("crosschip.qualify.exams.context")
+        subjects = importlib.import_module("crosschip.qualify.subjects.subject")
+        if module:
+            importlib.import_module(module)
+        if origin:
+            subjects.load_subject(origin)
 
 
 def main() -> None:
     """Wait for a job and run it."""
     _follow_the_parent()
-    _prepare()
+    origin, module, *_ = [*sys.argv[1:], None, None]
+    _prepare(origin, module)
     path = sys.stdin.readline().strip()
     if path:
         _run(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -68,12 +69,15 @@ class Child:
                 self.process.stdin.close()
 
 
-def start_child(directory: Path, environment: dict[str, str] | None = None) -> Child:
-    """Start a child that waits for `run_child`. Imports take seconds, which are another task's if it starts early."""
+def start_child(directory: Path, environment: dict[str, str] | None = None, prepare: Sequence[str] = ()) -> Child:
+    """Start a child that waits for `run_child`. Imports take seconds, which are another task's if it starts early.
+
+    `prepare` is the subject that it loads beforehand and the module of the exam.
+    """
     log_path = directory / f"{1 + sum(1 for _ in directory.glob('*.log')):02d}.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "crosschip.qualify.child"],
+            [sys.executable, "-m", "crosschip.qualify.child", *prepare],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

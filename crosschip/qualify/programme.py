@@ -41,7 +41,12 @@ EXAMS = (
     Exam("attention", 12),
     Exam("determinism", 12),
     Exam("rehearsal", 22),
+    Exam("links", 14, weights={"smoke": 0, "soak": 14}),
+    Exam("stability", 16, weights={"smoke": 0, "soak": 120}),
 )
+
+
+GOLDEN = Exam("golden", 30)  # only where a bundle is given
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Request:
     """What is to be qualified. `origin` is a recipe, a model directory or `package.module:function`.
 
     `exams` are those that are wished for, whatever the tier; None for the tier's. `time_s` stands instead of the
-    tier's wall time.
+    tier's wall time. `golden` is a golden bundle, whose replay is an exam of its own.
     """
 
     origin: str
@@ -61,13 +66,15 @@ class Request:
     exams: tuple[Exam, ...] | None = None
     time_s: float | None = None
     part_limit_s: float = PART_LIMIT_S
+    golden: Path | None = None
 
     @property
     def programme(self) -> list[tuple[Exam, float]]:
         """The exams to be taken, with their weights."""
+        added = [] if self.golden is None else [(GOLDEN, GOLDEN.weight)]
         if self.exams is not None:
-            return [(exam, exam.weight_in(self.tier) or exam.weight) for exam in self.exams]
-        return [(exam, weight) for exam in EXAMS if (weight := exam.weight_in(self.tier)) > 0]
+            return [(exam, exam.weight_in(self.tier) or exam.weight) for exam in self.exams] + added
+        return [(exam, weight) for exam in EXAMS if (weight := exam.weight_in(self.tier)) > 0] + added
 
 
 def named_exams(names: Sequence[str]) -> tuple[Exam, ...]:

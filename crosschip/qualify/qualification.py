@@ -54,16 +54,17 @@ class _Qualification:
     complete: bool = False
     ready: dict[bool, Child] = field(default_factory=dict)  # whether without plug-ins; they wait for their jobs
 
-    def prepare(self, alone: bool = False) -> None:
+    def prepare(self, exam: Exam | None, alone: bool = False) -> None:
         """Start a child for a later task, whose imports go on beside what runs now."""
         if alone not in self.ready:
-            self.ready[alone] = start_child(self.directory, _ALONE if alone else None)
+            imports = [self.request.origin, *([exam.job_module()] if exam else [])]
+            self.ready[alone] = start_child(self.directory, _ALONE if alone else None, imports)
 
-    def run(self, job: dict[str, Any], deadline_s: float, alone: bool = False, is_last: bool = True) -> Ended:
-        """Run a job in a child; without plug-ins if it is to be `alone`. If it is not the last, another gets ready."""
+    def run(self, job: dict[str, Any], deadline_s: float, alone: bool = False, then: Exam | None = None) -> Ended:
+        """Run a job in a child; without plug-ins if it is to be `alone`. Another gets ready for the exam `then`."""
         child = self.ready.pop(alone, None)
-        if not is_last:
-            self.prepare()
+        if then is not None:
+            self.prepare(then)
         return run_child(job, self.directory, deadline_s, _ALONE if alone else None, child)
 
     def end_children(self) -> None:
@@ -124,20 +125,27 @@ def _examine_all(going: _Qualification) -> None:
     if ended.how != "complete":
         _report_unusable_chip(going, ended)
         return
-    going.prepare()
-    _trace(going)
     programme = going.request.programme
+    going.prepare(programme[0][0])
+    _trace(going)
     for place, (exam, weight) in enumerate(programme):
         share_s = going.remaining_s * weight / sum(each for _, each in programme[place:])
-        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s), is_last=place + 1 == len(programme))
+        then = programme[place + 1][0] if place + 1 < len(programme) else None
+        _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s), then)
         write_json(going.request.report, _document(going))
 
 
 def _identify(going: _Qualification) -> Ended:
     request = going.request
     going.tell(f"finding the chip {request.chip}")
-    job = {"task": "identify", "origin": request.origin, "chip_spec": request.chip, "role": request.role}
-    going.prepare(alone=True)
+    job = {
+        "task": "identify",
+        "origin": request.origin,
+        "chip_spec": request.chip,
+        "role": request.role,
+        "golden": None if request.golden is None else str(request.golden),
+    }
+    going.prepare(None, alone=True)
     ended = going.run(job, _IDENTIFY_LIMIT_S)
     refused = ended.result.get("refused")
     if refused is not None and refused["type"] not in ("ChipError", MISSING):
@@ -195,7 +203,7 @@ def _report_unusable_chip(going: _Qualification, ended: Ended) -> None:
     ]
 
 
-def _take_exam(going: _Qualification, exam: Exam, budget_s: float, is_last: bool) -> None:
+def _take_exam(going: _Qualification, exam: Exam, budget_s: float, then: Exam | None) -> None:
     """Run one exam and keep what its journal says, whatever happens to it."""
     going.tell(f"{exam.name} (up to {budget_s:.0f} s)")
     began = time.monotonic()
@@ -203,7 +211,7 @@ def _take_exam(going: _Qualification, exam: Exam, budget_s: float, is_last: bool
     losses: list[Finding] = []
     how = "interrupted"
     try:
-        how = _try_exam(going, exam, journal, budget_s, losses, is_last)
+        how = _try_exam(going, exam, journal, budget_s, losses, then)
     finally:
         record = read_journal(journal, exam.name).record
         record.findings += losses
@@ -213,7 +221,7 @@ def _take_exam(going: _Qualification, exam: Exam, budget_s: float, is_last: bool
 
 
 def _try_exam(
-    going: _Qualification, exam: Exam, journal: Path, budget_s: float, losses: list[Finding], is_last: bool
+    going: _Qualification, exam: Exam, journal: Path, budget_s: float, losses: list[Finding], then: Exam | None
 ) -> str:
     """Run the exam in a child, again without the part in question when it died in one; returns how it ended."""
     began = time.monotonic()
@@ -222,7 +230,7 @@ def _try_exam(
     for _ in range(_TRIES):
         left_s = max(_LEAST_BUDGET_S, budget_s - (time.monotonic() - began))
         job = _exam_job(going, exam, journal, left_s, died_in)
-        ended = going.run(job, 2 * left_s + going.request.part_limit_s, is_last=is_last)
+        ended = going.run(job, 2 * left_s + going.request.part_limit_s, then=then)
         if ended.how == "complete":
             break
         ours = _fails_on_cpu(going, exam, job, ended)
@@ -256,6 +264,7 @@ def _exam_job(
         "part_limit_s": request.part_limit_s,
         "reproducers": str(reproducers_of(request.report)),
         "seed": request.seed,
+        "golden": None if request.golden is None else str(request.golden),
         "skip": sorted(read_journal(journal, exam.name).done | died_in),
     }
 

@@ -69,6 +69,7 @@ class RunDocuments:
     evaluation: Document | None
     voyage: Document | None
     handoffs: dict[str, list[tuple[str, int]]]  # target -> (file name, bytes)
+    qualifications: dict[str, Document]  # file name -> report
     notes: list[str]
 
 
@@ -174,6 +175,11 @@ def _read_handoffs(root: Path) -> dict[str, list[tuple[str, int]]]:
     }
 
 
+def _read_qualifications(root: Path, notes: list[str]) -> dict[str, Document]:
+    found = {path.name: _read_document(path, notes) for path in sorted(root.glob("*.json"))}
+    return {name: document for name, document in found.items() if document is not None}
+
+
 def read_run(run: RunDirectory) -> RunDocuments:
     """Read every document of `run` that is there."""
     notes: list[str] = []
@@ -191,5 +197,6 @@ def read_run(run: RunDirectory) -> RunDocuments:
         evaluation=_read_document(run.evaluation, notes),
         voyage=_read_document(run.path / "voyage.json", notes),
         handoffs=_read_handoffs(run.path / "handoff"),
+        qualifications=_read_qualifications(run.path / "qualify", notes),
         notes=notes,
     )

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-from crosschip import __version__
 from crosschip.report.answers import view_agreement, view_evaluation
 from crosschip.report.documents import Document, RunDocuments, objects, read_run
 from crosschip.report.figures import bytes_text, count, duration
 from crosschip.report.stages import StageView, view_stage
+from crosschip.report.templating import render
 from crosschip.rundir import RunDirectory, write_text
 
 __all__ = ["write_run_page"]
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_run_page(run: RunDirectory) -> Path:
@@ -25,17 +22,8 @@ def write_run_page(run: RunDirectory) -> Path:
     A missing or damaged document is said on the page and never an error, so a run in progress or one that failed has
     a page, too. Only a run directory that cannot be written raises (`OSError`).
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     documents = read_run(run)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("run.html").render(_view(documents))
+    page = render("run.html", _view(documents))
     write_text(run.index_page, page)
     return run.index_page
 
@@ -47,9 +35,6 @@ def _view(documents: RunDocuments) -> dict[str, Any]:
     steps = _steps(documents.voyage)
     return {
         "name": documents.name,
-        "version": __version__,
-        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "style": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "state": _state(documents, stages, steps),
         "tiles": _tiles(documents, stages, evaluation, agreement),
         "steps": steps,
@@ -58,11 +43,32 @@ def _view(documents: RunDocuments) -> dict[str, Any]:
         "agreement": agreement,
         "handoffs": _handoffs(documents),
         "chips": _chips(documents.voyage),
+        "qualifications": _qualifications(documents),
         "recipe": _recipe_tables(documents.recipe),
         "gaps": _gaps(documents, stages, evaluation is None, agreement is None),
         "notes": [*documents.notes, *(note for stage in stages for note in stage.notes)],
         "chat_target": _chat_target(documents),
     }
+
+
+def _qualifications(documents: RunDocuments) -> list[dict[str, str]]:
+    """The examinations of chips: what was asked, the verdict, and the page beside the report where there is one."""
+    found = []
+    for name, report in documents.qualifications.items():
+        page = f"qualify/{Path(name).with_suffix('.html')}"
+        found.append(
+            {
+                "asked": f"{report.get('chip', '?')} to {report.get('role', '?')}, {report.get('tier', '?')} tier",
+                "verdict": str(report.get("verdict", "?")),
+                "state": "good"
+                if report.get("verdict") == "PASS"
+                else "bad"
+                if report.get("verdict") == "FAIL"
+                else "",
+                "page": page if (documents.path / page).exists() else "",
+            }
+        )
+    return found
 
 
 def _steps(voyage: Document | None) -> list[Document]:
@@ -191,9 +197,10 @@ def _gaps(documents: RunDocuments, stages: list[StageView], no_evaluation: bool,
         )
     if not _chips(documents.voyage):
         gaps.append("The chips were not recorded, because this run was not made by crosschip run.")
-    gaps.append(
-        "The chips were not qualified: nothing here says that their arithmetic is right, only what came out of it."
-    )
+    if not _qualifications(documents):
+        gaps.append(
+            "The chips were not qualified: nothing here says that their arithmetic is right, only what came out of it."
+        )
     if not any(stage.name == "rl" for stage in stages):
         gaps.append("There was no reinforcement learning.")
     return gaps

@@ -9,12 +9,13 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from crosschip.report.curves import Curve, Series
 
-__all__ = ["Plot", "draw"]
+__all__ = ["GRID", "INK", "LINE", "MARK", "Plot", "draw", "paint_svg"]
 
 WIDTH_IN, HEIGHT_IN = 4.6, 2.45  # at 72 points an inch, about the width of a phone, so labels stay legible there
 FONT_SIZE = 11
@@ -39,21 +40,46 @@ class Plot:
 
 def draw(plot: Plot) -> str:
     """Draw `plot` as one `<svg>` element without ids of its own that could meet another plot's."""
+
+    def paint(axes: Any) -> None:
+        _dress(axes, plot)
+        _draw_series(axes, plot)
+
+    return paint_svg(plot.name, plot.title, plot.description, paint)
+
+
+def paint_svg(
+    name: str,
+    title: str,
+    description: str,
+    paint: Callable[[Any], None],
+    *,
+    height_in: float = HEIGHT_IN,
+    math_text: bool = True,
+) -> str:
+    """What `paint` draws on matplotlib's axes, as one `<svg>` element; it may use only the four placeholder colours.
+
+    `name` must be unique in the page. Without `math_text` a dollar sign in a label is a dollar sign.
+    """
     import matplotlib
 
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": plot.name, "font.size": FONT_SIZE, "path.simplify": True}
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": FONT_SIZE,
+        "path.simplify": True,
+        "text.parse_math": math_text,
+    }
     with matplotlib.rc_context(settings):
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        _dress(axes, plot)
-        _draw_series(axes, plot)
+        paint(figure.add_subplot())
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True)
-    return _fit_into_page(written.getvalue(), plot)
+    return _fit_into_page(written.getvalue(), name, title, description)
 
 
 def _dress(axes: Any, plot: Plot) -> None:
@@ -100,7 +126,7 @@ def _draw_series(axes: Any, plot: Plot) -> None:
         axes.set_ylim(bottom=min(0.0, *curve.low), top=max(curve.high) * 1.06 or 1.0)
 
 
-def _fit_into_page(svg: str, plot: Plot) -> str:
+def _fit_into_page(svg: str, name: str, title: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -110,14 +136,14 @@ def _fit_into_page(svg: str, plot: Plot) -> str:
         svg = svg.replace(placeholder, variable)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", svg)  # matplotlib before 3.10
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
-    svg = _own_ids(svg, plot.name)
+    svg = _own_ids(svg, name)
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None, "matplotlib always writes a viewBox"
-    title_id, description_id = f"{plot.name}-title", f"{plot.name}-desc"
+    title_id, description_id = f"{name}-title", f"{name}-desc"
     head = (
         f'<svg {view_box.group()} role="img" aria-labelledby="{title_id} {description_id}">'
-        f'<title id="{title_id}">{html.escape(plot.title)}</title>'
-        f'<desc id="{description_id}">{html.escape(plot.description)}</desc>'
+        f'<title id="{title_id}">{html.escape(title)}</title>'
+        f'<desc id="{description_id}">{html.escape(description)}</desc>'
     )
     return head + svg[svg.index(">") + 1 :]
 

@@ -179,6 +179,21 @@ def test_failed_step_is_at_the_top(whole_run: RunDirectory) -> None:
     assert "Every step finished" not in text
 
 
+def test_examinations_of_chips_are_told_with_their_pages(whole_run: RunDirectory) -> None:
+    assert "The chips were not qualified" in read_page(whole_run)[0]
+    report = whole_run.qualification("cpu", "train")
+    write_json(report, {"schema_version": 1, "chip": HOSTILE, "role": "train", "tier": "smoke", "verdict": "FAIL"})
+    (report.parent / "torn.json").write_text("{")
+    text, page = read_page(whole_run)
+    assert "The chips were not qualified" not in text
+    assert f"{HOSTILE} to train, smoke tier: FAIL" in text
+    assert "torn.json cannot be read" in text
+    assert "a" not in page.tags
+    report.with_suffix(".html").write_text("a page")
+    assert "a" in read_page(whole_run)[1].tags
+    assert 'href="qualify/cpu-train.html"' in whole_run.index_page.read_text(encoding="utf-8")
+
+
 def test_long_run_stays_light(whole_run: RunDirectory) -> None:
     rows = (f'{{"step": {step}, "loss": {9 if step == 70_000 else 1}}}\n' for step in range(1, 100_001))
     (whole_run.stage("pretrain") / "metrics.jsonl").write_text("".join(rows))

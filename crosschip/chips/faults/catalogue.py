@@ -10,7 +10,18 @@ from typing import Any
 from crosschip.chips.faults.arithmetic import Bias, Float64AsFloat32, Saturation
 from crosschip.chips.faults.attention import MaskDropped, MaskIgnoredBeyond, UnequalHeadSizesRejected, UniformWeights
 from crosschip.chips.faults.coarse import BatchDependentOrder, CoarseProducts
+from crosschip.chips.faults.collectives import (
+    BFloat16Partials,
+    CoarseNearLimits,
+    FactorReadAsZero,
+    FlappingLink,
+    RowDependentReduce,
+    SkewRefused,
+    SlowPair,
+    TimeoutIgnored,
+)
 from crosschip.chips.faults.missing import Float64Missing, OperatorMissing, SilentFallback
+from crosschip.chips.faults.stability import BitFlip, CrashOnLongPrompts, HangAfter, LeakPerCall
 
 __all__ = ["CATALOGUE", "NOT_YET", "FaultRow"]
 
@@ -52,11 +63,39 @@ CATALOGUE: dict[str, FaultRow] = _by_id(
     ),
     FaultRow("N4", "a fused attention path drops the mask", "sglang PR#31948", MaskDropped, ("attention",)),
     FaultRow(
+        "N8",
+        "an all-reduce depends on the number of rows",
+        "vllm-ascend#17169",
+        RowDependentReduce,
+        ("links",),
+    ),
+    FaultRow(
+        "N9",
+        "partial sums are stored in bf16 before the reduce",
+        "RL-Kernel#313",
+        BFloat16Partials,
+        ("links",),
+    ),
+    FaultRow(
         "N11",
         "a small multiplicative bias in one operator; a long run's loss drifts by 1-2 %",
         "verl PR#332",
         Bias,
         ("operators", "rehearsal"),
+    ),
+    FaultRow(
+        "N15",
+        "a bf16 reduce-scatter is inaccurate near range limits",
+        "tt-metal#36749",
+        CoarseNearLimits,
+        ("links",),
+    ),
+    FaultRow(
+        "N16",
+        "all gradients are zero with a custom divide factor",
+        "pytorch PR#190747",
+        FactorReadAsZero,
+        ("links",),
     ),
     FaultRow(
         "N19",
@@ -81,6 +120,50 @@ CATALOGUE: dict[str, FaultRow] = _by_id(
         ("determinism",),
     ),
     FaultRow(
+        "I1",
+        "a collective's time-out is not honoured: it dies after half an hour",
+        "Ascend/pytorch#48",
+        TimeoutIgnored,
+        ("links",),
+    ),
+    FaultRow(
+        "I4",
+        "ranks that start apart fail to connect",
+        "vllm-ascend#486",
+        SkewRefused,
+        ("links",),
+    ),
+    FaultRow(
+        "I6",
+        "a link flaps: bandwidth drops for seconds",
+        "rccl#1423",
+        FlappingLink,
+        ("links",),
+    ),
+    FaultRow(
+        "I13",
+        "one pair of ranks has a bad cable",
+        "no single report",
+        SlowPair,
+        ("links",),
+    ),
+    FaultRow(
+        "S1",
+        "attention over concurrent or long prompts takes the process down",
+        "vllm-ascend#15903",
+        CrashOnLongPrompts,
+        ("stability",),
+    ),
+    FaultRow("S5", "each call keeps some host memory: 1-2 GB an hour", "vllm-ascend#2650", LeakPerCall, ("stability",)),
+    FaultRow("S7", "an operator hangs, seen only half an hour later", "vllm-ascend#3413", HangAfter, ("stability",)),
+    FaultRow(
+        "S15",
+        "one bit flips now and then in an activation, a gradient or a weight",
+        "Llama 3 report",
+        BitFlip,
+        ("stability",),
+    ),
+    FaultRow(
         "W1",
         "an operator is missing and silently runs on the host, very slowly",
         "Ascend/pytorch#40",
@@ -103,22 +186,10 @@ CATALOGUE: dict[str, FaultRow] = _by_id(
 # Rows of the catalogue that cannot be planted yet.
 NOT_YET: dict[str, str] = {
     "N5": "the gradient norm is NaN, then the loss exactly 0",
-    "N8": "an all-reduce depends on the number of rows",
-    "N9": "partial sums are stored in bf16 before the reduce",
-    "N15": "a bf16 reduce-scatter is inaccurate near range limits",
-    "N16": "all gradients are zero with a custom divide factor",
-    "S1": "a vector-core exception under concurrent long prompts",
-    "S5": "host memory grows without end",
     "S6": "a hang after each checkpoint",
-    "S7": "a hang in compilation",
     "S9": "one dead rank blocks all others",
     "S12": "a silent wedge",
-    "S15": "silent data corruption",
     "S16": "one slow node",
-    "I1": "the collectives' time-out is not honoured",
-    "I4": "ranks that start minutes apart fail to connect",
-    "I6": "a link that flaps",
-    "I13": "one bad cable",
     "W4": "no sharding rule for an operator",
     "H1": "a conversion restacks rows wrongly",
     "H2": "a stale copy after a weight update",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-__all__ = ["IMITATION", "Fault", "around", "around_collective"]
+__all__ = ["IMITATION", "CollectiveCall", "Fault", "around", "around_collective", "current_collective"]
 
 Compute = Callable[..., Any]
 
@@ -22,6 +23,32 @@ class Imitation:
 
 
 IMITATION = Imitation()
+
+
+@dataclass(frozen=True)
+class CollectiveCall:
+    """What a collective was asked for. Ranks are numbered as in its process group.
+
+    `kind` is the name of the function of `torch.distributed`, or `connect` when the group comes into being.
+    """
+
+    kind: str
+    rank: int
+    num_ranks: int
+    timeout_s: float
+    operation: str | None = None  # of a reduction: "sum", "avg", "premul_sum", "max", ...
+    factor: float | None = None  # of "premul_sum"
+    peer: int | None = None  # of a send or a receive; None for a receive from any rank
+
+
+_collective_now: ContextVar[CollectiveCall | None] = ContextVar("collective_now", default=None)
+
+
+def current_collective() -> CollectiveCall:
+    """The collective around which a fault is being called."""
+    call = _collective_now.get()
+    assert call is not None, "asked outside of a collective"
+    return call
 
 
 class Fault(Protocol):
@@ -46,7 +73,8 @@ class Fault(Protocol):
         """Called around each collective of the chip's process group, such as `all_reduce`.
 
         `tensors` are what this rank contributes, on the CPU; `compute(tensors)` gives the list of tensors that this
-        rank gets.
+        rank gets. For a receive they are where the result will lie, and `compute` waits for it. `current_collective()`
+        tells the rank, the operation, the peer and the time-out.
         """
 
 
@@ -94,18 +122,35 @@ def around_collective(
     kind: str,
     tensors: list[torch.Tensor],
     compute: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    call: CollectiveCall | None = None,
 ) -> list[torch.Tensor]:
     """The tensors that a collective gives to this rank, with faults around it, the first outermost.
 
     `kind` is the name of the function of `torch.distributed` (`all_reduce`, `reduce_scatter_tensor`, `send`, ...) and
-    `tensors` are what this rank contributes.
+    `tensors` are what this rank contributes. `call` is what faults are told about it.
     """
+    if not faults:
+        return compute(tensors)
+    token = _collective_now.set(call) if call is not None else None
+    try:
+        return _around_collective(faults, kind, tensors, compute)
+    finally:
+        if token is not None:
+            _collective_now.reset(token)
+
+
+def _around_collective(
+    faults: Sequence[Any],
+    kind: str,
+    tensors: list[torch.Tensor],
+    compute: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+) -> list[torch.Tensor]:
     if not faults:
         return compute(tensors)
     first, *others = faults
     if not hasattr(first, "collective"):
-        return around_collective(others, kind, tensors, compute)
+        return _around_collective(others, kind, tensors, compute)
     made: list[torch.Tensor] = first.collective(
-        kind, tensors, lambda inner: around_collective(others, kind, inner, compute)
+        kind, tensors, lambda inner: _around_collective(others, kind, inner, compute)
     )
     return made

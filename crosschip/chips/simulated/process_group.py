@@ -1,7 +1,7 @@
 """Collectives of the simulated chip: gloo on the CPU twins of its tensors, with the planted faults around each.
 
 A collective ends before its call returns; only sends and receives go on in the background, so that two ranks can send
-to each other.
+to each other. Meeting the other ranks counts as a collective, too, called `connect`.
 """
 
 # mypy: disable-error-code="override"
@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import (
     Work,
 )
 
-from crosschip.chips.faults.fault import around_collective
+from crosschip.chips.faults.fault import CollectiveCall, around_collective
 from crosschip.chips.simulated.storage import as_cpu, is_sim
 
 __all__ = ["SimulatedProcessGroup", "plant_collective_faults"]
@@ -51,30 +51,47 @@ def _finished(result: list[Tensor]) -> Work:
     return _create_work_from_future(future)
 
 
-def _collective(kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], compute: Compute) -> Work:
+def _collective(call: CollectiveCall, inputs: Sequence[Tensor], outputs: Sequence[Tensor], compute: Compute) -> Work:
     """Make `outputs` of this rank's `inputs`; faults and `compute` see CPU tensors, and `compute` keeps its inputs."""
-    made = around_collective(_faults, kind, [_host(each) for each in inputs], compute)
+    made = around_collective(_faults, call.kind, [_host(each) for each in inputs], compute, call)
     for output, value in zip(outputs, made, strict=True):
         _host(output).copy_(value)
     return _finished(list(outputs))
 
 
+def _operation_name(operation: Any) -> str:
+    kind = operation.op if hasattr(operation, "op") else operation
+    return str(kind).rpartition(".")[2].lower()
+
+
+def _factor_of(operation: Any) -> Any:
+    """The factor of PREMUL_SUM, a number or a tensor; None for any other operation."""
+    if _operation_name(operation) != "premul_sum":
+        return None
+    factor = operation.__getstate__()[1]  # torch has no other way to it from Python
+    return _host(factor) if isinstance(factor, Tensor) else factor
+
+
 class _Receiving(Work):
     """A receive in the background, whose faults act when it is waited for."""
 
-    def __init__(self, work: Work, tensors: list[Tensor]) -> None:
+    def __init__(self, work: Work, tensors: list[Tensor], call: CollectiveCall) -> None:
         super().__init__()
         self._work = work
         self._tensors = tensors
+        self._call = call
         self._is_done = False
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait for the tensors, then let the faults at them."""
         if not self._is_done:
-            self._work.wait(timeout) if timeout else self._work.wait()
-            _collective("recv", self._tensors, self._tensors, lambda tensors: tensors)
+            _collective(self._call, self._tensors, self._tensors, lambda tensors: self._awaited(tensors, timeout))
             self._is_done = True
         return True
+
+    def _awaited(self, tensors: list[Tensor], timeout: timedelta) -> list[Tensor]:
+        self._work.wait(timeout) if timeout else self._work.wait()
+        return tensors
 
     def is_completed(self) -> bool:
         """Whether the tensors are there."""
@@ -86,7 +103,14 @@ class SimulatedProcessGroup(ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the stubs lack this one
-        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._timeout_s = timeout.total_seconds()
+        self._gloo: Any = None
+
+        def connect(inputs: list[Tensor]) -> list[Tensor]:
+            self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+            return []
+
+        _collective(self._call("connect"), [], [], connect)
         # Names, sequence numbers and what asks for a device's back end are gloo's.
         self._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, self._gloo)
         self._register_backend(torch.device("sim"), ProcessGroup.BackendType.CUSTOM, self._gloo)
@@ -101,13 +125,23 @@ class SimulatedProcessGroup(ProcessGroup):
     def _end_coalescing(self, device: torch.device) -> Work:
         return _finished([])
 
+    def _call(self, kind: str, operation: Any = None, peer: int | None = None) -> CollectiveCall:
+        """What faults are told of a collective of this group."""
+        name = None if operation is None else _operation_name(operation)
+        factor = None if operation is None else _factor_of(operation)
+        number = None if factor is None else float(factor)
+        return CollectiveCall(kind, self.rank(), self.size(), self._timeout_s, name, number, peer)
+
     def _reduced(self, tensors: list[Tensor], operation: Any) -> list[Tensor]:
-        """New tensors with the reduction over all ranks. Gloo has no average."""
+        """New tensors with the reduction over all ranks. Gloo has no factor, and not always had an average."""
         is_average = operation == dist.ReduceOp.AVG
+        factor = _factor_of(operation)
         options = AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM) if is_average else operation
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM) if is_average or factor is not None else operation
         made = [each.clone(memory_format=torch.contiguous_format) for each in tensors]
         for each in made:
+            if factor is not None:
+                each.mul_(factor)
             self._gloo.allreduce([each], options).wait()
             if is_average:
                 each.div_(self.size(), rounding_mode=None if each.is_floating_point() else "trunc")
@@ -116,7 +150,8 @@ class SimulatedProcessGroup(ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         """Each rank's tensor becomes the reduction of all."""
         operation = (opts or AllreduceOptions()).reduceOp
-        return _collective("all_reduce", tensors, tensors, lambda inputs: self._reduced(inputs, operation))
+        call = self._call("all_reduce", operation)
+        return _collective(call, tensors, tensors, lambda inputs: self._reduced(inputs, operation))
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Work:
         """Several reductions in one call."""
@@ -129,7 +164,8 @@ class SimulatedProcessGroup(ProcessGroup):
             made = self._reduced(inputs, opts.reduceOp)
             return made if self.rank() == opts.rootRank else []
 
-        return _collective("reduce", tensors, tensors if self.rank() == opts.rootRank else [], compute)
+        call = self._call("reduce", opts.reduceOp)
+        return _collective(call, tensors, tensors if self.rank() == opts.rootRank else [], compute)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Work:
         """Each rank's tensor becomes the root's."""
@@ -139,7 +175,7 @@ class SimulatedProcessGroup(ProcessGroup):
             self._gloo.broadcast(made, opts).wait()
             return made
 
-        return _collective("broadcast", tensors, tensors, compute)
+        return _collective(self._call("broadcast"), tensors, tensors, compute)
 
     def allgather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor], opts: Any = None) -> Work:
         """Each rank gets every rank's tensor, in a list."""
@@ -150,7 +186,7 @@ class SimulatedProcessGroup(ProcessGroup):
             self._gloo.allgather([made], [each.contiguous() for each in inputs]).wait()
             return made
 
-        return _collective("all_gather", input_tensors, outputs, compute)
+        return _collective(self._call("all_gather"), input_tensors, outputs, compute)
 
     def all_gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Work:
         """Each rank gets every rank's tensor, in one."""
@@ -161,7 +197,7 @@ class SimulatedProcessGroup(ProcessGroup):
             self._gloo.allgather([parts], [inputs[0].contiguous().view(-1)]).wait()
             return [made]
 
-        return _collective("all_gather_into_tensor", [input_tensor], [output_tensor], compute)
+        return _collective(self._call("all_gather_into_tensor"), [input_tensor], [output_tensor], compute)
 
     def reduce_scatter(self, output_tensors: list[Tensor], input_tensors: list[list[Tensor]], opts: Any = None) -> Work:
         """Each rank gets the reduction of the tensors that all ranks have for it."""
@@ -171,7 +207,7 @@ class SimulatedProcessGroup(ProcessGroup):
         def compute(inputs: list[Tensor]) -> list[Tensor]:
             return [self._reduced(inputs, operation)[self.rank()]]
 
-        return _collective("reduce_scatter", inputs, output_tensors, compute)
+        return _collective(self._call("reduce_scatter", operation), inputs, output_tensors, compute)
 
     def reduce_scatter_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Work:
         """Each rank gets its part of the reduction of one tensor."""
@@ -181,7 +217,7 @@ class SimulatedProcessGroup(ProcessGroup):
             reduced = self._reduced(inputs, operation)[0].view(self.size(), -1)
             return [reduced[self.rank()].view(output_tensor.shape)]
 
-        return _collective("reduce_scatter_tensor", [input_tensor], [output_tensor], compute)
+        return _collective(self._call("reduce_scatter_tensor", operation), [input_tensor], [output_tensor], compute)
 
     def all_to_all_single(
         self,
@@ -199,7 +235,7 @@ class SimulatedProcessGroup(ProcessGroup):
             exchange(made, inputs[0].contiguous(), list(output_split_sizes), list(input_split_sizes)).wait()
             return [made]
 
-        return _collective("all_to_all_single", [input_tensor], [output_tensor], compute)
+        return _collective(self._call("all_to_all_single"), [input_tensor], [output_tensor], compute)
 
     def alltoall(self, output_tensors: list[Tensor], input_tensors: list[Tensor], opts: Any = None) -> Work:
         """Each rank gets the tensor that every rank has for it, in a list."""
@@ -212,7 +248,7 @@ class SimulatedProcessGroup(ProcessGroup):
             exchange(made, sent, sizes, [each.numel() for each in inputs]).wait()
             return [part.view(each.shape) for part, each in zip(made.split(sizes), output_tensors, strict=True)]
 
-        return _collective("all_to_all", input_tensors, output_tensors, compute)
+        return _collective(self._call("all_to_all"), input_tensors, output_tensors, compute)
 
     def gather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor], opts: Any) -> Work:
         """The root gets every rank's tensor, in a list."""
@@ -223,7 +259,7 @@ class SimulatedProcessGroup(ProcessGroup):
             self._gloo.gather([made] if made else [], [each.contiguous() for each in inputs], opts).wait()
             return made
 
-        return _collective("gather", input_tensors, outputs, compute)
+        return _collective(self._call("gather"), input_tensors, outputs, compute)
 
     def scatter(self, output_tensors: list[Tensor], input_tensors: list[list[Tensor]], opts: Any) -> Work:
         """Each rank gets the tensor that the root has for it."""
@@ -234,7 +270,7 @@ class SimulatedProcessGroup(ProcessGroup):
             self._gloo.scatter([made], [[each.contiguous() for each in inputs]] if inputs else [], opts).wait()
             return [made]
 
-        return _collective("scatter", input_tensors[0] if input_tensors else [], output_tensors, compute)
+        return _collective(self._call("scatter"), input_tensors[0] if input_tensors else [], output_tensors, compute)
 
     def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> Work:
         """Send to one rank, in the background."""
@@ -244,20 +280,23 @@ class SimulatedProcessGroup(ProcessGroup):
             started.append(self._gloo.send([each.contiguous() for each in inputs], dst_rank, tag))
             return []
 
-        around_collective(_faults, "send", [_host(each) for each in tensors], compute)
+        call = self._call("send", peer=dst_rank)
+        around_collective(_faults, call.kind, [_host(each) for each in tensors], compute, call)
         return started[-1] if started else _finished([])
 
     def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> Work:
         """Receive from one rank, in the background."""
-        return self._receiving(tensors, lambda twins: self._gloo.recv(twins, src_rank, tag))
+        return self._receiving(tensors, lambda twins: self._gloo.recv(twins, src_rank, tag), src_rank)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Work:
         """Receive from any rank, in the background."""
         return self._receiving(tensors, lambda twins: self._gloo.recv_anysource(twins, tag))
 
-    def _receiving(self, tensors: list[Tensor], start: Callable[[list[Tensor]], Work]) -> Work:
+    def _receiving(
+        self, tensors: list[Tensor], start: Callable[[list[Tensor]], Work], source: int | None = None
+    ) -> Work:
         work = start([_host(each) for each in tensors])
-        return _Receiving(work, tensors) if _faults else work
+        return _Receiving(work, tensors, self._call("recv", peer=source)) if _faults else work
 
     def barrier(self, opts: Any = None) -> Work:
         """Wait for all ranks."""
@@ -266,7 +305,7 @@ class SimulatedProcessGroup(ProcessGroup):
             self._gloo.barrier(BarrierOptions()).wait()
             return []
 
-        return _collective("barrier", [], [], compute)
+        return _collective(self._call("barrier"), [], [], compute)
 
     # Several of one kind in one call
 

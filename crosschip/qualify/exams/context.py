@@ -33,6 +33,7 @@ class ExamContext:
     seed: int = 0
     skip: frozenset[str] = frozenset()
     only: str | None = None
+    golden: Path | None = None  # a golden bundle to replay
     started: float = field(default_factory=time.monotonic)
 
     @property

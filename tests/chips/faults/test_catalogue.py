@@ -296,4 +296,6 @@ def test_rows_are_complete() -> None:
             "attention",
             "determinism",
             "rehearsal",
+            "stability",
+            "links",
         }

@@ -97,7 +97,7 @@ def test_class_function_and_instance_of_an_outside_module(outside: str) -> None:
         ("sim:n1", ["'n1'", "did you mean N1?", "N22", "noisy"]),
         ("sim:nosy", ["did you mean noisy?"]),
         ("sim:some.module.NAME", ["did you mean some.module:NAME?"]),
-        ("sim:S1", ["S1 is in the catalogue", "cannot be planted yet", "N22"]),
+        ("sim:S6", ["S6 is in the catalogue", "cannot be planted yet", "N22"]),
         ("sim:N1,length=5", ["no parameter 'length'", "limit (default 64)"]),
         ("sim:W5,limit=5", ["no parameter 'limit'", "W5 has no parameters"]),
         ("sim:N1,limit=many", ["limit='many'", "a whole number"]),

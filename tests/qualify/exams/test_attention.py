@@ -176,7 +176,31 @@ def test_a_row_that_sees_nothing_may_be_zero_or_nan_and_nothing_else() -> None:
         answer[empty] = allowed
         assert compare(case, inputs, answer).ratio < 1
     answer[empty] = inputs.value.mean()
-    assert compare(case, inputs, answer).ratio > 1
+    wrong = compare(case, inputs, answer)
+    assert wrong.ratio > 1
+    assert wrong.is_nobodys
+    answer[~empty] += 1e6
+    assert not compare(case, inputs, answer).is_nobodys
+
+
+class _MeanWithoutKeys:
+    """cuDNN's attention, as an H100 has it: where no key may be seen, some number."""
+
+    name = "mean without keys"
+
+    def operator(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[..., Any]) -> Any:
+        made = compute(*args, **kwargs)
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        if not op._schema.name.endswith("scaled_dot_product_attention") or mask is None or mask.dtype != torch.bool:
+            return made
+        empty = (~mask.any(-1, keepdim=True)).expand(*made.shape[:-1], 1)
+        return torch.where(empty, args[2].mean().to(made.dtype), made)
+
+
+def test_a_number_where_no_key_may_be_seen_is_a_limit(examine_on: Callable[..., ExamRecord]) -> None:
+    record = examine_on("attention", _MeanWithoutKeys(), role="serve")
+    assert [each.verdict for each in record.findings] == ["PASS WITH LIMITS"]
+    assert "some rows empty" in record.findings[0].message
 
 
 def test_a_key_that_nobody_sees_gets_no_gradient_at_all() -> None:

@@ -384,3 +384,23 @@ def test_a_permutation_of_any_length_is_one(examine_on: Examine) -> None:
 
     (found,) = examine_on("operators", On("index_put_", before=loses_the_last), trace=trace).findings
     assert (found.verdict, found.check) == ("FAIL", "exact results")
+
+
+def refuses_empty(args: Any) -> Any:
+    if args[0].numel() == 0:
+        raise RuntimeError("an empty tensor")
+    return torch.ops.aten.silu.default(*args)
+
+
+@pytest.mark.parametrize(("rows", "verdict"), [((30, 30), "PASS WITH LIMITS"), ((30, 17), "FAIL")])
+def test_what_is_never_empty_for_the_subject_is_a_limit(
+    examine_on: Examine, rows: tuple[int, int], verdict: str
+) -> None:
+    """Rows that experts get differ from call to call, and may be none; a batch that is always 30 is never empty."""
+    calls = [
+        TracedCall(f"c{number:04d}", "aten.silu.default", [tensor(count, 20)], {}, [])
+        for number, count in enumerate(rows, start=1)
+    ]
+    trace = Trace("some", "train", "float32", calls)
+    (found,) = examine_on("operators", On("silu", before=refuses_empty), trace=trace).findings
+    assert (found.verdict, found.check) == (verdict, "runs")

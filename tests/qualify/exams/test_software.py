@@ -276,3 +276,31 @@ def test_the_chips_clock_stands_still_while_an_honest_variant_imitates(honest: b
     plant([fault])
     took = best_time_s(operator_named("aten.neg.default"), (torch.ones(3, device="sim"),), {}, "sim:0", repeats=3)
     assert (took < 0.025) == honest
+
+
+def speeds(record: ExamRecord) -> list[dict[str, Any]]:
+    return [each for each in record.measurements if each.get("kind") == "speed"]
+
+
+@pytest.mark.parametrize("role", ["train", "serve"])
+def test_the_speed_of_the_subjects_step_has_bounds(examine_on: Examine, role: str) -> None:
+    (speed,) = speeds(examine_on("software", role=role))
+    assert 0 < speed["lower"] <= speed["value"] <= speed["upper"]
+    assert (speed["what"], speed["unit"]) == (f"{role} steps", "steps/s")
+    assert speed["num"] >= 5
+
+
+def test_a_chip_on_which_steps_take_longer_is_surely_slower(examine_on: Examine) -> None:
+    def slow(op: Any, args: Any, kwargs: Any, compute: Any) -> Any:
+        time.sleep(0.02)
+        return compute(*args, **kwargs)
+
+    (honest,) = speeds(examine_on("software"))
+    (slowed,) = speeds(examine_on("software", Broken(slow, ("aten.gelu.",))))
+    assert slowed["upper"] < honest["lower"]
+
+
+def test_too_few_steps_are_no_speed(examine_on: Examine) -> None:
+    record = examine_on("software", budget_s=0.01)
+    assert speeds(record) == []
+    assert any("speed of a step" in each for each in record.not_covered)

@@ -113,7 +113,8 @@ def report(
     Returns whether any was wrong and whether any was refused.
 
     Wrong without an error fails the role when the subject uses this way of attention, whatever the case: programmes pad
-    batches and lengths, and nothing would tell them. A refusal fails it only when the subject needs the case.
+    batches and lengths, and nothing would tell them. Only what a query gets that may see no key at all is nobody's
+    result; any finite number there is a limit. A refusal fails the role only when the subject needs the case.
     """
     wrong = [answer for answer in answers if answer.wrong]
     able = {answer.case.values for answer in wrong}  # what could show the failure
@@ -152,13 +153,14 @@ def _report_wrong(
 ) -> None:
     worst = max(wrong, key=_severity)
     assert worst.found is not None
+    matters = used and not all(_is_nobodys(answer) for answer in wrong)
     title = f"{question.title} {where.smallest.dtype}"
     fleeting = where.again < 0.5
     context.journal.finding(
         Finding(
             exam=context.exam,
             kind="numerics",
-            verdict="FAIL" if used else "PASS WITH LIMITS",
+            verdict="FAIL" if matters else "PASS WITH LIMITS",
             subject=title,
             check=question.check,
             message=f"{title} is wrong {where.words}: {len(wrong)} of {num_asked} cases; "
@@ -168,12 +170,18 @@ def _report_wrong(
             measured=worst.found.ratio if math.isfinite(worst.found.ratio) else "not a finite error",
             limit=1.0,
             limit_source=question.limit_source,
-            critical=used,
-            severity=_severity(worst),
+            critical=matters,
+            severity=_severity(worst) if matters else 1.0,
             reproducer=_reproducer(context, question, where.smallest, f"{title} is wrong {where.words}", fleeting),
             details=_details(wrong, where.words, worst),
         )
     )
+
+
+def _is_nobodys(answer: Answer) -> bool:
+    """Whether the subject would never look at what is wrong: finite results of queries that may see no key."""
+    assert answer.found is not None
+    return answer.found.is_nobodys and not answer.traced
 
 
 def _report_refused(

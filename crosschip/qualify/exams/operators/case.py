@@ -32,11 +32,15 @@ class Raised(Exception):
 
 @dataclass
 class Case:
-    """One call under examination. `limit` is a problem that leaves a pass with limits."""
+    """One call under examination. `limit` is a problem that leaves a pass with limits.
+
+    `varied` are the dimensions that differ between the subject's calls of the operator, and may be empty one day.
+    """
 
     context: ExamContext
     call: TracedCall
     is_first: bool
+    varied: frozenset[str] = frozenset()
     judgement: Judgement | None = None
     worst_draw: PlannedDraw | None = None
     limit: Problem | None = None

@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.operators.case import Case
 from crosschip.qualify.exams.operators.checks import GRADIENT_OF
 from crosschip.qualify.exams.operators.examination import examine_call
-from crosschip.qualify.exams.operators.gradient import gradient_call
+from crosschip.qualify.exams.operators.gradient import gradient_call, operator_or_gradient
 from crosschip.qualify.exams.operators.plan import PlannedDraw
 from crosschip.qualify.exams.operators.problem import Problem, finding_of, problem_of_judgement, verdict_details
+from crosschip.qualify.exams.operators.shapes import varied_dimensions
 from crosschip.qualify.finding import LEAST_COVERAGE, Finding
 from crosschip.qualify.judging.judge import RATIO_LIMIT, Judgement, benjamini_hochberg
 from crosschip.qualify.tracing.criticality import is_critical
@@ -49,13 +52,19 @@ class _Sweep:
     cut: dict[str, int] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     critical: set[str] = field(default_factory=set)
+    varied: dict[str, frozenset[str]] = field(default_factory=dict)  # by operator, the dimensions that differ
 
 
 def examine(context: ExamContext) -> None:
     """Examine the operators of the trace within the budget."""
     sweep = _Sweep(context)
+    by_operator: dict[str, list[TracedCall]] = {}
     for call in context.trace.calls:
         sweep.shares[call.operator] = sweep.shares.get(call.operator, 0.0) + context.trace.share(call)
+        by_operator.setdefault(call.operator, []).append(call)
+    for name, calls in by_operator.items():
+        pointwise = torch.Tag.pointwise in operator_or_gradient(name).tags
+        sweep.varied[name] = varied_dimensions(calls, pointwise)
     critical = [operator for operator in sweep.shares if is_critical(context.trace, operator)]
     sweep.critical = {*critical, *(GRADIENT_OF + operator for operator in critical)}
     in_order = _in_order(sweep)
@@ -106,7 +115,8 @@ def _in_order(sweep: _Sweep) -> list[tuple[TracedCall, bool]]:
 
 def _examine(sweep: _Sweep, call: TracedCall, is_first: bool) -> None:
     context = sweep.context
-    case = Case(context, call, is_first)
+    operator = call.operator.removeprefix(GRADIENT_OF)
+    case = Case(context, call, is_first, sweep.varied.get(operator, frozenset()))
     problem = examine_call(case)
     if problem is not None:
         sweep.failed[call.operator] = 0

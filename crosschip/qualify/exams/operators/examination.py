@@ -180,7 +180,9 @@ def _run(case: Case, draws: Iterable[PlannedDraw], until_enough: bool = False) -
         if case.is_over or (until_enough and _has_enough(case)):
             return None
         problem = _one(case, draw)
-        if problem is not None:
+        if problem is not None and draw.empty and not draw.empty & case.varied:
+            case.limit = case.limit or problem  # the subject has this dimension in one size only
+        elif problem is not None:
             return problem
     return None
 

@@ -59,6 +59,7 @@ class PlannedDraw:
     seed: int
     repeats: int = 1
     size: int = 0  # K, where it is one of several
+    empty: frozenset[str] = frozenset()  # dimensions of size 0 that the recorded call does not have so
 
 
 def recorded(call: TracedCall, seed: int) -> PlannedDraw:
@@ -177,7 +178,9 @@ def edges(call: TracedCall, dims: Dimensions, seed: int, most: int) -> list[Plan
     found = []
     for number, sizes in enumerate(_odd_sizes(call, dims, small)):
         words = ", ".join(f"{name.removeprefix('size ')} is {size}" for name, size in sizes.items())
-        found.append(PlannedDraw(f"where {words}", dims.resized(encoded, {**small, **sizes}), seed + 7 * number))
+        empty = frozenset(name for name, size in sizes.items() if size == 0)
+        resized = dims.resized(encoded, {**small, **sizes})
+        found.append(PlannedDraw(f"where {words}", resized, seed + 7 * number, empty=empty))
     for name, other in strided_otherwise(dims.resized(encoded, small)):
         found.append(PlannedDraw(f"strides {name}", other, seed + 5))
     found = [draw for draw in found if num_elements(draw.encoded) <= _LARGEST_EDGE]

@@ -13,7 +13,15 @@ from typing import Any
 
 from crosschip.qualify.tracing.trace import TracedCall, tensor_specs
 
-__all__ = ["Dimensions", "base_name", "is_contraction", "name_dimensions", "num_elements", "with_each_tensor"]
+__all__ = [
+    "Dimensions",
+    "base_name",
+    "is_contraction",
+    "name_dimensions",
+    "num_elements",
+    "varied_dimensions",
+    "with_each_tensor",
+]
 
 Encoded = tuple[list[Any], dict[str, Any]]  # args and kwargs as in a trace
 
@@ -150,6 +158,13 @@ def name_dimensions(call: TracedCall, pointwise: bool) -> Dimensions:
     made = _dimensions(specs, names, deep, reduces=False)
     num_lists = sum(isinstance(each, list) for each in call.args) if base.startswith(_LISTWISE) else 0
     return replace(made, num_lists=num_lists)
+
+
+def varied_dimensions(calls: Sequence[TracedCall], pointwise: bool) -> frozenset[str]:
+    """The dimensions that differ between calls of one operator, as the rows do that experts get."""
+    sizes = [name_dimensions(call, pointwise).sizes for call in calls]
+    names = {name for each in sizes for name in each}
+    return frozenset(name for name in names if len({each.get(name) for each in sizes}) > 1)
 
 
 def _of_gradient(call: TracedCall, pointwise: bool) -> Dimensions:

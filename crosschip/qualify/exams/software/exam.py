@@ -1,6 +1,7 @@
 """The software exam: is all there that the subject calls, in the dtypes it asks for, quick enough, and can it be saved?
 
-Parts: the dtype truth table; copies, files and random numbers; every traced call; calls far slower than their share.
+Parts: the dtype truth table; copies, files and random numbers; every traced call; calls far slower than their share;
+the speed of a whole step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.software.calls_exist import examine_calls, plain_parameters
 from crosschip.qualify.exams.software.cliffs import CLIFF_FACTOR, CallTime, launches_of, slowness, typical_proportion
 from crosschip.qualify.exams.software.dtype_findings import examine_dtypes
+from crosschip.qualify.exams.software.step_speed import STEP_SHARE, examine_step_speed
 from crosschip.qualify.exams.software.transfer_findings import examine_transfers
 from crosschip.qualify.finding import Finding
 from crosschip.qualify.reproducing.reproducers import Check, outcome_of, write_reproducer
@@ -31,9 +33,10 @@ def examine(context: ExamContext) -> None:
     with half_the_cores():
         examine_dtypes(context)
         examine_transfers(context)
-        times = examine_calls(context, until_s=context.budget_s * _CLIFFS_SHARE)
+        times = examine_calls(context, until_s=context.budget_s * (_CLIFFS_SHARE + STEP_SHARE))
         if times:
             _examine_cliffs(context, times)
+        examine_step_speed(context)
 
 
 def _examine_cliffs(context: ExamContext, times: Sequence[CallTime]) -> None:

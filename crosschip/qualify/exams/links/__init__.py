@@ -1,0 +1,1 @@
+"""The exam of the links: several processes, their collectives and what lies between them."""

@@ -1,0 +1,255 @@
+"""Chips side by side for one model: which for training, which for inference, and on what grounds. Pure: no files.
+
+The rule, for each role: only a chip that a complete qualification has passed can be recommended. Of several, the one
+is recommended that is measurably faster, or that finishes earlier by its plan; where neither was measured the answer
+is INCONCLUSIVE, with what the published figures would suggest beside it. A published figure never decides.
+
+A measured speed is an entry `kind="speed"`, `what`, `value`, `unit`, with the bounds `lower` and `upper`; larger is
+better. Two chips are told apart by it only where the bounds do not overlap. A plan is a document `document="plan"`
+with `chip`, `role`, and `ready`: `{"p50": "YYYY-MM-DD", "p90": "YYYY-MM-DD"}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crosschip import __version__
+from crosschip.published import FIGURES, published_chip
+from crosschip.report.comparable import refuse_incomparable
+from crosschip.report.documents import Document, objects
+from crosschip.report.grounds import Candidate, Recommendation, recommend
+from crosschip.report.qualification import chip_title, measurements
+
+__all__ = ["compare"]
+
+SCHEMA_VERSION = 1
+ROLES = ("train", "serve")
+TIERS = ("smoke", "standard", "soak")
+_NUM_FINDINGS = 3
+
+
+def compare(reports: Mapping[str, Document], plans: Sequence[Document] = ()) -> Document:
+    """Compare reports of one model; `reports` is by file name, which errors name.
+
+    Raises:
+        ReportError: fewer than two reports, one that is none or too new, or reports of different subjects.
+    """
+    notes = refuse_incomparable(reports)
+    chosen, more_notes = _one_each(reports)
+    chips: dict[str, Document] = {}
+    by_fingerprint = sorted(chosen.items(), key=lambda item: not item[1][1].get("fingerprint"))
+    for (title, role), (file, report) in by_fingerprint:
+        chip = chips.setdefault(title, _chip(title, report))
+        chip["roles"][role] = _role(file, report)
+        chip["measured"] += _measured(report)
+    for plan in plans:
+        _add_plan(chips, plan)
+    answers = {role: recommend(role, _candidates(chips, role)) for role in ROLES}
+    titles = list(chips)
+    first = next(iter(reports.values()))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "document": "comparison",
+        "crosschip": __version__,
+        "subject": next((r["subject"] for r in reports.values() if r.get("compute_dtype")), first["subject"]),
+        "chips": [chips[title] for title in titles],
+        "recommendations": {role: answer.document() for role, answer in answers.items()},
+        "summary": _summary(answers),
+        "notes": notes + more_notes,
+    }
+
+
+def _one_each(
+    reports: Mapping[str, Document],
+) -> tuple[dict[tuple[str, str], tuple[str, Document]], list[str]]:
+    """For each chip and role the most thorough report, of equals the latest; a disagreement makes it open."""
+    chosen: dict[tuple[str, str], tuple[str, Document]] = {}
+    notes: list[str] = []
+    titles = _titles(reports)
+    notes += [
+        f"{file} names no chip; it is taken for {title}, which torch calls {reports[file]['chip']!r} as well"
+        for file, title in titles.items()
+        if title != chip_title(reports[file])
+    ]
+    for file, report in reports.items():
+        key = titles[file], report["role"]
+        if key not in chosen:
+            chosen[key] = file, report
+            continue
+        before = chosen[key]
+        kept, other = sorted((before, (file, report)), key=lambda pair: _thoroughness(pair[1]), reverse=True)
+        verdicts = {kept[1]["verdict"], other[1]["verdict"]}
+        note = f"{key[0]} was examined twice to {key[1]}: {kept[0]} is used, not {other[0]}"
+        if "FAIL" in verdicts and len(verdicts) > 1:
+            note += f"; they disagree ({kept[1]['verdict']} and {other[1]['verdict']}), so the chip counts as undecided"
+            kept = kept[0], {**kept[1], "verdict": "INCONCLUSIVE"}
+        notes.append(note)
+        chosen[key] = kept
+    return chosen, notes
+
+
+def _titles(reports: Mapping[str, Document]) -> dict[str, str]:
+    """File -> chip. A chip that could not be used gave no fingerprint: it is the one that has its device's name."""
+    named: dict[str, set[str]] = {}
+    for report in reports.values():
+        if report.get("fingerprint"):
+            named.setdefault(report["chip"], set()).add(chip_title(report))
+    found = {}
+    for file, report in reports.items():
+        same = named.get(report["chip"], set())
+        found[file] = next(iter(same)) if not report.get("fingerprint") and len(same) == 1 else chip_title(report)
+    return found
+
+
+def _thoroughness(report: Document) -> tuple[bool, int, str]:
+    tier = report.get("tier")
+    return report.get("complete") is True, TIERS.index(tier) if tier in TIERS else -1, str(report.get("began", ""))
+
+
+def _chip(title: str, report: Document) -> Document:
+    fingerprint = report.get("fingerprint")
+    known = fingerprint.get("chip") if isinstance(fingerprint, dict) else None
+    known = known if isinstance(known, dict) else {}
+    measured = []
+    if isinstance(known.get("memory_bytes"), int):
+        measured.append({"what": "memory", "value": known["memory_bytes"] / 1e9, "unit": "GB"})
+    if isinstance(known.get("dtypes"), dict):
+        computes = [dtype for dtype, how in known["dtypes"].items() if how == "computes"]
+        measured.append({"what": "dtypes that compute", "value": ", ".join(computes) or "none", "unit": ""})
+    model_name = known.get("model_name")
+    return {
+        "title": title,
+        "chip": report["chip"],
+        "vendor": known.get("vendor"),
+        "model_name": model_name,
+        "is_simulated": str(report["chip"]).partition(":")[0] == "sim",
+        "roles": {},
+        "measured": measured,
+        "published": _published(model_name),
+        "plans": {},
+    }
+
+
+def _published(model_name: Any) -> Document | None:
+    chip = published_chip(model_name) if isinstance(model_name, str) else None
+    if chip is None:
+        return None
+    return {
+        "name": chip.name,
+        "note": chip.note,
+        "figures": [
+            {"key": key, "what": FIGURES[key], "text": each.text, "confirmed": each.confirmed, "value": each.value}
+            for key, each in chip.figures.items()
+        ],
+    }
+
+
+def _role(file: str, report: Document) -> Document:
+    findings = objects(report, "findings")
+    exams = objects(report, "exams")
+    return {
+        "file": file,
+        "verdict": report["verdict"],
+        "complete": report.get("complete") is True,
+        "tier": str(report.get("tier", "?")),
+        "compute_dtype": report.get("compute_dtype"),
+        "began": str(report.get("began", "")),
+        "num_findings": {
+            verdict: sum(each.get("verdict") == verdict for each in findings)
+            for verdict in ("FAIL", "INCONCLUSIVE", "PASS WITH LIMITS")
+        },
+        "worst": [
+            {key: str(each.get(key) or "") for key in ("verdict", "subject", "message")}
+            for each in findings[:_NUM_FINDINGS]
+        ],
+        "exams": {str(exam.get("exam", "?")): str(exam.get("verdict", "?")) for exam in exams},
+        "not_ended": {
+            str(exam.get("exam", "?")): str(exam.get("ended", "?")) for exam in exams if exam.get("ended") != "complete"
+        },
+        "speeds": [entry for _, entry in measurements(report) if _is_speed(entry)],
+    }
+
+
+def _is_speed(entry: Document) -> bool:
+    bounds = [entry.get(key) for key in ("lower", "value", "upper")]
+    return entry.get("kind") == "speed" and all(isinstance(each, int | float) for each in bounds)
+
+
+def _measured(report: Document) -> list[Document]:
+    """What was measured in this role, a few numbers that people compare."""
+    role, found = report["role"], []
+    ratios = [entry["ratio"] for _, entry in measurements(report) if isinstance(entry.get("ratio"), int | float)]
+    if ratios:
+        found.append({"what": "largest error ratio (limit 2.5)", "value": max(ratios), "unit": "", "role": role})
+    for _, entry in measurements(report):
+        if entry.get("what") == "speed" and isinstance(entry.get("launch_s"), int | float):
+            found.append(
+                {"what": "time of the smallest call", "value": entry["launch_s"] * 1e6, "unit": "µs", "role": role}
+            )
+        elif _is_speed(entry):
+            found.append(
+                {"what": entry.get("what"), "value": entry["value"], "unit": entry.get("unit", ""), "role": role}
+            )
+        elif entry.get("plot") == "bandwidth" and isinstance(entry.get("bandwidth_gb_s"), int | float):
+            what = f"{entry.get('collective', '?')}, bandwidth"
+            found.append({"what": what, "value": entry["bandwidth_gb_s"], "unit": "GB/s", "role": role})
+        elif entry.get("kind") == "equivalence" and isinstance(entry.get("mean"), int | float):
+            what = "final loss against the CPU"
+            found.append({"what": what, "value": 100 * entry["mean"], "unit": "%", "role": role})
+    return found
+
+
+def _add_plan(chips: dict[str, Document], plan: Document) -> None:
+    """Put a plan to its chip; a plan for a chip that has no report is no evidence here."""
+    ready = plan.get("ready")
+    if not isinstance(ready, dict) or not all(isinstance(ready.get(key), str) for key in ("p50", "p90")):
+        return
+    for chip in chips.values():
+        if plan.get("chip") in (chip["chip"], chip["title"], chip["model_name"]):
+            chip["plans"][str(plan.get("role", "train"))] = {"p50": ready["p50"], "p90": ready["p90"]}
+
+
+def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
+    found = []
+    for title, chip in chips.items():
+        mine = chip["roles"].get(role)
+        if mine is None:
+            continue
+        figures = {row["key"]: row["value"] for row in (chip["published"] or {}).get("figures", ())}
+        speeds = {
+            str(each.get("what")): (
+                float(each["lower"]),
+                float(each["value"]),
+                float(each["upper"]),
+                str(each.get("unit")),
+            )
+            for each in mine["speeds"]
+        }
+        plan = chip["plans"].get(role, {})
+        dates = (plan["p50"], plan["p90"]) if plan.get("p50") and plan.get("p90") else None
+        found.append(
+            Candidate(
+                title=title,
+                verdict=mine["verdict"],
+                complete=mine["complete"],
+                tier=mine["tier"],
+                worst=tuple(
+                    f"{each['subject']}: {each['message']}" for each in mine["worst"] if each["verdict"] == "FAIL"
+                ),
+                speeds=speeds,
+                ready=dates,
+                published=figures,
+                is_simulated=chip["is_simulated"],
+            )
+        )
+    return found
+
+
+def _summary(answers: Mapping[str, Recommendation]) -> str:
+    words = {"train": "Training", "serve": "inference"}
+    text = "; ".join(f"{words[role]}: {answers[role].chip or answers[role].answer}" for role in ROLES)
+    train, serve = (answers[role].chip for role in ROLES)
+    if train and serve and train != serve:
+        text += ". What one trains crosses to the other by a handoff, whose certificate says that it is the same model"
+    return text

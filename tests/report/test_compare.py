@@ -1,0 +1,181 @@
+"""Which chip, and on what grounds: only what passed and was measured decides; everything else is said to be open."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosschip.report.compare import compare
+from crosschip.report.compare_page import compare_markdown, compare_page
+from crosschip.report.qualification import ReportError, read_report
+from tests.report.qualifications import MEASURED, finding, qualification, speed
+from tests.report.test_run_page import HOSTILE, PageReader
+
+ASCEND = {"chip": "npu:0", "model_name": "Ascend910B2"}
+H20 = {"chip": "cuda:0", "model_name": "NVIDIA H20"}
+H200 = {"chip": "cuda:0", "model_name": "NVIDIA H200"}
+
+
+def answer(role: str, *reports: dict[str, Any], plans: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+    document = compare({f"{place}.json": report for place, report in enumerate(reports)}, plans)
+    return document["recommendations"][role]
+
+
+def serving(*speeds: dict[str, Any], **chip: Any) -> dict[str, Any]:
+    return qualification(role="serve", measured={"serving": list(speeds)}, **chip)
+
+
+def test_the_only_chip_that_passed_is_recommended_with_its_grounds() -> None:
+    found = answer("train", qualification(finding("FAIL"), **ASCEND), qualification(**H20))
+    assert (found["answer"], found["chip"]) == ("RECOMMENDED", "NVIDIA H20 (cuda:0)")
+    assert "no other chip has" in found["grounds"][0]
+    assert "Ascend910B2 (npu:0) failed (smoke tier): aten.mm.default" in found["grounds"][1]
+    assert any("stability is not shown" in line for line in found["missing"])
+
+
+def test_none_passed() -> None:
+    found = answer("train", qualification(finding("FAIL"), **ASCEND), qualification(finding("FAIL"), **H20))
+    assert (found["answer"], found["chip"]) == ("NONE", None)
+
+
+def test_an_interrupted_pass_carries_nothing() -> None:
+    found = answer("train", qualification(finding("FAIL"), **ASCEND), qualification(complete=False, **H20))
+    assert (found["answer"], found["chip"]) == ("INCONCLUSIVE", None)
+
+
+def test_a_role_that_was_not_examined_says_so() -> None:
+    assert answer("serve", qualification(**ASCEND), qualification(**H20))["answer"] == "NOT EXAMINED"
+
+
+def test_two_that_passed_stay_open_and_published_figures_only_lean() -> None:
+    found = answer("serve", serving(**H20), serving(**H200))
+    assert (found["answer"], found["chip"]) == ("INCONCLUSIVE", None)
+    assert "NVIDIA H200 (cuda:0); that is a claim, not a measurement" in found["leaning"]
+    # the bandwidth of the 910B is unconfirmed, so nothing can be said from published figures
+    assert answer("serve", serving(**H20), serving(**ASCEND))["leaning"] is None
+
+
+def test_a_measured_speed_decides_where_its_bounds_are_apart() -> None:
+    found = answer("serve", serving(speed(900, 20), **H20), serving(speed(700, 20), **H200))
+    assert found["chip"] == "NVIDIA H20 (cuda:0)"  # against the published figures: a measured number always wins
+    assert "decoding: NVIDIA H20 (cuda:0) 900 tokens/s" in found["grounds"][1]
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ([speed(900, 120)], [speed(700, 120)]),  # bounds overlap
+        ([speed(900, 1)], [speed(700, 1, what="prefill")]),  # not the same thing
+        ([speed(900, 1)], [speed(700, 1, unit="requests/s")]),
+        ([speed(900, 1), speed(5, 1, "prefill")], [speed(700, 1), speed(9, 1, "prefill")]),  # each wins one
+        ([speed(900, 1)], []),
+    ],
+)
+def test_speeds_that_do_not_tell_them_apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
+    assert answer("serve", serving(*left, **H20), serving(*right, **H200))["answer"] == "INCONCLUSIVE"
+
+
+def plan(chip: str, p50: str, p90: str) -> dict[str, Any]:
+    return {"document": "plan", "chip": chip, "role": "train", "ready": {"p50": p50, "p90": p90}}
+
+
+def test_dates_decide_training_where_they_are_apart() -> None:
+    reports = qualification(**ASCEND), qualification(**H20)
+    apart = plan("npu:0", "2027-03-01", "2027-04-01"), plan("NVIDIA H20", "2027-05-01", "2027-07-01")
+    assert answer("train", *reports, plans=apart)["chip"] == "Ascend910B2 (npu:0)"
+    close = plan("npu:0", "2027-03-01", "2027-05-02"), plan("NVIDIA H20", "2027-05-01", "2027-07-01")
+    assert answer("train", *reports, plans=close)["chip"] is None
+
+
+def test_two_chips_for_two_roles_need_a_handoff() -> None:
+    reports = [
+        qualification(**H20),
+        qualification(finding("FAIL"), **ASCEND),
+        qualification(finding("FAIL"), role="serve", **H20),
+        qualification(role="serve", **ASCEND),
+    ]
+    document = compare({f"{place}.json": report for place, report in enumerate(reports)})
+    assert document["summary"].startswith("Training: NVIDIA H20 (cuda:0); inference: Ascend910B2 (npu:0). What one")
+
+
+def test_a_simulated_chip_is_a_rehearsal() -> None:
+    sim = {"chip": "sim", "model_name": "simulated chip"}
+    found = answer("train", qualification(finding("FAIL"), **H20), qualification(**sim))
+    assert any("says nothing of a real chip" in line for line in found["missing"])
+
+
+def test_the_more_thorough_of_two_reports_counts_and_a_disagreement_is_open() -> None:
+    smoke, soak = qualification(**H20), qualification(tier="soak", **H20)
+    document = compare({"smoke.json": smoke, "soak.json": soak, "a.json": qualification(finding("FAIL"), **ASCEND)})
+    assert "soak.json is used, not smoke.json" in document["notes"][0]
+    assert document["chips"][0]["roles"]["train"]["tier"] == "soak"
+    failed = qualification(finding("FAIL"), tier="smoke", **H20)
+    document = compare({"smoke.json": failed, "soak.json": soak})
+    assert "they disagree" in document["notes"][0]
+    assert document["recommendations"]["train"]["answer"] == "INCONCLUSIVE"
+
+
+def test_a_chip_that_could_not_be_used_is_the_one_of_its_device() -> None:
+    gone = qualification(
+        finding("FAIL", "chip npu:0"), chip="npu:0", model_name=None, dtype=None, subject="recipes/first.toml"
+    )
+    document = compare({"gone.json": gone, "serve.json": qualification(role="serve", **ASCEND)})
+    assert [chip["title"] for chip in document["chips"]] == ["Ascend910B2 (npu:0)"]
+    assert "gone.json names no chip" in document["notes"][0]
+
+
+def test_reports_that_cannot_be_compared_are_refused() -> None:
+    with pytest.raises(ReportError, match="1 report is too few"):
+        compare({"a.json": qualification()})
+    with pytest.raises(ReportError, match=r"b\.json is of the subject 'second', a\.json of 'first'"):
+        compare({"a.json": qualification(**H20), "b.json": qualification(subject="second", **ASCEND)})
+    with pytest.raises(ReportError, match=r"b\.json has schema version 9"):
+        compare({"a.json": qualification(), "b.json": {**qualification(**H20), "schema_version": 9}})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "it is 'list'"),
+        ('{"document": "trace"}', "it is 'trace'"),
+    ],
+)
+def test_files_that_are_no_reports(tmp_path: Path, content: str | None, words: str) -> None:
+    file = tmp_path / "r.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ReportError) as caught:
+        read_report(file)
+    assert str(file) in caught.value.problem
+    assert words in caught.value.problem
+
+
+def document() -> dict[str, Any]:
+    return compare(
+        {
+            "a.json": qualification(finding("FAIL", f"mm {HOSTILE}"), measured=MEASURED, **ASCEND),
+            "b.json": qualification(role="serve", **{**H20, "model_name": f"NVIDIA H20 {HOSTILE} | x\n# y"}),
+        }
+    )
+
+
+def test_the_page_and_the_text_say_the_same_and_nothing_is_executed() -> None:
+    reader = PageReader()
+    reader.feed(page := compare_page(document()))
+    text = re.sub(r"\s+", " ", "".join(reader.text))
+    markdown = compare_markdown(document())
+    for words in ("Which chip for inference?", "256-320 (unconfirmed)", "? (unconfirmed)", "HCCS", "NVLink 900"):
+        assert words in text
+        assert re.sub(r"[#*]", "", words) in markdown.replace("\\", "")
+    assert not {"script", "img"} & set(reader.tags)
+    assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page) == []
+    assert "<script" not in markdown.replace("\\<", "")
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")}
+    assert widths == {4}  # a column for the row's name and one for each chip, whatever is written in them
+    json.dumps(document(), allow_nan=False)
