@@ -19,7 +19,7 @@ from crosschip.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT = Path(__file__).parent / "cli_options.txt"
-VERBS = ["run", "qualify", "plan", "train", "handoff", "serve", "compare", "chat", "doctor"]
+VERBS = ["run", "qualify", "plan", "train", "handoff", "serve", "compare", "chat", "doctor", "golden"]
 HEAVY = ["torch", "transformers", "numpy", "fastapi", "rich.table", "matplotlib"]
 
 REPORT_MODULES = """
@@ -36,7 +36,9 @@ print("heavy:", [name for name in {heavy} if name in sys.modules])
 def described_options() -> str:
     """Every verb with its arguments and options, their defaults, and which are required; one line each."""
     lines = []
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    for group in [verb for verb, command in commands.items() if hasattr(command, "commands")]:
+        commands |= {f"{group} {verb}": command for verb, command in commands.pop(group).commands.items()}
     for verb, command in commands.items():
         lines.append(verb)
         for parameter in command.params:
@@ -85,11 +87,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["plan", "recipes/first.toml", "--cluster", "cluster.toml", "--by", "2027-01-01"],
-        ["compare", "one.json", "two.json"],
-    ],
+    "arguments", [["plan", "recipes/first.toml", "--cluster", "cluster.toml", "--by", "2027-01-01"]]
 )
 def test_what_is_not_built_says_so(arguments: list[str]) -> None:
     ended = CliRunner().invoke(app, arguments)

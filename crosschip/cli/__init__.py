@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from crosschip import __version__
-from crosschip.cli.examining import compare, doctor, qualify
+from crosschip.cli.examining import compare, doctor
+from crosschip.cli.golden import golden
 from crosschip.cli.guard import guarded
 from crosschip.cli.making import handoff, plan, run, train
+from crosschip.cli.qualifying import qualify
 from crosschip.cli.serving import chat, serve
 
 __all__ = ["app", "main"]
@@ -46,6 +48,7 @@ def crosschip(
 
 for verb in (run, qualify, plan, train, handoff, serve, compare, chat, doctor):
     app.command()(guarded(verb))
+app.add_typer(golden, name="golden")
 
 
 def main() -> None:

@@ -110,6 +110,7 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
         reproducers=Path(job["reproducers"]),
         seed=job["seed"],
         skip=frozenset(job["skip"]),
+        died_in=frozenset(job.get("died_in", ())),
         only=job.get("only"),
         golden=Path(job["golden"]) if job.get("golden") else None,
     )
@@ -151,6 +152,8 @@ def _follow_the_parent() -> None:
 def _prepare(origin: str | None, module: str | None) -> None:
     """Import what takes seconds: the rooms, the subject, an exam. What fails meanwhile fails again in the task."""
     with contextlib.suppress(Exception):
+        # torch imports its compiler with the first gradient or optimizer step, in the middle of what is measured.
+        importlib.import_module("torch._dynamo")
         importlib.import_module("crosschip.qualify.exams.context")
         subjects = importlib.import_module("crosschip.qualify.subjects.subject")
         if module:

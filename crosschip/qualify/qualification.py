@@ -266,6 +266,7 @@ def _exam_job(
         "seed": request.seed,
         "golden": None if request.golden is None else str(request.golden),
         "skip": sorted(read_journal(journal, exam.name).done | died_in),
+        "died_in": sorted(died_in),
     }
 
 

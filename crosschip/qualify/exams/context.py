@@ -32,6 +32,7 @@ class ExamContext:
     reproducers: Path  # the directory for reproducers
     seed: int = 0
     skip: frozenset[str] = frozenset()
+    died_in: frozenset[str] = frozenset()  # those of `skip` in which an earlier try ended
     only: str | None = None
     golden: Path | None = None  # a golden bundle to replay
     started: float = field(default_factory=time.monotonic)

@@ -23,9 +23,13 @@ def examine_step_speed(context: ExamContext) -> None:
     What a step costs at most is known after the first; where five do not fit into the time, that is said instead.
     """
 
+    if context.died_in:
+        context.journal.not_covered(f"{_PART}: it would die as {sorted(context.died_in)[0]} did")
+        return
+
     def run() -> None:
         try:
-            _measure(context, min(context.remaining_s, STEP_SHARE * context.budget_s))
+            _measure(context, STEP_SHARE * context.budget_s)
         except Exception as error:  # whatever the chip raises: the traced calls and the rehearsal name it
             context.journal.not_covered(f"{_PART}: {type(error).__name__}: {str(error)[:200]}")
 
@@ -33,7 +37,6 @@ def examine_step_speed(context: ExamContext) -> None:
 
 
 def _measure(context: ExamContext, share_s: float) -> None:
-    ends_at = time.monotonic() + share_s
     dtype = getattr(torch, context.trace.compute_dtype)
     workload = context.subject.workload(context.chip.device, dtype, context.seed)
     count = 0
@@ -48,10 +51,10 @@ def _measure(context: ExamContext, share_s: float) -> None:
         return time.perf_counter() - began
 
     first_s = step_s()
-    left_s = ends_at - time.monotonic()
-    if left_s < _LEAST_STEPS * first_s:
+    ends_at = time.monotonic() + share_s
+    if share_s < _LEAST_STEPS * first_s:
         context.journal.not_covered(
-            f"{_PART}: the first took {first_s:.2g} s, and {_LEAST_STEPS} more do not fit into {max(0.0, left_s):.2g} s"
+            f"{_PART}: the first took {first_s:.2g} s, and {_LEAST_STEPS} more do not fit into {share_s:.2g} s"
         )
         return
     times_s = [step_s() for _ in range(_LEAST_STEPS)]

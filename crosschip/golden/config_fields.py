@@ -1,0 +1,53 @@
+"""The fields of a model's configuration that change numbers, and where two configurations differ in them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FieldDifference", "compare_fields", "numeric_fields"]
+
+# Names of tokens, room for positions, what only training reads; and tied embeddings, which are always written out.
+_WITHOUT_EFFECT = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings"),
+    *("tie_word_embeddings", "num_nextn_predict_layers", "vocab_size"),
+}
+# What other engines read from config.json as well, and drop numbers without.
+_ONLY_OTHER_ENGINES = ("topk_method", "scoring_func", "hidden_act", "moe_layer_freq")
+
+
+@dataclass(frozen=True)
+class FieldDifference:
+    """One field of the configuration with two values."""
+
+    field: str
+    recorded: Any
+    found: Any
+
+    @property
+    def words(self) -> str:
+        """The field and both values."""
+        return f"{self.field} = {self.found!r}, recorded {self.recorded!r}"
+
+
+def numeric_fields(config: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """The fields that change numbers, from the configuration as it is understood and from `config.json` as it lies.
+
+    The order of a table's keys is dropped; tuples become lists, as in JSON.
+    """
+    fields = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
+    fields |= {key: document.get(key) for key in _ONLY_OTHER_ENGINES}
+    return {key: _plain(value) for key, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in sorted(value.items())}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def compare_fields(recorded: dict[str, Any], found: dict[str, Any]) -> list[FieldDifference]:
+    """Every field whose value is not the recorded one."""
+    names = [*recorded, *(name for name in found if name not in recorded)]
+    pairs = [FieldDifference(name, recorded.get(name), found.get(name)) for name in names]
+    return [each for each in pairs if each.recorded != each.found]

@@ -1,0 +1,130 @@
+"""Which kind of cause a difference has: conversion, config field, length, operator or engine. No torch, no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crosschip.golden.comparison import Comparison, RowDistance, View
+from crosschip.golden.limits import QUANTISED
+
+__all__ = ["Cause", "Diagnosis", "diagnose"]
+
+Cause = Literal["conversion", "config field", "length", "operator", "engine", "recording", "none"]
+
+_SHORTEST_TELLING = 15  # in rows of one or two tokens attention has nothing to do, so that they are right says little
+_MOST = 0.8
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The cause, the thing that it names (a tensor, a field, a length, a layer), and a sentence."""
+
+    cause: Cause
+    subject: str
+    words: str
+
+
+def diagnose(comparison: Comparison) -> Diagnosis:
+    """The first cause that explains the comparison, in the order in which one rules out the next."""
+    if comparison.weights:
+        first = comparison.weights[0]
+        others = f" and {len(comparison.weights) - 1} more tensors differ" if len(comparison.weights) > 1 else ""
+        shown = "; ".join(each.words for each in comparison.weights[:_SHOWN])
+        return Diagnosis("conversion", first.tensor, f"the model was converted wrongly: {shown}{others}")
+    if comparison.fields:
+        words = "; ".join(each.words for each in comparison.fields)
+        return Diagnosis("config field", comparison.fields[0].field, f"the configuration differs: {words}")
+    for view in comparison.views:
+        found = _of_view(comparison, view)
+        if found is not None:
+            return found
+    if comparison.curve is not None and _curve_is_bad(comparison):
+        return Diagnosis(
+            "operator", "training step", "the forward pass agrees and the training curve does not: look at the backward"
+        )
+    return Diagnosis("none", comparison.engine, "nothing differs by more than its limit")
+
+
+def _curve_is_bad(comparison: Comparison) -> bool:
+    curve, limit, floor = comparison.curve, comparison.limit, comparison.floor
+    assert curve is not None
+    return not (
+        curve.loss <= limit.loss(floor["loss"]) and curve.gradient_norm <= limit.gradient_norm(floor["gradient_norm"])
+    )
+
+
+def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
+    is_bad = [_row_is_bad(row, comparison) for row in view.rows]
+    if not any(is_bad) and view.first_diverging is None and not view.kl.mean > comparison.limit.mean_kl:
+        return None
+    length = _of_length(view, is_bad)
+    if length is not None:
+        return length
+    first = view.first_diverging
+    if first is None:
+        return _without_layers(comparison, view)
+    error = f"activations {first.error:.1e} apart (limit {first.error_limit:.1e})"
+    gain = f"a common factor of {1 + first.gain:.6f} (limit 1 +- {first.gain_limit:.1e})"
+    what = gain if first.error <= first.error_limit else error
+    where = f"{first.point} is the first to diverge on {comparison.engine}, {view.name}"
+    words = f"weights and configuration agree; {where}: {what}"
+    return Diagnosis("operator", first.point, words)
+
+
+def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
+    """Only answers were seen to differ: the files are the recorded ones, as far as they were compared."""
+    engine, other, limit = comparison.engine, comparison.transformers, comparison.limit.mean_kl
+    if comparison.route == "model":
+        return Diagnosis(
+            "operator", engine, f"{engine}, {view.name}: answers differ, and no layer is seen to differ first"
+        )
+    if other is None:
+        unknown = "" if comparison.files_checked else "; its files were not given, so they may be the cause as well"
+        return Diagnosis("engine", engine, f"{engine}, {view.name}: answers differ{unknown}")
+    if other.kl.mean <= limit:
+        words = f"the same files in transformers agree (mean KL {other.kl.mean:.1e}): {engine} computes otherwise"
+        return Diagnosis("engine", engine, words)
+    both = f"the same files in transformers differ as well (mean KL {other.kl.mean:.1e})"
+    if comparison.limit.target in QUANTISED:
+        return Diagnosis("conversion", comparison.limit.target, f"{both}: look at how they were quantised")
+    words = f"{both} and are those of the recording: the chip that recorded may be the one that computes otherwise"
+    return Diagnosis("recording", "the bundle", words)
+
+
+def _row_is_bad(row: RowDistance, comparison: Comparison) -> bool:
+    """Whether a row is beyond honest rounding: by its activations where they are seen, else by its log-probs."""
+    if row.activation_ratio is not None:
+        # A row has fewer numbers than all rows together, so a floor measured over all is doubled.
+        return not row.activation_ratio <= 2.0
+    return row.kl.num_positions > 0 and not row.kl.mean <= 2 * comparison.limit.mean_kl
+
+
+def _of_length(view: View, is_bad: list[bool]) -> Diagnosis | None:
+    """Rows up to a length are right and all longer ones wrong, or rows are right up to a position."""
+    bad = [row for row, wrong in zip(view.rows, is_bad, strict=True) if wrong]
+    good = [row.length for row, wrong in zip(view.rows, is_bad, strict=True) if not wrong]
+    if not bad:
+        return None
+    starts = [row.first_bad for row in bad]
+    positions = [start for start in starts if start is not None]
+    all_after = all(row.share_bad >= _MOST for row in bad)  # else single positions stick out of noise
+    if len(positions) == len(bad) and min(positions) >= _SHORTEST_TELLING and all_after:
+        place = min(positions)
+        return Diagnosis(
+            "length",
+            f"position {place}",
+            f"{view.name}: right up to position {place - 1}, wrong from position {place} on",
+        )
+    shortest_bad = min(row.length for row in bad)
+    longest_good = max(good, default=0)
+    if longest_good >= _SHORTEST_TELLING and longest_good < shortest_bad:
+        first = view.first_diverging
+        where = f"; the first to diverge there is {first.point}" if first else ""
+        return Diagnosis(
+            "length",
+            f"more than {longest_good} tokens",
+            f"{view.name}: rows of up to {longest_good} tokens are right, of {shortest_bad} and more wrong{where}",
+        )
+    return None

@@ -1,0 +1,154 @@
+"""Replay a bundle through an engine behind HTTP, and place the blame when it differs: the files or the engine?
+
+An engine shows the log-probs of its top tokens and no layers. So what can be told is whether the files that it serves
+are the recorded ones, tensor by tensor and field by field, and what the same files answer in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosschip.golden.bundle import Bundle
+from crosschip.golden.comparison import Comparison, View
+from crosschip.golden.distance import kl_of_lists
+from crosschip.golden.files import check_files
+from crosschip.golden.limits import limit_for, target_of
+from crosschip.golden.replay import left_out, replay_dtype
+from crosschip.golden.scoring_engine import EngineBrokeError, Prediction, ScoringEngine
+from crosschip.golden.transformers_replay import replay_in_transformers
+from crosschip.golden.views import LogProbs, near_ties, view_of_log_probs
+
+__all__ = ["AT_ONCE", "replay_over_http"]
+
+AT_ONCE = 8  # requests at the same time, so that the engine computes them in batches
+
+
+def replay_over_http(
+    bundle: Bundle,
+    url: str,
+    *,
+    files: Path | None = None,
+    dtype: str | None = None,
+    quantised: str | None = None,
+    api_key: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Score the bundle's rows through the engine at `url`, one by one and several at once.
+
+    `files` is the model directory that the engine serves: with it tensors and configuration are compared, and a
+    difference in the answers is looked for in transformers. `dtype` is the engine's arithmetic, by default that of the
+    recording. An engine that breaks on the way is part of the comparison (`broke`).
+
+    Raises:
+        GoldenError: nobody is there, the engine does not score prompts, or the files are another model's.
+    """
+    check = None
+    if files is not None:
+        tell("hashing the weights")
+        check = check_files(bundle, files, quantised)
+    name = replay_dtype(bundle, dtype, check.dtype if check else None, quantised)
+    target, coarser = target_of(bundle.dtype, name, quantised)
+    floor = {**bundle.floor, **bundle.floor["without_choices"]}
+    limit = limit_for(target, coarser, floor["mean_kl"])
+    engine = ScoringEngine(url, api_key=api_key)
+    comparison = Comparison("http", engine.url, name, limit, floor, files_checked=check is not None)
+    comparison.not_covered += [*left_out(bundle), "layers and router choices: an engine behind an address shows none"]
+    if check is None:
+        comparison.not_covered.append("tensors and configuration: the files that the engine serves were not given")
+    else:
+        comparison.fields, comparison.weights = check.fields, check.weights
+    try:
+        _ask(bundle, engine, comparison, tell)
+    except EngineBrokeError as error:
+        comparison.broke = str(error)
+    finally:
+        engine.close()
+    if files is not None and any(not view.kl.upper_95 < limit.mean_kl for view in comparison.views):
+        _place_the_blame(bundle, files, comparison, tell)
+    return comparison
+
+
+def _ask(bundle: Bundle, engine: ScoringEngine, comparison: Comparison, tell: Callable[[str], None]) -> None:
+    taken = [row for row, length in enumerate(bundle.lengths) if _fits(length, engine.max_model_len)]
+    comparison.rows_planned, comparison.rows_made = len(bundle.lengths), len(taken)
+    if len(taken) < len(bundle.lengths):
+        words = f"rows of more than {engine.max_model_len} tokens: the engine takes no longer ones"
+        comparison.not_covered.append(words)
+    part = bundle.of_rows(taken)
+    # An engine that takes N tokens has no room for the one that a prompt of N would be followed by.
+    cut = [ids[:-1] if len(ids) == engine.max_model_len else ids for ids in part.rows]
+    num_top = int(bundle.manifest["top_k"])
+    for name, at_once in (("one by one", 1), (f"{AT_ONCE} at once", AT_ONCE)):
+        tell(f"replaying {len(cut)} rows {name} through {engine.url}")
+        with ThreadPoolExecutor(at_once) as pool:
+            answers = list(pool.map(lambda ids: engine.score(ids, num_top), cut))
+        comparison.views.append(_view(name, part, cut, answers, comparison))
+
+
+def _fits(length: int, most: int | None) -> bool:
+    """Whether a row can be asked; one token alone at the limit would be cut to nothing."""
+    return most is None or length < most or (length == most and length > 1)
+
+
+def _view(
+    name: str, part: Bundle, cut: Sequence[list[int]], answers: Sequence[list[Prediction]], comparison: Comparison
+) -> View:
+    """Compare the answers with what the bundle holds about the same positions."""
+    lengths = part.lengths
+    kept = np.concatenate(
+        [np.arange(length) < len(ids) for length, ids in zip(lengths, cut, strict=True)]
+    )  # without positions that were cut off
+    arrays = {key: array[kept] for key, array in part.arrays.items() if key != "lengths"}
+    found = [prediction for answer in answers for prediction in answer]
+    following = _following(part)[kept]
+    compared = _log_probs(arrays, following, found)
+    tolerance = comparison.limit.router_score(comparison.floor["router_margin"])
+    return view_of_log_probs(name, compared, part.row_of_position[kept], ~near_ties(arrays, tolerance))
+
+
+def _following(part: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The token after each position, -1 at the end of a row, [N]."""
+    return np.concatenate([np.array([*ids[1:], -1], dtype=np.int64) for ids in part.rows])
+
+
+def _log_probs(
+    arrays: dict[str, Any], following: np.ndarray[Any, np.dtype[np.int64]], found: Sequence[Prediction]
+) -> LogProbs:
+    """Both sides as lists made by one rule: as many top tokens as both have, and the prompt's own next token."""
+    reference, others, top1 = [], [], []
+    for place, prediction in enumerate(found):
+        target = int(following[place])
+        ranked = sorted(prediction.top.items(), key=lambda pair: -pair[1])
+        top1.append(ranked[0][0] if ranked else -1)
+        number = min(len(ranked), arrays["topk_ids"].shape[1])
+        pairs = zip(arrays["topk_ids"][place, :number], arrays["topk_logprobs"][place, :number], strict=True)
+        own = {int(token): float(value) for token, value in pairs}
+        other = dict(ranked[:number])
+        if target >= 0 and prediction.target is not None:
+            own[target] = float(arrays["target_logprob"][place])
+            other[target] = prediction.target
+        reference.append(own)
+        others.append(other)
+    p = arrays["topk_logprobs"].astype(np.float64)
+    ends = np.array([each.target is None for each in found])  # of a row, or of what was asked of it
+    return LogProbs(
+        kl=kl_of_lists(reference, others),
+        reference_target=np.where(ends, np.nan, arrays["target_logprob"].astype(np.float64)),
+        found_target=np.array([np.nan if each.target is None else each.target for each in found], dtype=np.float64),
+        reference_top1=arrays["top1_id"].astype(np.int64),
+        found_top1=np.array(top1, dtype=np.int64),
+        top1_margin=p[:, 0] - p[:, 1] if p.shape[1] > 1 else np.full(len(p), np.inf),
+    )
+
+
+def _place_the_blame(bundle: Bundle, files: Path, comparison: Comparison, tell: Callable[[str], None]) -> None:
+    tell("replaying the same files in transformers")
+    try:
+        comparison.transformers = replay_in_transformers(bundle, files, comparison.limit, comparison.floor)
+    except Exception as error:  # a library of its own: whatever it raises, the replay over HTTP stands
+        comparison.not_covered.append(f"the same files in transformers: {type(error).__name__}: {error}")

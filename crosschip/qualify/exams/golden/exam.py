@@ -1,0 +1,109 @@
+"""The golden bundle that another chip recorded, replayed on this one: do the same weights answer the same?
+
+The weights are those of the subject, or, where the subject has none, those that the bundle was recorded from if they
+are still at their place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import CrosschipError, GoldenError
+from crosschip.golden.bundle import Bundle, load_bundle
+from crosschip.golden.comparison import Comparison
+from crosschip.golden.judge import Judgement, judge
+from crosschip.golden.record import model_directory_of
+from crosschip.golden.replay import replay
+from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.finding import Finding, Kind
+
+__all__ = ["examine"]
+
+_FILES = ("conversion", "config field")  # causes that lie in what was handed over, not in the chip
+
+
+def examine(context: ExamContext) -> None:
+    """Replay `context.golden` on the chip and report where it differs, why, and what was not looked at."""
+    assert context.golden is not None, "the exam is in the programme only if a bundle is given"
+    bundle = load_bundle(context.golden)
+    context.part("golden replay", lambda: _replay(context, bundle))
+
+
+def _replay(context: ExamContext, bundle: Bundle) -> None:
+    journal = context.journal
+    try:
+        directory = _weights_of(context.subject.origin, bundle)
+        comparison = replay(
+            bundle,
+            directory,
+            context.chip,
+            with_curve=context.role == "train",
+            has_time=lambda share: context.remaining_s > (1 - share) * context.budget_s,
+            tell=journal.now,
+        )
+    except CrosschipError as error:
+        journal.checked("golden bundle is of these weights")
+        journal.finding(_refused(context, error))
+        return
+    judgement = judge(comparison)
+    for check in judgement.checks:
+        journal.checked(check)
+    for each in judgement.findings:
+        journal.finding(_finding(context, judgement, each, directory))
+    if comparison.broke is None:
+        journal.covered("rows of the golden bundle", comparison.rows_made, comparison.rows_planned)
+    for words in judgement.not_covered:
+        journal.not_covered(f"golden bundle: {words}")
+    for measurement in _measurements(comparison):
+        journal.measured(**measurement)
+
+
+def _weights_of(origin: str, bundle: Bundle) -> Path:
+    """The model directory to replay.
+
+    Raises:
+        GoldenError: the subject has no weights, and those of the recording are not here.
+    """
+    for place in (Path(origin), Path(bundle.manifest["source"])):
+        if place.is_dir():
+            return model_directory_of(place)[0]
+    raise GoldenError(
+        f"{origin} has no weights, and {bundle.manifest['source']}, which the bundle was recorded from, is not here",
+        "give the model directory or the run as the subject: --model DIR",
+    )
+
+
+def _finding(context: ExamContext, judgement: Judgement, each: dict[str, Any], directory: Path) -> Finding:
+    kind: Kind = "handoff" if judgement.diagnosis.cause in _FILES else "numerics"
+    chip = context.chip_spec
+    again = f"crosschip golden replay {context.golden} --model {directory} --chip {chip}"
+    details = {**each["details"], "again": again}
+    return Finding(exam=context.exam, kind=kind, **{**each, "details": details})
+
+
+def _refused(context: ExamContext, error: CrosschipError) -> Finding:
+    """The bundle says nothing about this subject: that is no failure of the chip."""
+    return Finding(
+        exam=context.exam,
+        kind="handoff",
+        verdict="INCONCLUSIVE",
+        subject=str(context.golden),
+        check="golden bundle is of these weights",
+        message=f"the bundle is refused: {error.problem}",
+        measured="refused",
+        limit="replayed",
+        limit_source="a bundle speaks about the weights it was recorded from",
+        critical=True,
+        details={"remedy": error.remedy},
+    )
+
+
+def _measurements(comparison: Comparison) -> list[dict[str, Any]]:
+    """Numbers for pages: each view's answers and points, the training curves."""
+    kept = ("name", "kl", "points", "num_flips")
+    views = comparison.document()["views"]
+    found = [{"check": "golden replay", **{key: view[key] for key in kept}} for view in views]
+    if comparison.curve is not None:
+        found.append({"check": "golden training curve", **comparison.document()["curve"]})
+    return found

@@ -1,0 +1,60 @@
+"""`compare` on files: what is printed and written, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crosschip.cli import app
+from crosschip.rundir import read_json, write_json
+from tests.report.qualifications import finding, qualification
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> list[str]:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    write_json(good, qualification(chip="cuda:0", model_name="NVIDIA H20"))
+    write_json(bad, qualification(finding("FAIL")))
+    return [str(good), str(bad)]
+
+
+def test_two_reports_become_text_a_page_and_a_document(reports: list[str], tmp_path: Path) -> None:
+    page, text, document = (tmp_path / name for name in ("c.html", "c.md", "c.json"))
+    ended = CliRunner().invoke(app, ["compare", *reports, "--out", str(page), "--json", str(document)])
+    assert ended.exit_code == 0
+    assert "NVIDIA H20" in ended.output
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert read_json(document)["document"] == "comparison"
+    CliRunner().invoke(app, ["compare", *reports, "--out", str(text)])
+    assert text.read_text(encoding="utf-8") in ended.output
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ('{"document": "offline check"}', "is no qualification report"),
+        ('{"document": "qualification", "schema_version": 99}', "schema version 99"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_report_is_refused_by_name(
+    reports: list[str], tmp_path: Path, content: str | None, said: str
+) -> None:
+    third = tmp_path / "third.json"
+    if content is not None:
+        third.write_text(content)
+    ended = CliRunner().invoke(app, ["compare", *reports, str(third), "--out", str(tmp_path / "c.html")])
+    assert ended.exit_code == 2
+    assert "third.json" in ended.stderr
+    assert said in ended.stderr
+    assert not (tmp_path / "c.html").exists()
+
+
+def test_one_report_is_nothing_to_compare(reports: list[str]) -> None:
+    assert CliRunner().invoke(app, ["compare", reports[0]]).exit_code == 2
+    twice = CliRunner().invoke(app, ["compare", reports[0], reports[0]])
+    assert twice.exit_code == 2
+    assert "is given twice" in twice.stderr

@@ -1,0 +1,58 @@
+"""`qualify`'s ways: which exclude each other, and which need no chip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crosschip.cli import app
+from crosschip.rundir import read_json
+
+TINY = "tests.qualify.tiny:subject"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    ended = CliRunner().invoke(app, ["qualify", *map(str, arguments)])
+    return ended.exit_code, ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--model is missing"),
+        (["--model", TINY, "--trace-only", "--offline", "x.whl"], "--offline and --trace-only are different"),
+        (["--engine", "http://127.0.0.1:1", "--dry-voyage", "native"], "--engine and --dry-voyage are different"),
+        (["--model", TINY, "--exams", "softwear"], "there is no exam 'softwear'"),
+    ],
+)
+def test_what_does_not_fit_together_is_said(arguments: list[str], said: str) -> None:
+    code, _, error = run(*arguments)
+    assert code == 2
+    assert said in error
+
+
+def test_an_operator_list_is_held_against_the_trace(tmp_path: Path) -> None:
+    listed, document = tmp_path / "mlu_functions.yaml", tmp_path / "offline.json"
+    listed.write_text("aten:\n  - func: addmm\n    derived_type: fallback\n  - func: mm\n")
+    code, output, error = run("--model", TINY, "--offline", listed, "--json", document)
+    assert (code, error) == (0, "")
+    assert "coverage estimate, not a verdict" in output
+    assert read_json(document)["document"] == "offline check"
+
+
+def test_an_operator_list_that_is_none_is_refused(tmp_path: Path) -> None:
+    wrong = tmp_path / "torch_npu.whl"
+    wrong.write_bytes(b"PK not a wheel")
+    code, output, error = run("--model", TINY, "--offline", wrong)
+    assert (code, output) == (2, "")
+    assert "torch_npu.whl" in error
+
+
+def test_a_report_has_its_page_beside_it(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    code, output, _ = run("--model", TINY, "--chip", "cpu", "--exams", "software", "--minutes", 0.5, "--json", report)
+    assert code in (0, 3)  # a busy machine covers less
+    assert str(report.with_suffix(".html")) in output.replace("\n", "")
+    assert "qualification" in report.with_suffix(".html").read_text(encoding="utf-8")
