@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from crosschip.cli.reports import end_with
 from crosschip.errors import QualifyError
 
 __all__ = [
@@ -92,7 +93,7 @@ def qualify_engine(
         time_s=None if minutes is None else 60.0 * minutes,
         api_key=os.environ.get(API_KEY),
     )
-    _finish(examine_engine(request, tell), request.report)
+    end_with(examine_engine(request, tell), request.report)
 
 
 def qualify_dry_voyage(
@@ -127,7 +128,7 @@ def qualify_dry_voyage(
         seed=seed,
         start_s=300.0 if minutes is None else 60.0 * minutes,
     )
-    _finish(dry_voyage(request, tell), request.report)
+    end_with(dry_voyage(request, tell), request.report)
 
 
 def _model_directory(model: str) -> Path:
@@ -144,12 +145,3 @@ def _report_path(name: str) -> Path:
     from crosschip.rundir import RunDirectory
 
     return RunDirectory(Path()).qualification(name.partition("://")[2] or name, "serve")
-
-
-def _finish(report: dict[str, Any], path: Path) -> None:
-    from crosschip.qualify.finding import EXIT_CODES
-    from crosschip.report.qualify_table import print_qualification
-
-    print_qualification(report)
-    print(f"\nreport: {path}")
-    raise typer.Exit(EXIT_CODES[report["verdict"]])

@@ -18,6 +18,7 @@ from crosschip.cli.engines import (
     qualify_engine,
 )
 from crosschip.cli.options import ExaminedChipOption
+from crosschip.cli.reports import end_with
 from crosschip.errors import QualifyError
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def _request(
         seed,
         None if exams is None else named_exams([name.strip() for name in exams.split(",")]),
         None if minutes is None else 60.0 * minutes,
+        golden=golden,
     )
 
 
@@ -178,18 +180,15 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
 
 
 def _examine(request: Request) -> None:
-    from crosschip.qualify.finding import EXIT_CODES
     from crosschip.qualify.qualification import qualify as examine
     from crosschip.report.qualify_page import write_qualification_page
-    from crosschip.report.qualify_table import print_qualification
 
     try:
         report = examine(request, _tell)
-    finally:
-        page = write_qualification_page(request.report)
-    print_qualification(report)
-    print(f"\nreport: {request.report}\npage:   {page}")
-    raise typer.Exit(EXIT_CODES[report["verdict"]])
+    except BaseException:  # an interrupted examination leaves its report, and a page of it
+        write_qualification_page(request.report)
+        raise
+    end_with(report, request.report)
 
 
 def _tell(line: str) -> None:

@@ -33,6 +33,13 @@ def test_what_does_not_fit_together_is_said(arguments: list[str], said: str) -> 
     assert said in error
 
 
+def test_a_golden_bundle_reaches_the_examination(tmp_path: Path) -> None:
+    code, _, error = run("--model", TINY, "--chip", "cpu", "--golden", tmp_path / "none", "--json", tmp_path / "r.json")
+    assert code == 2
+    assert str(tmp_path / "none") in error
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_an_operator_list_is_held_against_the_trace(tmp_path: Path) -> None:
     listed, document = tmp_path / "mlu_functions.yaml", tmp_path / "offline.json"
     listed.write_text("aten:\n  - func: addmm\n    derived_type: fallback\n  - func: mm\n")
