@@ -28,7 +28,7 @@ import torch
 from crosschip.qualify.finding import Role
 from crosschip.qualify.proctor import PART_LIMIT_S
 from crosschip.qualify.programme import Exam, Request, named_exams
-from crosschip.qualify.qualification import qualify
+from crosschip.qualify.qualification import DefectError, qualify
 from crosschip.rundir import read_json, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,11 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
         changed, calls = calls_changed(subject, row.id, role)
         if changed or role == "serve":
             break
-    report = examine(subject, f"sim:{row.id}", role, **_programme_for(row))
+    try:
+        report = examine(subject, f"sim:{row.id}", role, **_programme_for(row))
+    except DefectError as error:
+        print(f"{row.id}: {error}", file=sys.stderr, flush=True)
+        report = {"verdict": "defect", "findings": [], "time_s": 0.0}
     expected = [finding for finding in report["findings"] if finding["exam"] in row.caught_by]
     named = [finding for finding in expected if finding["verdict"] in ("FAIL", "PASS WITH LIMITS")]
     first = min(named, key=lambda finding: finding["found_after_s"] or 1e9, default=None)
@@ -94,7 +98,7 @@ def _programme_for(row: Any) -> dict[str, Any]:
     beyond = [exam for exam in named_exams(row.caught_by) if exam.weight_in("smoke") == 0]
     if len(beyond) < len(row.caught_by):
         return {}
-    return {"exams": tuple(beyond), "time_s": 150.0, "part_limit_s": 20.0}
+    return {"exams": tuple(beyond), "time_s": 120.0, "part_limit_s": 20.0}
 
 
 def calls_changed(subject: str, fault: str, role: Role) -> tuple[int, int]:
@@ -169,7 +173,7 @@ def _faults_table(part: dict[str, Any]) -> list[str]:
     lines = [
         "## Planted faults",
         "",
-        f"Subject: {part['subject']}; smoke tier, or the exams of links and stability with 150 s for what only those "
+        f"Subject: {part['subject']}; smoke tier, or the exams of links and stability with 120 s for what only those "
         "catch. *Calls changed*: operator calls of one step of the subject that the fault changed, delayed or "
         "refused, of all calls; a fault that changes none and is not named is not applicable to this subject. "
         "*After*: seconds from the start of the command to the finding.",

@@ -18,9 +18,10 @@ from crosschip.chips.faults.variants import VARIANTS
 from crosschip.chips.simulated import activate, plant
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.rehearsal import exam as rehearsal
+from crosschip.qualify.exams.rehearsal.run import SeedRun
 from crosschip.qualify.finding import ExamRecord, Role, Tier
 from crosschip.qualify.journal import Journal, read_journal
-from crosschip.qualify.subjects.subject import load_subject
+from crosschip.qualify.subjects.subject import StepMeasure, load_subject
 from crosschip.qualify.tracing.trace import Trace
 from tests.qualify.planted import On
 from tests.qualify.rehearsed import RehearsedSubject
@@ -358,3 +359,22 @@ def test_weights_of_another_dtype_are_compared_as_far_as_it_goes(rehearse: Rehea
 
     record = rehearse(dtype="bfloat16", subject=Narrow())
     assert record.verdict in ("PASS", "PASS WITH LIMITS"), record.findings
+
+
+def test_curves_are_kept_where_the_time_cut_the_control(tmp_path: Path) -> None:
+    """Of a chip that trains in bf16 the control may end at any step; a page draws whole curves only."""
+    plant([])
+    subject = RehearsedSubject()
+    path = tmp_path / "journal.jsonl"
+    context = ExamContext(
+        "rehearsal", find_chip("sim"), "sim", "train", "smoke", subject,
+        Trace("rehearsed", "train", "bfloat16", []), Journal(path), 10.0, tmp_path,
+    )  # fmt: skip
+    curve = [StepMeasure(2.0 - step / 10, 1.0) for step in range(8)]
+    for number, control in enumerate((curve[:5], curve)):
+        run = SeedRun(context, number, reference_curve=curve, chip_curve=curve, control_curve=control)
+        rehearsal._keep_curves(context, run)
+    cut, whole = (each for each in read_journal(path, "rehearsal").record.measurements if "loss" in each["kind"])
+    assert len(cut["chip"]) == len(cut["steps"]) == 8
+    assert "control" not in cut
+    assert len(whole["control"]) == 8
