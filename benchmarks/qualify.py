@@ -68,7 +68,7 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
     """Plant one fault; who names it, and after how long."""
     for role in ("train", "serve"):
         changed, calls = calls_changed(subject, row.id, role)
-        if changed or role == "serve":
+        if changed or role == "serve" or hasattr(row.make(), "collective"):
             break
     try:
         report = examine(subject, f"sim:{row.id}", role, **_programme_for(row))
@@ -77,7 +77,10 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
         report = {"verdict": "defect", "findings": [], "time_s": 0.0}
     expected = [finding for finding in report["findings"] if finding["exam"] in row.caught_by]
     named = [finding for finding in expected if finding["verdict"] in ("FAIL", "PASS WITH LIMITS")]
-    first = min(named, key=lambda finding: finding["found_after_s"] or 1e9, default=None)
+    # A failure before a limit: an honest chip has limits, too.
+    first = min(
+        named, key=lambda finding: (finding["verdict"] != "FAIL", finding["found_after_s"] or 1e9), default=None
+    )
     return {
         "id": row.id,
         "title": row.title,
