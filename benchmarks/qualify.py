@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 FIRST = str(ROOT / "recipes" / "first.toml")
 TINY = "tests.qualify.tiny:subject"
 HONEST = ("sim", "sim:fp32", "sim:reordered", "sim:naive", "sim:noisy", "sim:flush")
+_STEP_LIMIT_S = 180.0  # a step of the subject takes seconds
 SEEDED = ("sim:noisy", "sim:reordered")
 
 
@@ -68,7 +69,7 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
     """Plant one fault; who names it, and after how long."""
     for role in ("train", "serve"):
         changed, calls = calls_changed(subject, row.id, role)
-        if changed or role == "serve" or hasattr(row.make(), "collective"):
+        if changed != 0 or role == "serve" or hasattr(row.make(), "collective"):
             break
     try:
         report = examine(subject, f"sim:{row.id}", role, **_programme_for(row))
@@ -104,10 +105,16 @@ def _programme_for(row: Any) -> dict[str, Any]:
     return {"exams": tuple(beyond), "time_s": 120.0, "part_limit_s": 20.0}
 
 
-def calls_changed(subject: str, fault: str, role: Role) -> tuple[int, int]:
-    """How many calls of one step of the subject the fault changes, delays or refuses, and of how many. In a child."""
+def calls_changed(subject: str, fault: str, role: Role) -> tuple[int | None, int]:
+    """How many calls of one step of the subject the fault changes, delays or refuses, and of how many. In a child.
+
+    None where the step dies or does not come back.
+    """
     command = [sys.executable, __file__, "--count", subject, fault, role]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_STEP_LIMIT_S, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return None, 0
     changed, calls = json.loads(done.stdout.splitlines()[-1])
     return changed, calls
 
@@ -190,7 +197,9 @@ def _faults_table(part: dict[str, Any]) -> list[str]:
         found = ("not applicable" if _is_foreign(row) else "**missed**", "", "")
         if named := row["named"]:
             found = (named["exam"], f"`{named['subject']}`", f"{named['found_after_s']:.0f} s")
-        changed = "collectives" if row["acts_on_collectives"] else f"{row['calls_changed']} of {row['calls']}"
+        changed = f"{row['calls_changed']} of {row['calls']}"
+        if row["acts_on_collectives"] or row["calls_changed"] is None:
+            changed = "collectives" if row["acts_on_collectives"] else "the step does not end"
         lines.append("| " + " | ".join((row["id"], row["title"], row["role"], changed, row["verdict"], *found)) + " |")
     met = [row for row in part["rows"] if row["named"] or not _is_foreign(row)]
     caught = sum(1 for row in met if row["named"])
@@ -201,7 +210,7 @@ def _faults_table(part: dict[str, Any]) -> list[str]:
 
 def _is_foreign(row: dict[str, Any]) -> bool:
     """Whether the subject never meets the fault."""
-    return not row["named"] and not row["calls_changed"] and not row["acts_on_collectives"]
+    return not row["named"] and row["calls_changed"] == 0 and not row["acts_on_collectives"]
 
 
 def _honest_table(part: dict[str, Any]) -> list[str]:
