@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,14 +9,13 @@ import typer
 
 from crosschip.cli.guard import guarded
 from crosschip.cli.options import ExaminedChipOption
-from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, GoldenError
+from crosschip.cli.reports import tell
+from crosschip.errors import GoldenError
 
 if TYPE_CHECKING:
     from crosschip.golden.comparison import Comparison
 
 __all__ = ["golden"]
-
-_EXIT_CODES = {"PASS": EXIT_OK, "PASS WITH LIMITS": EXIT_OK, "FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE}
 
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -70,7 +68,7 @@ def record(
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         texts=_lines_of(texts) if texts is not None else (),
         token_rows=_validation_rows(source) if is_run else (),
-        tell=_tell,
+        tell=tell,
     )
     floor, num_tokens = manifest["noise_floor"], sum(row["length"] for row in manifest["rows"])
     where = f"in {manifest['compute_dtype']} on {manifest['recorded_on']}"
@@ -112,6 +110,7 @@ def replay(
     from crosschip.golden.bundle import load_bundle
     from crosschip.golden.judge import judge
     from crosschip.golden.words import replay_lines
+    from crosschip.qualify.finding import EXIT_CODES
     from crosschip.rundir import write_json
 
     if model is None and url is None:
@@ -123,20 +122,20 @@ def replay(
         from crosschip.golden.engine_replay import replay_over_http
 
         comparison = replay_over_http(
-            recorded, url, files=model, dtype=chosen, quantised=quantised, api_key=api_key, tell=_tell
+            recorded, url, files=model, dtype=chosen, quantised=quantised, api_key=api_key, tell=tell
         )
     else:
         assert model is not None
         from crosschip.chips import find_chip
         from crosschip.golden.replay import replay as replay_model
 
-        comparison = replay_model(recorded, model, find_chip(chip), dtype=chosen, quantised=quantised, tell=_tell)
+        comparison = replay_model(recorded, model, find_chip(chip), dtype=chosen, quantised=quantised, tell=tell)
     judgement = judge(comparison)
     for line in replay_lines(comparison, judgement):
         print(line)
     if json_path is not None:
         write_json(json_path, {**judgement.document(), "comparison": comparison.document()})
-    raise typer.Exit(_EXIT_CODES[judgement.verdict])
+    raise typer.Exit(EXIT_CODES[judgement.verdict])  # type: ignore[index]  # golden spells the verdicts itself
 
 
 def _lines_of(file: Path) -> list[str]:
@@ -162,12 +161,6 @@ def _validation_rows(run: Path) -> list[list[int]]:
             store = TokenStore(directory)
             rows += [part.tolist() for part in np.split(np.asarray(store.tokens), np.asarray(store.ends))]
     return rows
-
-
-def _tell(line: str) -> None:
-    """A line of progress, for people who wait."""
-    if sys.stderr.isatty():
-        print(f"crosschip: {line}", file=sys.stderr, flush=True)
 
 
 golden.command()(guarded(record))

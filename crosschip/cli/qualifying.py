@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +17,7 @@ from crosschip.cli.engines import (
     qualify_engine,
 )
 from crosschip.cli.options import ExaminedChipOption
-from crosschip.cli.reports import end_with
+from crosschip.cli.reports import end_with, tell
 from crosschip.errors import QualifyError
 
 if TYPE_CHECKING:
@@ -103,12 +102,12 @@ def qualify(
     if engine is not None:
         qualify_engine(
             engine, model=model, golden=golden, json_path=json_path, tier=tier, seed=seed, exams=exams,
-            minutes=minutes, tell=_tell,
+            minutes=minutes, tell=tell,
         )  # fmt: skip
     elif dry_voyage is not None:
         qualify_dry_voyage(
             model, dry_voyage, chip=chip, engine_python=engine_python, engine_command=engine_command,
-            json_path=json_path, seed=seed, minutes=minutes, tell=_tell,
+            json_path=json_path, seed=seed, minutes=minutes, tell=tell,
         )  # fmt: skip
     else:
         request = _request(model, chip, role, tier, json_path, seed, exams, minutes, golden)
@@ -157,7 +156,7 @@ def _print_trace(request: Request, json_path: Path | None) -> None:
     from crosschip.report.trace_table import print_trace
     from crosschip.rundir import write_json
 
-    trace = record_trace_document(request, _tell)
+    trace = record_trace_document(request, tell)
     if json_path is not None:
         write_json(json_path, trace)
     print_trace(trace)
@@ -172,7 +171,7 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
     from crosschip.report.offline_table import print_offline_check
     from crosschip.rundir import write_json
 
-    trace = record_trace_document(replace(request, chip="cpu" if request.chip == "auto" else request.chip), _tell)
+    trace = record_trace_document(replace(request, chip="cpu" if request.chip == "auto" else request.chip), tell)
     document = check_offline(trace, source, download=download)
     if json_path is not None:
         write_json(json_path, document)
@@ -184,14 +183,8 @@ def _examine(request: Request) -> None:
     from crosschip.report.qualify_page import write_qualification_page
 
     try:
-        report = examine(request, _tell)
+        report = examine(request, tell)
     except BaseException:  # an interrupted examination leaves its report, and a page of it
         write_qualification_page(request.report)
         raise
     end_with(report, request.report)
-
-
-def _tell(line: str) -> None:
-    """A line of progress, for people who wait."""
-    if sys.stderr.isatty():
-        print(f"crosschip: {line}", file=sys.stderr, flush=True)

@@ -1,13 +1,14 @@
-"""How every way of `qualify` ends: the table, the report and its page, the exit code of the verdict."""
+"""What the verbs that examine say on the way, and how they end: table, report and page, the verdict's exit code."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
-__all__ = ["end_with"]
+__all__ = ["end_with", "tell"]
 
 
 def end_with(report: dict[str, Any], path: Path) -> NoReturn:
@@ -20,3 +21,9 @@ def end_with(report: dict[str, Any], path: Path) -> NoReturn:
     print_qualification(report)
     print(f"\nreport: {path}\npage:   {page}")
     raise typer.Exit(EXIT_CODES[report["verdict"]])
+
+
+def tell(line: str) -> None:
+    """A line of progress, for people who wait."""
+    if sys.stderr.isatty():
+        print(f"crosschip: {line}", file=sys.stderr, flush=True)

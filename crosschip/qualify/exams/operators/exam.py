@@ -59,15 +59,14 @@ def examine(context: ExamContext) -> None:
     """Examine the operators of the trace within the budget."""
     sweep = _Sweep(context)
     by_operator: dict[str, list[TracedCall]] = {}
-    for call in context.trace.calls:
-        sweep.shares[call.operator] = sweep.shares.get(call.operator, 0.0) + context.trace.share(call)
+    for call in sorted(context.trace.calls, key=lambda call: -call.time_s):
         by_operator.setdefault(call.operator, []).append(call)
     for name, calls in by_operator.items():
-        pointwise = torch.Tag.pointwise in operator_or_gradient(name).tags
-        sweep.varied[name] = varied_dimensions(calls, pointwise)
+        sweep.shares[name] = sum(map(context.trace.share, calls))
+        sweep.varied[name] = varied_dimensions(calls, torch.Tag.pointwise in operator_or_gradient(name).tags)
     critical = [operator for operator in sweep.shares if is_critical(context.trace, operator)]
     sweep.critical = {*critical, *(GRADIENT_OF + operator for operator in critical)}
-    in_order = _in_order(sweep)
+    in_order = _in_order(sweep, by_operator)
     for call, is_first in in_order:
         operator = call.operator.removeprefix(GRADIENT_OF)
         if operator in sweep.failed:
@@ -91,11 +90,8 @@ def _say_how_much(sweep: _Sweep, operators: set[str]) -> None:
         sweep.context.journal.covered(f"{what} and their gradients, one call each", made, len(of_these), least)
 
 
-def _in_order(sweep: _Sweep) -> list[tuple[TracedCall, bool]]:
+def _in_order(sweep: _Sweep, by_operator: dict[str, list[TracedCall]]) -> list[tuple[TracedCall, bool]]:
     """Calls with whether they are their operator's first; first ones first, critical ones first among them."""
-    by_operator: dict[str, list[TracedCall]] = {}
-    for call in sorted(sweep.context.trace.calls, key=lambda call: -call.time_s):
-        by_operator.setdefault(call.operator, []).append(call)
 
     def rank(operator: str) -> tuple[bool, float]:
         return operator not in sweep.critical, -sweep.shares[operator]
