@@ -22,7 +22,7 @@ __all__ = [
     "qualify_engine",
 ]
 
-API_KEY = "CROSSCHIP_ENGINE_KEY"  # in the environment: a command line is read by everyone on the machine
+API_KEY = "CROSSCHIP_API_KEY"  # in the environment: a command line is read by everyone on the machine
 
 EngineOption = Annotated[
     str | None,

@@ -85,7 +85,11 @@ class View:
 
 @dataclass(frozen=True)
 class CurveDistance:
-    """The training curves: largest relative difference over the steps, and the step where it is."""
+    """The training curves: RMS over the steps of the relative difference, and the step where it is largest.
+
+    One step tells little: a token that falls to another expert moves the gradient of its step by per cents, and an
+    honest chip has such a step now and then. A wrong backward is wrong at every step.
+    """
 
     loss: float
     loss_step: int

@@ -154,8 +154,8 @@ def _of_curve(comparison: Comparison, cause: Diagnosis) -> list[dict[str, Any]]:
     )
     for name, measured, step, most in rows:
         if not measured <= most:
-            where = f"the {name} of the short training differs by {measured:.2%} at step {step}"
-            words = f"{where}, limit {most:.2%}: {cause.words}"
+            how = f"differs by {measured:.2%} (RMS over its steps; most at step {step}), limit {most:.2%}"
+            words = f"the {name} of the short training {how}: {cause.words}"
             source = "5 x the recording chip's own noise, or what was stated for the dtype"
             found.append(_finding("FAIL", cause.subject, f"training curve, {name}", words, measured, most, source))
     return found

@@ -57,11 +57,11 @@ class Limit:
         return max(FLOOR_FACTOR * floor, 4 * _UNIT[self.dtype])
 
     def loss(self, floor: float) -> float:
-        """Relative difference of the loss at a step of the training curve."""
+        """Relative difference of the losses of the training curve, RMS over its steps."""
         return max(FLOOR_FACTOR * floor, _LOSS[self.dtype])
 
     def gradient_norm(self, floor: float) -> float:
-        """Relative difference of the gradient norm at a step of the training curve."""
+        """Relative difference of the gradient norms of the training curve, RMS over its steps."""
         return max(FLOOR_FACTOR * floor, _GRADIENT_NORM[self.dtype])
 
     def logprob(self, floor: float) -> float:

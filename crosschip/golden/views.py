@@ -219,13 +219,15 @@ def curve_distance(
     recorded: tuple[Sequence[float], Sequence[float]], found: tuple[Sequence[float], Sequence[float]]
 ) -> CurveDistance:
     """Compare two training curves, (loss, gradient norm) each."""
-    loss, loss_step = _largest(recorded[0], found[0])
-    norm, norm_step = _largest(recorded[1], found[1])
+    loss, loss_step = _rms_and_worst(recorded[0], found[0])
+    norm, norm_step = _rms_and_worst(recorded[1], found[1])
     return CurveDistance(loss, loss_step, norm, norm_step, *map(list, (recorded[0], found[0], recorded[1], found[1])))
 
 
-def _largest(recorded: Sequence[float], found: Sequence[float]) -> tuple[float, int]:
-    """The largest relative difference and the step, counted from 1, where it is."""
+def _rms_and_worst(recorded: Sequence[float], found: Sequence[float]) -> tuple[float, int]:
+    """The RMS of the relative differences, and the step, counted from 1, where they are largest."""
     differences = [abs(b / a - 1) if math.isfinite(b) and a else math.inf for a, b in zip(recorded, found, strict=True)]
-    worst = max(range(len(differences)), key=lambda step: differences[step], default=0)
-    return (differences[worst], worst + 1) if differences else (0.0, 0)
+    if not differences:
+        return 0.0, 0
+    worst = max(range(len(differences)), key=lambda step: differences[step])
+    return math.sqrt(math.fsum(each * each for each in differences) / len(differences)), worst + 1

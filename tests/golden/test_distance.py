@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from crosschip.golden.distance import bucketed_kl, kl_of_lists, mean_with_bound, top1_agreement
+from crosschip.golden.views import curve_distance
 
 
 def kl_by_hand(p: list[float], q: list[float]) -> float:
@@ -50,3 +51,16 @@ def test_agreement_by_margin_forgives_near_ties() -> None:
     plain, weighted = top1_agreement(np.array([1, 2]), np.array([1, 3]), np.array([5.0, 0.001]))
     assert plain == 0.5
     assert weighted > 0.999
+
+
+def test_a_curve_is_as_far_as_all_its_steps_are() -> None:
+    """One step of an honest chip may differ much; a wrong backward differs at each."""
+    recorded = [2.0, 2.0, 2.0, 2.0]
+    found = curve_distance((recorded, recorded), ([2.0, 2.2, 2.0, 2.0], [2.2, 2.2, 1.8, 1.8]))
+    assert (found.loss, found.loss_step) == (pytest.approx(0.1 / 2), 2)
+    assert found.gradient_norm == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e300])
+def test_a_curve_with_a_step_that_is_no_number_is_far(wrong: float) -> None:
+    assert curve_distance(([2.0, 2.0], [1.0, 1.0]), ([2.0, wrong], [1.0, 1.0])).loss > 1e6
