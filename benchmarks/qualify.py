@@ -2,7 +2,7 @@
 
     python benchmarks/qualify.py                     # all; over an hour on two cores
     python benchmarks/qualify.py --part faults       # or honest; the other part stays as it was
-    python benchmarks/qualify.py --only N21 W1       # some faults, no honest variants
+    python benchmarks/qualify.py --only N21 W1       # these faults again: their rows are replaced
 
 Each row is a run of the command's own machinery (`crosschip.qualify.qualify`) in child processes. Writes
 docs/results/qualify-faults.json and the table docs/results/qualify-faults.md, or elsewhere with --out.
@@ -188,7 +188,7 @@ def _faults_table(part: dict[str, Any]) -> list[str]:
         "refused, of all calls; a fault that changes none and is not named is not applicable to this subject. "
         "*After*: seconds from the start of the command to the finding.",
         "",
-        _machine(part),
+        " ".join([_machine(part), *(f"Rows made again: {_machine(again)}" for again in part.get("again", []))]),
         "",
         "| fault | what it does | role | calls changed | verdict | named by | as | after |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -243,7 +243,7 @@ def main() -> None:
     options = arguments()
     os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; two run at a time
     path = options.out.with_suffix(".json")
-    document: dict[str, Any] = read_json(path) if path.exists() and options.only is None else {}
+    document: dict[str, Any] = read_json(path) if path.exists() else {}
     rows = [row for row in CATALOGUE.values() if options.only is None or row.id in options.only]
     cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -255,7 +255,8 @@ def main() -> None:
             began = time.monotonic()
             found = list(_shown(pool.map(lambda row: catch(row, options.subject), rows)))
             time_s = round(time.monotonic() - began, 1)
-            document["faults"] = {**head, "subject": Path(options.subject).name, "time_s": time_s, "rows": found}
+            part = {**head, "subject": Path(options.subject).name, "time_s": time_s, "rows": found}
+            document["faults"] = part if options.only is None else _replaced(document.get("faults"), part)
         if options.part != "faults" and options.only is None:
             began = time.monotonic()
             found = list(_shown(pool.map(lambda case: clear(*case, options.honest_time), cases)))
@@ -264,6 +265,16 @@ def main() -> None:
     write_json(path, document)
     write_text(path.with_suffix(".md"), table(document) + "\n")
     print(f"{path} and {path.with_suffix('.md')}")
+
+
+def _replaced(before: dict[str, Any] | None, part: dict[str, Any]) -> dict[str, Any]:
+    """`before` with the rows of `part` in the place of its own, and a word of who made them."""
+    if before is None:
+        return part
+    again = {row["id"]: row for row in part["rows"]}
+    told = {key: part[key] for key in ("command", "fingerprint", "time_s")}
+    rows = [again.pop(row["id"], row) for row in before["rows"]] + list(again.values())
+    return {**before, "rows": rows, "again": [*before.get("again", []), told]}
 
 
 def power_sentence() -> str:

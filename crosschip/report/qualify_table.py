@@ -13,7 +13,7 @@ __all__ = ["print_qualification"]
 
 _NUM_WORST = 3
 _NUM_NOT_COVERED = 12
-_CELL = 60  # characters; the report has all of it
+_CELL, _LONGEST_LINE = 60, 300  # characters; the report has all of it
 _COLOURS = {"PASS": "green", "PASS WITH LIMITS": "yellow", "INCONCLUSIVE": "yellow", "FAIL": "bold red"}
 
 
@@ -100,7 +100,8 @@ def _print_not_covered(console: Console, report: dict[str, Any]) -> None:
         return
     console.print("\nNot covered:")
     for line in missing[:_NUM_NOT_COVERED]:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+        shown = shorten(line, _LONGEST_LINE, placeholder=" ... (all of it is in the report)")
+        console.print(f"  {shown}", markup=False, soft_wrap=True)
     if len(missing) > _NUM_NOT_COVERED:
         console.print(f"  and {len(missing) - _NUM_NOT_COVERED} more, in the report")
 

@@ -57,3 +57,11 @@ def test_what_was_not_covered_and_an_interruption_are_said() -> None:
     assert "operators: aten.cat: no time" in text
     assert "interrupted" in text
     assert "interrupted" not in printed(report())
+
+
+def test_a_long_line_of_what_was_not_covered_is_cut() -> None:
+    document = report()
+    document["exams"][0]["not_covered"] = ["calls that were cut: " + "aten.add.Tensor (1), " * 40]
+    text = printed(document)
+    assert text.count("aten.add.Tensor") < 20
+    assert "all of it is in the report" in text

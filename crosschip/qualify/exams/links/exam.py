@@ -1,6 +1,7 @@
 """Links: several processes over the chip's own collectives. Are sums right, links equal and steady, deaths noticed?
 
-A CPU and the simulated chip have several ranks on one machine; an accelerator one rank for each device of its kind.
+A CPU and the simulated chip have several ranks on one machine; an accelerator one for each device of its kind and
+model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosschip.chips import list_accelerators
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.links.collective_cases import needed_by
 from crosschip.qualify.exams.links.conformance_findings import (
@@ -44,12 +44,11 @@ from crosschip.qualify.exams.links.outliers import OUTLIER_RATIO, find_outliers
 from crosschip.qualify.exams.links.reproduction import write_collective_reproducer
 from crosschip.qualify.exams.links.schedule import Schedule, schedule
 from crosschip.qualify.exams.links.session import START_LIMIT_S, Session, run_session
+from crosschip.qualify.exams.peers import ON_HOST, chips_alike
 from crosschip.qualify.finding import Finding
 
 __all__ = ["chips_of_ranks", "examine"]
 
-_MOST_RANKS = 8
-_ON_HOST = ("cpu", "sim")  # several ranks share the machine's cores
 _SHARED_RATIO = 3.0  # between ranks on shared cores a message may take twice as long by chance
 _REPRODUCER_S = 15.0  # two sets of ranks: on the chip and on the CPU
 _ANNOUNCE_EVERY_S = 5.0
@@ -81,10 +80,9 @@ def chips_of_ranks(context: ExamContext) -> list[str]:
 
     Of fewer than three nobody can say which pair is the slow one.
     """
-    kind = context.chip.device.type
-    if kind in _ON_HOST:
+    if context.chip.device.type in ON_HOST:
         return [context.chip_spec] * (3 if context.tier == "smoke" else 4)
-    return [name for name in list_accelerators() if name.partition(":")[0] == kind][:_MOST_RANKS]
+    return chips_alike(context)
 
 
 def examine(context: ExamContext) -> None:
@@ -246,7 +244,7 @@ def _report_links(exam: _Exam, session: Session) -> None:
     planned = exam.num_ranks * (exam.num_ranks - 1) // 2
     journal.checked("pairs", len(pairs))
     journal.covered("pairs of ranks", len(pairs), planned)
-    ratio = _SHARED_RATIO if context.chip.device.type in _ON_HOST else OUTLIER_RATIO
+    ratio = _SHARED_RATIO if context.chip.device.type in ON_HOST else OUTLIER_RATIO
     largest = max((max(visits[0]) for visits in pairs.values() if visits[0]), default=0)
     for outlier in find_outliers(largest_times(pairs), ratio):
         journal.finding(outlier_finding(context.exam, outlier, largest, len(pairs), ratio))

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from crosschip.chips import list_accelerators
-from crosschip.chips.find import device_module
 from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.exams.peers import chips_alike
 from crosschip.qualify.exams.stability.rank_work import NUM_RANKS
 from crosschip.qualify.journal import read_journal
 from crosschip.qualify.proctor import PART_LIMIT_S, Ended, run_child
@@ -20,7 +19,6 @@ from crosschip.rundir import write_json
 
 __all__ = ["RankResult", "chips_of_ranks", "run_ranks"]
 
-_MOST_RANKS = 8
 _ANNOUNCE_S = 5.0
 _GRACE_S = 90.0  # for starting, preparing and meeting on a slow machine
 
@@ -40,18 +38,8 @@ class RankResult:
 
 def chips_of_ranks(context: ExamContext) -> list[str]:
     """The chips of this kind and model that torch sees, or twice the one that there is."""
-    kind = context.chip.device.type
-    module = device_module(kind) if kind not in ("cpu", "sim") else None
-    names = [name for name in list_accelerators() if name.partition(":")[0] == kind] if module is not None else []
-    alike = [name for name in names if _model(module, name) == context.chip.model_name]
-    return alike[:_MOST_RANKS] if len(alike) > 1 else [context.chip_spec] * 2
-
-
-def _model(module: Any, name: str) -> str | None:
-    try:
-        return str(module.get_device_name(int(name.partition(":")[2])))
-    except Exception:  # a plug-in that has no names: then it cannot be told whether they are alike
-        return None
+    alike = chips_alike(context)
+    return alike if len(alike) > 1 else [context.chip_spec] * 2
 
 
 def run_ranks(context: ExamContext, part: str, chips: list[str], work_s: float) -> list[RankResult]:
