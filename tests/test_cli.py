@@ -19,7 +19,7 @@ from crosschip.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT = Path(__file__).parent / "cli_options.txt"
-VERBS = ["run", "qualify", "plan", "train", "handoff", "serve", "compare", "chat", "doctor", "golden"]
+VERBS = ["run", "qualify", "plan", "train", "drill", "handoff", "serve", "compare", "chat", "doctor", "golden"]
 HEAVY = ["torch", "transformers", "numpy", "fastapi", "rich.table", "matplotlib"]
 
 REPORT_MODULES = """

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from crosschip import __version__
+from crosschip.cli.drilling import drill
 from crosschip.cli.examining import compare, doctor
 from crosschip.cli.golden import golden
 from crosschip.cli.guard import guarded
@@ -46,7 +47,7 @@ def crosschip(
     """Hold the options that stand before a verb."""
 
 
-for verb in (run, qualify, plan, train, handoff, serve, compare, chat, doctor):
+for verb in (run, qualify, plan, train, drill, handoff, serve, compare, chat, doctor):
     app.command()(guarded(verb))
 app.add_typer(golden, name="golden")
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from crosschip.errors import GoldenError
+from crosschip.model import load_model
+from crosschip.model.weights import exported_tensors, is_training_checkpoint
 
 __all__ = ["TensorRecord", "WeightDifference", "compare_weights", "records_of", "tensor_record"]
 
@@ -61,13 +63,15 @@ class WeightDifference:
 
 
 def records_of(directory: Path) -> dict[str, TensorRecord]:
-    """A record of every tensor in the safetensors files of a model directory.
+    """A record of every tensor of a model directory, in the published names.
 
     Raises:
-        GoldenError: there are no such files, or one cannot be read.
+        GoldenError: it has no weights, or a file cannot be read.
     """
     from safetensors import safe_open
 
+    if is_training_checkpoint(directory):
+        return {name: tensor_record(tensor) for name, tensor in exported_tensors(load_model(directory))}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise GoldenError(f"{directory} has no *.safetensors file", "give a model directory in the published layout")

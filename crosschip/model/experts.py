@@ -6,7 +6,7 @@ token, F expert intermediate size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from crosschip.model.config import ModelConfig
 from crosschip.model.layers import GatedMLP
 
-__all__ = ["MixtureOfExperts", "RoutedExperts", "Router", "combine", "dispatch", "places", "route"]
+__all__ = [
+    "ExpertExchange",
+    "MixtureOfExperts",
+    "RoutedExperts",
+    "Router",
+    "combine",
+    "dispatch",
+    "places",
+    "route",
+    "run_experts",
+]
 
 
 def route(scores_ME: Tensor, bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -55,24 +65,45 @@ class Router(nn.Module):
         return route(scores_ME, self.e_score_correction_bias, self.config)
 
 
+class ExpertExchange(Protocol):
+    """Computes routed experts that lie on several processes: tokens travel to their experts, results back."""
+
+    def __call__(
+        self, x_MD: Tensor, ids_MK: Tensor, weights_MK: Tensor, load_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """What `run_experts` gives, from this process's tokens and its part of the experts' weights."""
+
+
 class RoutedExperts(nn.Module):
-    """All routed experts of a layer, stacked: gate and up [E, 2F, D], down [E, D, F]."""
+    """All routed experts of a layer, stacked: gate and up [E, 2F, D], down [E, D, F].
+
+    `exchange` is set where they are spread over processes, and then computes them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.exchange: ExpertExchange | None = None
 
     def forward(self, x_MD: Tensor, ids_MK: Tensor, weights_MK: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of each token's experts [M, D], and the number of tokens each expert got [E]."""
         load_E = torch.bincount(ids_MK.flatten(), minlength=self.gate_up_proj.shape[0])
-        place_P, rows_per_expert = places(ids_MK, load_E)
-        weights_E = self.gate_up_proj.to(x_MD.dtype), self.down_proj.to(x_MD.dtype)
-        out_MD: Tensor = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
-            x_MD, weights_MK, place_P, rows_per_expert, *weights_E
-        )
-        return out_MD, load_E
+        compute = run_experts if self.exchange is None else self.exchange
+        return compute(x_MD, ids_MK, weights_MK, load_E, self.gate_up_proj, self.down_proj), load_E
+
+
+def run_experts(
+    x_MD: Tensor, ids_MK: Tensor, weights_MK: Tensor, load_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The weighted sum of each token's K experts [M, D]; `load_E` counts the choices of each expert."""
+    place_P, rows_per_expert = places(ids_MK, load_E)
+    weights_E = gate_up_EFD.to(x_MD.dtype), down_EDF.to(x_MD.dtype)
+    out_MD: Tensor = _ExpertsFunction.apply(  # type: ignore[no-untyped-call]
+        x_MD, weights_MK, place_P, rows_per_expert, *weights_E
+    )
+    return out_MD
 
 
 # With many tokens each expert's rows are filled up with zeros to a multiple of this. Matrix libraries make a kernel
@@ -147,7 +178,7 @@ class _ExpertsFunction(torch.autograd.Function):
 
 def dispatch(x_MD: Tensor, place_P: Tensor, num_rows: int) -> Tensor:
     """Copy each token's row to the place of each of its choices; the other rows are 0."""
-    num_choices = place_P.numel() // x_MD.shape[0]
+    num_choices = place_P.numel() // max(1, x_MD.shape[0])  # a process may get no token at all
     chosen_PD = x_MD[:, None].expand(-1, num_choices, -1).reshape(-1, x_MD.shape[1])
     return x_MD.new_zeros(num_rows, x_MD.shape[1]).index_copy_(0, place_P, chosen_PD)
 

@@ -6,7 +6,8 @@ B batch, T positions, D hidden size, C vocabulary, L layers with experts, E expe
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,23 @@ from crosschip.model.rope import rope_table
 __all__ = ["LossParts", "Transformer", "init_weights"]
 
 
-@dataclass(frozen=True)
-class LossParts:
-    """What one batch gives. Sums, not means, so that parts of a batch can be weighted by their tokens."""
+class LossParts(NamedTuple):
+    """What one batch gives. Sums, not means, so that parts of a batch can be weighted by their tokens.
+
+    A tuple, so that FSDP finds the tensors in it and gathers the parameters again before their backward.
+    """
 
     loss_sum: Tensor  # fp32 scalar: cross-entropy in nats over the trained labels
     num_tokens: Tensor  # int64 scalar: trained labels
     mtp_loss_sum: Tensor  # fp32 scalar over all multi-token-prediction modules; 0 without them
     mtp_num_tokens: Tensor  # int64 scalar
     expert_load_LE: Tensor  # int64 [L, E]: tokens each expert got; [0, E] in a dense model
+
+
+class _Loads(list[Tensor]):
+    """The experts' loads, layer by layer. FSDP takes lists among a forward's arguments apart and hands on a copy, in
+    which what is appended would be lost; a list of another type it leaves alone.
+    """
 
 
 class Block(nn.Module):
@@ -77,10 +86,12 @@ class MultiTokenPrediction(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def predict(self, state_BTD: Tensor, next_BTD: Tensor, rope_T2r: Tensor, loads: list[Tensor]) -> Tensor:
+    def forward(  # type: ignore[override]  # one more input than a block has
+        self, state_BTD: Tensor, next_BTD: Tensor, rope_T2r: Tensor, loads: list[Tensor]
+    ) -> Tensor:
         """State and next tokens' embeddings [B, T, D] to the state one token ahead [B, T, D], normed."""
         x_BTD = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(state_BTD)), dim=-1))
-        out: Tensor = self.shared_head["norm"](self(x_BTD, rope_T2r, loads))
+        out: Tensor = self.shared_head["norm"](super().forward(x_BTD, rope_T2r, loads))
         return out
 
 
@@ -123,16 +134,15 @@ class Transformer(nn.Module):
 
     def loss(self, input_ids_BT: Tensor, labels_BT: Tensor, compute_dtype: torch.dtype = torch.float32) -> LossParts:
         """Sums of cross-entropies; `labels_BT[b, t]` is the token after `input_ids_BT[b, t]`, or -100."""
-        loads: list[Tensor] = []
+        loads = _Loads()
         num_tokens = (labels_BT != IGNORED).sum()
         state_BTD = self._hidden(input_ids_BT, compute_dtype, loads)
         loss_sum = linear_cross_entropy(state_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten())
         mtp_loss_sum, mtp_num_tokens = torch.zeros_like(loss_sum), loss_sum.new_zeros((), dtype=torch.int64)
         for module in self.mtp:
-            assert isinstance(module, MultiTokenPrediction)
             input_ids_BT, labels_BT, state_BTD = input_ids_BT[:, 1:], labels_BT[:, 1:], state_BTD[:, :-1]
             next_BTD = F.embedding(input_ids_BT, self.embed_tokens.weight).to(compute_dtype)
-            state_BTD = module.predict(state_BTD, next_BTD, self._rope(next_BTD.shape[1], next_BTD.device), loads)
+            state_BTD = module(state_BTD, next_BTD, self._rope(next_BTD.shape[1], next_BTD.device), loads)
             mtp_loss_sum = mtp_loss_sum + linear_cross_entropy(
                 state_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten()
             )
@@ -157,12 +167,16 @@ class Transformer(nn.Module):
             router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
 
+def _all_of_it(drawn: Tensor, parameter: Tensor) -> Tensor:
+    return drawn
+
+
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
+def init_weights(model: Transformer, seed: int, part_of: Callable[[Tensor, Tensor], Tensor] = _all_of_it) -> None:
     """Fill the parameters: norms 1, biases 0, matrices normal with `initializer_range`.
 
     Drawn on the CPU, each parameter from its own generator, so the weights are the same on every chip and in every
-    layout over processes.
+    layout over processes. `part_of(drawn, parameter)` cuts out what a sharded parameter holds of its whole.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -173,6 +187,6 @@ def init_weights(model: Transformer, seed: int) -> None:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(generator=generator)
-            parameter.copy_(drawn * model.config.initializer_range)
+            parameter.copy_(part_of(drawn * model.config.initializer_range, parameter))
     for router in model.routers():
         router.e_score_correction_bias.zero_()

@@ -23,8 +23,22 @@ from crosschip.model.config import ModelConfig
 from crosschip.model.transformer import Transformer
 from crosschip.rundir import read_json, write_json
 
-__all__ = ["TensorView", "load_model", "published_views", "read_config", "save_model"]
+__all__ = [
+    "DCP_DIRECTORY",
+    "MODEL_PREFIX",
+    "TensorView",
+    "exported_tensors",
+    "has_weights",
+    "is_training_checkpoint",
+    "load_model",
+    "own_tensors",
+    "published_views",
+    "read_config",
+    "save_model",
+]
 
+DCP_DIRECTORY = "dcp"  # of a training checkpoint: its tensors, in our own names, as crosschip.model.dcp reads them
+MODEL_PREFIX = "model."  # there, before the name of a parameter or buffer
 _SHARD_BYTES = 4 << 30
 _FP8_DTYPES = (torch.float8_e4m3fn,)
 
@@ -93,6 +107,27 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         return ModelConfig.from_hf(document), document
     except KeyError as error:
         raise ModelError(f"{directory}/config.json has no field {error}", "complete the file") from None
+
+
+def is_training_checkpoint(directory: Path) -> bool:
+    """Whether a model directory holds its weights as training saves them; else they are safetensors."""
+    return (directory / DCP_DIRECTORY).is_dir()
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds weights that `load_model` reads, and not a configuration alone."""
+    return is_training_checkpoint(directory) or any(directory.glob("*.safetensors"))
+
+
+def own_tensors(model: Transformer) -> dict[str, Tensor]:
+    """The model's parameters and buffers under our own names, each once: a tied output matrix is the embedding."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
 
 
 class _Shards:
@@ -178,6 +213,8 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
     Peak memory is the model and one tensor. Missing, surplus, doubled or misshapen tensors are a `ModelError`.
     """
     config, document = read_config(directory)
+    if is_training_checkpoint(directory):
+        return _load_training_checkpoint(directory, config, dtype or torch.float32, device)
     shards = _Shards(directory)
     if "model.embed_tokens.weight" not in shards:
         raise ModelError(
@@ -191,6 +228,31 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
     _check_quantisation(quantisation)
     block = quantisation.get("weight_block_size") or (128, 128)
     _fill(model, shards, (int(block[0]), int(block[1])), directory)
+    return model
+
+
+def _load_training_checkpoint(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+) -> Transformer:
+    from crosschip.model.dcp import read_index, read_into  # takes a second, and most directories are not of this kind
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    _materialise(model, dtype, device)
+    wanted = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in own_tensors(model).items()}
+    found = {name: entry for name, entry in read_index(directory).items() if name.startswith(MODEL_PREFIX)}
+    if differing := sorted(wanted.keys() ^ found.keys()):
+        raise ModelError(
+            f"{directory}: the tensors are not those that config.json means; the first: {differing[0]}",
+            "config.json is another model's; take another checkpoint of the run",
+        )
+    for name, tensor in wanted.items():
+        if found[name].size != tensor.shape:
+            raise ModelError(
+                f"{directory}: {name} has shape {tuple(found[name].size)}, config.json means {tuple(tensor.shape)}",
+                "config.json and weights are not of one model",
+            )
+    read_into(directory, wanted)
     return model
 
 
@@ -292,6 +354,13 @@ def _readable_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def exported_tensors(model: Transformer, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    """What `save_model` writes, tensor by tensor, without a file."""
+    state = model.state_dict(keep_vars=True)
+    for view in published_views(model.config):
+        yield view.published, _exported(state, view, dtype)
 
 
 def _exported(state: dict[str, Any], view: TensorView, dtype: torch.dtype) -> Tensor:

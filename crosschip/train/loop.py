@@ -1,31 +1,54 @@
-"""The loop of one training stage: steps, validation, samples, checkpoints, and an orderly end on Ctrl-C."""
+"""The loop of one training stage: steps, validation, samples, checkpoints, remedies, an orderly end on Ctrl-C."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from crosschip.recipe import StageSettings
-from crosschip.train.checkpoint import CheckpointState, library_versions, save_checkpoint
+from crosschip.recipe import GuardSettings, StageSettings
+from crosschip.train.checkpoint import (
+    Checkpointer,
+    CheckpointState,
+    background_group,
+    find_newest,
+    library_versions,
+    load_optimizer,
+    load_weights,
+    read_state,
+)
 from crosschip.train.flops import train_flops_per_token
+from crosschip.train.group.full_model import gather_model
+from crosschip.train.group.share import share_of_batch
+from crosschip.train.group.world import ALONE, World
+from crosschip.train.guard.heartbeat import Heartbeat
+from crosschip.train.guard.hook import GuardError, ReplayStep, RollBack
+from crosschip.train.guard.observed import Event
 from crosschip.train.identity import Identity
-from crosschip.train.metrics import StageLog, step_record
+from crosschip.train.joining import average_step
+from crosschip.train.metrics import Log, NoLog, StageLog, step_record
+from crosschip.train.outer.alone import AloneGroup
+from crosschip.train.outer.errors import StepNotCommitted
+from crosschip.train.outer.groups import Groups
+from crosschip.train.outer.placement import OnDrop, Place, Slice, learning_rate_factor
 from crosschip.train.progress import Moment, StageProgress
 from crosschip.train.schedule import learning_rate_at
 from crosschip.train.signals import StopSignals
-from crosschip.train.step import NonFiniteError, StepResult, train_step
+from crosschip.train.stage_watch import StageWatch
+from crosschip.train.step import NO_HOOKS, StepHooks, StepResult, StepSums, train_step
 from crosschip.train.validation import Prompt, measure_validation, write_samples
 
 if TYPE_CHECKING:
     from crosschip.chips import Chip
-    from crosschip.data import ChatStream, ChatTokenizer, PackedStream
+    from crosschip.data import Batch, ChatStream, ChatTokenizer, PackedStream
     from crosschip.model import Transformer
 
-__all__ = ["StageEnd", "StageJob", "StagePosition", "run_stage"]
+__all__ = ["LoopHooks", "StageEnd", "StageJob", "StagePosition", "run_stage"]
 
 NEW_TOKENS_PER_SAMPLE = 96
 
@@ -37,6 +60,26 @@ class StagePosition:
     step: int = 0
     sequences: int = 0
     tokens: int = 0
+
+
+def _nothing(step: int) -> None:
+    """Nothing follows a step."""
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """The data of the stream."""
+    return batch
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What acts within the steps; `on_batch(batch)`, which may exchange a step's data on their way to the model, and
+    `after_update(step)`, after each step. Every rank calls them.
+    """
+
+    step: StepHooks = NO_HOOKS
+    on_batch: Callable[[Batch], Batch] = _as_it_is
+    after_update: Callable[[int], None] = _nothing
 
 
 @dataclass
@@ -59,6 +102,13 @@ class StageJob:
     progress: StageProgress
     peak_flops: float | None
     opening_events: list[tuple[str, str, str]]  # (event, detail, action) from before the log was open
+    world: World = ALONE
+    hooks: LoopHooks = LoopHooks()
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None, 0, 600.0))
+    groups: Groups = field(default_factory=AloneGroup)
+    group: int = 0
+    on_drop: OnDrop = "smaller-batch"
 
 
 @dataclass(frozen=True)
@@ -75,102 +125,262 @@ class StageEnd:
 def run_stage(job: StageJob) -> StageEnd:
     """Train from the job's position to its last step, or to the first SIGINT or SIGTERM; a checkpoint ends it.
 
+    A signal that any rank gets stops all of them after the same step. Rank 0 writes the logs.
+
     After a step come its line in the log, validation and sample where due, and only then the checkpoint: whatever a
     checkpoint's step owes to the log is there when the checkpoint is.
 
     Raises:
-        NonFiniteError: loss or gradient of a step is not finite.
-        CheckpointError: a checkpoint could not be written.
+        GuardError: steps that cannot be believed, and every remedy was tried.
+        CheckpointError: checkpoints could not be written.
+        GroupsError: the groups do not fit together.
     """
-    first_step = job.position.step
-    started = time.monotonic()
-    with StageLog(job.directory, first_step) as log, StopSignals() as stop:
-        for event, detail, action in job.opening_events:
-            log.event(first_step, event, detail, action)
-        job.progress.start(job.name, first_step, job.settings.steps)
-        try:
-            while True:
-                result, seconds = _one_step(job, log)
-                _tell(job, result, seconds, first_step, started)
-                _look(job, log)
-                step, last = job.position.step, job.position.step == job.settings.steps
-                if last or stop.received or step % job.settings.checkpoint_every == 0:
-                    checkpoint = _save(job)
-                if last or stop.received:
-                    break
-        finally:
-            job.progress.end()
-        interrupted_by = None if last else stop.received
-        _log_end(log, step, checkpoint, interrupted_by)
-    return StageEnd(job.name, step, job.settings.steps, checkpoint, interrupted_by)
-
-
-def _one_step(job: StageJob, log: StageLog) -> tuple[StepResult, float]:
-    """Train one step, move the position, write the log's line; returns the result and the seconds it took."""
-    settings, position = job.settings, job.position
-    step = position.step + 1
-    learning_rate = learning_rate_at(step, settings)
-    started = time.perf_counter()
-    batch = job.train_stream.batch(position.sequences, settings.batch_size)
+    group = background_group() if job.world.size > 1 else None
     try:
-        result = train_step(job.model, job.optimizer, batch, settings, job.compute_dtype, step, learning_rate)
-    except NonFiniteError as error:
-        log.event(step, "non-finite", error.problem, "stopped")
-        raise
-    seconds = time.perf_counter() - started
-    position.step = step
-    position.sequences += settings.batch_size
-    position.tokens += result.num_positions
-    log.step(step_record(step, result, seconds, learning_rate))
-    return result, seconds
+        with (
+            _open_log(job) as log,
+            StopSignals() as stop,
+            Checkpointer(job.directory, job.model, job.optimizer, job.settings, group) as saver,
+        ):
+            return _Stage(job, log, stop, saver).run()
+    finally:
+        job.progress.end()
+        job.groups.close()
 
 
-def _tell(job: StageJob, result: StepResult, seconds: float, first_step: int, started: float) -> None:
-    tokens_per_s = result.num_positions / seconds
-    done, left = job.position.step - first_step, job.settings.steps - job.position.step
-    share = None
-    if job.peak_flops:
-        share = tokens_per_s * train_flops_per_token(job.model.config, job.settings.seq_len) / job.peak_flops
-    remaining_s = (time.monotonic() - started) / done * left
-    job.progress.advance(Moment(job.position.step, job.settings.steps, result.loss, tokens_per_s, share, remaining_s))
+def _open_log(job: StageJob) -> StageLog | NoLog:
+    return StageLog(job.directory, job.position.step) if job.world.rank == 0 else NoLog()
 
 
-def _look(job: StageJob, log: StageLog) -> None:
-    """Validation and samples, where the step is due for them; the last step always is."""
-    settings, step = job.settings, job.position.step
-    last = step == settings.steps
-    if last or step % settings.validate_every == 0:
-        part = settings.batch_size // settings.gradient_accumulation
-        found = measure_validation(
-            job.model, job.validation_stream, job.tokenizer, settings.validation_sequences, part, job.compute_dtype
+class _Stage:
+    """A stage that runs."""
+
+    def __init__(self, job: StageJob, log: Log, stop: StopSignals, saver: Checkpointer) -> None:
+        self.job, self.log, self.stop, self.saver = job, log, stop, saver
+        self.first_step = job.position.step
+        self.started = time.monotonic()
+        self.watch = StageWatch(
+            job.heartbeat, job.guard, job.settings.warmup_steps, job.chip, job.world.rank, self._tell_event
         )
-        log.validation(step, found.loss, found.bits_per_byte)
-        job.progress.say(
-            f"{job.name} step {step}: validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
+        after_backward = job.hooks.step.after_backward
+        averaging = dataclasses.replace(
+            job.hooks.step, after_backward=lambda model, sums: self._averaged(after_backward(model, sums))
         )
-    if last or step % settings.sample_every == 0:
-        for prompt, text in write_samples(job.model, job.tokenizer, job.prompts, NEW_TOKENS_PER_SAMPLE):
-            log.sample(step, prompt, text)
+        self.hooks = self.watch.hooks(averaging)
 
+    def run(self) -> StageEnd:
+        job, position, settings = self.job, self.job.position, self.job.settings
+        for event, detail, action in job.opening_events:
+            self.log.event(self.first_step, event, detail, action)
+        self.watch.remember(job.directory, self.first_step)
+        job.progress.start(job.name, self.first_step, settings.steps)
+        while position.step < settings.steps:
+            try:
+                result, seconds = self._step()
+            except RollBack as order:
+                self._roll_back(order)
+                continue
+            self._tell(result, seconds)
+            last = position.step >= settings.steps
+            if last:
+                job.heartbeat.beat("outer", position.step)
+                job.groups.finish()
+            self._look(last)
+            if stopped_by := job.world.largest(self.stop.received or 0):
+                return self._end(None if last else stopped_by)
+            if not last and position.step % settings.checkpoint_every == 0:
+                self._beat("save")
+                self.saver.save(self._state())
+                job.groups.save(job.directory, position.step)
+            self._tell_of_the_background()
+        return self._end(None)
 
-def _save(job: StageJob) -> Path:
-    state = CheckpointState(
-        stage=job.name,
-        step=job.position.step,
-        sequences_consumed=job.position.sequences,
-        tokens_consumed=job.position.tokens,
-        compute_dtype=str(job.compute_dtype).removeprefix("torch."),
-        device=str(job.chip.device),
-        num_threads=torch.get_num_threads(),
-        fingerprints=job.identity.fingerprints,
-        settings=job.identity.settings,
-        versions=library_versions(),
-    )
-    return save_checkpoint(job.directory, job.model, job.optimizer, state, job.settings.keep_checkpoints)
+    def _beat(self, phase: str) -> None:
+        self.job.heartbeat.beat(phase, self.job.position.step)
 
+    def _tell_event(self, event: Event) -> None:
+        self.log.event(event.step, event.event, event.detail, event.action)
+        self.job.progress.say(event.line())
 
-def _log_end(log: StageLog, step: int, checkpoint: Path, interrupted_by: int | None) -> None:
-    if interrupted_by is None:
-        log.event(step, "finished", "the last step is done", f"saved {checkpoint.name}")
-    else:
-        log.event(step, "interrupted", f"signal {interrupted_by}", f"saved {checkpoint.name}")
+    def _tell_of_the_background(self) -> None:
+        """Write down what savers and groups have done meanwhile; what is as it should be is not said."""
+        for saved in self.saver.events():
+            self.log.event(saved.step, saved.event, saved.detail, saved.action)
+            if saved.event != "checkpoint-verified":
+                self.job.progress.say(f"step {saved.step}: {saved.event}: {saved.detail}; {saved.action}")
+        for happened in self.job.groups.new_events():
+            step = self.job.position.step
+            self._tell_event(Event(step, happened.event, happened.detail, happened.action))
+
+    def _step(self) -> tuple[StepResult, float]:
+        """Train one step, as often as groups and guard want it; returns its result and its seconds, waiting included.
+
+        Raises:
+            RollBack, GuardError: see `StageWatch.hooks`.
+        """
+        job, position = self.job, self.job.position
+        started = time.perf_counter()
+        while True:
+            self._beat("averaging")
+            place = job.groups.before_step()  # the position may have moved: another group has healed this one
+            self._tell_of_the_background()
+            step, taken = position.step + 1, place.slice(position.sequences, job.settings.batch_size)
+            job.heartbeat.beat("data", step)
+            batch = share_of_batch(job.train_stream, taken.start, taken.count, job.tokenizer.pad_id, job.world)
+            try:
+                result = self._compute(step, job.hooks.on_batch(batch), place)
+                break
+            except StepNotCommitted:
+                self._tell_of_the_background()
+        self._observe(step, result, taken)
+        position.step = step
+        position.sequences += taken.taken_by_all
+        position.tokens += result.num_positions
+        seconds = time.perf_counter() - started
+        learning_rate = self._learning_rate(step, place)
+        self.log.step(step_record(step, result, seconds, learning_rate, place.num_participants))
+        self.watch.after_step(step, job.settings.steps - step, seconds)
+        self._beat("outer")
+        job.groups.after_update(result.num_trained_tokens)
+        job.hooks.after_update(step)
+        return result, seconds
+
+    def _averaged(self, sums: StepSums) -> StepSums:
+        """The gradients and sums of all groups, where they are averaged in each step."""
+        job = self.job
+        if not job.groups.averages_each_step:
+            return sums
+        job.heartbeat.beat("averaging", job.position.step + 1)
+        averaged, compute_s = average_step(job.groups, sums, job.group, self.watch.compute_s)
+        self.watch.compare_groups(job.position.step + 1, compute_s)
+        return averaged
+
+    def _learning_rate(self, step: int, place: Place) -> float:
+        factor = learning_rate_factor(self.job.on_drop, place.num_participants, place.num_groups)
+        return factor * learning_rate_at(step, self.job.settings)
+
+    def _compute(self, step: int, batch: Batch, place: Place) -> StepResult:
+        """One step, computed again while the guard does not believe it."""
+        job = self.job
+        while True:
+            self.watch.begin_computing(step)
+            try:
+                with self.watch.tracing.step():
+                    return train_step(
+                        job.model,
+                        job.optimizer,
+                        batch,
+                        job.settings,
+                        job.compute_dtype,
+                        step,
+                        self._learning_rate(step, place),
+                        job.world,
+                        self.hooks,
+                    )
+            except ReplayStep:
+                continue
+
+    def _observe(self, step: int, result: StepResult, taken: Slice) -> None:
+        """Let the saver compare this loss with that of the checkpoint before the step; it needs the same sequences."""
+        first, count = self.job.groups.seen(self.job.position.sequences, taken)
+        parts = self.job.settings.gradient_accumulation
+        groups = count // taken.count
+        self.saver.observe(step, result.loss, lambda: self.job.train_stream.batch(first, count), parts, groups)
+
+    def _roll_back(self, order: RollBack) -> None:
+        """Go back to the last good checkpoint, or, between outer steps, to what the groups have in common."""
+        job, position = self.job, self.job.position
+        past = position.sequences + job.groups.place.slice(position.sequences, job.settings.batch_size).taken_by_all
+        self._beat("start")
+        if job.groups.take_common():
+            position.sequences = past if order.past_the_data else position.sequences
+            return
+        self.saver.wait()
+        path = job.world.from_rank_zero(lambda: find_newest(job.directory, job.progress.say))
+        if path is None:
+            raise GuardError(
+                f"step {order.step}: there is no checkpoint yet to go back to",
+                "lower the learning rate, or look at the data and the chip: it went wrong soon after the beginning",
+            )
+        load_weights(path, job.model)
+        load_optimizer(path, job.model, job.optimizer)
+        state = read_state(path)
+        position.step, position.tokens = state.step, state.tokens_consumed
+        position.sequences = past if order.past_the_data else state.sequences_consumed
+        self.log.roll_back(state.step)
+        job.progress.say(f"{job.name}: back after step {state.step}")
+
+    def _tell(self, result: StepResult, seconds: float) -> None:
+        job, position = self.job, self.job.position
+        tokens_per_s = result.num_positions / seconds
+        done, left = max(1, position.step - self.first_step), job.settings.steps - position.step
+        share = None
+        if job.peak_flops:
+            share = tokens_per_s * train_flops_per_token(job.model.config, job.settings.seq_len)
+            share /= job.peak_flops * job.world.size
+        remaining_s = (time.monotonic() - self.started) / done * left
+        job.progress.advance(Moment(position.step, job.settings.steps, result.loss, tokens_per_s, share, remaining_s))
+
+    def _look(self, last: bool) -> None:
+        """Validation and samples, where the step is due for them; the last step always is."""
+        job, settings, step = self.job, self.job.settings, self.job.position.step
+        if last or step % settings.validate_every == 0:
+            self._beat("validation")
+            part = settings.batch_size // settings.gradient_accumulation // job.world.size
+            found = measure_validation(
+                job.model,
+                job.validation_stream,
+                job.tokenizer,
+                settings.validation_sequences,
+                part,
+                job.compute_dtype,
+                job.world,
+            )
+            self.log.validation(step, found.loss, found.bits_per_byte)
+            job.progress.say(
+                f"{job.name} step {step}: validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
+            )
+        if last or step % settings.sample_every == 0:
+            self._beat("sample")
+            for prompt, text in self._samples():
+                self.log.sample(step, prompt, text)
+
+    def _samples(self) -> list[tuple[str, str]]:
+        """Samples of the whole model, on every rank; rank 0 writes them, and the others wait."""
+        job = self.job
+        whole = gather_model(job.model, job.world)
+
+        def write() -> list[tuple[str, str]]:
+            assert whole is not None
+            return write_samples(whole, job.tokenizer, job.prompts, NEW_TOKENS_PER_SAMPLE)
+
+        return job.world.from_rank_zero(write)
+
+    def _state(self) -> CheckpointState:
+        job = self.job
+        return CheckpointState(
+            stage=job.name,
+            step=job.position.step,
+            sequences_consumed=job.position.sequences,
+            tokens_consumed=job.position.tokens,
+            compute_dtype=str(job.compute_dtype).removeprefix("torch."),
+            device=str(job.chip.device),
+            num_threads=torch.get_num_threads(),
+            fingerprints=job.identity.fingerprints,
+            settings=job.identity.settings,
+            versions=library_versions(),
+            num_processes=job.world.size,
+        )
+
+    def _end(self, interrupted_by: int | None) -> StageEnd:
+        """The last checkpoint, and the last word."""
+        job, step = self.job, self.job.position.step
+        self._beat("save")
+        checkpoint = self.saver.finish(self._state())
+        job.groups.save(job.directory, step)
+        self._tell_of_the_background()
+        if interrupted_by is None:
+            self.log.event(step, "finished", "the last step is done", f"saved {checkpoint.name}")
+        else:
+            self.log.event(step, "interrupted", f"signal {interrupted_by}", f"saved {checkpoint.name}")
+        return StageEnd(job.name, step, job.settings.steps, checkpoint, interrupted_by)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from crosschip.errors import RunDirectoryError
 from crosschip.train.step import StepResult
 
-__all__ = ["METRICS_FILE", "StageLog", "cut_after_step", "step_record"]
+__all__ = ["METRICS_FILE", "Log", "NoLog", "StageLog", "cut_after_step", "step_record"]
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -18,12 +19,17 @@ SAMPLES_FILE = "samples.jsonl"
 EVENTS_FILE = "events.jsonl"
 
 
-def step_record(step: int, result: StepResult, seconds: float, learning_rate: float) -> dict[str, Any]:
-    """The line of one step in `metrics.jsonl`. `tokens` are those computed, padding included, as is `tokens_per_s`."""
+def step_record(
+    step: int, result: StepResult, seconds: float, learning_rate: float, num_groups: int = 1
+) -> dict[str, Any]:
+    """The line of one step in `metrics.jsonl`. `tokens` are those computed, padding included, as is `tokens_per_s`.
+
+    A loss or a gradient norm that is no finite number, in a step that was skipped for it, is null.
+    """
     record = {
         "step": step,
-        "loss": result.loss,
-        "gradient_norm": result.gradient_norm,
+        "loss": _finite(result.loss),
+        "gradient_norm": _finite(result.gradient_norm),
         "tokens": result.num_positions,
         "trained_tokens": result.num_trained_tokens,
         "seconds": round(seconds, 6),
@@ -31,10 +37,18 @@ def step_record(step: int, result: StepResult, seconds: float, learning_rate: fl
         "tokens_per_s": round(result.num_positions / seconds, 1),
     }
     if result.mtp_loss is not None:
-        record["mtp_loss"] = result.mtp_loss
+        record["mtp_loss"] = _finite(result.mtp_loss)
+    if num_groups > 1:
+        record["groups"] = num_groups
     if result.router_imbalance is not None:
         record["router_imbalance"] = result.router_imbalance
+    if not result.updated:
+        record["skipped"] = True
     return record
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def cut_after_step(path: Path, last_step: int) -> None:
@@ -58,29 +72,86 @@ def _step_of(line: str, place: str) -> int:
         raise RunDirectoryError(f"{place} is not a line of this log: {line[:60]!r}", "delete the line") from None
 
 
+class Log(Protocol):
+    """Where a stage writes what happens."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A step is done (see `step_record`)."""
+
+    def validation(self, step: int, validation_loss: float, bits_per_byte: float) -> None:
+        """The model was validated."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """The model continued a prompt."""
+
+    def event(self, step: int, event: str, detail: str, action: str) -> None:
+        """Something happened, and something was done about it."""
+
+    def roll_back(self, last_step: int) -> None:
+        """What was written of steps after `last_step` does not count any more."""
+
+
+class NoLog:
+    """The log of a rank that writes none, because another one does."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Nothing is written."""
+
+    def validation(self, step: int, validation_loss: float, bits_per_byte: float) -> None:
+        """Nothing is written."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Nothing is written."""
+
+    def event(self, step: int, event: str, detail: str, action: str) -> None:
+        """Nothing is written."""
+
+    def roll_back(self, last_step: int) -> None:
+        """Nothing was written."""
+
+
 class StageLog:
     """The open log files of a stage, from the step after `first_step - 1` on; a context manager."""
 
     def __init__(self, directory: Path, last_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._open(last_step)
+
+    def _open(self, last_step: int) -> None:
         for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE):
-            cut_after_step(directory / name, last_step)
+            cut_after_step(self._directory / name, last_step)
         self._files: dict[str, IO[str]] = {
-            name: (directory / name).open("a", encoding="utf-8")
+            name: (self._directory / name).open("a", encoding="utf-8")
             for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE, EVENTS_FILE)
         }
         from tensorboardX import SummaryWriter  # slow to import, and only a stage that runs needs it
 
         # purge_step hides what a run that was killed had drawn beyond the step it is resumed from.
-        self._curves = SummaryWriter(str(directory / "tensorboard"), purge_step=last_step + 1 if last_step else None)
+        purged = last_step + 1 if last_step else None
+        self._curves = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purged)
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._curves.close()
+
+    def roll_back(self, last_step: int) -> None:
+        """Drop what was written of steps after `last_step`; events stay."""
+        self._close()
+        self._open(last_step)
 
     def __enter__(self) -> StageLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.close()
-        self._curves.close()
+        self._close()
 
     def step(self, record: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl` (see `step_record`)."""
@@ -90,7 +161,11 @@ class StageLog:
 
     def validation(self, step: int, validation_loss: float, bits_per_byte: float) -> None:
         """Append a line to `validation.jsonl`."""
-        record = {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
+        record = {
+            "step": step,
+            "validation_loss": _finite(validation_loss),
+            "bits_per_byte": _finite(bits_per_byte),
+        }
         self._append(VALIDATION_FILE, record)
         self._draw("validation", record, {"validation_loss", "bits_per_byte"})
 
@@ -114,4 +189,5 @@ class StageLog:
 
     def _draw(self, group: str, record: dict[str, Any], keys: set[str]) -> None:
         for key in sorted(keys & record.keys()):
-            self._curves.add_scalar(f"{group}/{key}", record[key], record["step"])
+            if record[key] is not None:
+                self._curves.add_scalar(f"{group}/{key}", record[key], record["step"])

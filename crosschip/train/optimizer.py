@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from crosschip.errors import CheckpointError
 from crosschip.recipe import StageSettings
 
-__all__ = ["build_optimizer", "has_fused_kernel", "load_optimizer_tensors", "optimizer_tensors", "parameter_groups"]
+__all__ = [
+    "build_optimizer",
+    "empty_optimizer_tensors",
+    "has_fused_kernel",
+    "load_optimizer_tensors",
+    "optimizer_tensors",
+    "parameter_groups",
+]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -59,31 +68,58 @@ def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state on the CPU, each tensor as `PARAMETER/KEY`, for example `lm_head.weight/exp_avg`."""
+    """The optimizer's state, each tensor as `PARAMETER/KEY`, for example `lm_head.weight/exp_avg`.
+
+    These are the tensors that the next step changes, not copies; shards where the model is sharded.
+    """
     names = _names_in_order(model, optimizer)
     state = optimizer.state_dict()["state"]
     return {
-        f"{names[index]}/{key}": value.detach().cpu().contiguous()
-        for index, entries in state.items()
-        for key, value in entries.items()
+        f"{names[index]}/{key}": value.detach() for index, entries in state.items() for key, value in entries.items()
     }
 
 
+def empty_optimizer_tensors(
+    model: nn.Module, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], origin: str
+) -> dict[str, torch.Tensor]:
+    """Tensors to read the state of `shapes`, by `PARAMETER/KEY`, into: laid out over processes as the parameters are.
+
+    A tensor of its parameter's shape lies where the parameter lies; another one, such as the number of steps, is whole
+    and on the CPU. A parameter that the model lacks is a `CheckpointError` that names `origin`.
+    """
+    parameters = dict(model.named_parameters())
+    made = {}
+    for full_name, (shape, dtype) in shapes.items():
+        name = full_name.rpartition("/")[0]
+        if name not in parameters:
+            raise _unknown_parameter(name, origin)
+        like = parameters[name].detach()
+        made[full_name] = (
+            torch.empty_like(like, dtype=dtype) if like.shape == shape else torch.empty(shape, dtype=dtype)
+        )
+    return made
+
+
+def _unknown_parameter(name: str, origin: str) -> CheckpointError:
+    return CheckpointError(
+        f"{origin} has optimizer state for {name}, which this model does not have",
+        "resume with the recipe that wrote it, or start anew with another --out",
+    )
+
+
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], origin: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], origin: str
 ) -> None:
     """Put back what `optimizer_tensors` gave; `origin` is named in the `CheckpointError` when the model
     lacks a parameter. A parameter without state is one that no gradient has reached yet.
     """
-    index_of = {name: index for index, name in enumerate(_names_in_order(model, optimizer))}
+    names = _names_in_order(model, optimizer)
+    index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
         if name not in index_of:
-            raise CheckpointError(
-                f"{origin} has optimizer state for {name}, which this model does not have",
-                "resume with the recipe that wrote it, or start anew with another --out",
-            )
+            raise _unknown_parameter(name, origin)
         # A copy: a tensor inside a mapped file may lie at any address, and kernels may round by alignment.
         state.setdefault(index_of[name], {})[key] = tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-__all__ = ["LineProgress", "Moment", "StageProgress", "TerminalProgress", "describe", "open_progress"]
+__all__ = ["LineProgress", "Moment", "SilentProgress", "StageProgress", "TerminalProgress", "describe", "open_progress"]
 
 LINE_INTERVAL_S = 10.0
 
@@ -86,6 +86,24 @@ class LineProgress:
 
     def end(self) -> None:
         """Nothing is open."""
+
+
+class SilentProgress:
+    """Tells nothing, for a rank beside the one that tells."""
+
+    measures_peak = False
+
+    def say(self, text: str) -> None:
+        """Nothing is told."""
+
+    def start(self, label: str, first_step: int, num_steps: int) -> None:
+        """Nothing is told."""
+
+    def advance(self, moment: Moment) -> None:
+        """Nothing is told."""
+
+    def end(self) -> None:
+        """Nothing is told."""
 
 
 class TerminalProgress:

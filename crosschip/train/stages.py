@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from crosschip.chips import Chip, choose_compute_dtype, find_chip, keep_freed_memory, product_rate
+from crosschip.chips import Chip, choose_compute_dtype, keep_freed_memory, product_rate
 from crosschip.data import ChatTokenizer, Source, open_source
 from crosschip.model import ModelConfig
 from crosschip.recipe import DataSettings, Recipe, StageSettings
 from crosschip.rundir import RunDirectory, write_json
 from crosschip.train.checkpoint import CheckpointState, find_newest, load_optimizer, read_state, set_damaged_aside
+from crosschip.train.drill import orders
+from crosschip.train.drill.injection import disturbed
+from crosschip.train.group.device import find_rank_chip
+from crosschip.train.group.layout import check_experts, check_layout
+from crosschip.train.group.starting import starting_shards
+from crosschip.train.group.world import Ranks, World, join_world
+from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
 from crosschip.train.identity import Identity, check_same_run, digest
+from crosschip.train.joining import estimate_step_s, join_groups
 from crosschip.train.loop import StageEnd, StageJob, StagePosition, run_stage
 from crosschip.train.optimizer import build_optimizer
 from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer, starting_model
 from crosschip.train.pretrain import TokensTold, pretraining_data
-from crosschip.train.progress import StageProgress, open_progress
+from crosschip.train.progress import SilentProgress, StageProgress, open_progress
 from crosschip.train.sft import fine_tuning_data
 
 __all__ = ["TrainOutcome", "train_recipe"]
@@ -58,6 +68,9 @@ class _Run:
     directory: RunDirectory
     resume: bool
     progress: StageProgress
+    world: World
+    heartbeat: Heartbeat
+    group: int | None
     chip: Chip
     tokenizer: ChatTokenizer
     config: ModelConfig
@@ -72,8 +85,15 @@ def train_recipe(
     resume: bool = False,
     progress: StageProgress | None = None,
     resume_command: str | None = None,
+    heartbeat: Heartbeat | None = None,
+    group: int | None = None,
 ) -> TrainOutcome:
     """Train every stage of `recipe` in `run`, which is locked meanwhile.
+
+    `group` is this replica group's number where several train together. A supervisor, if there is one, sees the
+    `heartbeat`.
+
+    Called by several ranks (see `train.group`), they train one model together; rank 0 holds the lock and tells.
 
     With `resume` it goes on from the newest whole checkpoint, bit-exactly on the same machine with the same number of
     threads; what was finished is left alone. SIGINT and SIGTERM finish the step, save, and say how to go on with
@@ -82,25 +102,40 @@ def train_recipe(
     Raises:
         RunDirectoryError: the directory is in use, holds another run's results, or has nothing to resume.
         CheckpointError: a checkpoint belongs to other data, another tokenizer or another architecture, or is damaged.
-        NonFiniteError: the training diverged or the chip erred; the last checkpoint is still there.
+        GuardError: the training diverged or the chip errs; the last checkpoint is still there.
+        GroupsError: the groups do not fit together.
     """
-    progress = progress or open_progress()
+    heartbeat = heartbeat or open_heartbeat(recipe.guard.start_allowance_s)
     if resume_command is None:
         recipe_file = run.recipe if run.recipe.exists() else "RECIPE"
         resume_command = f"crosschip train {recipe_file} --out {run.path} --resume"
-    check_directory(run, resume)
-    with run.lock():
-        check_directory(run, resume)  # again: another process may have trained here before the lock was this one's
-        outcome = _train_stages(recipe, run, resume, progress)
-    progress.say(_last_words(outcome, run, resume_command))
-    return outcome
+    chip = find_rank_chip(recipe.chips.train)
+    with join_world(chip.device, recipe.parallel.timeout_s) as world:
+        if world.rank > 0:
+            return _train_stages(recipe, run, resume, SilentProgress(), world, chip, heartbeat, group)
+        progress = progress or open_progress()
+        check_directory(run, resume)
+        with run.lock():
+            check_directory(run, resume)  # again: another process may have trained here before the lock was this one's
+            outcome = _train_stages(recipe, run, resume, progress, world, chip, heartbeat, group)
+        progress.say(_last_words(outcome, run, resume_command))
+        return outcome
 
 
-def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, progress: StageProgress) -> TrainOutcome:
+def _train_stages(
+    recipe: Recipe,
+    run: RunDirectory,
+    resume: bool,
+    progress: StageProgress,
+    world: World,
+    chip: Chip,
+    heartbeat: Heartbeat,
+    group: int | None,
+) -> TrainOutcome:
     ends: list[StageEnd] = []
     did_work = False
     try:
-        prepared = _prepare(recipe, run, resume, progress)
+        prepared = _prepare(recipe, run, resume, progress, world, chip, heartbeat, group)
         for name, settings in _stages(recipe):
             end, trained = _run_one(prepared, name, settings, ends[-1].checkpoint if ends else None)
             ends.append(end)
@@ -126,17 +161,41 @@ def _stages(recipe: Recipe) -> list[tuple[str, StageSettings]]:
     return [(name, settings) for name, settings in named if settings is not None]
 
 
-def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, progress: StageProgress) -> _Run:
-    chip = find_chip(recipe.chips.train)
+def _prepare(
+    recipe: Recipe,
+    run: RunDirectory,
+    resume: bool,
+    progress: StageProgress,
+    world: World,
+    chip: Chip,
+    heartbeat: Heartbeat,
+    group: int | None,
+) -> _Run:
     keep_freed_memory()
-    progress.say(f"training on {chip.name}")
+    progress.say(f"training on {chip.name}" + _layout(recipe, world))
+    check_layout(recipe, world.size)
     sources: dict[str, Source] = {}
     for _, settings in _stages(recipe):
         data = settings.data or recipe.data
         sources.setdefault(_key(data), open_source(data, recipe.seed))
-    write_json(run.resolved_recipe, recipe.model_dump(mode="json"))
-    tokenizer = obtain_tokenizer(recipe, run, list(sources.values()), resume, progress)
-    return _Run(recipe, run, resume, progress, chip, tokenizer, architecture(recipe, tokenizer), sources)
+    if world.rank == 0:
+        write_json(run.resolved_recipe, recipe.model_dump(mode="json"))
+    with world.rank_zero_first():
+        # What rank 0 has made is there for the others as it is for a resumed run.
+        tokenizer = obtain_tokenizer(recipe, run, list(sources.values()), resume or world.rank > 0, progress)
+    config = architecture(recipe, tokenizer)
+    check_experts(recipe.parallel, config, world.size)
+    return _Run(recipe, run, resume, progress, world, heartbeat, group, chip, tokenizer, config, sources)
+
+
+def _layout(recipe: Recipe, world: World) -> str:
+    """How several ranks share the model and the machine, in words."""
+    if world.size == 1:
+        return ""
+    num_threads = torch.get_num_threads()
+    told = f" with {world.size} ranks of {num_threads} thread{'s' if num_threads > 1 else ''} each"
+    experts = recipe.parallel.expert_parallel
+    return told if experts == 1 else f"{told}, {experts} of which hold one set of experts"
 
 
 def _key(data: DataSettings) -> str:
@@ -171,9 +230,11 @@ def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None)
 
     Returns how it ended, and whether there was anything to train.
     """
+    run.heartbeat.stage(name)
+    run.heartbeat.beat("start", 0)
     directory = run.directory.stage(name)
     identity = _identity(run, settings)
-    checkpoint = find_newest(directory, run.progress.say) if run.resume else None
+    checkpoint = run.world.from_rank_zero(lambda: find_newest(directory, run.progress.say) if run.resume else None)
     state, position = None, StagePosition()
     if checkpoint is None:
         events = [_beginning(run, name, before)]
@@ -184,7 +245,9 @@ def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None)
             run.dtypes.setdefault(settings.dtype, getattr(torch, state.compute_dtype))
             return StageEnd(name, state.step, settings.steps, checkpoint), False
         position = StagePosition(state.step, state.sequences_consumed, state.tokens_consumed)
-        events = _resumption(run, name, state, changed, set_damaged_aside(directory, state.step))
+        step = state.step
+        aside = run.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
+        events = _resumption(run, name, state, changed, aside)
     job = _make_job(run, name, settings, checkpoint, before, state, identity, position, events)
     return run_stage(job), True
 
@@ -202,6 +265,8 @@ def _resumption(run: _Run, name: str, state: CheckpointState, changed: list[str]
     events += [("damaged-checkpoint", str(path), "renamed and passed over") for path in aside]
     if state.num_threads != torch.get_num_threads():
         changed = [*changed, f"threads was {state.num_threads} and is now {torch.get_num_threads()}"]
+    if state.num_processes != run.world.size:
+        changed = [*changed, f"ranks were {state.num_processes} and are now {run.world.size}"]
     if state.device != str(run.chip.device):
         changed = [*changed, f"device was {state.device} and is now {run.chip.device}"]
     if changed:
@@ -229,16 +294,20 @@ def _make_job(
     run.progress.say(f"{name}: preparing the data")
     source = run.sources[_key(settings.data or run.recipe.data)]
     tell = _every_few_seconds(run.progress, name)
-    data = prepare_data(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
+    with run.world.rank_zero_first():  # it writes the token stores
+        data = prepare_data(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
     for note in data.train.notes:
         run.progress.say(f"{name}: {note}")
-    model = starting_model(run.recipe, run.config, checkpoint or before, run.chip.device, run.progress)
+    if isinstance(run.world, Ranks):
+        model = starting_shards(run.recipe, run.config, checkpoint or before, run.world, run.progress)
+    else:
+        model = starting_model(run.recipe, run.config, checkpoint or before, run.chip.device, run.progress)
     optimizer = build_optimizer(model, settings)
     if not optimizer.defaults["fused"]:
         run.progress.say(f"AdamW: torch has no fused kernel for {run.chip.device}, so one kernel per operation is used")
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer)
-    return StageJob(
+    job = StageJob(
         name=name,
         settings=settings,
         directory=run.directory.stage(name),
@@ -255,7 +324,26 @@ def _make_job(
         progress=run.progress,
         peak_flops=_peak(run, compute_dtype),
         opening_events=events,
+        world=run.world,
+        guard=run.recipe.guard,
+        heartbeat=run.heartbeat,
+        groups=join_groups(
+            run.recipe,
+            settings,
+            model,
+            optimizer,
+            position,
+            run.directory.stage(name),
+            run.group,
+            run.world,
+            lambda: estimate_step_s(model, settings, run.chip, compute_dtype, run.world),
+            run.progress.say,
+        ),
+        group=run.group or 0,
+        on_drop=run.recipe.groups.on_drop,
     )
+    drilled = os.environ.get(orders.DIRECTORY)
+    return job if drilled is None else disturbed(job, Path(drilled), job.group)
 
 
 def _every_few_seconds(progress: StageProgress, name: str) -> TokensTold:
@@ -278,7 +366,8 @@ def _compute_dtype(run: _Run, settings: StageSettings, state: CheckpointState | 
         recorded: torch.dtype = getattr(torch, state.compute_dtype)
         return run.dtypes.setdefault(settings.dtype, recorded)
     if settings.dtype not in run.dtypes:
-        run.dtypes[settings.dtype], reason = choose_compute_dtype(run.chip, settings.dtype)
+        choose = partial(choose_compute_dtype, run.chip, settings.dtype)
+        run.dtypes[settings.dtype], reason = run.world.from_rank_zero(choose)  # by measuring: one must speak for all
         run.progress.say(f"computing in {str(run.dtypes[settings.dtype]).removeprefix('torch.')}: {reason}")
     return run.dtypes[settings.dtype]
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crosschip.data import NOT_TRAINED
+from crosschip.data import NOT_TRAINED, Batch
+from crosschip.train.group.sharding import release_parameters
+from crosschip.train.group.world import ALONE, World
 
 if TYPE_CHECKING:
     from crosschip.data import ChatStream, ChatTokenizer, PackedStream
@@ -44,21 +46,37 @@ def measure_validation(
     num_sequences: int,
     batch_size: int,
     compute_dtype: torch.dtype,
+    world: World = ALONE,
 ) -> Validation:
-    """The loss over the first `num_sequences` of a held-out stream (all of it when it has fewer)."""
+    """The loss over the first `num_sequences` of a held-out stream (all of it when it has fewer).
+
+    With several ranks each computes some of the batches; one that is left without a batch in the last round computes
+    one that does not count, because the parameters are gathered by all ranks together.
+    """
     device = next(model.parameters()).device
     num_sequences = min(num_sequences, stream.num_sequences)
     loss_sum = torch.zeros((), device=device)
     byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths())
     num_tokens = num_bytes = 0
-    for first in range(0, num_sequences, batch_size):
-        batch = stream.batch(first, min(batch_size, num_sequences - first))
+    for first_of_round in range(0, num_sequences, batch_size * world.size):
+        first = first_of_round + batch_size * world.rank
+        batch = _batch_that_counts(stream, first, min(batch_size, num_sequences - first))
         loss_sum += model.loss(batch.input_ids_BT.to(device), batch.labels_BT.to(device), compute_dtype).loss_sum
         trained = batch.labels_BT[batch.labels_BT != NOT_TRAINED]
         num_tokens += trained.numel()
         num_bytes += int(byte_lengths[trained].sum())
-    loss = float(loss_sum)
+    release_parameters(model)
+    loss = float(world.sum(loss_sum))
+    num_tokens, num_bytes = world.totals([num_tokens, num_bytes])
     return Validation(loss / max(1, num_tokens), loss / math.log(2) / max(1, num_bytes))
+
+
+def _batch_that_counts(stream: PackedStream | ChatStream, first: int, count: int) -> Batch:
+    """`count` sequences from `first`; when there are none any more, one of which no token is trained."""
+    if count > 0:
+        return stream.batch(first, count)
+    batch = stream.batch(0, 1)
+    return Batch(batch.input_ids_BT, torch.full_like(batch.labels_BT, NOT_TRAINED))
 
 
 def write_samples(

@@ -34,7 +34,7 @@ def test_multi_token_prediction_loss_is_that_of_the_written_out_module() -> None
     for depth, module in enumerate(model.mtp, start=1):
         length = 11 - depth
         ahead = F.embedding(ids[:, depth : depth + length], model.embed_tokens.weight)
-        state = module.predict(state[:, :length], ahead, model._rope(length, ids.device), loads)
+        state = module(state[:, :length], ahead, model._rope(length, ids.device), loads)
         logits = model.lm_head(state).flatten(0, 1)
         expected = expected + F.cross_entropy(logits, labels[:, depth:].flatten(), reduction="sum")
         count += int((labels[:, depth:] != -100).sum())

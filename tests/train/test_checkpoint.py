@@ -74,7 +74,7 @@ def test_what_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch) -> N
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("crosschip.train.checkpoint.save_file", full)
+    monkeypatch.setattr("crosschip.train.checkpoint.writing.write_json", full)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left"):
         save(tmp_path, 2, keep=1)
     assert names(tmp_path) == [older.name]
@@ -97,6 +97,6 @@ def test_damage_is_named_and_passed_over(tmp_path) -> None:
 def test_a_newer_schema_is_refused_and_not_taken_for_damage(tmp_path) -> None:
     path = save(tmp_path, 1)
     document = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**document, "schema_version": 2}))
-    with pytest.raises(CheckpointError, match="schema_version 2; this crosschip reads up to 1"):
+    (path / "state.json").write_text(json.dumps({**document, "schema_version": 3}))
+    with pytest.raises(CheckpointError, match="schema_version 3; this crosschip reads up to 2"):
         read_state(path)

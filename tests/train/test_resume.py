@@ -27,8 +27,8 @@ def test_a_killed_run_goes_on_bit_exactly(
 def test_the_comparison_of_runs_sees_a_single_other_bit(tiny, uninterrupted, stopped, train, same_runs) -> None:
     train(tiny(), "stopped", resume=True)
     same_runs("stopped", "uninterrupted")
-    flip(stopped / "train/sft/checkpoints/step-00000007/model.safetensors")
-    with pytest.raises(AssertionError, match=r"sft step-00000007 model.safetensors"):
+    flip(stopped / "train/sft/checkpoints/step-00000007/dcp/__0_0.distcp")
+    with pytest.raises(AssertionError, match=r"sft step-00000007 dcp/__0_0.distcp"):
         same_runs("stopped", "uninterrupted")
 
 
@@ -149,9 +149,9 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "named"),
     [
-        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
-        ("optimizer/state.safetensors", cut, "optimizer/state.safetensors has"),
-        ("model.safetensors", flip, "model.safetensors has another SHA-256"),
+        ("dcp/__0_0.distcp", Path.unlink, "dcp/__0_0.distcp is missing"),
+        ("dcp/.metadata", cut, "dcp/.metadata has"),
+        ("dcp/__0_0.distcp", flip, "dcp/__0_0.distcp has another SHA-256"),
         ("state.json", cut, "state.json is not JSON"),
         ("COMPLETE", Path.unlink, "COMPLETE is missing"),
     ],
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 
 def test_without_a_whole_checkpoint_resume_refuses(tiny, train, tmp_path) -> None:
     train(tiny("train.steps=4"), "run")
-    for path in (tmp_path / "run/train/pretrain/checkpoints").glob("*/model.safetensors"):
+    for path in (tmp_path / "run/train/pretrain/checkpoints").glob("*/dcp/__0_0.distcp"):
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*model.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*dcp/__0_0.distcp is missing"):
         train(tiny("train.steps=4"), "run", resume=True)

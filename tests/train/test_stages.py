@@ -8,10 +8,10 @@ import torch
 
 from crosschip.data import load_tokenizer
 from crosschip.errors import ModelError
-from crosschip.model import load_model
+from crosschip.model import load_model, save_model
 from crosschip.rundir import RunDirectory, atomic_directory, read_json
 from crosschip.train.checkpoint import read_state
-from crosschip.train.step import NonFiniteError
+from crosschip.train.guard.hook import GuardError
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -27,7 +27,9 @@ def test_a_run_leaves_metrics_validation_samples_events_and_checkpoints(uninterr
     assert {"loss", "gradient_norm", "tokens", "seconds", "learning_rate", "tokens_per_s", "mtp_loss"} < set(metrics[0])
     assert [line["step"] for line in lines(pretrain / "validation.jsonl")] == [3, 6, 9, 10]
     assert {line["step"] for line in lines(pretrain / "samples.jsonl")} == {6, 10}
-    assert [line["event"] for line in lines(pretrain / "events.jsonl")] == ["started", "finished"]
+    events = [line["event"] for line in lines(pretrain / "events.jsonl")]
+    assert [event for event in events if event != "checkpoint-verified"] == ["started", "finished"]
+    assert events.count("checkpoint-verified") == 3
     assert sorted(p.name for p in (pretrain / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
     assert any((pretrain / "tensorboard").iterdir())
     vocab_size = load_tokenizer(run.tokenizer).vocab_size
@@ -56,8 +58,7 @@ def published(uninterrupted, tmp_path) -> Path:
     directory = tmp_path / "published"
     checkpoint = uninterrupted / "train/sft/checkpoints/step-00000007"
     with atomic_directory(directory) as written:
-        for name in ("config.json", "model.safetensors"):
-            (written / name).write_bytes((checkpoint / name).read_bytes())
+        save_model(load_model(checkpoint), written)
         load_tokenizer(uninterrupted / "tokenizer").save(written)
     return directory
 
@@ -105,15 +106,18 @@ def test_tied_embeddings_resume_bit_exactly(tiny, train, same_runs, train_with_s
     same_runs("whole", "parts")
 
 
-def test_divergence_stops_by_name_and_keeps_the_last_checkpoint(tiny, train, tmp_path) -> None:
-    recipe = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.checkpoint_every=1")
-    with pytest.raises(NonFiniteError, match=r"step \d+: loss"):
+def test_divergence_stops_by_name_after_every_remedy_and_keeps_a_checkpoint(tiny, train, tmp_path) -> None:
+    recipe = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.checkpoint_every=1", "train.steps=40")
+    with pytest.raises(GuardError, match=r"step \d+: non-finite: loss"):
         train(recipe, "diverged")
     stage = tmp_path / "diverged/train/pretrain"
-    event = lines(stage / "events.jsonl")[-1]
-    assert (event["event"], event["action"]) == ("non-finite", "stopped")
-    newest = max((stage / "checkpoints").iterdir())
-    assert read_state(newest).step == event["step"] - 1  # type: ignore[operator]
+    events = [line for line in lines(stage / "events.jsonl") if line["event"] == "non-finite"]
+    actions = " ".join(str(event["action"]) for event in events)
+    assert all("the replay gave the same" in str(event["detail"]) for event in events)
+    for remedy in ("skipped the batch", "rolled back"):
+        assert remedy in actions, actions
+    assert str(events[-1]["action"]).startswith("stopped")
+    assert any((stage / "checkpoints").iterdir())
     assert not (tmp_path / "diverged/lock.json").exists()
 
 

@@ -5,8 +5,9 @@ from crosschip.data import NOT_TRAINED, Batch
 from crosschip.errors import DataError
 from crosschip.model import ModelConfig, Transformer, init_weights
 from crosschip.recipe import StageSettings
+from crosschip.train.metrics import step_record
 from crosschip.train.optimizer import build_optimizer
-from crosschip.train.step import NonFiniteError, train_step
+from crosschip.train.step import NonFiniteError, StepHooks, StepResult, StepSums, train_step
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
@@ -133,3 +134,40 @@ def test_a_batch_without_trained_tokens_is_refused() -> None:
     nothing = Batch(batch.input_ids_BT, torch.full_like(batch.labels_BT, NOT_TRAINED))
     with pytest.raises(DataError, match="none of the 128 tokens"):
         train_step(model, build_optimizer(model, settings), nothing, settings, torch.float32, 1, 1e-3)
+
+
+def test_a_step_that_is_judged_to_be_skipped_changes_nothing() -> None:
+    model, settings = new_model(), stage(router_bias_update_rate=0.01)
+    optimizer = build_optimizer(model, settings)
+    train_step(model, optimizer, new_batch(), settings, torch.float32, 1, 1e-3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    judged: list[tuple[int, StepResult]] = []
+
+    def skip(step: int, result: StepResult) -> str:
+        judged.append((step, result))
+        return "skip"
+
+    hooks = StepHooks(judge=skip)  # type: ignore[arg-type]
+    result = train_step(model, optimizer, new_batch(1), settings, torch.float32, 2, 1e-3, hooks=hooks)
+    assert [step for step, _ in judged] == [2]
+    assert judged[0][1].updated
+    assert not result.updated
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(float(state["step"]) == 1 for state in optimizer.state.values())
+    assert step_record(2, result, 0.5, 1e-3)["skipped"] is True
+
+
+def test_what_a_hook_makes_of_the_gradients_is_measured_and_applied() -> None:
+    def halve(model: Transformer, sums: StepSums) -> StepSums:
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 0.5
+        return sums
+
+    results = []
+    for hooks in (StepHooks(), StepHooks(after_backward=halve)):
+        model, settings = new_model(), stage(gradient_clip=1e9)
+        optimizer = build_optimizer(model, settings)
+        results.append(train_step(model, optimizer, new_batch(), settings, torch.float32, 1, 1e-3, hooks=hooks))
+    assert results[1].gradient_norm == results[0].gradient_norm / 2
+    assert results[1].loss == results[0].loss

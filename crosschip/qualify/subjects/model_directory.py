@@ -11,6 +11,7 @@ from typing import Any
 
 from crosschip.errors import ModelError, QualifyError
 from crosschip.model import read_config
+from crosschip.model.weights import has_weights
 from crosschip.qualify.subjects.recipe_subject import TransformerSubject
 from crosschip.qualify.subjects.subject import DtypeSetting, Subject
 from crosschip.recipe import StageSettings
@@ -46,7 +47,7 @@ def _own(path: Path, origin: str, dtype: DtypeSetting) -> TransformerSubject | N
     except ModelError:  # a variant that our transformer does not compute
         return None
     stage = _STAGE.model_copy(update={"seq_len": min(_STAGE.seq_len, config.max_position_embeddings)})
-    weights = path if any(path.glob("*.safetensors")) else None
+    weights = path if has_weights(path) else None
     return TransformerSubject(path.resolve().name, origin, config, stage, dtype, weights)
 
 

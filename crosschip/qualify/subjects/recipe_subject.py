@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from crosschip.model import ModelConfig, config_from_settings, read_config
+from crosschip.model.weights import has_weights
 from crosschip.qualify.finding import Role
 from crosschip.qualify.subjects.fitting import fitted_config, num_active_parameters, small_config
 from crosschip.qualify.subjects.subject import DtypeSetting
@@ -71,10 +72,8 @@ def load_recipe_subject(path: Path, origin: str) -> TransformerSubject:
     assert stage is not None, "a recipe has a stage"
     directory = None if recipe.model.directory is None else Path(recipe.model.directory)
     config = _config(recipe) if directory is None else read_config(directory)[0]
-    has_weights = directory is not None and any(directory.glob("*.safetensors"))
-    return TransformerSubject(
-        recipe.name, origin, config, stage, recipe.handoff.dtype, directory if has_weights else None
-    )
+    weights = directory if directory is not None and has_weights(directory) else None
+    return TransformerSubject(recipe.name, origin, config, stage, recipe.handoff.dtype, weights)
 
 
 def _config(recipe: Recipe) -> ModelConfig:

@@ -1,0 +1,201 @@
+"""Two groups over links of 1 Gb/s, 100 Mb/s and 10 Mb/s with delay: utilisation, bytes on the wire, and the loss.
+
+python benchmarks/thin_links.py --json docs/results/thin_links.json        (as root: it makes network namespaces)
+
+For each link the way to train is chosen as `mode = "auto"` does, from the link and the measured time of a step; beside
+it stand a few steps that average each step over the same link. `--loss-steps` compares the validation loss at equal
+tokens between averaging each step and DiLoCo, over the loopback interface.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the namespaces and the relay are those of the tests of the links exam
+
+from thin_links_group import Options  # noqa: E402
+
+from crosschip.chips import find_chip, fingerprint  # noqa: E402
+from crosschip.recipe import GroupSettings  # noqa: E402
+from crosschip.train.outer.choice import Choice, Link, choose  # noqa: E402
+from crosschip.train.outer.lighthouse import Lighthouse  # noqa: E402
+from tests.qualify.exams.links.namespaces import ADDRESS_A, MASTER_PORT, shaped_link, why_not  # noqa: E402
+
+LINKS = ((1000, 0.5), (100, 25.0), (10, 25.0))  # Mbit/s, and milliseconds one way
+EACH_STEP = Choice("every-step", "none", "each step")
+LIMIT_S = 3600
+
+
+def run_groups(all_options: Sequence[Options], nodes: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Train all groups at once, each in its namespace where there are some; what each measured."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if nodes is not None:
+        environment["GLOO_SOCKET_IFNAME"] = "eth0"
+    processes = []
+    try:
+        for number, options in enumerate(all_options):
+            where = [] if nodes is None else ["ip", "netns", "exec", nodes[number]]
+            processes.append(
+                subprocess.Popen([*where, *options.command()], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+            )
+        found = []
+        for process in processes:
+            output, _ = process.communicate(timeout=LIMIT_S)
+            if process.returncode != 0:
+                raise SystemExit(f"a group ended with exit code {process.returncode}")
+            found.append(json.loads(output))
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def together(arguments: argparse.Namespace, choice: Choice, num_groups: int, num_steps: int, lighthouse: str,
+             nodes: Sequence[str] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="crosschip-thin-") as directory:
+        options = [
+            Options(
+                group=group,
+                num_groups=num_groups,
+                lighthouse=lighthouse,
+                log=f"{directory}/{group}.log",
+                num_steps=num_steps,
+                choice=asdict(choice),
+                hidden_size=arguments.hidden_size,
+                num_layers=arguments.num_layers,
+                batch_size=arguments.batch_size,
+            )
+            for group in range(num_groups)
+        ]
+        return run_groups(options, nodes)
+
+
+def step_of_two(arguments: argparse.Namespace) -> tuple[float, int]:
+    """Seconds of a step when two groups compute at once on this machine, and the number of parameters."""
+    lighthouses = [Lighthouse(), Lighthouse()]
+    try:
+        with tempfile.TemporaryDirectory(prefix="crosschip-thin-") as directory:
+            options = [
+                Options(0, 1, lighthouse.address, f"{directory}/{number}.log", 6, asdict(EACH_STEP),
+                        hidden_size=arguments.hidden_size, num_layers=arguments.num_layers,
+                        batch_size=arguments.batch_size // 2)
+                for number, lighthouse in enumerate(lighthouses)
+            ]  # fmt: skip
+            found = run_groups(options, None)
+    finally:
+        for lighthouse in lighthouses:
+            lighthouse.close()
+    return sum(each["computing_s"] for each in found) / 12, int(found[0]["num_parameters"])
+
+
+def summary(found: Sequence[dict[str, Any]], num_steps: int) -> dict[str, Any]:
+    computing, wall = sum(each["computing_s"] for each in found), sum(each["wall_s"] for each in found)
+    return {
+        "utilisation": computing / wall,
+        "wire_bytes_per_step": max(each["wire_bytes"] or 0 for each in found) / num_steps,
+        "sent_bytes_per_step": found[0]["sent_bytes"] / num_steps,
+        "validation_loss": found[0]["validation_loss"],
+        "num_steps": num_steps,
+    }
+
+
+def over_a_link(arguments: argparse.Namespace, rate_mbit: int, delay_ms: float, step_s: float, num: int) -> Any:
+    """One link: the way that is chosen for it, and averaging each step."""
+    link = Link(rate_mbit * 1e6 / 8, delay_ms / 1e3)
+    choice = choose(GroupSettings(num_groups=2), link, num, step_s)
+    print(f"{rate_mbit} Mbit/s, {delay_ms} ms: {choice.reason}", flush=True)
+    result: dict[str, Any] = {"rate_mbit_s": rate_mbit, "delay_ms": delay_ms, "choice": asdict(choice)}
+    for name, way, num_steps in (
+        ("chosen", choice, arguments.steps),
+        ("each_step", EACH_STEP, arguments.each_steps),
+    ):
+        with shaped_link(rate_mbit, delay_ms) as nodes:
+            beacon = subprocess.Popen(
+                ["ip", "netns", "exec", nodes[0], sys.executable, "-m", "crosschip.train.outer.lighthouse", "--bind",
+                 f"{ADDRESS_A}:{MASTER_PORT}"], cwd=ROOT, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            try:
+                assert beacon.stdout is not None
+                beacon.stdout.readline()
+                found = together(arguments, way, 2, num_steps, f"http://{ADDRESS_A}:{MASTER_PORT}", nodes)
+            finally:
+                beacon.kill()
+                beacon.wait()
+        result[name] = summary(found, num_steps)
+        print(f"  {name}: {json.dumps(result[name])}", flush=True)
+    result["times_fewer_bytes"] = result["each_step"]["wire_bytes_per_step"] / result["chosen"]["wire_bytes_per_step"]
+    return result
+
+
+def losses(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The validation loss at equal tokens: each step against DiLoCo with two and four groups and each compression."""
+    results = []
+    for num_groups in (2, 4):
+        reference = 0.0
+        ways = [EACH_STEP, *(Choice("diloco", name, "", arguments.sync_every) for name in ("none", "int8", "int4"))]  # type: ignore[arg-type]
+        for choice in ways:
+            lighthouse = Lighthouse()
+            try:
+                found = together(arguments, choice, num_groups, arguments.loss_steps, lighthouse.address)
+            finally:
+                lighthouse.close()
+            loss = found[0]["validation_loss"]
+            reference = reference or loss
+            results.append(
+                {
+                    "num_groups": num_groups,
+                    "mode": choice.mode,
+                    "compression": choice.compression,
+                    "sync_every": choice.sync_every,
+                    "validation_loss": loss,
+                    "gap": loss / reference - 1,
+                    "sent_bytes_per_step": found[0]["sent_bytes"] / arguments.loss_steps,
+                    "num_steps": arguments.loss_steps,
+                }
+            )
+            print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="replica groups over thin links")
+    parser.add_argument("--steps", type=int, default=60, help="over each link, in the way that is chosen for it")
+    parser.add_argument("--each-steps", type=int, default=4, help="over each link, averaging each step")
+    parser.add_argument("--loss-steps", type=int, default=0, help="compare the loss after so many steps; 0: do not")
+    parser.add_argument("--sync-every", type=int, default=30)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--no-links", action="store_true", help="only the loss")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"links": [], "losses": [], "fingerprint": fingerprint(find_chip("cpu"))}
+    if not arguments.no_links:
+        if (reason := why_not()) is not None:
+            raise SystemExit(reason)
+        result["step_s"], result["num_parameters"] = step_of_two(arguments)
+        print(f"{result['num_parameters']:,} parameters, {result['step_s']:.2f} s a step", flush=True)
+        for rate_mbit, delay_ms in LINKS:
+            result["links"].append(
+                over_a_link(arguments, rate_mbit, delay_ms, result["step_s"], result["num_parameters"])
+            )
+    if arguments.loss_steps:
+        result["losses"] = losses(arguments)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

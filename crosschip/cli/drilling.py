@@ -1,0 +1,89 @@
+"""The verb that rehearses faults in a running training: drill."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crosschip.cli.options import OutOption, RecipeArgument, SetOption
+from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError, RunDirectoryError
+
+__all__ = ["drill"]
+
+# The training shall outlast the drill, be restarted as often as it is struck, and not wait long where nothing is known.
+_FOR_A_DRILL = (
+    "train.steps=1000000",
+    "guard.max_restarts=1000",
+    "guard.max_transient_faults=1000",
+    "guard.start_allowance_s=120",
+)
+
+
+def drill(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="How long faults strike.")] = 10.0,
+    mtbf: Annotated[float, typer.Option("--mtbf", min=1.0, help="Mean seconds between two faults.")] = 60.0,
+    faults: Annotated[
+        str | None,
+        typer.Option("--faults", metavar="A,B", help="Only these; none for a clean run.", show_default=False),
+    ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, metavar="N", help="Processes of each group.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of when which fault strikes whom.")] = 0,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="The report; else drill.json in the run directory.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Plant faults into a running training, and see whether each is noticed and survived.
+
+    Exit codes: 0 all faults noticed and no false alarm, 1 not so, 3 no fault was planted.
+    """
+    from crosschip.recipe import load_recipe
+    from crosschip.report.drill_table import print_drill
+    from crosschip.rundir import write_json
+    from crosschip.train.drill.catalogue import FAULTS, chosen
+    from crosschip.train.drill.drill import DrillPlan, run_drill
+
+    settings = [*_FOR_A_DRILL, *(overrides or [])]
+    resolved = load_recipe(recipe, settings)
+    if resolved.train is None:
+        raise RecipeError(f"{recipe} has no [train] stage to drill", "add one")
+    directory = out or Path("runs") / f"{resolved.name}-drill"
+    if directory.exists():
+        raise RunDirectoryError(
+            f"{directory} is there already", "give another --out, or delete it: a drill begins anew"
+        )
+    names = None if faults is None else [name for name in faults.split(",") if name not in ("", "none")]
+    if unknown := [name for name in names or [] if name not in FAULTS]:
+        raise RecipeError(f"--faults {unknown[0]!r} is no fault of the drill", f"choose among {', '.join(FAULTS)}")
+    command = [sys.executable, "-m", "crosschip", "train", str(recipe), "--out", str(directory), "--nproc", str(nproc)]
+    plan = DrillPlan(
+        [*command, *(part for setting in settings for part in ("--set", setting))],
+        directory,
+        "pretrain",
+        resolved.groups.num_groups,
+        nproc,
+        chosen(names, resolved.groups.num_groups),
+        mtbf,
+        60.0 * minutes,
+        seed,
+    )
+    report = run_drill(plan, lambda line: print(f"crosschip: {line}", file=sys.stderr, flush=True))
+    path = json_path or directory / "drill.json"
+    write_json(path, {"recipe": recipe.name, "settings": settings, **report})
+    print_drill(report)
+    print(f"\nreport: {path}")
+    raise typer.Exit(_exit_code(report, names == []))
+
+
+def _exit_code(report: dict[str, Any], is_clean: bool) -> int:
+    if report["false_alarms"] or not all(row["detected"] for row in report["faults"]):
+        return EXIT_FAIL
+    return EXIT_OK if report["faults"] or is_clean else EXIT_INCONCLUSIVE

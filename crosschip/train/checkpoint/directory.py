@@ -1,0 +1,140 @@
+"""The directory of a stage's checkpoints: which are there, which are whole, which is the newest good one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import CheckpointError, RunDirectoryError
+from crosschip.rundir import COMPLETE, is_complete, read_json
+from crosschip.train.checkpoint.state import STATE_FILE, VERDICT_FILE
+
+__all__ = [
+    "checkpoint_path",
+    "clear_leftovers",
+    "damage",
+    "find_newest",
+    "numbered",
+    "read_verdict",
+    "set_damaged_aside",
+    "sha256",
+    "unfinished_path",
+]
+
+REPLACED = ".old"  # ends the name of a checkpoint while another one of its step takes its place
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_path(stage_directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` lies."""
+    return stage_directory / "checkpoints" / f"step-{step:08d}"
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where the checkpoint at `path` is written until it is whole. The same for all processes that write it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def numbered(stage_directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoint directories by step, oldest first, damaged ones among them."""
+    found = []
+    for path in (stage_directory / "checkpoints").glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def clear_leftovers(stage_directory: Path) -> list[str]:
+    """Remove what saves that were killed have left under temporary names; return the names.
+
+    One that was about to be replaced gets its name back. The caller holds the run's lock, so nobody is writing here.
+    """
+    leftovers = sorted((stage_directory / "checkpoints").glob(".step-*"))
+    for path in leftovers:
+        original = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
+        if path.name.endswith(REPLACED) and is_complete(path) and not original.exists():
+            path.rename(original)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in leftovers]
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_verdict(path: Path) -> str | None:
+    """Why the checkpoint at `path` was found wrong when it was read back; "" when it was right, None when unknown."""
+    try:
+        document: Any = read_json(path / VERDICT_FILE)
+        verdict, detail = str(document["verdict"]), str(document["detail"])
+    except (RunDirectoryError, KeyError, TypeError):
+        return None  # not looked at yet, or a verdict torn by a crash, which is none
+    return {"right": "", "wrong": detail or "it was found wrong"}.get(verdict)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`: a missing, cut or altered file; None when it is whole."""
+    if not is_complete(path):
+        return f"{COMPLETE} is missing"
+    try:
+        measured: Any = read_json(path / STATE_FILE)
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in measured["files"].items()}
+    except RunDirectoryError as error:
+        return error.problem
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{STATE_FILE} has no table of files"
+    for name, (num_bytes, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != num_bytes:
+            return f"{name} has {size} bytes instead of {num_bytes}"
+        try:
+            if sha256(file) != digest:
+                return f"{name} has another SHA-256 than when it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
+
+
+def find_newest(stage_directory: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a stage; None when none was ever written. `warn` hears of each damaged one.
+
+    One that was read back and found wrong counts as damaged.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    damages = []
+    for _, path in reversed(numbered(stage_directory)):
+        found = damage(path) or read_verdict(path)
+        if not found:
+            return path
+        damages.append(f"{path}: {found}")
+        warn(f"damaged checkpoint {path}: {found}; looking for the one before")
+    if damages:
+        raise CheckpointError(
+            "no checkpoint is whole: " + "; ".join(damages),
+            f"bring a copy back, or delete {stage_directory} to begin this stage anew",
+        )
+    return None
+
+
+def set_damaged_aside(stage_directory: Path, newest_whole_step: int) -> list[Path]:
+    """Rename every checkpoint after `newest_whole_step` to `damaged-...`, so that none counts as newest again."""
+    renamed = []
+    for step, path in numbered(stage_directory):
+        if step > newest_whole_step:
+            target = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            renamed.append(path.rename(target))
+    return renamed

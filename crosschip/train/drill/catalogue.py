@@ -1,0 +1,93 @@
+"""What a training is drilled with: each fault, how it is planted, and which events show that it was noticed. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["FAULTS", "DrillFault", "Means", "chosen"]
+
+# "signal": a signal to a rank's process. "order": the rank does it to itself, at a given point of its step.
+# "file": something is done to the newest checkpoint, and then the rank is killed so that it has to be read.
+# "lighthouse" and "link" concern what lies between groups.
+Means = Literal["signal", "order", "file", "lighthouse", "link"]
+
+_DEATHS = ("killed", "crash", "exception", "out-of-memory")
+
+
+@dataclass(frozen=True)
+class DrillFault:
+    """One fault.
+
+    `noticed_by` are the events of which one has to come, in the group that has the fault, or, with `by_others`, in
+    any group. `repeats` says that steps may be computed again, and then with the same bits; what a training computes
+    with a fault that changes numbers and that it cannot undo is not compared.
+    """
+
+    name: str
+    title: str
+    means: Means
+    noticed_by: tuple[str, ...]
+    needs_groups: bool = False
+    by_others: bool = False
+    within_s: float = 120.0  # after which it counts as not noticed
+
+
+FAULTS: dict[str, DrillFault] = {
+    fault.name: fault
+    for fault in (
+        DrillFault("kill", "a rank is killed (kill -9)", "signal", ("killed",)),
+        DrillFault("stop", "a rank is stopped (SIGSTOP)", "signal", ("hang",)),
+        DrillFault("segfault", "a rank dies of a segmentation fault", "order", ("crash",)),
+        DrillFault("exception", "a step raises an exception", "order", ("exception",)),
+        DrillFault("lock-held", "a C call holds the interpreter's lock and does not come back", "order", ("hang",)),
+        DrillFault("operator-hang", "an operator does not come back", "order", ("hang",)),
+        DrillFault("collective-hang", "a collective does not come back", "signal", ("hang",), needs_groups=True),
+        DrillFault("save-hang", "a save does not come back", "order", ("hang",)),
+        DrillFault("slow", "a rank becomes three times slower", "order", ("straggler",), by_others=True),
+        DrillFault("full-disk", "the disk is full during a save", "order", ("checkpoint-failed",)),
+        DrillFault("truncated", "the newest checkpoint has been cut", "file", ("damaged-checkpoint",)),
+        DrillFault("flipped-byte", "a byte of the newest checkpoint is another", "file", ("damaged-checkpoint",)),
+        DrillFault("nan-gradient", "a gradient is NaN in one step", "order", ("transient-fault", "non-finite")),
+        DrillFault("loss-spike", "the data of a step are noise", "order", ("loss-spike", "gradient-spike")),
+        DrillFault(
+            "activation-flip",
+            "a high bit of an activation flips in one step",
+            "order",
+            ("transient-fault", "loss-spike", "gradient-spike", "non-finite"),
+        ),
+        DrillFault(
+            "gradient-flip",
+            "a high bit of a gradient flips in one step",
+            "order",
+            ("transient-fault", "gradient-spike", "non-finite"),
+        ),
+        DrillFault(
+            "weight-flip",
+            "a high bit of a weight flips",
+            "order",
+            ("replicas-differ", "loss-spike", "gradient-spike", "non-finite", "checkpoint-wrong"),
+        ),
+        DrillFault("out-of-memory", "a step asks for more memory than there is", "order", _DEATHS),
+        DrillFault("data", "the data cannot be read for one step", "order", ("exception", "data-unreadable")),
+        DrillFault(
+            "lighthouse",
+            "the lighthouse is killed",
+            "lighthouse",
+            ("lighthouse-lost",),
+            needs_groups=True,
+            by_others=True,
+        ),
+    )
+}
+
+
+def chosen(names: list[str] | None, num_groups: int) -> list[DrillFault]:
+    """The named faults, or all that a job of `num_groups` groups can have.
+
+    Raises:
+        KeyError: a name that is no fault's.
+    """
+    if names is not None:
+        return [FAULTS[name] for name in names]
+    return [fault for fault in FAULTS.values() if num_groups > 1 or not fault.needs_groups]

@@ -1,0 +1,281 @@
+"""The drill itself: start the training, let faults strike, follow the logs, end it, and score. No torch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import EXIT_FAIL, CrosschipError
+from crosschip.train.drill.catalogue import DrillFault
+from crosschip.train.drill.logs import GroupLog, SeenEvent, SeenStep, stage_logs
+from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken, withdraw
+from crosschip.train.drill.schedule import Strike, strikes
+from crosschip.train.drill.score import Planted, goodput, is_of, median_step_s, score
+from crosschip.train.drill.striking import (
+    cut_newest_checkpoint,
+    flip_byte_of_newest_checkpoint,
+    process_running,
+    send,
+)
+from crosschip.train.group.orphans import end_with_parent
+from crosschip.train.guard.heartbeat import Beat, read_beats
+from crosschip.train.launching import group_directory
+
+__all__ = ["DrillError", "DrillPlan", "run_drill"]
+
+SCHEMA_VERSION = 1
+_POLL_S = 0.1
+_TO_BE_NOTICED_S = 30.0  # before the next fault may strike
+_TAKE_S = 60.0  # how long a rank may take to carry out an order
+_END_S = 120.0  # how long the training may take to end after SIGTERM
+_CLEAN_STEPS = 20  # steps that every group makes before the first fault: they say how long a step takes
+
+Tell = Callable[[str], None]
+
+
+class DrillError(CrosschipError):
+    """The training that was to be drilled did not run."""
+
+    exit_code = EXIT_FAIL
+
+
+@dataclass(frozen=True)
+class DrillPlan:
+    """What is drilled. `command` starts the training, in `run_directory`, whose first stage is `stage`."""
+
+    command: Sequence[str]
+    run_directory: Path
+    stage: str
+    num_groups: int
+    num_ranks: int
+    faults: Sequence[DrillFault]
+    mean_between_s: float
+    duration_s: float
+    seed: int = 0
+    start_s: float = 600.0
+
+    def heartbeats(self, group: int) -> Path:
+        """Where the ranks of a group beat."""
+        return group_directory(self.run_directory, group) / "heartbeats"
+
+
+@dataclass
+class _Drill:
+    """The drill under way."""
+
+    plan: DrillPlan
+    process: subprocess.Popen[bytes]
+    orders: Path
+    logs: list[GroupLog]
+    tell: Tell
+    planted: list[Planted] = field(default_factory=list)
+    not_planted: list[str] = field(default_factory=list)
+
+    def look(self) -> None:
+        for log in self.logs:
+            log.look()
+
+    @property
+    def steps(self) -> list[SeenStep]:
+        return sorted((step for log in self.logs for step in log.steps), key=lambda step: step.at)
+
+    @property
+    def events(self) -> list[SeenEvent]:
+        return sorted((event for log in self.logs for event in log.events), key=lambda event: event.at)
+
+    def beats(self, group: int) -> list[Beat]:
+        return read_beats(self.plan.heartbeats(group))
+
+    def is_over(self) -> bool:
+        return self.process.poll() is not None
+
+
+def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
+    """Drill for `plan.duration_s` seconds, or until the training ends; the document of what was seen.
+
+    Raises:
+        DrillError: the training ended before every group had made its first steps.
+    """
+    orders = plan.run_directory / "drill"
+    orders.mkdir(parents=True, exist_ok=True)
+    log = (plan.run_directory / "drill.log").open("ab")
+    with log:
+        process = subprocess.Popen(
+            plan.command,
+            env={**os.environ, DIRECTORY: str(orders.absolute())},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for the drill, which then ends the training in order
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
+        )
+        drill = _Drill(plan, process, orders, stage_logs(plan.run_directory, plan.stage, plan.num_groups), tell)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            _wait_for_first_steps(drill)
+            began, clean_s = time.monotonic(), median_step_s(drill.steps)
+            tell(f"a step takes {clean_s:.2f} s; faults strike every {plan.mean_between_s:.0f} s on average")
+            _strike_until(drill, began + plan.duration_s)
+            ended = time.monotonic()
+        finally:
+            exit_code = _end(process)
+            signal.signal(signal.SIGTERM, before)
+    drill.look()
+    return _document(drill, began, ended, clean_s, exit_code)
+
+
+def _wait_for_first_steps(drill: _Drill) -> None:
+    deadline = time.monotonic() + drill.plan.start_s
+    while any(len(log.steps) < _CLEAN_STEPS for log in drill.logs):
+        drill.look()
+        if drill.is_over() or time.monotonic() > deadline:
+            why = f"ended with exit code {drill.process.returncode}" if drill.is_over() else "made no steps"
+            raise DrillError(
+                f"the training that was to be drilled {why}", f"see {drill.plan.run_directory / 'drill.log'}"
+            )
+        time.sleep(_POLL_S)
+
+
+def _strike_until(drill: _Drill, deadline: float) -> None:
+    plan = drill.plan
+    coming = (
+        strikes(plan.faults, plan.num_groups, plan.num_ranks, plan.mean_between_s, plan.seed) if plan.faults else ()
+    )
+    for number, strike in enumerate(coming):
+        _follow(drill, min(deadline, time.monotonic() + strike.after_s))
+        _wait_until_noticed(drill, deadline)
+        if drill.is_over() or time.monotonic() >= deadline:
+            return
+        planted = _plant(drill, number, strike)
+        if planted is None:
+            drill.not_planted.append(strike.fault.name)
+            drill.tell(f"{strike.fault.name}: could not be planted in group {strike.group}")
+            continue
+        drill.planted.append(planted)
+        drill.tell(f"{strike.fault.name} strikes group {planted.group}, rank {planted.rank}, step {planted.step}")
+    _follow(drill, deadline)
+
+
+def _follow(drill: _Drill, until: float) -> None:
+    """Read the logs until a time, or until the training is over."""
+    while time.monotonic() < until and not drill.is_over():
+        drill.look()
+        time.sleep(_POLL_S)
+
+
+def _wait_until_noticed(drill: _Drill, deadline: float) -> None:
+    """Leave the last fault time to be noticed: a hang that is ended by the next fault is nobody's miss."""
+    if not drill.planted:
+        return
+    last = drill.planted[-1]
+    until = min(deadline, last.at + _TO_BE_NOTICED_S)
+    while time.monotonic() < until and not drill.is_over() and not any(is_of(each, last) for each in drill.events):
+        drill.look()
+        time.sleep(_POLL_S)
+
+
+def _plant(drill: _Drill, number: int, strike: Strike) -> Planted | None:
+    means = {"signal": _signal, "file": _damage, "lighthouse": _kill_lighthouse}
+    if strike.fault.means == "order":
+        return _order(drill, number, strike)
+    return means[strike.fault.means](drill, strike)
+
+
+def _planted(drill: _Drill, strike: Strike, at: float, step: int | None = None) -> Planted:
+    steps = [seen.step for seen in drill.logs[strike.group].steps]
+    return Planted(strike.fault, strike.group, strike.rank, at, step or max(steps, default=0))
+
+
+def _victim(drill: _Drill, strike: Strike) -> Beat | None:
+    """The rank that is struck, once it is in the middle of its steps."""
+    deadline = time.monotonic() + _TAKE_S
+    while time.monotonic() < deadline and not drill.is_over():
+        drill.look()
+        for beat in drill.beats(strike.group):
+            if beat.rank == strike.rank and beat.phase not in ("start", "end") and beat.stage == drill.plan.stage:
+                return beat
+        time.sleep(_POLL_S)
+    return None
+
+
+def _signal(drill: _Drill, strike: Strike) -> Planted | None:
+    victim = _victim(drill, strike)
+    pid = victim and victim.pid
+    if victim and strike.fault.name == "collective-hang":
+        pid = process_running("crosschip.train.outer.sidecar", victim.pid)
+    at = time.monotonic()
+    number = signal.SIGKILL if strike.fault.name == "kill" else signal.SIGSTOP
+    return _planted(drill, strike, at) if pid and send(pid, number) else None
+
+
+def _damage(drill: _Drill, strike: Strike) -> Planted | None:
+    victim = _victim(drill, strike)
+    damage = cut_newest_checkpoint if strike.fault.name == "truncated" else flip_byte_of_newest_checkpoint
+    if victim is None or damage(drill.logs[strike.group].directory) is None:
+        return None
+    at = time.monotonic()
+    return _planted(drill, strike, at) if send(victim.pid, signal.SIGKILL) else None
+
+
+def _kill_lighthouse(drill: _Drill, strike: Strike) -> Planted | None:
+    pid = process_running("crosschip.train.outer.lighthouse", drill.process.pid)
+    at = time.monotonic()
+    return _planted(drill, strike, at) if pid and send(pid, signal.SIGKILL) else None
+
+
+def _order(drill: _Drill, number: int, strike: Strike) -> Planted | None:
+    give_order(drill.orders, strike.group, strike.rank, Order(number, strike.fault.name))
+    deadline = time.monotonic() + _TAKE_S
+    while (done := taken(drill.orders, number)) is None:
+        drill.look()
+        if time.monotonic() > deadline or drill.is_over():
+            withdraw(drill.orders, strike.group, strike.rank)
+            return None
+        time.sleep(_POLL_S)
+    return _planted(drill, strike, done.at, done.step)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """End the training in order, else at once."""
+    for number, patience_s in ((signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
+        if process.poll() is None:
+            process.send_signal(number)
+            try:
+                process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                continue
+    return process.wait()
+
+
+def _document(drill: _Drill, began: float, ended: float, clean_s: float, exit_code: int) -> dict[str, Any]:
+    plan = drill.plan
+    events, steps = drill.events, [step for step in drill.steps if step.at >= began]
+    scores, false_alarms = score(drill.planted, [each for each in events if each.at >= began], drill.steps, ended)
+    counted: Iterator[tuple[str, Any]] = itertools.groupby(sorted(each.event for each in events))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "num_groups": plan.num_groups,
+        "num_ranks": plan.num_ranks,
+        "mean_between_faults_s": plan.mean_between_s,
+        "duration_s": round(ended - began, 1),
+        "clean_step_s": round(clean_s, 4),
+        "num_steps": max((step.step for step in steps), default=0) - min((step.step for step in steps), default=0),
+        "seed": plan.seed,
+        "exit_code": exit_code,
+        "goodput": goodput(steps, events, clean_s, ended - began),
+        "faults": [each.document() for each in scores],
+        "not_planted": drill.not_planted,
+        "false_alarms": [
+            {"group": each.group, "step": each.step, "event": each.event, "detail": each.detail, "action": each.action}
+            for each in false_alarms
+        ],
+        "events": {kind: len(list(found)) for kind, found in counted},
+    }

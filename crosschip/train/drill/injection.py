@@ -1,0 +1,207 @@
+"""The disturbed side of a drill: a rank that plants faults into itself when it is told to.
+
+What is planted is as real as it can be from inside of the process: a real segmentation fault, a real C call that holds
+the interpreter's lock, a real refusal of the operating system to write or to give memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import os
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from crosschip.train.drill.orders import Order, note_taken, take_order
+from crosschip.train.group.sharding import local_part
+
+if TYPE_CHECKING:
+    from crosschip.data import Batch
+    from crosschip.model import Transformer
+    from crosschip.train.loop import StageJob
+    from crosschip.train.step import StepSums
+
+__all__ = ["disturbed"]
+
+_FOR_EVER_S = 1e6
+_SLOW_STEPS, _SLOW_TIMES = 30, 2.0  # a step then takes three times as long
+_MEMORY_LEFT = 256 << 20  # bytes, of which a step may still get some
+_FILE_LIMIT = 1 << 20  # bytes that a file may have while the disk is full: logs are smaller, checkpoints larger
+
+
+class DrillException(RuntimeError):
+    """What an order to raise raises."""
+
+
+def disturbed(job: StageJob, directory: Path, group: int) -> StageJob:
+    """The same job, which carries out the orders that come to `directory` for this rank of `group`."""
+    disturber = _Disturber(job, directory, group)
+    honest = job.hooks
+
+    def after_backward(model: Transformer, sums: StepSums) -> StepSums:
+        disturber.after_backward(model)
+        return honest.step.after_backward(model, sums)
+
+    def after_update(step: int) -> None:
+        disturber.after_update(step)
+        honest.after_update(step)
+
+    step_hooks = dataclasses.replace(honest.step, after_backward=after_backward)
+    hooks = dataclasses.replace(honest, step=step_hooks, on_batch=disturber.on_batch, after_update=after_update)
+    return dataclasses.replace(job, hooks=hooks)
+
+
+class _Disturber:
+    """Carries out one order at a time, each at its point of the step."""
+
+    def __init__(self, job: StageJob, directory: Path, group: int) -> None:
+        self._job, self._directory, self._group = job, directory, group
+        self._order: Order | None = None
+        self._slow_steps = 0
+        self._began = self._step_s = self._slow_s = 0.0
+        job.model.norm.register_forward_hook(self._forward_hook)
+
+    @property
+    def _step(self) -> int:
+        return self._job.position.step + 1
+
+    def on_batch(self, batch: Batch) -> Batch:
+        """A step begins: the time for orders. Its data, or noise in their place."""
+        self._begin()
+        return batch if self._pending() != "loss-spike" else self._noise(batch)
+
+    def _begin(self) -> None:
+        """Take an order; those that end a step at once are carried out."""
+        now = time.perf_counter()
+        self._step_s, self._began = now - self._began if self._began else 0.0, now
+        if self._order is None:
+            self._order = take_order(self._directory, self._group, self._job.world.rank)
+        match self._pending():
+            case "segfault":
+                self._strike()
+                ctypes.string_at(0)
+            case "exception":
+                self._strike()
+                raise DrillException(f"step {self._step}: an exception that the drill has ordered")
+            case "lock-held":
+                self._strike()
+                while True:
+                    ctypes.PyDLL(None).sleep(int(_FOR_EVER_S))  # a signal ends it early
+            case "data":
+                self._strike()
+                raise OSError(errno.EIO, os.strerror(errno.EIO), "the token store, as the drill has ordered")
+            case "out-of-memory":
+                self._strike()
+                _use_up_memory()
+            case "slow":
+                self._strike()
+                self._slow_steps, self._slow_s = _SLOW_STEPS, _SLOW_TIMES * self._step_s
+            case "save-hang" | "full-disk" as fault:
+                self._disturb_next_save(fault)
+
+    def _pending(self) -> str | None:
+        return None if self._order is None else self._order.fault
+
+    def _strike(self) -> None:
+        """Note that the order is carried out now, and forget it."""
+        assert self._order is not None
+        order, self._order = self._order, None
+        note_taken(self._directory, order, self._step)
+
+    def _noise(self, batch: Batch) -> Batch:
+        self._strike()
+        generator = torch.Generator().manual_seed(self._step)
+        size = self._job.model.config.vocab_size
+        noise = torch.randint(0, size, batch.input_ids_BT.shape, generator=generator)
+        labels = torch.randint(0, size, batch.labels_BT.shape, generator=generator)
+        return dataclasses.replace(batch, input_ids_BT=noise, labels_BT=labels.to(batch.labels_BT.dtype))
+
+    def _forward_hook(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        """What happens in the middle of a forward pass."""
+        if not torch.is_grad_enabled():  # validation and samples are left alone
+            return None
+        if self._slow_steps:
+            self._slow_steps -= 1
+            time.sleep(self._slow_s)
+        match self._pending():
+            case "operator-hang":
+                self._strike()
+                time.sleep(_FOR_EVER_S)
+            case "activation-flip":
+                self._strike()
+                flipped = output.detach().clone()
+                _flip_high_bit(flipped)
+                return output + (flipped - output.detach())
+        return None
+
+    def after_backward(self, model: Transformer) -> None:
+        """What happens to gradients."""
+        fault = self._pending()
+        if fault not in ("nan-gradient", "gradient-flip"):
+            return
+        self._strike()
+        gradient = next(local_part(p.grad) for p in reversed(list(model.parameters())) if p.grad is not None)
+        if fault == "nan-gradient":
+            gradient.view(-1)[0] = float("nan")
+        else:
+            _flip_high_bit(gradient)
+
+    def after_update(self, step: int) -> None:
+        """What happens to weights."""
+        if self._pending() != "weight-flip":
+            return
+        self._strike()
+        with torch.no_grad():
+            _flip_high_bit(local_part(self._job.model.lm_head.weight))
+
+    def _disturb_next_save(self, fault: str) -> None:
+        """Put something else in the place of what writes a checkpoint, for one time."""
+        from crosschip.train.checkpoint import writing
+
+        order, self._order = self._order, None
+        assert order is not None
+        honest = writing.write_checkpoint
+
+        def write_checkpoint(*args: Any, **kwargs: Any) -> None:
+            writing.write_checkpoint = honest
+            note_taken(self._directory, order, self._job.position.step)
+            if fault == "save-hang":
+                time.sleep(_FOR_EVER_S)
+            with _full_disk():
+                honest(*args, **kwargs)
+
+        writing.write_checkpoint = write_checkpoint
+
+
+class _full_disk:
+    """Within the block the system refuses to make files longer than `_FILE_LIMIT`, in the whole process."""
+
+    def __enter__(self) -> None:
+        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_LIMIT, self._before[1]))
+
+    def __exit__(self, *error: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+
+
+def _use_up_memory() -> None:
+    """Ask for more memory than the system gives: its limit is set a little above what the process has."""
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    limit = used + _MEMORY_LEFT
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    torch.ones(4 * _MEMORY_LEFT, dtype=torch.uint8)
+
+
+def _flip_high_bit(tensor: Tensor) -> None:
+    """Flip the highest bit of the exponent of the first number: small numbers become huge ones."""
+    flat = tensor.view(-1)[:1]
+    integers = {2: torch.int16, 4: torch.int32}[flat.element_size()]
+    bits = flat.view(integers)
+    bits ^= 1 << (8 * flat.element_size() - 2)

@@ -1,0 +1,128 @@
+"""What a drill has shown: was each fault noticed, how soon, what was lost, which alarms had no fault. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crosschip.train.drill.catalogue import DrillFault
+from crosschip.train.drill.logs import SeenEvent, SeenStep
+
+__all__ = ["ALARMS", "Planted", "Score", "goodput", "is_of", "median_step_s", "score"]
+
+# Events that say something is wrong with the run. Others tell what was done, and how groups come and go.
+ALARMS = (
+    "hang", "killed", "crash", "exception", "out-of-memory", "damaged-checkpoint", "checkpoint-failed",
+    "checkpoint-wrong", "non-finite", "zero-loss", "zero-gradient", "stuck-loss", "loss-spike", "gradient-spike",
+    "replicas-differ", "transient-fault", "straggler", "memory-growth", "lighthouse-lost", "sidecar-lost",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault that has struck, at `at` seconds of the monotonic clock, when the group had logged `step` steps."""
+
+    fault: DrillFault
+    group: int
+    rank: int
+    at: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What became of one planted fault.
+
+    `latency_s` is from the strike to the event, None when none came. `steps_lost` are those that had to be computed
+    again by the group that had the fault. `bit_exact` says whether these gave the same numbers; None where none was
+    repeated by the same groups.
+    """
+
+    planted: Planted
+    event: SeenEvent | None
+    latency_s: float | None
+    steps_lost: int
+    bit_exact: bool | None
+
+    def document(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "fault": self.planted.fault.name,
+            "title": self.planted.fault.title,
+            "group": self.planted.group,
+            "rank": self.planted.rank,
+            "step": self.planted.step,
+            "detected": self.event is not None,
+            "event": self.event and self.event.event,
+            "detail": self.event and self.event.detail,
+            "action": self.event and self.event.action,
+            "latency_s": self.latency_s and round(self.latency_s, 2),
+            "steps_lost": self.steps_lost,
+            "bit_exact": self.bit_exact,
+        }
+
+
+def score(
+    planted: Sequence[Planted], events: Sequence[SeenEvent], steps: Sequence[SeenStep], ended_at: float
+) -> tuple[list[Score], list[SeenEvent]]:
+    """The score of each planted fault, and the alarms that no fault explains.
+
+    A fault explains the alarms from its strike until the next fault strikes, and for its own `within_s` those that it
+    is noticed by.
+    """
+    scores, explained = [], set()
+    for number, each in enumerate(planted):
+        until = planted[number + 1].at if number + 1 < len(planted) else ended_at
+        again = next((other.at for other in planted[number + 1 :] if other.fault == each.fault), ended_at)
+        latest = max(until, min(again, each.at + each.fault.within_s))
+        mine = [event for event in events if each.at <= event.at < latest]
+        noticed = next((event for event in mine if is_of(event, each)), None)
+        explained |= {id(event) for event in mine if event.at < until or is_of(event, each)}
+        lost, exact = _repeated(each, [step for step in steps if step.group == each.group], until)
+        latency_s = None if noticed is None else noticed.at - each.at
+        scores.append(Score(each, noticed, latency_s, lost, exact))
+    false = [event for event in events if event.event in ALARMS and id(event) not in explained]
+    return scores, false
+
+
+def is_of(event: SeenEvent, planted: Planted) -> bool:
+    """Whether an event shows that the fault was noticed."""
+    return (
+        event.at >= planted.at
+        and event.event in planted.fault.noticed_by
+        and (planted.fault.by_others or event.group == planted.group)
+    )
+
+
+def _repeated(planted: Planted, steps: Sequence[SeenStep], until: float) -> tuple[int, bool | None]:
+    """How many steps the group did again after the strike, and whether they gave the same numbers."""
+    before = {step.step: step for step in steps if step.at < planted.at}
+    again = {step.step: step for step in reversed(steps) if planted.at <= step.at < until and step.step in before}
+    pairs = [(before[number], again[number]) for number in again]
+    alike = [(one, two) for one, two in pairs if one.num_groups == two.num_groups and one.skipped == two.skipped]
+    same = [(one.loss, one.gradient_norm) == (two.loss, two.gradient_norm) for one, two in alike]
+    return len(again), all(same) if same else None
+
+
+def goodput(
+    steps: Sequence[SeenStep], events: Sequence[SeenEvent], clean_step_s: float, wall_s: float
+) -> dict[str, float]:
+    """How much of the work and of the time has brought the run forward.
+
+    `committed` is the share of the steps that groups computed which count in the end: not those that were computed
+    again, nor those that could not be committed. `of_time` is the time that the run's advance takes without faults,
+    over the wall time.
+    """
+    if not steps:
+        return {"committed": 0.0, "of_time": 0.0}
+    distinct = len({(step.group, step.step) for step in steps if not step.skipped})
+    discarded = sum(1 for event in events if event.event == "step-not-committed")
+    advanced = max(step.step for step in steps) - min(step.step for step in steps) + 1
+    return {"committed": distinct / (len(steps) + discarded), "of_time": advanced * clean_step_s / wall_s}
+
+
+def median_step_s(steps: Sequence[SeenStep]) -> float:
+    """Seconds of a step; 0 where there was none."""
+    return statistics.median(step.seconds for step in steps) if steps else 0.0

@@ -1,0 +1,56 @@
+"""How long a rank may be silent: three times what the phase usually takes, and five seconds. Pure policy, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+
+__all__ = ["FACTOR", "SLACK_S", "START", "Allowances"]
+
+FACTOR = 3.0
+SLACK_S = 5.0
+START = "start"  # loading, tokenising, compiling: it never takes as long as the time before
+
+_REMEMBERED = 15
+
+
+class Allowances:
+    """Learns how long each phase takes, from the beats that begin them.
+
+    A phase is allowed `FACTOR` times its median or a step's, whichever is longer, and `slack_s`: within a step work
+    moves from one phase to the next, as when a rank waits for another. `start_allowance_s` holds for what was never
+    seen. `least_s` is a phase's least allowance, for what has time-outs of its own.
+    """
+
+    def __init__(
+        self, start_allowance_s: float, slack_s: float = SLACK_S, least_s: Mapping[str, float] | None = None
+    ) -> None:
+        self._start_allowance_s = start_allowance_s
+        self._slack_s = slack_s
+        self._least_s = dict(least_s or {})
+        self._phases: dict[str, deque[float]] = {}
+        self._steps: deque[float] = deque(maxlen=_REMEMBERED)
+        self._phase: tuple[str, float] | None = None  # which one is going on, and since when
+        self._step: tuple[int, float] | None = None
+
+    def begin(self, phase: str, step: int, now: float) -> float:
+        """A phase begins at `now`, in seconds of any clock; returns the seconds until the next has to begin."""
+        if self._phase is not None:
+            before, since = self._phase
+            self._phases.setdefault(before, deque(maxlen=_REMEMBERED)).append(now - since)
+        self._phase = (phase, now)
+        if phase == START:
+            self._step = None
+        elif self._step is None or self._step[0] != step:
+            if self._step is not None and self._step[0] == step - 1:
+                self._steps.append(now - self._step[1])
+            self._step = (step, now)
+        return max(self._allowed(phase), self._least_s.get(phase, 0.0))
+
+    def _allowed(self, phase: str) -> float:
+        seen = self._phases.get(phase)
+        if phase == START or not seen or not self._steps:
+            return self._start_allowance_s
+        usual = max(statistics.median(seen), statistics.median(self._steps))
+        return FACTOR * usual + self._slack_s

@@ -1,0 +1,207 @@
+"""`crosschip train` seen from outside: a supervised replica group, or all groups of this machine. No torch.
+
+    one group         this process supervises its ranks (see `guard.supervisor`)
+    several, here     this process -> a lighthouse, and for each group a `crosschip train --group K` that supervises it
+
+Group 0 has the run directory, group K the directory `group-K` in it: on machines of their own groups share no files.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosschip.errors import CrosschipError, RunDirectoryError
+from crosschip.recipe import Recipe
+from crosschip.rundir import RunDirectory
+from crosschip.train.group.launch import agent_command, rank_environment, share_of_cores
+from crosschip.train.group.orphans import end_with_parent
+from crosschip.train.guard.heartbeat import DIRECTORY
+from crosschip.train.guard.interruption import Interruption
+from crosschip.train.guard.observed import Event
+from crosschip.train.guard.processes import process_state
+from crosschip.train.guard.run_files import EventLog, committed_steps, logged_steps, newest_stage
+from crosschip.train.guard.supervisor import Launch, SupervisedRun, supervise
+from crosschip.train.outer.lighthouse import Lighthouse
+
+__all__ = ["TrainCommand", "group_directory", "is_rank", "train_from_outside"]
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """What the user has asked for: `arguments` are those of `crosschip train` without --resume, --nproc and --group."""
+
+    recipe: Recipe
+    run: RunDirectory
+    arguments: Sequence[str]
+    resume: bool
+    num_ranks: int
+    group: int | None
+
+
+def is_rank() -> bool:
+    """Whether this process trains itself: it was started by a supervisor, or by a launcher such as torchrun."""
+    return DIRECTORY in os.environ or "RANK" in os.environ
+
+
+def group_directory(run: Path, group: int) -> Path:
+    """Where a group keeps its files on a machine that holds all groups."""
+    return run if group == 0 else run / f"group-{group}"
+
+
+def train_from_outside(command: TrainCommand) -> int:
+    """Start and watch what was asked for; returns the exit code.
+
+    Raises:
+        CrosschipError: the groups do not fit together, or there is nothing to resume.
+        NoProgressError: see `guard.supervisor.supervise`.
+    """
+    settings = command.recipe.groups
+    if command.resume and not command.run.path.is_dir():
+        raise RunDirectoryError(
+            f"there is no run at {command.run.path} to go on with", "leave out --resume to begin it"
+        )
+    if command.group is not None and command.group >= settings.num_groups:
+        raise CrosschipError(
+            f"--group {command.group} is none of the {settings.num_groups} groups that [groups] num_groups plans",
+            f"number them from 0 to {settings.num_groups - 1}",
+        )
+    if settings.num_groups == 1 or command.group is not None:
+        return _supervise_group(command)
+    if settings.lighthouse is not None:
+        raise CrosschipError(
+            f"the groups meet at {settings.lighthouse}, and which of the {settings.num_groups} is this?",
+            "give --group 0 on the first machine, --group 1 on the next; or leave groups.lighthouse out to start all "
+            "groups on this machine",
+        )
+    return _train_groups_here(command)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _supervise_group(command: TrainCommand) -> int:
+    train = command.run.path / "train"
+    several = command.recipe.groups.num_groups > 1
+
+    def launch(attempt: int) -> Launch:
+        arguments = [*command.arguments, *(["--resume"] if command.resume or attempt else [])]
+        if command.group is not None:
+            arguments += ["--group", str(command.group)]
+        if command.num_ranks > 1:
+            environment = rank_environment(command.num_ranks, os.environ)
+            return Launch(agent_command(command.num_ranks, arguments), environment, command.num_ranks)
+        return Launch([sys.executable, "-m", "crosschip", *arguments], os.environ)
+
+    return supervise(
+        SupervisedRun(
+            launch=launch,
+            heartbeats=command.run.path / "heartbeats",
+            # A group that the others heal makes progress without a checkpoint of its own.
+            committed=functools.partial(logged_steps if several else committed_steps, train),
+            tell=EventLog(train, _say),
+            settings=command.recipe.guard,
+        )
+    )
+
+
+def _train_groups_here(command: TrainCommand) -> int:
+    groups = _Groups(command)
+    try:
+        with Interruption() as interruption:
+            groups.run(interruption)
+    finally:
+        groups.close()
+    return groups.exit_code(interruption)
+
+
+class _Groups:
+    """All groups of a run on this machine, each with a supervisor of its own, and the lighthouse where they meet."""
+
+    def __init__(self, command: TrainCommand) -> None:
+        self._command = command
+        self._settings = command.recipe.groups
+        self._log = EventLog(command.run.path / "train", _say)
+        self._lighthouse = Lighthouse(min_groups=self._settings.min_groups)
+        self._address = self._lighthouse.address
+        self._processes = [self._start(number) for number in range(self._settings.num_groups)]
+        self._told: set[int] = set()
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        """Start a `crosschip train` for one group, which ends when this process does."""
+        command = self._command
+        directory = group_directory(command.run.path, number)
+        arguments = list(command.arguments)
+        arguments[arguments.index("--out") + 1] = str(directory)
+        arguments += ["--group", str(number), "--nproc", str(command.num_ranks)]
+        arguments += ["--set", f"groups.lighthouse={self._address}"]
+        # A group that has not begun yet has nothing to resume; it is given the others' state.
+        arguments += ["--resume"] if command.resume and directory.is_dir() else []
+        num_processes = self._settings.num_groups * command.num_ranks
+        return subprocess.Popen(
+            [sys.executable, "-m", "crosschip", *arguments],
+            env=share_of_cores(num_processes, os.environ),
+            start_new_session=True,  # a terminal's Ctrl-C comes here, and is handed on once
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
+        )
+
+    def run(self, interruption: Interruption) -> None:
+        """Watch until every group has ended, or too few are left to go on."""
+        while running := [process for process in self._processes if process.poll() is None]:
+            if len(running) < self._settings.min_groups and self._failed():
+                return
+            self._keep_alight()
+            self._hand_on(interruption, running)
+            time.sleep(_POLL_S)
+
+    def _failed(self) -> bool:
+        return any(process.returncode for process in self._processes)
+
+    def _keep_alight(self) -> None:
+        """Start the lighthouse again under its address when it has died."""
+        if process_state(self._lighthouse.pid) not in ("Z", None):
+            return
+        lost = f"the lighthouse (process {self._lighthouse.pid}) has died"
+        self._lighthouse.close()
+        self._lighthouse = Lighthouse(self._address.rpartition("/")[2], self._settings.min_groups)
+        train = self._command.run.path / "train"
+        self._log(newest_stage(train), Event(logged_steps(train), "lighthouse-lost", lost, "started again"))
+
+    def _hand_on(self, interruption: Interruption, running: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Give a signal to every group: the first for an orderly end, the second at once."""
+        if interruption.received is None:
+            return
+        for process in running:
+            if interruption.is_urgent:
+                process.kill()
+            elif process.pid not in self._told:
+                self._told.add(process.pid)
+                process.send_signal(interruption.received)
+
+    def close(self) -> None:
+        """End what is left."""
+        for process in self._processes:
+            process.kill()  # nothing happens to one that has ended
+            process.wait()
+        self._lighthouse.close()
+
+    def exit_code(self, interruption: Interruption) -> int:
+        """0 when every group has finished; else the signal's, or the first failed group's, which is named."""
+        codes = [process.returncode for process in self._processes]
+        if interruption.received is not None and any(codes):
+            return interruption.exit_code
+        for number, code in enumerate(codes):
+            if code:
+                _say(
+                    f"group {number} ended with exit code {code}; see {group_directory(self._command.run.path, number)}"
+                )
+        return next((code if code > 0 else 128 - code for code in codes if code), 0)

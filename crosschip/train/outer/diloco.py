@@ -1,0 +1,269 @@
+"""The trainer's side of DiLoCo: each group trains alone, and every H steps what they changed is averaged.
+
+Douillard et al. 2023 (arXiv 2311.08105), with the fragments, the overlap and the mixing of Streaming DiLoCo (2025,
+arXiv 2501.18512). P fragments take turns: one is due every H / P inner steps, so each is every H. It is sent
+`overlap_steps` before that, and the trainer computes on while the sidecar sends. The common parameters and their
+momentum lie in the shared memory. A group that dies loses what it trained since its last outer step, others nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from crosschip.train.outer.errors import SidecarLost
+from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic
+from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
+from crosschip.train.outer.messages import OuterStep, OuterStepDone, View
+from crosschip.train.outer.outer_files import load_outer_state, save_outer_state
+from crosschip.train.outer.outer_state import OuterState
+from crosschip.train.outer.placement import Place, Slice
+from crosschip.train.outer.training_state import FlatParameters, TrainingState
+
+__all__ = ["DiLoCo", "Rhythm"]
+
+_MEET_AGAIN_S = 0.2
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When what is sent: an outer step every `interval` inner steps (H / P), sent `overlap_steps` before.
+
+    `own_share` of a group's parameters stays in them when a fragment comes back (alpha of Streaming DiLoCo).
+    `batch_size` counts the sequences of an inner step over all planned groups.
+    """
+
+    interval: int
+    overlap_steps: int
+    own_share: float
+    batch_size: int
+
+
+class DiLoCo:
+    """See `groups.Groups`. `start` starts the sidecar; `join` comes before the first step."""
+
+    averages_each_step = False
+
+    def __init__(
+        self,
+        start: Callable[[TrainingTensors], SidecarHandle],
+        flat: FlatParameters,
+        state: TrainingState,
+        rhythm: Rhythm,
+    ) -> None:
+        self.handle = start(self._donate)
+        self.traffic = Traffic()
+        self.outer = OuterState(self.handle.memory, self.handle.config.rules.fragments)
+        self._flat, self._state, self._rhythm = flat, state, rhythm
+        self._events: list[GroupEvent] = []
+        self._place: Place | None = None
+        self._inner_steps = 0  # since the last outer step
+        self._tokens_since = [0] * len(self.outer.fragments)  # since each fragment's last outer step
+        self._under_way: OuterStep | None = None
+        self._commits_when_sent = 0
+        self._revived = False
+        flat.write(self.handle.memory.exchange)
+        self.outer.begin(self.handle.memory.exchange)
+
+    @property
+    def place(self) -> Place:
+        """This group's place since the last outer step."""
+        assert self._place is not None, "join comes first"
+        return self._place
+
+    def join(self) -> Place:
+        """Meet the other groups before the first step: all that are planned at a start, the running ones later."""
+        member, limits = self.handle.config.member, self.handle.config.limits
+        deadline = time.monotonic() + limits.meeting_s
+        while True:
+            self._send(num_tokens=0)
+            done = self._receive()
+            if done.committed or done.view.donation or done.view.num_participants == member.num_groups:
+                return self.place
+            if time.monotonic() > deadline:
+                return self.place
+            time.sleep(_MEET_AGAIN_S)
+
+    def before_step(self) -> Place:
+        """Nothing has to be waited for."""
+        self._serve()
+        return self.place
+
+    def average_gradients(self, num_tokens: int, numbers: Sequence[float]) -> GroupSums:
+        """Within an interval each group goes its own way."""
+        return GroupSums(num_tokens, tuple(numbers))
+
+    def after_update(self, num_tokens: int) -> None:
+        """Count the inner step; send the fragment that is due, or take it back."""
+        self._inner_steps += 1
+        self._tokens_since = [tokens + num_tokens for tokens in self._tokens_since]
+        self._serve()
+        if self._under_way is None and self._inner_steps >= self._rhythm.interval - self._rhythm.overlap_steps:
+            self._send(self._tokens_since[self.outer.due])
+        if self._inner_steps >= self._rhythm.interval:
+            self._receive()
+
+    def seen(self, sequences: int, taken: Slice) -> tuple[int, int]:
+        """This group's own sequences."""
+        return taken.start, taken.count
+
+    def take_common(self) -> bool:
+        """Take over the common parameters and begin the optimizer anew; the place in the interval stays."""
+        self._take_all()
+        self._state.forget_optimizer()
+        self._tokens_since = [0] * len(self._tokens_since)
+        return True
+
+    def save(self, stage_directory: Path, step: int) -> None:
+        """Write the outer state of this rank."""
+        tensors, counts = self.export()
+        save_outer_state(stage_directory, self.handle.config.member.rank, step, tensors, counts)
+
+    def resume(self, stage_directory: Path, step: int) -> None:
+        """Take up this rank's outer state where it was saved after `step`, and meet the other groups."""
+        found = load_outer_state(stage_directory, self.handle.config.member.rank, step)
+        if found is not None:
+            self.load(*found)
+        self.join()
+
+    def finish(self) -> None:
+        """Outer steps for all fragments that were trained since their last; then the common parameters everywhere."""
+        if self._under_way is not None:
+            self._receive()
+        for _ in self.outer.fragments:
+            if self._tokens_since[self.outer.due]:
+                self._send(self._tokens_since[self.outer.due])
+                self._receive()
+        self._take_all()
+
+    def _send(self, num_tokens: int) -> None:
+        fragment = self.outer.fragments[self.outer.due]
+        self._flat.write(self.handle.memory.exchange, fragment.first, fragment.last)
+        self._under_way = OuterStep(num_tokens, tuple(self._state.buffers()))
+        self._commits_when_sent = self.outer.commits
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        assert self._under_way is not None
+        try:
+            self.handle.send(self._under_way)
+        except SidecarLost as error:
+            self._revive(error)
+
+    def _serve(self) -> None:
+        try:
+            self.handle.serve()
+        except SidecarLost as error:
+            self._revive(error)
+
+    def _receive(self) -> OuterStepDone:
+        started = time.monotonic()
+        while True:
+            try:
+                done = self.handle.receive(OuterStepDone)
+                break
+            except SidecarLost as error:
+                self._revive(error)
+        self.traffic.waited_s += time.monotonic() - started
+        self.traffic.num_bytes_sent += done.num_bytes_sent
+        self.traffic.exchange_s += done.seconds
+        self.traffic.num_exchanges += 1
+        self._under_way, self._revived = None, False
+        self._apply(done)
+        return done
+
+    def _apply(self, done: OuterStepDone) -> None:
+        for failure in done.failures:
+            self._tell("outer-step-not-committed", failure, "tried again with the groups that are left")
+        if done.view.donation is not None:
+            behind = self._state.position.step
+            tensors = read_donation(self.handle.memory, done.view.donation)
+            self._state.load(tensors, done.view.donation.position)
+            self.handle.memory.forget_state()
+            self._take_all()
+            self._tokens_since = [0] * len(self._tokens_since)
+            self._tell("healed", f"this group was at step {behind}", f"took over step {self._state.position.step}")
+        elif done.excluded:
+            self._take_all()
+            self._state.forget_optimizer()
+            self._tell("excluded", done.excluded, "took over the common parameters; the optimizer begins anew")
+        elif done.committed:
+            fragment = self.outer.fragments[done.fragment]
+            common = self.outer.vector(done.fragment)
+            self._flat.read(common, self._rhythm.own_share, fragment.first, fragment.last)
+        if done.committed:
+            self._state.load_buffers(done.numbers)
+            self._tokens_since[done.fragment] = 0
+        if done.committed or done.view.donation is not None:
+            self._inner_steps = 0
+        self._take_place(done.view)
+
+    def _take_all(self) -> None:
+        for number, fragment in enumerate(self.outer.fragments):
+            self._flat.read(self.outer.vector(number), 0.0, fragment.first, fragment.last)
+
+    def _take_place(self, view: View) -> None:
+        place = Place(view.rank, view.num_participants, self.handle.config.member.num_groups)
+        if place != self._place:
+            self._tell(
+                "groups-changed" if self._place else "groups-met",
+                f"{place.num_participants} of {place.num_groups} groups take part, this is number {place.rank}",
+                "going on",
+            )
+        self._place = place
+
+    def _donate(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """The state for a group that joins, with the position at which all begin the next interval together."""
+        tensors, position = self._state.donate()
+        left = self._rhythm.interval - self._inner_steps if self._inner_steps else 0
+        if left:
+            per_step = position["tokens"] // max(1, position["step"])
+            position["step"] += left
+            position["sequences"] += left * self.place.slice(0, self._rhythm.batch_size).taken_by_all
+            position["tokens"] += left * per_step
+        return tensors, position
+
+    def _revive(self, error: SidecarLost) -> None:
+        """Start a new sidecar, once; the outer state and what was to be sent still lie in the shared memory."""
+        if self._revived or self.handle.config.member.size > 1:
+            raise error
+        self._tell("sidecar-lost", error.problem, "a new one is started over the same outer state")
+        self._revived = True
+        self.handle.restart()
+        if self._under_way is not None:
+            if self.outer.commits != self._commits_when_sent:  # it was committed, and only the answer is lost
+                self._under_way = replace(self._under_way, num_tokens=0)
+            self._hand_over()
+
+    def new_events(self) -> list[GroupEvent]:
+        """What has happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _tell(self, event: str, detail: str, action: str) -> None:
+        self._events.append(GroupEvent(event, detail, action))
+
+    def export(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """The outer state for a checkpoint: tensors of this rank, and counts; `load` is the way back.
+
+        An outer step that is under way is not in it: it is sent again after a resume.
+        """
+        exported = self.outer.export()
+        tensors = {"parameters": exported[0], "momentum": exported[1], "residual": self.handle.memory.residual.clone()}
+        counts = {f"tokens_since_{number}": tokens for number, tokens in enumerate(self._tokens_since)}
+        return tensors, {"commits": self.outer.commits, "inner_steps": self._inner_steps, **counts}
+
+    def load(self, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
+        """Take over what `export` gave, before `join`."""
+        self.outer.load(torch.stack((tensors["parameters"], tensors["momentum"])), counts["commits"])
+        self.handle.memory.residual.copy_(tensors["residual"])
+        self._inner_steps = counts["inner_steps"]
+        self._tokens_since = [counts[f"tokens_since_{number}"] for number in range(len(self._tokens_since))]
+
+    def close(self) -> None:
+        """Leave the groups; an outer step that is under way is given up."""
+        self.handle.close()

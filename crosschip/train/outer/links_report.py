@@ -1,0 +1,59 @@
+"""The link between groups, from `[links]` of the recipe or from a report of the links exam or of `measure.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import RecipeError
+from crosschip.recipe import LinkSettings
+from crosschip.rundir import read_json
+from crosschip.train.outer.choice import Link
+
+__all__ = ["link_from"]
+
+
+def link_from(settings: LinkSettings) -> Link | None:
+    """The link that the recipe describes; None when it says nothing of one.
+
+    Of a report the slowest pair counts, its lowest bandwidth and its highest latency: groups wait for the slowest.
+
+    Raises:
+        RecipeError: a latency without a bandwidth, or a report without fitted pairs.
+        RunDirectoryError: the report is missing or no JSON.
+    """
+    bandwidth, latency = settings.bandwidth_mbit_s, settings.latency_ms
+    if settings.report is not None:
+        fits = list(_pair_fits(read_json(Path(settings.report))))
+        if not fits:
+            raise RecipeError(
+                f"links.report={settings.report!r} holds no pair of ranks with latency and bandwidth",
+                "measure them with `python -m crosschip.qualify.exams.links.measure` (docs/links.md)",
+            )
+        measured_mbit = min(float(fit["bandwidth_gb_s"]) for fit in fits) * 8e3
+        bandwidth = measured_mbit if bandwidth is None else bandwidth
+        latency = max(float(fit["latency_s"]) for fit in fits) * 1e3 if latency is None else latency
+    if bandwidth is None:
+        if latency is not None:
+            raise RecipeError(
+                f"links.latency_ms={latency} stands without links.bandwidth_mbit_s",
+                "give both, or links.report",
+            )
+        return None
+    return Link(bandwidth * 1e6 / 8, (latency or 0.0) / 1e3)
+
+
+def _pair_fits(document: Any) -> Iterator[dict[str, Any]]:
+    """Fits of pairs: in `measure.py`'s list of pairs, or among an exam's measurements with `check: pairs`."""
+    if isinstance(document, list):
+        for each in document:
+            yield from _pair_fits(each)
+    elif isinstance(document, dict):
+        if document.get("check") == "pairs" and "bandwidth_gb_s" in document:
+            yield document
+        for key, value in document.items():
+            if key == "pairs" and isinstance(value, list):
+                yield from (each["fit"] for each in value if isinstance(each, dict) and each.get("fit"))
+            else:
+                yield from _pair_fits(value)

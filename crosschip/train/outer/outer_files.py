@@ -1,0 +1,73 @@
+"""The outer state of DiLoCo beside a checkpoint: `outer/step-00000200-rank-0.safetensors`, one file a rank.
+
+It belongs to a layout: with another number of ranks it is begun anew from the parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from crosschip.errors import CheckpointError
+
+__all__ = ["load_outer_state", "save_outer_state"]
+
+_KEPT = 4  # more than the checkpoints that a resume could take would be better, and costs room
+
+
+def _path(stage_directory: Path, rank: int, step: int) -> Path:
+    return stage_directory / "outer" / f"step-{step:08d}-rank-{rank}.safetensors"
+
+
+def save_outer_state(
+    stage_directory: Path, rank: int, step: int, tensors: dict[str, torch.Tensor], counts: dict[str, int]
+) -> None:
+    """Write what `DiLoCo.export` gave, atomically, and delete the oldest.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    path = _path(stage_directory, rank, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"counts": json.dumps(counts)}
+        )
+        with temporary.open("rb") as opened:
+            os.fsync(opened.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"the outer state of step {step} could not be written to {path}: {error}",
+            "free disk space, then go on with --resume",
+        ) from error
+    for older in sorted(path.parent.glob(f"step-*-rank-{rank}.safetensors"))[:-_KEPT]:
+        older.unlink()
+
+
+def load_outer_state(
+    stage_directory: Path, rank: int, step: int
+) -> tuple[dict[str, torch.Tensor], dict[str, int]] | None:
+    """What was saved after `step`; None when nothing was.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = _path(stage_directory, rank, step)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["counts"])
+    except Exception as error:  # safetensors raises its own type for a cut or damaged file
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            "delete it: the outer optimizer then begins anew, from the other groups' state or the checkpoint's weights",
+        ) from None

@@ -1,0 +1,99 @@
+"""What watches a stage from inside of its ranks: heartbeat, guard, memory, slow groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosschip.chips import Chip
+from crosschip.recipe import GuardSettings
+from crosschip.train.guard.heartbeat import Heartbeat
+from crosschip.train.guard.hook import StepGuard
+from crosschip.train.guard.memory_growth import MemoryWatch, host_memory, host_memory_left
+from crosschip.train.guard.observed import Event
+from crosschip.train.guard.operator_trace import StepTracing
+from crosschip.train.guard.stragglers import StragglerWatch
+from crosschip.train.step import Judgement, StepHooks, StepResult, StepSums
+
+__all__ = ["StageWatch"]
+
+_REMEMBERED_STEPS = 64
+
+Tell = Callable[[Event], None]
+
+
+class StageWatch:
+    """Made on every rank of a stage. Events are told through `tell`, which only rank 0 has ears for."""
+
+    def __init__(
+        self, heartbeat: Heartbeat, settings: GuardSettings, warmup_steps: int, chip: Chip, rank: int, tell: Tell
+    ) -> None:
+        self.heartbeat = heartbeat
+        self.tracing = StepTracing(heartbeat)
+        self.guard = StepGuard(settings, warmup_steps, chip.name, tell)
+        self._tell, self._rank, self._chip = tell, rank, chip
+        self._host, self._device = (MemoryWatch(settings.memory_growth_gib_h) for _ in range(2))
+        self._stragglers = StragglerWatch()
+        self._steps_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._computing_since = 0.0
+        self.compute_s = 0.0
+
+    def remember(self, stage_directory: Path, last_step: int) -> None:
+        """Take up what was seen before a resume."""
+        self.guard.remember(stage_directory, last_step)
+
+    def hooks(self, hooks: StepHooks) -> StepHooks:
+        """The same hooks with a beat before each, and with the guard for a judge."""
+
+        def after_backward(model: Any, sums: StepSums) -> StepSums:
+            self.compute_s = time.perf_counter() - self._computing_since
+            return hooks.after_backward(model, sums)
+
+        def judge(step: int, result: StepResult) -> Judgement:
+            judgement = self.guard.judge(step, result)
+            self.heartbeat.beat("update", step)
+            return judgement
+
+        return dataclasses.replace(hooks, after_backward=after_backward, judge=judge)
+
+    def begin_computing(self, step: int) -> None:
+        """Forward and backward begin."""
+        self.heartbeat.beat("forward-backward", step)
+        self._computing_since = time.perf_counter()
+
+    def after_step(self, step: int, steps_left: int, seconds: float) -> None:
+        """Look at memory after a step that took so many seconds."""
+        self._steps_s.append(seconds)
+        step_s = statistics.median(self._steps_s)
+        used = host_memory()
+        if used is not None:
+            growth = self._host.observe(step, used, host_memory_left(), steps_left, step_s)
+            if growth is not None:
+                self._tell(growth.event(step, f"host memory of rank {self._rank}"))
+        self._look_at_device(step, steps_left, step_s)
+
+    def _look_at_device(self, step: int, steps_left: int, step_s: float) -> None:
+        if self._chip.device.type == "cpu":
+            return
+        module = torch.get_device_module(self._chip.device)
+        read = getattr(module, "memory_allocated", None)
+        if read is None:  # a plug-in that does not tell
+            return
+        free = getattr(module, "mem_get_info", None)
+        left = int(free(self._chip.device)[0]) if free is not None else None
+        growth = self._device.observe(step, int(read(self._chip.device)), left, steps_left, step_s)
+        if growth is not None:
+            self._tell(growth.event(step, f"memory of {self._chip.name}, rank {self._rank}"))
+
+    def compare_groups(self, step: int, compute_s: dict[str, float]) -> None:
+        """Look for a group that computes longer than the others."""
+        straggler = self._stragglers.observe(compute_s)
+        if straggler is not None:
+            self._tell(straggler.event(step))

@@ -1,0 +1,239 @@
+"""A saved checkpoint that is wrong while training looks normal (fault H17) is found by reading it back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_parts import STAGE, batch_of, state_of, train, trained
+
+import crosschip.train.checkpoint.staging
+from crosschip.errors import CheckpointError
+from crosschip.train.checkpoint import Checkpointer, CheckpointEvent, find_newest, save_checkpoint, verify
+from crosschip.train.checkpoint.loss_check import LossQuestion, answer_question
+from crosschip.train.checkpoint.readback import compare_tensors
+from crosschip.train.checkpoint.staging import StagingBuffers, tensors_to_save
+from crosschip.train.checkpoint.verifier import COMMAND
+from crosschip.train.optimizer import build_optimizer
+
+HANG_S = 120.0
+
+
+def wait_for_events(saver: Checkpointer, count: int) -> list[CheckpointEvent]:
+    found: list[CheckpointEvent] = []
+    deadline = time.monotonic() + HANG_S
+    while len(found) < count:
+        assert time.monotonic() < deadline, f"only {found}"
+        found += saver.events()
+        time.sleep(0.02)
+    return found
+
+
+def save_and_go_on(saver: Checkpointer, model, optimizer, step: int) -> None:
+    """Save after `step`, train the next one, and let its loss be heard."""
+    saver.save(state_of(step))
+    loss = train(model, optimizer, step + 1)
+    saver.observe(step + 1, loss, lambda: batch_of(step + 1), STAGE.gradient_accumulation)
+
+
+def test_right_stale_spoilt_and_old_ones_beside_a_training(tmp_path, monkeypatch) -> None:
+    """The process beside is one for all; what is planted is told by what it breaks."""
+    model, optimizer = trained(1)
+    copy_to_host = crosschip.train.checkpoint.staging.copy_to_host
+    with Checkpointer(tmp_path, model, optimizer, STAGE.model_copy(update={"keep_checkpoints": 9})) as saver:
+        save_and_go_on(saver, model, optimizer, 1)
+        (right,) = wait_for_events(saver, 1)
+        assert (right.event, right.step) == ("checkpoint-verified", 1)
+        assert right.detail.endswith("its loss is training's to the bit")
+
+        # Communication not finished: one shard's copy is still that of the save before.
+        stale = dict(tensors_to_save(model, optimizer))["model.layers.1.mlp.experts.down_proj"].data_ptr()
+        monkeypatch.setattr(
+            crosschip.train.checkpoint.staging,
+            "copy_to_host",
+            lambda to, shard: None if shard.data_ptr() == stale else copy_to_host(to, shard),
+        )
+        save_and_go_on(saver, model, optimizer, 2)
+        (wrong,) = wait_for_events(saver, 1)
+        monkeypatch.setattr(crosschip.train.checkpoint.staging, "copy_to_host", copy_to_host)
+        assert (wrong.event, wrong.step) == ("checkpoint-wrong", 2)
+        assert wrong.detail == ("other numbers in the file than the device had: model.layers.1.mlp.experts.down_proj")
+
+        save_and_go_on(saver, model, optimizer, 3)
+        assert wait_for_events(saver, 1)[0].event == "checkpoint-verified"
+
+        # What is saved is not what computes: sums and copies agree, and only the loss can tell.
+        computing = saver._model
+        saver._model = copy.deepcopy(model)
+        with torch.no_grad():
+            saver._model.layers[0].self_attn.o_proj.weight[0, 0] += 1e-3
+        saver._optimizer = build_optimizer(saver._model, STAGE)
+        save_and_go_on(saver, computing, optimizer, 4)
+        (wrong,) = wait_for_events(saver, 1)
+        assert (wrong.event, wrong.step) == ("checkpoint-wrong", 4)
+        assert "every bit should be the same" in wrong.detail
+
+        # The process beside is killed: told, and the next save gets another one.
+        assert saver._verifier is not None
+        first_pid = saver._verifier.pid
+        assert first_pid is not None
+        os.kill(first_pid, signal.SIGSTOP)
+        save_and_go_on(saver, computing, optimizer, 5)
+        os.kill(first_pid, signal.SIGKILL)
+        (lost,) = wait_for_events(saver, 1)
+        assert (lost.event, lost.step, lost.action) == ("checkpoint-not-verified", 5, "training goes on")
+        assert "code -9" in lost.detail
+        saver._model, saver._optimizer = computing, optimizer
+        save_and_go_on(saver, computing, optimizer, 6)
+        assert wait_for_events(saver, 1)[0].event == "checkpoint-verified"
+        last_pid = saver._verifier.pid
+    assert last_pid is not None
+    assert not is_running(last_pid), "the end of the block ends the process"
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000005")
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    told: list[str] = []
+    newest = find_newest(tmp_path, told.append)
+    assert newest is not None
+    assert newest.name == "step-00000003"
+    assert "its loss is" in told[0]
+
+
+def test_one_that_training_ended_before_is_told(tmp_path, monkeypatch) -> None:
+    never_answers = ("sh", "-c", "cat > /dev/null")
+    monkeypatch.setattr("crosschip.train.checkpoint.verifier.COMMAND", never_answers)
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, STAGE) as saver:
+        save_and_go_on(saver, model, optimizer, 1)
+        saver.finish(state_of(2))
+        last, first = saver.events()
+        assert (last.event, last.step) == ("checkpoint-verified", 2)
+        assert (first.event, first.step) == ("checkpoint-not-verified", 1)
+        assert "training ended" in first.detail
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_process_beside_ends_when_training_is_killed() -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "beside = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "print(beside.pid, flush=True); time.sleep(600)\n"
+    )
+    training = subprocess.Popen([sys.executable, "-c", code, *COMMAND], stdout=subprocess.PIPE, text=True)
+    assert training.stdout is not None
+    pid = int(training.stdout.readline())
+    assert is_running(pid)
+    training.kill()
+    training.wait()
+    deadline = time.monotonic() + HANG_S
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_three_wrong_ones_in_a_row_end_training(tmp_path, monkeypatch) -> None:
+    model, optimizer = trained(1)
+    take = StagingBuffers.take
+
+    def spoilt(self, tensors):
+        staged = take(self, tensors)
+        next(iter(staged.copies.values())).view(-1)[0] += 1
+        return staged
+
+    monkeypatch.setattr(StagingBuffers, "take", spoilt)
+    settings = STAGE.model_copy(update={"verify_checkpoints": "tensors"})
+    with Checkpointer(tmp_path, model, optimizer, settings) as saver:
+        for step in (1, 2, 3):
+            saver.save(state_of(step))
+        with pytest.raises(CheckpointError, match=r"3 checkpoints in a row under .* were wrong"):
+            saver.save(state_of(4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_is_reproduced_to_the_bit_where_the_arithmetic_is_the_same(tmp_path, dtype, tied) -> None:
+    model, optimizer = trained(2, tie_word_embeddings=tied)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(2), keep=1)
+    loss = train(model, optimizer, 3, getattr(torch, dtype))
+    answer = answer_question(path, LossQuestion(loss, dtype, 1, 1, 1, "cpu"), batch_of(3))
+    assert (answer.limit, answer.found) == (0.0, loss)
+    other = answer_question(path, LossQuestion(loss, dtype, 1, 1, 1, "cpu"), batch_of(4))
+    assert not other.is_reproduced
+
+
+@pytest.mark.parametrize(
+    ("device", "num_processes", "dtype"),
+    [("cpu", 2, "float32"), ("cuda", 1, "float32"), ("cuda", 1, "bfloat16"), ("npu", 8, "bfloat16")],
+)
+def test_elsewhere_the_loss_is_within_a_limit_that_an_old_checkpoint_is_not(
+    tmp_path, device, num_processes, dtype
+) -> None:
+    """The CPU stands for a chip whose arithmetic is another one; each such computation is honest here."""
+    model, optimizer = trained(2)
+    path = save_checkpoint(tmp_path, model, optimizer, state_of(2), keep=2)
+    losses = []
+    for num_parts in (1, 2, 4):
+        batch = batch_of(3)
+        parts = zip(batch.input_ids_BT.chunk(num_parts), batch.labels_BT.chunk(num_parts), strict=True)
+        sums = [model.loss(ids, labels, getattr(torch, dtype)).loss_sum for ids, labels in parts]
+        losses.append(float(torch.stack(sums).sum().detach()) / batch.labels_BT.numel())
+    train(model, optimizer, 3)
+    newer = save_checkpoint(tmp_path, model, optimizer, state_of(3), keep=2)
+    for loss in losses:
+        question = LossQuestion(loss, dtype, 1, 1, num_processes, device)
+        answer = answer_question(path, question, batch_of(3))
+        assert answer.is_reproduced
+        assert 0 < answer.limit < 0.01 * loss
+        assert not answer_question(newer, question, batch_of(3)).is_reproduced
+
+
+def test_by_hand(tmp_path, capsys) -> None:
+    path = save_checkpoint(tmp_path, *trained(1), state_of(1), keep=1)
+    assert verify.main([str(path)]) == 0
+    assert "right: every tensor is what the device had" in capsys.readouterr().out
+    (path / "config.json").unlink()
+    assert verify.main([str(path)]) == 1
+    assert "wrong: config.json is missing" in capsys.readouterr().out
+    assert verify.main(["--help"]) == 2
+    assert "usage: python -m crosschip.train.checkpoint.verify CHECKPOINT" in capsys.readouterr().err
+
+
+def test_sums_that_do_not_fit_the_tensors_are_named(tmp_path) -> None:
+    path = save_checkpoint(tmp_path, *trained(1), state_of(1), keep=1)
+    assert compare_tensors(path) is None
+    state = json.loads((path / "state.json").read_text())
+    sums = json.loads((path / "checksums.json").read_text())
+    del state["files"]["checksums.json"]
+    (path / "state.json").write_text(json.dumps(state))
+    for changed, named in (
+        (sums[1:], sums[0]["name"]),
+        ([{**sums[0], "sums": [1, 2, 3]}, *sums[1:]], sums[0]["name"]),
+        ([*sums, {**sums[0], "name": "model.extra"}], "model.extra"),
+    ):
+        (path / "checksums.json").write_text(json.dumps(changed))
+        assert compare_tensors(path) == f"other numbers in the file than the device had: {named}"
+
+
+def test_nothing_is_asked_about_the_loss_of_another_step(tmp_path) -> None:
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, STAGE) as saver:
+        saver.save(state_of(1))
+        saver.observe(3, 1.0, lambda: pytest.fail("its batch is not needed"), 1)
+        saver.observe(2, 1.0, lambda: pytest.fail("the step after the save has gone by"), 1)
+        saver.wait()
+        assert saver._verifier is not None
+        assert saver._verifier.pid is None

@@ -1,0 +1,132 @@
+"""What a drill makes of what it saw: pure, on made-up logs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from crosschip.train.drill.catalogue import FAULTS, chosen
+from crosschip.train.drill.logs import FollowedFile, SeenEvent, SeenStep
+from crosschip.train.drill.orders import Order, give_order, note_taken, take_order, taken, withdraw
+from crosschip.train.drill.schedule import strikes
+from crosschip.train.drill.score import Planted, goodput, score
+
+
+def planted(name: str, at: float, group: int = 0) -> Planted:
+    return Planted(FAULTS[name], group, 0, at, 10)
+
+
+def event(kind: str, at: float, group: int = 0) -> SeenEvent:
+    return SeenEvent(at, group, 10, kind, "detail", "action")
+
+
+def step(number: int, at: float, loss: float, group: int = 0, num_groups: int = 1) -> SeenStep:
+    return SeenStep(at, group, number, loss, 1.0, 0.5, False, num_groups)
+
+
+def test_a_fault_that_is_noticed_has_its_latency() -> None:
+    (found,), false = score([planted("kill", 100.0)], [event("killed", 102.5)], [], 200.0)
+    assert found.latency_s == pytest.approx(2.5)
+    assert not false
+
+
+def test_an_event_of_another_kind_or_group_or_before_does_not_count() -> None:
+    events = [event("hang", 102.0), event("killed", 103.0, group=1), event("killed", 99.0)]
+    (found,), false = score([planted("kill", 100.0)], events, [], 200.0)
+    assert found.event is None
+    assert [each.at for each in false] == [99.0]  # an alarm before any fault
+
+
+def test_alarms_without_a_fault_are_false() -> None:
+    _, false = score([], [event("loss-spike", 5.0), event("resumed", 6.0)], [], 10.0)
+    assert [each.event for each in false] == ["loss-spike"]
+
+
+def test_a_late_event_of_the_fault_before_is_not_the_next_ones() -> None:
+    faults = [planted("stop", 100.0), planted("kill", 105.0)]
+    scores, false = score(faults, [event("hang", 108.0), event("killed", 109.0)], [], 200.0)
+    assert [each.latency_s for each in scores] == [8.0, 4.0]
+    assert not false
+
+
+def test_repeated_steps_are_counted_and_compared_to_the_last_bit() -> None:
+    before = [step(number, 90.0 + number, 3.0 - number / 10) for number in range(8)]
+    again = [step(number, 110.0 + number, 3.0 - number / 10) for number in range(5, 8)]
+    (found,), _ = score([planted("kill", 100.0)], [], before + again, 200.0)
+    assert (found.steps_lost, found.bit_exact) == (3, True)
+    other = [step(7, 120.0, 2.3000001)]
+    (found,), _ = score([planted("kill", 100.0)], [], before + other, 200.0)
+    assert (found.steps_lost, found.bit_exact) == (1, False)
+    with_another = [step(7, 120.0, 2.3000001, num_groups=2)]
+    (found,), _ = score([planted("kill", 100.0)], [], before + with_another, 200.0)
+    assert (found.steps_lost, found.bit_exact) == (1, None)
+
+
+def test_goodput_counts_what_was_computed_again() -> None:
+    steps = [step(number, float(number), 1.0) for number in (1, 2, 3, 4, 3, 4, 5, 6, 7, 8)]
+    found = goodput(steps, [event("step-not-committed", 1.0)] * 2, 0.5, 8.0)
+    assert found["committed"] == pytest.approx(8 / 12)
+    assert found["of_time"] == pytest.approx(8 * 0.5 / 8.0)
+
+
+def test_every_fault_strikes_once_before_any_strikes_again() -> None:
+    faults = chosen(None, 2)
+    found = list(itertools.islice(strikes(faults, 2, 1, 60.0, seed=3), 2 * len(faults)))
+    assert {each.fault.name for each in found[: len(faults)]} == set(FAULTS)
+    assert {each.group for each in found} == {0, 1}
+    assert found == list(itertools.islice(strikes(faults, 2, 1, 60.0, seed=3), 2 * len(faults)))
+
+
+def test_times_between_strikes_are_exponential() -> None:
+    times = [each.after_s for each in itertools.islice(strikes(chosen(None, 1), 1, 1, 60.0, seed=0), 4000)]
+    mean = sum(times) / len(times)
+    deviation = (sum((each - mean) ** 2 for each in times) / len(times)) ** 0.5
+    # Both are 60; their standard errors are 0.95 and 1.3 with 4,000 draws.
+    assert mean == pytest.approx(60.0, abs=4.0)
+    assert deviation == pytest.approx(60.0, abs=6.0)
+
+
+def test_faults_between_groups_need_groups() -> None:
+    assert "lighthouse" not in {each.name for each in chosen(None, 1)}
+    assert [each.name for each in chosen(["kill"], 1)] == ["kill"]
+    with pytest.raises(KeyError):
+        chosen(["earthquake"], 1)
+
+
+def test_a_log_is_followed_over_a_cut_and_a_replacement(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    followed = FollowedFile(path)
+    assert list(followed.new_lines()) == []
+
+    def lines(first: int, last: int) -> str:
+        return "".join(json.dumps({"step": number}) + "\n" for number in range(first, last + 1))
+
+    path.write_text(lines(1, 5) + '{"step": 6')
+    assert [each["step"] for each in followed.new_lines()] == [1, 2, 3, 4, 5]
+    shorter = tmp_path / "new"
+    shorter.write_text(lines(1, 3))
+    os.replace(shorter, path)
+    assert list(followed.new_lines()) == []
+    with path.open("a") as file:
+        file.write(lines(4, 6))
+    assert [each["step"] for each in followed.new_lines()] == [4, 5, 6]
+
+
+def test_an_order_is_taken_once(tmp_path: Path) -> None:
+    give_order(tmp_path, 0, 1, Order(7, "kill"))
+    assert take_order(tmp_path, 0, 0) is None
+    order = take_order(tmp_path, 0, 1)
+    assert order == Order(7, "kill")
+    assert take_order(tmp_path, 0, 1) is None
+    assert taken(tmp_path, 7) is None
+    note_taken(tmp_path, order, 42)
+    found = taken(tmp_path, 7)
+    assert found is not None
+    assert found.step == 42
+    give_order(tmp_path, 0, 1, Order(8, "stop"))
+    assert withdraw(tmp_path, 0, 1)
+    assert not withdraw(tmp_path, 0, 1)

@@ -1,0 +1,135 @@
+"""Stragglers, memory that grows, and replicas that differ, on made numbers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from crosschip.train.guard.memory_growth import MemoryGrowth, MemoryWatch, host_memory, host_memory_left
+from crosschip.train.guard.replicas import find_disagreement
+from crosschip.train.guard.stragglers import Straggler, StragglerWatch
+
+MIB = 1 << 20
+
+
+def stragglers(slowness: dict[str, float], steps: int, noise: float = 0.1, seed: int = 0) -> list[Straggler]:
+    drawn, watch = random.Random(seed), StragglerWatch()
+    found = [
+        watch.observe({name: factor * (1 + noise * drawn.expovariate(1.0)) for name, factor in slowness.items()})
+        for _ in range(steps)
+    ]
+    return [each for each in found if each is not None]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_equal_ranks_are_no_stragglers(num_ranks: int) -> None:
+    for seed in range(5):
+        assert stragglers({f"rank {rank}": 1.0 for rank in range(num_ranks)}, 2000, seed=seed) == []
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+def test_the_slow_rank_is_named_once(num_ranks: int) -> None:
+    ranks = {f"rank {rank}": 1.0 for rank in range(num_ranks)} | {"rank 1": 1.3}
+    (found,) = stragglers(ranks, 2000)
+    assert found.name == "rank 1"
+    assert found.slowness == pytest.approx(1.3, rel=0.1)
+
+
+def test_a_passing_burden_is_no_straggler() -> None:
+    watch = StragglerWatch()
+    for step in range(600):
+        burdened = 200 <= step < 230
+        assert watch.observe({"a": 1.0, "b": 5.0 if burdened else 1.0, "c": 1.0}) is None
+
+
+def test_whoever_joins_begins_the_watch_anew() -> None:
+    watch = StragglerWatch()
+    for _ in range(59):
+        assert watch.observe({"a": 1.0, "b": 2.0}) is None
+    for _ in range(59):
+        assert watch.observe({"a": 1.0, "b": 2.0, "c": 1.0}) is None
+    assert watch.observe({"a": 1.0, "b": 2.0, "c": 1.0}) is not None
+
+
+def test_one_rank_has_nobody_to_be_compared_with() -> None:
+    assert stragglers({"rank 0": 1.0}, 500) == []
+
+
+def growths(sizes: list[int], left: int, num_steps: int, step_s: float = 1.0, limit: float = 1e9) -> list[MemoryGrowth]:
+    watch = MemoryWatch(limit_gib_h=limit)
+    found = [watch.observe(step, used, left, num_steps - step, step_s) for step, used in enumerate(sizes, start=1)]
+    return [each for each in found if each is not None]
+
+
+def leaking(steps: int, bytes_per_step: int, noise: int, seed: int = 0) -> list[int]:
+    drawn = random.Random(seed)
+    return [1000 * MIB + bytes_per_step * step + drawn.randrange(noise) for step in range(steps)]
+
+
+def test_a_leak_that_fills_memory_before_the_end_is_told() -> None:
+    found = growths(leaking(300, 64 << 10, 1 << 20), left=100 * MIB, num_steps=100_000)
+    assert len(found) == 1
+    assert found[0].bytes_per_step == pytest.approx(64 << 10, rel=0.5)
+    assert 0 < found[0].lower <= found[0].bytes_per_step
+    assert found[0].steps_until_full is not None
+    assert found[0].steps_until_full >= 100 * MIB / (64 << 10), "at the lower bound: it never promises too early an end"
+
+
+def test_it_is_told_again_when_half_of_the_time_is_gone() -> None:
+    watch, told = MemoryWatch(1e9), []
+    for step, used in enumerate(leaking(10_000, 64 << 10, 1), start=1):
+        if watch.observe(step, used, 2100 * MIB - used, 10**6, 1.0) is not None:
+            told.append(step)
+    assert len(told) == 2
+
+
+def test_a_leak_that_does_not_matter_before_the_end_is_not_told() -> None:
+    assert growths(leaking(3000, 1 << 10, 1 << 12), left=4000 * MIB, num_steps=100_000) == []
+
+
+def test_a_leak_above_the_stated_rate_is_told_however_much_is_left() -> None:
+    fast = leaking(3000, 1 * MIB, 1 << 20)
+    assert len(growths(fast, left=1 << 50, num_steps=4000, limit=1.0)) == 1
+    assert growths(fast, left=1 << 50, num_steps=4000, limit=10.0) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_and_stairs_are_no_leak(seed: int) -> None:
+    assert growths(leaking(5000, 0, 50 * MIB, seed), left=10 * MIB, num_steps=10**9, limit=0.001) == []
+    stairs = [1000 * MIB + 64 * MIB * (step // 1700) for step in range(5000)]
+    assert growths(stairs, left=10 * MIB, num_steps=10**9, limit=0.001) == []
+
+
+def test_a_warm_up_is_no_leak() -> None:
+    warm = [1000 * MIB + min(step, 60) * MIB for step in range(3000)]
+    told = growths(warm, left=10 * MIB, num_steps=10**9, limit=0.001)
+    assert told == []
+
+
+def test_the_memory_of_this_process_is_seen() -> None:
+    before, left = host_memory(), host_memory_left()
+    assert before is not None
+    assert left is not None
+    kept = bytearray(b"1" * (64 * MIB))
+    after = host_memory()
+    assert after is not None
+    assert after - before >= len(kept) // 2
+
+
+def test_replicas() -> None:
+    assert find_disagreement({"a": 5}) is None
+    assert find_disagreement({"a": 5, "b": 5}) is None
+    assert find_disagreement({"a": 5, "b": 5 + 2**32}) is None, "sums over several ranks have wrapped"
+    two = find_disagreement({"a": 5, "b": 6})
+    assert two is not None
+    assert two.odd == ()
+    assert "no majority says which are right: a 00000005, b 00000006" in two.words()
+    three = find_disagreement({"a": 5, "b": -1, "c": 5})
+    assert three is not None
+    assert three.odd == ("b",)
+    assert "the weights of b differ" in three.words()
+    assert "b ffffffff" in three.words()
+    none = find_disagreement({"a": 1, "b": 1, "c": 2, "d": 2})
+    assert none is not None
+    assert none.odd == ()
