@@ -44,7 +44,9 @@ FAULTS: dict[str, DrillFault] = {
         DrillFault("operator-hang", "an operator does not come back", "order", ("hang",)),
         DrillFault("collective-hang", "a collective does not come back", "signal", ("hang",), needs_groups=True),
         DrillFault("save-hang", "a save does not come back", "order", ("hang",)),
-        DrillFault("slow", "a rank becomes three times slower", "order", ("straggler",), by_others=True),
+        DrillFault(
+            "slow", "a rank becomes three times slower", "order", ("straggler",), needs_groups=True, by_others=True
+        ),
         DrillFault("full-disk", "the disk is full during a save", "order", ("checkpoint-failed",)),
         DrillFault("truncated", "the newest checkpoint has been cut", "file", ("damaged-checkpoint",)),
         DrillFault("flipped-byte", "a byte of the newest checkpoint is another", "file", ("damaged-checkpoint",)),

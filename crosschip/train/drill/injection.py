@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["disturbed"]
 
 _FOR_EVER_S = 1e6
-_SLOW_STEPS, _SLOW_TIMES = 30, 2.0  # a step then takes three times as long
+_SLOW_STEPS, _SLOW_TIMES = 90, 2.0  # a step then takes three times as long
 _MEMORY_LEFT = 256 << 20  # bytes, of which a step may still get some
 _FILE_LIMIT = 1 << 20  # bytes that a file may have while the disk is full: logs are smaller, checkpoints larger
 
