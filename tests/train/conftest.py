@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from crosschip.recipe import Recipe, load_recipe
 from crosschip.rundir import RunDirectory
 from crosschip.train.progress import LineProgress, Moment
 from crosschip.train.stages import TrainOutcome, train_recipe
+from tests.train.launched import Training
 
 TINY = """
 name = "tiny"
@@ -175,3 +176,26 @@ def same_runs(tmp_path: Path) -> Callable[[str, str], None]:
 def _untimed(path: Path) -> list[dict[str, object]]:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in TimedKeys} for record in records]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    """`start(recipe, "name", 2, "--resume", ...)`: begin a training of several ranks."""
+    begun: list[Training] = []
+
+    def begin(recipe: Path, name: str, num_ranks: int, *arguments: str) -> Training:
+        begun.append(Training(recipe, tmp_path / name, num_ranks, *arguments))
+        return begun[-1]
+
+    yield begin
+    for training in begun:
+        training.process.kill()  # its agent and ranks follow
+        training.process.wait()
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path) -> Path:
+    """The tiny recipe without fine-tuning."""
+    path = tmp_path / "pretraining.toml"
+    path.write_text(TINY.partition("[sft]")[0])
+    return path

@@ -1,0 +1,137 @@
+"""`crosschip train` as a whole: one group with its supervisor, several with a lighthouse, struck while they run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosschip.errors import CrosschipError, RunDirectoryError
+from crosschip.model import load_model
+from crosschip.recipe import load_recipe
+from crosschip.rundir import RunDirectory
+from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken
+from crosschip.train.guard.heartbeat import read_beats
+from crosschip.train.launching import TrainCommand, group_directory, train_from_outside
+from tests.train.launched import is_running, lines, settings
+
+LONG = ("train.steps=4000", "train.sample_every=4000", "train.validate_every=4000", "train.checkpoint_every=5")
+TWO_GROUPS = ("groups.num_groups=2", "train.gradient_accumulation=1")
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_model(run / f"train/pretrain/checkpoints/step-{step:08d}").state_dict()
+
+
+def pid_of(run: Path) -> int:
+    (beat,) = read_beats(run / "heartbeats")
+    return beat.pid
+
+
+def test_a_killed_process_is_replaced_and_its_steps_are_the_same_again(start, pretraining) -> None:
+    training = start(pretraining, "run", 1, *settings(*LONG))
+    training.wait_for_step(7)
+    seen: dict[int, float] = {line["step"]: line["loss"] for line in training.metrics()}  # type: ignore[misc]
+    victim = pid_of(training.out)
+    os.kill(victim, signal.SIGKILL)
+    training.wait_until(lambda: "resumed" in training.events())
+    assert training.events()["killed"]["detail"].startswith("rank 0 in ")
+    training.wait_for_step(max(seen) + 2)
+    again = {line["step"]: line["loss"] for line in training.metrics()}
+    assert all(again[step] == loss for step, loss in seen.items())
+    training.process.send_signal(signal.SIGTERM)
+    code, said = training.end()
+    assert code == 128 + signal.SIGTERM, said
+    assert not is_running(victim)
+
+
+def test_a_wrong_number_is_computed_again_and_nothing_else_changes(start, pretraining, tmp_path, monkeypatch) -> None:
+    """Through the whole loop: an order to the rank, the guard, the log, and the weights of a run without it."""
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    give_order(orders, 0, 0, Order(1, "nan-gradient"))
+    monkeypatch.setenv(DIRECTORY, str(orders))
+    disturbed = start(pretraining, "disturbed", 1)
+    assert disturbed.end()[0] == 0
+    monkeypatch.delenv(DIRECTORY)
+    honest = start(pretraining, "honest", 1)
+    assert honest.end()[0] == 0
+    assert taken(orders, 1) is not None
+    assert "gradient norm nan; computed again" in disturbed.events()["transient-fault"]["detail"]
+    assert "transient-fault" not in honest.events()
+    pairs = zip(weights(disturbed.out, 10).values(), weights(honest.out, 10).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_two_groups_train_as_one_process_and_end_with_the_same_weights(start, pretraining) -> None:
+    groups = start(pretraining, "groups", 1, *settings(*TWO_GROUPS))
+    code, said = groups.end()
+    assert code == 0, said
+    alone = start(pretraining, "alone", 1, *settings("train.gradient_accumulation=2"))
+    assert alone.end()[0] == 0
+    assert [line["groups"] for line in groups.metrics()] == [2] * 10
+    for one, other in zip(groups.metrics(), alone.metrics(), strict=True):
+        assert one["trained_tokens"] == other["trained_tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=one["step"] * 256 * 2**-24)
+    pairs = zip(weights(groups.out, 10).values(), weights(group_directory(groups.out, 1), 10).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.slow
+def test_a_group_that_dies_is_healed_while_the_other_goes_on(start, pretraining) -> None:
+    training = start(pretraining, "groups", 1, *settings(*TWO_GROUPS, *LONG))
+    second = group_directory(training.out, 1)
+    training.wait_for_step(7)
+    os.kill(pid_of(second), signal.SIGKILL)
+    training.wait_until(lambda: any(line.get("groups", 1) == 1 for line in training.metrics()))
+    training.wait_until(
+        lambda: any(line["event"] == "healed" for line in lines(second / "train/pretrain/events.jsonl"))
+    )
+    healed = len(training.metrics())
+    training.wait_until(lambda: training.metrics()[-1].get("groups") == 2)
+    training.wait_for_step(healed + 3)
+    both = [
+        {line["step"]: line["loss"] for line in lines(run / "train/pretrain/metrics.jsonl")}
+        for run in (training.out, second)
+    ]
+    common = [step for step in both[0].keys() & both[1].keys() if step > healed]
+    assert common
+    assert all(both[0][step] == both[1][step] for step in common)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["every-step", "diloco"])
+def test_groups_that_were_stopped_go_on_together(start, pretraining, mode) -> None:
+    overrides = settings(*TWO_GROUPS, *LONG, f"groups.mode={mode}", "groups.sync_every=4")
+    training = start(pretraining, "groups", 1, *overrides)
+    training.wait_for_step(10)
+    training.process.send_signal(signal.SIGTERM)
+    code, said = training.end()
+    assert code == 128 + signal.SIGTERM, said
+    stopped = [len(lines(group_directory(training.out, group) / "train/pretrain/metrics.jsonl")) for group in (0, 1)]
+    again = start(pretraining, "groups", 1, *overrides, "--resume")
+    again.wait_for_step(max(stopped) + 6)
+    again.process.send_signal(signal.SIGTERM)
+    code, said = again.end()
+    assert code == 128 + signal.SIGTERM, said
+    assert again.events()["resumed"]["detail"].startswith("after step ")
+
+
+def command(recipe: Path, out: Path, *overrides: str, resume: bool = False, group: int | None = None) -> TrainCommand:
+    run = RunDirectory(out)
+    return TrainCommand(
+        load_recipe(recipe, list(overrides)), run, ["train", str(recipe), "--out", str(out)], resume, 1, group
+    )
+
+
+def test_what_makes_no_sense_is_said_before_anything_starts(pretraining, tmp_path) -> None:
+    with pytest.raises(RunDirectoryError, match="no run at"):
+        train_from_outside(command(pretraining, tmp_path / "none", resume=True))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(CrosschipError, match="--group 2 is none of the 2 groups"):
+        train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, group=2))
+    with pytest.raises(CrosschipError, match="which of the 2 is this"):
+        train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, "groups.lighthouse=http://127.0.0.1:1"))
