@@ -1,0 +1,37 @@
+"""The recipe: the one file that describes a run. A TOML file read strictly, without torch.
+
+An unknown key, a wrong value or an impossible combination is a `RecipeError` that names the key, the value and the
+remedy. `--set train.steps=200` overrides a key before the check.
+"""
+
+from crosschip.recipe.reading import Recipe, load_recipe, parse_recipe
+from crosschip.recipe.tables import (
+    ChipSettings,
+    DataSettings,
+    EvaluateSettings,
+    HandoffSettings,
+    ModelSettings,
+    QualifySettings,
+    ServeSettings,
+    TokenizerSettings,
+)
+from crosschip.recipe.training import GroupSettings, GuardSettings, LinkSettings, ParallelSettings, StageSettings
+
+__all__ = [
+    "ChipSettings",
+    "DataSettings",
+    "EvaluateSettings",
+    "GroupSettings",
+    "GuardSettings",
+    "HandoffSettings",
+    "LinkSettings",
+    "ModelSettings",
+    "ParallelSettings",
+    "QualifySettings",
+    "Recipe",
+    "ServeSettings",
+    "StageSettings",
+    "TokenizerSettings",
+    "load_recipe",
+    "parse_recipe",
+]
