@@ -18,6 +18,7 @@ _FOR_A_DRILL = (
     "train.steps=1000000",
     "guard.max_restarts=1000",
     "guard.max_transient_faults=1000",
+    "guard.max_roll_backs=1000",
     "guard.start_allowance_s=120",
 )
 

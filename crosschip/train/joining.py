@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from crosschip.chips import Chip, product_rate
 from crosschip.recipe import Recipe, StageSettings
 from crosschip.train.flops import train_flops_per_token
 from crosschip.train.group.world import World
+from crosschip.train.guard.replicas import Disagreement, find_disagreement
 from crosschip.train.identity import digest
 from crosschip.train.outer.alone import AloneGroup
 from crosschip.train.outer.choice import choose
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from crosschip.model import Transformer
     from crosschip.train.outer.training_state import Position
 
-__all__ = ["average_step", "estimate_step_s", "join_groups"]
+__all__ = ["GroupReport", "GroupReports", "arithmetic_of", "average_step", "estimate_step_s", "join_groups"]
+
+_REPORTED = 4  # numbers in which a group reports
 
 _EXPECTED_SHARE = 0.3  # of the rate of matrix products that a whole step reaches, for a first idea of its time
 
@@ -84,17 +88,57 @@ def estimate_step_s(model: Transformer, settings: StageSettings, chip: Chip, dty
     return 2.0 ** round(math.log2(seconds))
 
 
-def average_step(groups: Groups, sums: StepSums, group: int, compute_s: float) -> tuple[StepSums, dict[str, float]]:
-    """Average the gradients over the groups; returns the sums over all of them, and each group's seconds of computing.
+@dataclass(frozen=True)
+class GroupReport:
+    """What a group tells the others in each step: seconds of computing, the checksum of the weights it has computed
+    with, and a number for what must be the same for equal weights to stay equal: chip, software, threads.
+    """
+
+    compute_s: float
+    checksum: int
+    arithmetic: int
+
+
+@dataclass(frozen=True)
+class GroupReports:
+    """The reports of all groups that take part, by name."""
+
+    reports: dict[str, GroupReport]
+
+    def compute_s(self) -> dict[str, float]:
+        """Seconds of computing."""
+        return {name: report.compute_s for name, report in self.reports.items()}
+
+    def disagreement(self) -> Disagreement | None:
+        """Whose weights differ, among groups that compute alike; chips that round otherwise drift apart honestly."""
+        if len({report.arithmetic for report in self.reports.values()}) > 1:
+            return None
+        return find_disagreement({name: report.checksum for name, report in self.reports.items()})
+
+
+def arithmetic_of(chip: Chip, dtype: torch.dtype, world: World) -> int:
+    """A number of 32 bits for what decides about the last bits of an update."""
+    what = [chip.device.type, chip.vendor, chip.model_name, str(dtype), torch.__version__]
+    return int(digest([*what, torch.get_num_threads(), world.size])[:8], 16)
+
+
+def average_step(groups: Groups, sums: StepSums, group: int, own: GroupReport) -> tuple[StepSums, GroupReports]:
+    """Average the gradients over the groups; returns the sums over all of them, and each group's report.
 
     Raises:
         StepNotCommitted: see `Groups.average_gradients`.
     """
-    times = [0.0] * groups.place.num_groups
-    times[group] = compute_s
-    own = sums.numbers.tolist()
-    done = groups.average_gradients(sums.num_trained_tokens, (*own, float(sums.num_positions), *times))
-    numbers = torch.tensor(done.numbers[: len(own)], dtype=sums.numbers.dtype, device=sums.numbers.device)
-    found = done.numbers[len(own) + 1 :]
-    all_sums = StepSums(done.num_tokens, int(done.numbers[len(own)]), numbers)
-    return all_sums, {f"group {number}": seconds for number, seconds in enumerate(found) if seconds > 0.0}
+    numbers = [*sums.numbers.tolist(), float(sums.num_positions)]
+    told = [0.0] * (
+        _REPORTED * groups.place.num_groups
+    )  # each group fills its own places, and the sum is a list of all
+    told[_REPORTED * group : _REPORTED * (group + 1)] = [1.0, own.compute_s, float(own.checksum), float(own.arithmetic)]
+    done = groups.average_gradients(sums.num_trained_tokens, (*numbers, *told))
+    found = done.numbers[len(numbers) :]
+    reports = {}
+    for number in range(groups.place.num_groups):
+        is_there, compute_s, checksum, arithmetic = found[_REPORTED * number : _REPORTED * (number + 1)]
+        if is_there:
+            reports[f"group {number}"] = GroupReport(compute_s, int(checksum), int(arithmetic))
+    averaged = torch.tensor(done.numbers[: len(numbers) - 1], dtype=sums.numbers.dtype, device=sums.numbers.device)
+    return StepSums(done.num_tokens, int(done.numbers[len(numbers) - 1]), averaged), GroupReports(reports)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from crosschip.recipe import GuardSettings, StageSettings
+from crosschip.errors import CheckpointError
 from crosschip.train.checkpoint import (
     Checkpointer,
     CheckpointState,
@@ -21,105 +19,32 @@ from crosschip.train.checkpoint import (
     load_optimizer,
     load_weights,
     read_state,
+    set_damaged_aside,
 )
 from crosschip.train.flops import train_flops_per_token
 from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.share import share_of_batch
-from crosschip.train.group.world import ALONE, World
-from crosschip.train.guard.heartbeat import Heartbeat
+from crosschip.train.guard.checksum import parameter_checksum
 from crosschip.train.guard.hook import GuardError, ReplayStep, RollBack
 from crosschip.train.guard.observed import Event
-from crosschip.train.identity import Identity
-from crosschip.train.joining import average_step
+from crosschip.train.joining import GroupReport, GroupReports, arithmetic_of, average_step
 from crosschip.train.metrics import Log, NoLog, StageLog, step_record
-from crosschip.train.outer.alone import AloneGroup
 from crosschip.train.outer.errors import StepNotCommitted
-from crosschip.train.outer.groups import Groups
-from crosschip.train.outer.placement import OnDrop, Place, Slice, learning_rate_factor
-from crosschip.train.progress import Moment, StageProgress
+from crosschip.train.outer.placement import Place, Slice, learning_rate_factor
+from crosschip.train.progress import Moment
 from crosschip.train.schedule import learning_rate_at
 from crosschip.train.signals import StopSignals
+from crosschip.train.stage_job import StageEnd, StageJob
 from crosschip.train.stage_watch import StageWatch
-from crosschip.train.step import NO_HOOKS, StepHooks, StepResult, StepSums, train_step
-from crosschip.train.validation import Prompt, measure_validation, write_samples
+from crosschip.train.step import StepResult, StepSums, train_step
+from crosschip.train.validation import measure_validation, write_samples
 
 if TYPE_CHECKING:
-    from crosschip.chips import Chip
-    from crosschip.data import Batch, ChatStream, ChatTokenizer, PackedStream
-    from crosschip.model import Transformer
+    from crosschip.data import Batch
 
-__all__ = ["LoopHooks", "StageEnd", "StageJob", "StagePosition", "run_stage"]
+__all__ = ["run_stage"]
 
 NEW_TOKENS_PER_SAMPLE = 96
-
-
-@dataclass
-class StagePosition:
-    """How far a stage has come: steps done, sequences taken from the stream, tokens computed."""
-
-    step: int = 0
-    sequences: int = 0
-    tokens: int = 0
-
-
-def _nothing(step: int) -> None:
-    """Nothing follows a step."""
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    """The data of the stream."""
-    return batch
-
-
-@dataclass(frozen=True)
-class LoopHooks:
-    """What acts within the steps; `on_batch(batch)`, which may exchange a step's data on their way to the model, and
-    `after_update(step)`, after each step. Every rank calls them.
-    """
-
-    step: StepHooks = NO_HOOKS
-    on_batch: Callable[[Batch], Batch] = _as_it_is
-    after_update: Callable[[int], None] = _nothing
-
-
-@dataclass
-class StageJob:
-    """All that a stage needs. `peak_flops` is the chip's measured rate of matrix products in FLOP/s, where measured."""
-
-    name: str
-    settings: StageSettings
-    directory: Path
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-    train_stream: PackedStream | ChatStream
-    validation_stream: PackedStream | ChatStream
-    prompts: list[Prompt]
-    tokenizer: ChatTokenizer
-    chip: Chip
-    compute_dtype: torch.dtype
-    identity: Identity
-    position: StagePosition
-    progress: StageProgress
-    peak_flops: float | None
-    opening_events: list[tuple[str, str, str]]  # (event, detail, action) from before the log was open
-    world: World = ALONE
-    hooks: LoopHooks = LoopHooks()
-    guard: GuardSettings = field(default_factory=GuardSettings)
-    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None, 0, 600.0))
-    groups: Groups = field(default_factory=AloneGroup)
-    group: int = 0
-    on_drop: OnDrop = "smaller-batch"
-
-
-@dataclass(frozen=True)
-class StageEnd:
-    """How a stage ended: at its last step, or at `interrupted_by`, the number of a signal."""
-
-    stage: str
-    step: int
-    num_steps: int
-    checkpoint: Path
-    interrupted_by: int | None = None
 
 
 def run_stage(job: StageJob) -> StageEnd:
@@ -159,6 +84,8 @@ class _Stage:
         self.job, self.log, self.stop, self.saver = job, log, stop, saver
         self.first_step = job.position.step
         self.started = time.monotonic()
+        self.agreed_step = self.first_step  # up to which the groups are known to have had equal weights
+        self.arithmetic = arithmetic_of(job.chip, job.compute_dtype, job.world)
         self.watch = StageWatch(
             job.heartbeat, job.guard, job.settings.warmup_steps, job.chip, job.world.rank, self._tell_event
         )
@@ -251,9 +178,31 @@ class _Stage:
         if not job.groups.averages_each_step:
             return sums
         job.heartbeat.beat("averaging", job.position.step + 1)
-        averaged, compute_s = average_step(job.groups, sums, job.group, self.watch.compute_s)
-        self.watch.compare_groups(job.position.step + 1, compute_s)
+        checksum = int(job.world.sum(parameter_checksum(job.model))) % 2**32
+        own = GroupReport(self.watch.compute_s, checksum, self.arithmetic)
+        averaged, reports = average_step(job.groups, sums, job.group, own)
+        self.watch.compare_groups(job.position.step + 1, reports.compute_s())
+        self._compare_weights(reports)
         return averaged
+
+    def _compare_weights(self, reports: GroupReports) -> None:
+        """Go back to where the groups had equal weights when they have not.
+
+        Raises:
+            RollBack, GuardError: they differ.
+        """
+        step, disagreement = self.job.position.step, reports.disagreement()
+        if disagreement is None:
+            self.agreed_step = step
+            return
+        self._wait_for_save()
+        # What was saved since the groups last agreed may have the wrong weights in it.
+        self.job.world.from_rank_zero(lambda: set_damaged_aside(self.job.directory, self.agreed_step))
+        self.watch.guard.replicas_differ(step + 1, disagreement)
+
+    def _wait_for_save(self) -> None:
+        with contextlib.suppress(CheckpointError):  # it is told as an event
+            self.saver.wait()
 
     def _learning_rate(self, step: int, place: Place) -> float:
         factor = learning_rate_factor(self.job.on_drop, place.num_participants, place.num_groups)
@@ -295,7 +244,7 @@ class _Stage:
         if job.groups.take_common():
             position.sequences = past if order.past_the_data else position.sequences
             return
-        self.saver.wait()
+        self._wait_for_save()
         path = job.world.from_rank_zero(lambda: find_newest(job.directory, job.progress.say))
         if path is None:
             raise GuardError(

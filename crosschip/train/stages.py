@@ -27,12 +27,13 @@ from crosschip.train.group.world import Ranks, World, join_world
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
 from crosschip.train.identity import Identity, check_same_run, digest
 from crosschip.train.joining import estimate_step_s, join_groups
-from crosschip.train.loop import StageEnd, StageJob, StagePosition, run_stage
+from crosschip.train.loop import run_stage
 from crosschip.train.optimizer import build_optimizer
 from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer, starting_model
 from crosschip.train.pretrain import TokensTold, pretraining_data
 from crosschip.train.progress import SilentProgress, StageProgress, open_progress
 from crosschip.train.sft import fine_tuning_data
+from crosschip.train.stage_job import StageEnd, StageJob, StagePosition
 
 __all__ = ["TrainOutcome", "train_recipe"]
 

@@ -81,6 +81,30 @@ def test_two_groups_train_as_one_process_and_end_with_the_same_weights(start, pr
 
 
 @pytest.mark.slow
+def test_groups_whose_weights_differ_go_back_to_where_they_were_equal(
+    start, pretraining, tmp_path, monkeypatch
+) -> None:
+    """A bit flips in one group's weights after a step of which a checkpoint is made: that one must not be taken."""
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    monkeypatch.setenv(DIRECTORY, str(orders))
+    training = start(pretraining, "groups", 1, *settings(*TWO_GROUPS, *LONG, "train.checkpoint_every=1"))
+    second = group_directory(training.out, 1)
+    training.wait_for_step(7)
+    give_order(orders, 1, 0, Order(1, "weight-flip"))
+    training.wait_until(lambda: "replicas-differ" in training.events())
+    differed = training.events()["replicas-differ"]
+    struck = taken(orders, 1)
+    assert struck is not None
+    assert differed["step"] == struck.step
+    assert "rolled back to the last good checkpoint (1 of" in str(differed["action"])
+    training.wait_until(lambda: training.metrics()[-1]["step"] > int(differed["step"]) + 3)
+    events = [line["event"] for line in lines(second / "train/pretrain/events.jsonl")]
+    assert events.count("replicas-differ") == 1
+    assert "hang" not in events
+
+
+@pytest.mark.slow
 def test_a_group_that_dies_is_healed_while_the_other_goes_on(start, pretraining) -> None:
     training = start(pretraining, "groups", 1, *settings(*TWO_GROUPS, *LONG))
     second = group_directory(training.out, 1)

@@ -24,7 +24,7 @@ from crosschip.train.group.sharding import local_part
 if TYPE_CHECKING:
     from crosschip.data import Batch
     from crosschip.model import Transformer
-    from crosschip.train.loop import StageJob
+    from crosschip.train.stage_job import StageJob
     from crosschip.train.step import StepSums
 
 __all__ = ["disturbed"]
