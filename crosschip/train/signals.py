@@ -5,33 +5,47 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopSignals"]
+__all__ = ["StopSignals", "catch_stop_signals", "give_stop_signals_back"]
 
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it, and gets no chance to bring it back
 
 
-class StopSignals:
-    """Within the `with` block, `received` is the number of the first SIGINT or SIGTERM that came, else None.
+Handler = Callable[[int, FrameType | None], None]
 
-    Outside the main thread, where Python delivers no signals, nothing is installed.
+
+def catch_stop_signals(handler: Handler) -> dict[int, Any]:
+    """Let SIGINT and SIGTERM go to `handler`; returns what handled them before.
+
+    Outside the main thread, where Python delivers no signals, nothing is caught.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def give_stop_signals_back(before: dict[int, Any]) -> None:
+    """Undo `catch_stop_signals`."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class StopSignals:
+    """Within the `with` block, `received` is the number of the first SIGINT or SIGTERM that came, else None."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        self._before = catch_stop_signals(self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        give_stop_signals_back(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -61,6 +61,17 @@ class TrainOutcome:
         return self.stages[-1].checkpoint if self.stages else None
 
 
+@dataclass(frozen=True)
+class _Rank:
+    """What this process is among those that train together. `group` is its replica group, where there are several."""
+
+    world: World
+    chip: Chip
+    progress: StageProgress
+    heartbeat: Heartbeat
+    group: int | None
+
+
 @dataclass
 class _Run:
     """What the stages of one run share. `dtypes` remembers what each wanted dtype became, `peaks` what was measured."""
@@ -68,11 +79,7 @@ class _Run:
     recipe: Recipe
     directory: RunDirectory
     resume: bool
-    progress: StageProgress
-    world: World
-    heartbeat: Heartbeat
-    group: int | None
-    chip: Chip
+    rank: _Rank
     tokenizer: ChatTokenizer
     config: ModelConfig
     sources: dict[str, Source]
@@ -112,31 +119,23 @@ def train_recipe(
         resume_command = f"crosschip train {recipe_file} --out {run.path} --resume"
     chip = find_rank_chip(recipe.chips.train)
     with join_world(chip.device, recipe.parallel.timeout_s) as world:
+        progress = SilentProgress() if world.rank > 0 else progress or open_progress()
+        rank = _Rank(world, chip, progress, heartbeat, group)
         if world.rank > 0:
-            return _train_stages(recipe, run, resume, SilentProgress(), world, chip, heartbeat, group)
-        progress = progress or open_progress()
+            return _train_stages(recipe, run, resume, rank)
         check_directory(run, resume)
         with run.lock():
             check_directory(run, resume)  # again: another process may have trained here before the lock was this one's
-            outcome = _train_stages(recipe, run, resume, progress, world, chip, heartbeat, group)
+            outcome = _train_stages(recipe, run, resume, rank)
         progress.say(_last_words(outcome, run, resume_command))
         return outcome
 
 
-def _train_stages(
-    recipe: Recipe,
-    run: RunDirectory,
-    resume: bool,
-    progress: StageProgress,
-    world: World,
-    chip: Chip,
-    heartbeat: Heartbeat,
-    group: int | None,
-) -> TrainOutcome:
+def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: _Rank) -> TrainOutcome:
     ends: list[StageEnd] = []
     did_work = False
     try:
-        prepared = _prepare(recipe, run, resume, progress, world, chip, heartbeat, group)
+        prepared = _prepare(recipe, run, resume, rank)
         for name, settings in _stages(recipe):
             end, trained = _run_one(prepared, name, settings, ends[-1].checkpoint if ends else None)
             ends.append(end)
@@ -162,18 +161,10 @@ def _stages(recipe: Recipe) -> list[tuple[str, StageSettings]]:
     return [(name, settings) for name, settings in named if settings is not None]
 
 
-def _prepare(
-    recipe: Recipe,
-    run: RunDirectory,
-    resume: bool,
-    progress: StageProgress,
-    world: World,
-    chip: Chip,
-    heartbeat: Heartbeat,
-    group: int | None,
-) -> _Run:
+def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, rank: _Rank) -> _Run:
     keep_freed_memory()
-    progress.say(f"training on {chip.name}" + _layout(recipe, world))
+    world, progress = rank.world, rank.progress
+    progress.say(f"training on {rank.chip.name}" + _layout(recipe, world))
     check_layout(recipe, world.size)
     sources: dict[str, Source] = {}
     for _, settings in _stages(recipe):
@@ -186,7 +177,7 @@ def _prepare(
         tokenizer = obtain_tokenizer(recipe, run, list(sources.values()), resume or world.rank > 0, progress)
     config = architecture(recipe, tokenizer)
     check_experts(recipe.parallel, config, world.size)
-    return _Run(recipe, run, resume, progress, world, heartbeat, group, chip, tokenizer, config, sources)
+    return _Run(recipe, run, resume, rank, tokenizer, config, sources)
 
 
 def _layout(recipe: Recipe, world: World) -> str:
@@ -231,11 +222,13 @@ def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None)
 
     Returns how it ended, and whether there was anything to train.
     """
-    run.heartbeat.stage(name)
-    run.heartbeat.beat("start", 0)
+    run.rank.heartbeat.stage(name)
+    run.rank.heartbeat.beat("start", 0)
     directory = run.directory.stage(name)
     identity = _identity(run, settings)
-    checkpoint = run.world.from_rank_zero(lambda: find_newest(directory, run.progress.say) if run.resume else None)
+    checkpoint = run.rank.world.from_rank_zero(
+        lambda: find_newest(directory, run.rank.progress.say) if run.resume else None
+    )
     state, position = None, StagePosition()
     if checkpoint is None:
         events = [_beginning(run, name, before)]
@@ -247,7 +240,7 @@ def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None)
             return StageEnd(name, state.step, settings.steps, checkpoint), False
         position = StagePosition(state.step, state.sequences_consumed, state.tokens_consumed)
         step = state.step
-        aside = run.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
+        aside = run.rank.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
         events = _resumption(run, name, state, changed, aside)
     job = _make_job(run, name, settings, checkpoint, before, state, identity, position, events)
     return run_stage(job), True
@@ -255,24 +248,24 @@ def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None)
 
 def _beginning(run: _Run, name: str, before: Path | None) -> Event:
     if run.resume:
-        run.progress.say(f"{name}: no checkpoint yet, so it begins at step 1")
+        run.rank.progress.say(f"{name}: no checkpoint yet, so it begins at step 1")
     return "started", f"from {before or run.recipe.model.directory or 'new weights'}", "training"
 
 
 def _resumption(run: _Run, name: str, state: CheckpointState, changed: list[str], aside: list[Path]) -> list[Event]:
     """Tell what a resumed stage does not have in common with the run that was interrupted."""
-    run.progress.say(f"{name}: going on after step {state.step}")
+    run.rank.progress.say(f"{name}: going on after step {state.step}")
     events = [("resumed", f"after step {state.step}", "training")]
     events += [("damaged-checkpoint", str(path), "renamed and passed over") for path in aside]
     if state.num_threads != torch.get_num_threads():
         changed = [*changed, f"threads was {state.num_threads} and is now {torch.get_num_threads()}"]
-    if state.num_processes != run.world.size:
-        changed = [*changed, f"ranks were {state.num_processes} and are now {run.world.size}"]
-    if state.device != str(run.chip.device):
-        changed = [*changed, f"device was {state.device} and is now {run.chip.device}"]
+    if state.num_processes != run.rank.world.size:
+        changed = [*changed, f"ranks were {state.num_processes} and are now {run.rank.world.size}"]
+    if state.device != str(run.rank.chip.device):
+        changed = [*changed, f"device was {state.device} and is now {run.rank.chip.device}"]
     if changed:
         told = "; ".join(changed)
-        run.progress.say(
+        run.rank.progress.say(
             f"{name}: NOT the same run any more, its numbers will differ from an uninterrupted one: {told}"
         )
         events.append(("changed-settings", told, "training with the new ones"))
@@ -292,20 +285,22 @@ def _make_job(
 ) -> StageJob:
     compute_dtype = _compute_dtype(run, settings, state)
     prepare_data = pretraining_data if name == "pretrain" else fine_tuning_data
-    run.progress.say(f"{name}: preparing the data")
+    run.rank.progress.say(f"{name}: preparing the data")
     source = run.sources[_key(settings.data or run.recipe.data)]
-    tell = _every_few_seconds(run.progress, name)
-    with run.world.rank_zero_first():  # it writes the token stores
+    tell = _every_few_seconds(run.rank.progress, name)
+    with run.rank.world.rank_zero_first():  # it writes the token stores
         data = prepare_data(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
     for note in data.train.notes:
-        run.progress.say(f"{name}: {note}")
-    if isinstance(run.world, Ranks):
-        model = starting_shards(run.recipe, run.config, checkpoint or before, run.world, run.progress)
+        run.rank.progress.say(f"{name}: {note}")
+    if isinstance(run.rank.world, Ranks):
+        model = starting_shards(run.recipe, run.config, checkpoint or before, run.rank.world, run.rank.progress)
     else:
-        model = starting_model(run.recipe, run.config, checkpoint or before, run.chip.device, run.progress)
+        model = starting_model(run.recipe, run.config, checkpoint or before, run.rank.chip.device, run.rank.progress)
     optimizer = build_optimizer(model, settings)
     if not optimizer.defaults["fused"]:
-        run.progress.say(f"AdamW: torch has no fused kernel for {run.chip.device}, so one kernel per operation is used")
+        run.rank.progress.say(
+            f"AdamW: torch has no fused kernel for {run.rank.chip.device}, so one kernel per operation is used"
+        )
     if checkpoint is not None:
         load_optimizer(checkpoint, model, optimizer)
     job = StageJob(
@@ -318,16 +313,16 @@ def _make_job(
         validation_stream=data.validation,
         prompts=data.prompts,
         tokenizer=run.tokenizer,
-        chip=run.chip,
+        chip=run.rank.chip,
         compute_dtype=compute_dtype,
         identity=identity,
         position=position,
-        progress=run.progress,
+        progress=run.rank.progress,
         peak_flops=_peak(run, compute_dtype),
         opening_events=events,
-        world=run.world,
+        world=run.rank.world,
         guard=run.recipe.guard,
-        heartbeat=run.heartbeat,
+        heartbeat=run.rank.heartbeat,
         groups=join_groups(
             run.recipe,
             settings,
@@ -335,12 +330,12 @@ def _make_job(
             optimizer,
             position,
             run.directory.stage(name),
-            run.group,
-            run.world,
-            lambda: estimate_step_s(model, settings, run.chip, compute_dtype, run.world),
-            run.progress.say,
+            run.rank.group,
+            run.rank.world,
+            lambda: estimate_step_s(model, settings, run.rank.chip, compute_dtype, run.rank.world),
+            run.rank.progress.say,
         ),
-        group=run.group or 0,
+        group=run.rank.group or 0,
         on_drop=run.recipe.groups.on_drop,
     )
     drilled = os.environ.get(orders.DIRECTORY)
@@ -363,21 +358,23 @@ def _every_few_seconds(progress: StageProgress, name: str) -> TokensTold:
 def _compute_dtype(run: _Run, settings: StageSettings, state: CheckpointState | None) -> torch.dtype:
     """The recorded dtype of a resumed stage; else what the chip is found to be fast in, once per run."""
     if state is not None:
-        run.progress.say(f"computing in {state.compute_dtype}, as recorded in the checkpoint")
+        run.rank.progress.say(f"computing in {state.compute_dtype}, as recorded in the checkpoint")
         recorded: torch.dtype = getattr(torch, state.compute_dtype)
         return run.dtypes.setdefault(settings.dtype, recorded)
     if settings.dtype not in run.dtypes:
-        choose = partial(choose_compute_dtype, run.chip, settings.dtype)
-        run.dtypes[settings.dtype], reason = run.world.from_rank_zero(choose)  # by measuring: one must speak for all
-        run.progress.say(f"computing in {str(run.dtypes[settings.dtype]).removeprefix('torch.')}: {reason}")
+        choose = partial(choose_compute_dtype, run.rank.chip, settings.dtype)
+        run.dtypes[settings.dtype], reason = run.rank.world.from_rank_zero(
+            choose
+        )  # by measuring: one must speak for all
+        run.rank.progress.say(f"computing in {str(run.dtypes[settings.dtype]).removeprefix('torch.')}: {reason}")
     return run.dtypes[settings.dtype]
 
 
 def _peak(run: _Run, dtype: torch.dtype) -> float | None:
     """The chip's rate of matrix products in FLOP/s, where somebody looks at it."""
-    if not run.progress.measures_peak:
+    if not run.rank.progress.measures_peak:
         return None
     if dtype not in run.peaks:
-        run.peaks[dtype] = product_rate(run.chip, dtype)
-        run.progress.say(f"measured peak of matrix products: {run.peaks[dtype] / 1e12:.3f} TFLOP/s")
+        run.peaks[dtype] = product_rate(run.rank.chip, dtype)
+        run.rank.progress.say(f"measured peak of matrix products: {run.peaks[dtype] / 1e12:.3f} TFLOP/s")
     return run.peaks[dtype]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from types import FrameType
 from typing import Any
+
+from crosschip.train.signals import catch_stop_signals, give_stop_signals_back
 
 __all__ = ["Interruption"]
 
@@ -14,10 +14,7 @@ _POLL_S = 0.1
 
 
 class Interruption:
-    """Within the `with` block, `received` is the first signal's number, and `is_urgent` says that another came.
-
-    Outside the main thread, where Python delivers no signals, none is caught.
-    """
+    """Within the `with` block, `received` is the first signal's number, and `is_urgent` says that another came."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -25,14 +22,11 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        self._before = catch_stop_signals(self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        give_stop_signals_back(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.is_urgent = self.received is not None
