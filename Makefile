@@ -10,7 +10,7 @@ BIN := .venv/bin
 BENCHMARKS := benchmarks/train_step.py benchmarks/generate.py
 export TORCH_INSTALL
 
-.PHONY: run test test-slow bench bench-qualify lint format clean venv-run venv-dev
+.PHONY: run test test-slow bench bench-qualify bench-drill lint format clean venv-run venv-dev
 
 run: venv-run
 	$(BIN)/crosschip run $(RECIPE) $(ARGS)
@@ -26,6 +26,9 @@ bench: venv-run
 
 bench-qualify: venv-run
 	$(BIN)/python benchmarks/qualify.py $(ARGS)
+
+bench-drill: venv-run
+	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .
