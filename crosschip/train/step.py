@@ -176,8 +176,9 @@ def _accumulate_gradients(
             input_ids_BT.to(device, non_blocking=True), labels_BT.to(device, non_blocking=True), compute_dtype
         )
         ((found.loss_sum + mtp_weight * found.mtp_loss_sum) / total_tokens).backward()
-        losses = torch.stack((found.loss_sum, found.mtp_loss_sum, found.mtp_num_tokens.to(found.loss_sum.dtype)))
-        numbers = torch.cat((losses.detach(), found.expert_load_LE.flatten().to(losses.dtype)))
+        loss_sum, mtp_loss_sum = found.loss_sum.detach(), found.mtp_loss_sum.detach()
+        losses = torch.stack((loss_sum, mtp_loss_sum, found.mtp_num_tokens.to(loss_sum.dtype)))
+        numbers = torch.cat((losses, found.expert_load_LE.flatten().to(losses.dtype)))
         sums = numbers if sums is None else sums + numbers
     assert sums is not None
     return sums
