@@ -31,9 +31,14 @@ def pid_of(run: Path) -> int:
     return beat.pid
 
 
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("train/pretrain/checkpoints/step-*/COMPLETE"))
+
+
 def test_a_killed_process_is_replaced_and_its_steps_are_the_same_again(start, pretraining) -> None:
     training = start(pretraining, "run", 1, *settings(*LONG))
     training.wait_for_step(7)
+    training.wait_until(lambda: has_checkpoint(training.out))
     seen: dict[int, float] = {line["step"]: line["loss"] for line in training.metrics()}  # type: ignore[misc]
     victim = pid_of(training.out)
     os.kill(victim, signal.SIGKILL)
@@ -91,6 +96,7 @@ def test_groups_whose_weights_differ_go_back_to_where_they_were_equal(
     training = start(pretraining, "groups", 1, *settings(*TWO_GROUPS, *LONG, "train.checkpoint_every=1"))
     second = group_directory(training.out, 1)
     training.wait_for_step(7)
+    training.wait_until(lambda: has_checkpoint(training.out) and has_checkpoint(second))
     give_order(orders, 1, 0, Order(1, "weight-flip"))
     training.wait_until(lambda: "replicas-differ" in training.events())
     differed = training.events()["replicas-differ"]
