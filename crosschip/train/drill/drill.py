@@ -258,7 +258,9 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 def _document(drill: _Drill, began: float, ended: float, clean_s: float, exit_code: int) -> dict[str, Any]:
     plan = drill.plan
     events, steps = drill.events, [step for step in drill.steps if step.at >= began]
-    scores, false_alarms = score(drill.planted, [each for each in events if each.at >= began], drill.steps, ended)
+    # What the last fault did may be seen only while the training is being ended.
+    seen = [each for each in events if each.at >= began]
+    scores, false_alarms = score(drill.planted, seen, drill.steps, time.monotonic())
     counted: Iterator[tuple[str, Any]] = itertools.groupby(sorted(each.event for each in events))
     return {
         "schema_version": SCHEMA_VERSION,
