@@ -9,8 +9,8 @@ __all__ = ["FAULTS", "DrillFault", "Means", "chosen"]
 
 # "signal": a signal to a rank's process. "order": the rank does it to itself, at a given point of its step.
 # "file": something is done to the newest checkpoint, and then the rank is killed so that it has to be read.
-# "lighthouse" and "link" concern what lies between groups.
-Means = Literal["signal", "order", "file", "lighthouse", "link"]
+# "lighthouse": that is killed.
+Means = Literal["signal", "order", "file", "lighthouse"]
 
 _DEATHS = ("killed", "crash", "exception", "out-of-memory")
 
@@ -20,8 +20,7 @@ class DrillFault:
     """One fault.
 
     `noticed_by` are the events of which one has to come, in the group that has the fault, or, with `by_others`, in
-    any group. `repeats` says that steps may be computed again, and then with the same bits; what a training computes
-    with a fault that changes numbers and that it cannot undo is not compared.
+    any group.
     """
 
     name: str

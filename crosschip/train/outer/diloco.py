@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from crosschip.train.outer.errors import SidecarLost
-from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic
+from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.messages import OuterStep, OuterStepDone, View
 from crosschip.train.outer.outer_files import load_outer_state, save_outer_state
@@ -208,12 +208,9 @@ class DiLoCo:
 
     def _take_place(self, view: View) -> None:
         place = Place(view.rank, view.num_participants, self.handle.config.member.num_groups)
-        if place != self._place:
-            self._tell(
-                "groups-changed" if self._place else "groups-met",
-                f"{place.num_participants} of {place.num_groups} groups take part, this is number {place.rank}",
-                "going on",
-            )
+        change = change_of_place(self._place, place)
+        if change is not None:
+            self._events.append(change)
         self._place = place
 
     def _donate(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:

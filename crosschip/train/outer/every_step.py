@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crosschip.train.outer.errors import SidecarLost, StepNotCommitted
-from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic
+from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.memory import checksum_of
 from crosschip.train.outer.messages import Average, Averaged, Join, Joined, View
@@ -74,12 +74,9 @@ class EveryStep:
 
     def _take_place(self, view: View) -> None:
         place = Place(view.rank, view.num_participants, self.handle.config.member.num_groups)
-        if place != self._place:
-            self._tell(
-                "groups-changed" if self._place else "groups-met",
-                f"{place.num_participants} of {place.num_groups} groups take part, this is number {place.rank}",
-                "going on",
-            )
+        change = change_of_place(self._place, place)
+        if change is not None:
+            self._events.append(change)
             self._is_checked = False
         self._place = place
 

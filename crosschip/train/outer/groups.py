@@ -19,7 +19,7 @@ from typing import Protocol
 
 from crosschip.train.outer.placement import Place, Slice
 
-__all__ = ["GroupEvent", "GroupSums", "Groups", "Traffic"]
+__all__ = ["GroupEvent", "GroupSums", "Groups", "Traffic", "change_of_place"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,17 @@ class GroupEvent:
     event: str
     detail: str
     action: str
+
+
+def change_of_place(before: Place | None, place: Place) -> GroupEvent | None:
+    """What to tell when other groups take part than before; None when all is as it was."""
+    if place == before:
+        return None
+    return GroupEvent(
+        "groups-changed" if before else "groups-met",
+        f"{place.num_participants} of {place.num_groups} groups take part, this is number {place.rank}",
+        "going on",
+    )
 
 
 @dataclass(frozen=True)
