@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from crosschip.errors import RecipeError
-from crosschip.recipe.base import Settings
+from crosschip.recipe.settings import Settings
 from crosschip.recipe.tables import (
     ChipSettings,
     DataSettings,

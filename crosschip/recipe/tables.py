@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from crosschip.recipe.base import PositiveInt, Settings
+from crosschip.recipe.settings import PositiveInt, Settings
 
 __all__ = [
     "ChipSettings",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from crosschip.recipe.base import ComputeDtype, Fraction, PositiveInt, Settings
+from crosschip.recipe.settings import ComputeDtype, Fraction, PositiveInt, Settings
 from crosschip.recipe.tables import DataSettings
 
 __all__ = ["GroupSettings", "GuardSettings", "LinkSettings", "ParallelSettings", "StageSettings"]
