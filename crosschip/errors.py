@@ -14,7 +14,9 @@ __all__ = [
     "ChipError",
     "CrosschipError",
     "DataError",
+    "EngineError",
     "GoldenError",
+    "HandoffError",
     "ModelError",
     "NotBuiltYet",
     "QualifyError",
@@ -82,6 +84,14 @@ class UnfitChipError(CrosschipError):
 
 class GoldenError(CrosschipError):
     """A golden bundle that was cut, altered or made for other weights, or that cannot be recorded or replayed."""
+
+
+class EngineError(CrosschipError):
+    """A serving engine that is not known, not there, or cannot be started."""
+
+
+class HandoffError(CrosschipError):
+    """A model that cannot be handed off as asked, or whose certificate or files are not what they say."""
 
 
 class NotBuiltYet(CrosschipError):

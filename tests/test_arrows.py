@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str] | None] = {
     "model": {"chips"},
     "golden": {"chips", "model"},
     "train": {"chips", "model", "data", "golden"},
-    "handoff": {"chips", "model", "data", "golden"},
+    "handoff": {"chips", "model", "data", "golden", "engines"},
     "serve": {"chips", "model", "data", "golden"},
     # Qualify examines what really runs: the train step with its optimizer, the runner with what it is handed.
     "qualify": {
@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str] | None] = {
     "cli": EVERYTHING,
     "voyage": EVERYTHING,
     "agreement": EVERYTHING,  # a step of the voyage
+    "engines": set(),
     "dry_voyage": EVERYTHING,  # a rehearsal of the voyage: exports, serves and examines
     "__main__": {"cli"},
 }

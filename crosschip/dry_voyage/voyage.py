@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crosschip.dry_voyage.engines import STILL_STARTING, EngineCommand, RunningEngine, engine_command, running_engine
+from crosschip.engines import STILL_STARTING, EngineCommand, RunningEngine, engine_command, running_engine
 from crosschip.dry_voyage.planned import MOST_PARAMETERS, PlannedModel, export_planned, load_planned
 from crosschip.dry_voyage.refusals import Refusal, explain_refusal
 from crosschip.dry_voyage.sensitivity import sensitivities

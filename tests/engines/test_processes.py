@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from crosschip.dry_voyage.engines import STILL_STARTING, EngineCommand, engine_command, running_engine
-from crosschip.errors import QualifyError
+from crosschip.engines import STILL_STARTING, EngineCommand, engine_command, running_engine
+from crosschip.errors import EngineError
 
 # Writes its own number and its child's, as an engine with workers does, and never answers.
 SILENT = (
@@ -58,7 +58,7 @@ def test_an_engine_that_never_answers_is_ended_with_its_children(tmp_path: Path)
 
 def test_an_engine_does_not_outlive_a_killed_rehearsal(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys; from crosschip.dry_voyage.engines import EngineCommand, running_engine\n"
+        "import pathlib, sys; from crosschip.engines import EngineCommand, running_engine\n"
         f"place = pathlib.Path({str(tmp_path)!r})\n"
         f"command = EngineCommand((sys.executable, '-c', {SILENT!r}, '{{model}}'))\n"
         "with running_engine(command, place, place / 'log', 300.0): pass\n"
@@ -87,7 +87,7 @@ def test_an_engine_does_not_outlive_a_killed_rehearsal(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_started_is_refused_with_the_remedy(engine: str, more: dict, message: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(QualifyError) as refused:
+    with pytest.raises(EngineError) as refused:
         engine_command(engine, **more)
     assert message in str(refused.value)
 

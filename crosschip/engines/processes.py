@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from crosschip.errors import QualifyError
+from crosschip.errors import EngineError
 
 __all__ = ["ENGINES", "STILL_STARTING", "EngineCommand", "RunningEngine", "engine_command", "running_engine"]
 
@@ -72,13 +72,13 @@ def engine_command(
     """How an engine is started. `python` is the interpreter of an environment that has it, `chip` the native engine's.
 
     Raises:
-        QualifyError: an engine that is not known here, or one whose interpreter or command is missing.
+        EngineError: an engine that is not known here, or one whose interpreter or command is missing.
     """
     if python is not None and not (python.is_file() and os.access(python, os.X_OK)):
-        raise QualifyError(f"{python} is no program", "give the interpreter of the engine's environment")
+        raise EngineError(f"{python} is no program", "give the interpreter of the engine's environment")
     if engine == "command" or template is not None:
         if template is None or not all(place in template for place in _PLACES):
-            raise QualifyError(
+            raise EngineError(
                 f"the engine's command is {template!r}",
                 "give one with {model} and {port} in it, as 'serve {model} {port}'",
             )
@@ -90,13 +90,13 @@ def engine_command(
         server = str(_HERE / "transformers_server.py")
         return EngineCommand((str(python or sys.executable), server, "{model}", "{port}"))
     if engine in ("vllm", "llamacpp") and python is None:
-        raise QualifyError(f"{engine} lives in an environment of its own", "give its interpreter: --engine-python PATH")
+        raise EngineError(f"{engine} lives in an environment of its own", "give its interpreter: --engine-python PATH")
     if engine == "vllm":
         return _vllm(str(python), max_length, dtype)
     if engine == "llamacpp":
         server = str(_HERE / "llamacpp_server.py")
         return EngineCommand((str(python), server, "{model}", "{port}", str(max_length)))
-    raise QualifyError(
+    raise EngineError(
         f"the engine {engine!r} is not known here", f"choose among {', '.join(ENGINES)}, or give its command"
     )
 
@@ -137,7 +137,7 @@ def running_engine(
                 preexec_fn=_end_with(os.getpid()),
             )
         except OSError as error:
-            raise QualifyError(f"{command.words[0]} cannot be started: {error}", "check the path") from None
+            raise EngineError(f"{command.words[0]} cannot be started: {error}", "check the path") from None
         try:
             engine.ended = _wait(engine.url, process, start_s)
             yield engine

@@ -1,0 +1,12 @@
+"""Serving engines as processes of their own: how each is started over a model directory, and ended again."""
+
+from crosschip.engines.processes import (
+    ENGINES,
+    STILL_STARTING,
+    EngineCommand,
+    RunningEngine,
+    engine_command,
+    running_engine,
+)
+
+__all__ = ["ENGINES", "STILL_STARTING", "EngineCommand", "RunningEngine", "engine_command", "running_engine"]
