@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crosschip.engines import STILL_STARTING, EngineCommand, RunningEngine, engine_command, running_engine
 from crosschip.dry_voyage.planned import MOST_PARAMETERS, PlannedModel, export_planned, load_planned
 from crosschip.dry_voyage.refusals import Refusal, explain_refusal
 from crosschip.dry_voyage.sensitivity import sensitivities
+from crosschip.engines import STILL_STARTING, EngineCommand, RunningEngine, engine_command, running_engine
 from crosschip.errors import QualifyError
 from crosschip.qualify.finding import LEAST_COVERAGE, Coverage, ExamRecord, Finding, Verdict
 from crosschip.qualify.report_document import ReportHead, report_document
