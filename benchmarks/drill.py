@@ -2,6 +2,7 @@
 
     python benchmarks/drill.py                                   # all parts; an hour and a half
     python benchmarks/drill.py --part groups --minutes 10        # one part; the others stay as they were
+    python benchmarks/drill.py --take other.json                 # adds runs of another seed or machine
 
 Writes docs/results/drill.json and docs/results/drill.md.
 """
@@ -39,12 +40,15 @@ PARTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], float]] = {
 }
 
 
-def drill(settings: tuple[str, ...], options: tuple[str, ...], minutes: float, mtbf: float) -> dict[str, Any]:
+def drill(
+    settings: tuple[str, ...], options: tuple[str, ...], minutes: float, mtbf: float, seed: int
+) -> dict[str, Any]:
     """Run `crosschip drill` and return its report."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "drill.json"
         command = [sys.executable, "-m", "crosschip", "drill", str(RECIPE), "--out", f"{directory}/run"]
-        command += ["--json", str(report), "--minutes", str(minutes), "--mtbf", str(mtbf), *options]
+        command += ["--json", str(report), "--minutes", str(minutes), "--mtbf", str(mtbf)]
+        command += ["--seed", str(seed), *options]
         command += [part for setting in settings for part in ("--set", setting)]
         ended = subprocess.run(command, cwd=ROOT)
         if not report.exists():
@@ -61,13 +65,14 @@ def table(document: dict[str, Any]) -> str:
         "*After* is from the strike to the event, *steps again* are those that the struck group computed once more.",
         "",
     ]
-    for name, part in document.items():
-        machine = part["fingerprint"]
-        lines.append(drill_markdown(part["report"], PARTS[name][0]))
-        lines.append(
-            f"On {machine['host']['cpu']} ({machine['host']['usable_cores']} cores), torch "
-            f"{machine['software']['torch']}: `{part['command']}`.\n"
-        )
+    for name in (name for name in PARTS if name in document):
+        for run in document[name]:
+            machine = run["fingerprint"]
+            lines.append(drill_markdown(run["report"], PARTS[name][0]))
+            lines.append(
+                f"On {machine['host']['cpu']} ({machine['host']['usable_cores']} cores), torch "
+                f"{machine['software']['torch']}: `{run['command']}`.\n"
+            )
     return "\n".join(lines)
 
 
@@ -76,19 +81,27 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; repeatable")
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--mtbf", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT, help="where to, without .json and .md")
+    parser.add_argument("--take", type=Path, action="append", help="add the runs in this file instead of drilling")
     options = parser.parse_args()
-    path = OUT.with_suffix(".json")
+    path = options.out.with_suffix(".json")
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name in options.part or PARTS:
+    for other in options.take or ():
+        for name, runs in read_json(other).items():
+            document[name] = [*document.get(name, []), *runs]
+    for name in () if options.take else options.part or PARTS:
         _, settings, more, minutes = PARTS[name]
-        report = drill(settings, more, options.minutes or minutes, options.mtbf)
-        document[name] = {
+        report = drill(settings, more, options.minutes or minutes, options.mtbf, options.seed)
+        run = {
             "command": " ".join(["python", "benchmarks/drill.py", *sys.argv[1:]]),
             "fingerprint": fingerprint(find_chip("cpu")),
             "report": report,
         }
+        document[name] = [run]
         write_json(path, document)
-        write_text(path.with_suffix(".md"), table(document) + "\n")
+    write_json(path, document)
+    write_text(path.with_suffix(".md"), table(document) + "\n")
     print(f"{path} and {path.with_suffix('.md')}")
 
 

@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", choices=("all", "faults", "honest"), default="all")
     parser.add_argument("--seeds", type=int, default=20, help="seeds of each honest variant")
     parser.add_argument("--honest-time", type=float, default=40.0, help="seconds of one honest qualification")
+    parser.add_argument("--workers", type=int, default=2, help="qualifications at a time, a core each")
     parser.add_argument("--subject", default=FIRST)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "qualify-faults")
     return parser.parse_args()
@@ -241,12 +242,12 @@ def main() -> None:
     from crosschip.chips.faults import CATALOGUE
 
     options = arguments()
-    os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; two run at a time
+    os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; several run at a time
     path = options.out.with_suffix(".json")
     document: dict[str, Any] = read_json(path) if path.exists() else {}
     rows = [row for row in CATALOGUE.values() if options.only is None or row.id in options.only]
     cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         head = {
             "command": " ".join(["python", "benchmarks/qualify.py", *sys.argv[1:]]),
             "fingerprint": fingerprint(find_chip("cpu")),

@@ -10,12 +10,14 @@ tokens between averaging each step and DiLoCo, over the loopback interface.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,11 @@ def together(arguments: argparse.Namespace, choice: Choice, num_groups: int, num
                 hidden_size=arguments.hidden_size,
                 num_layers=arguments.num_layers,
                 batch_size=arguments.batch_size,
+                seq_len=arguments.seq_len,
+                learning_rate=arguments.learning_rate,
+                chip=arguments.chip,
+                vocabulary=arguments.vocabulary,
+                contexts=arguments.contexts,
             )
             for group in range(num_groups)
         ]
@@ -139,33 +146,39 @@ def over_a_link(arguments: argparse.Namespace, rate_mbit: int, delay_ms: float, 
 
 
 def losses(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The validation loss at equal tokens: each step against DiLoCo with two and four groups and each compression."""
-    results = []
-    for num_groups in (2, 4):
-        reference = 0.0
-        ways = [EACH_STEP, *(Choice("diloco", name, "", arguments.sync_every) for name in ("none", "int8", "int4"))]  # type: ignore[arg-type]
-        for choice in ways:
-            lighthouse = Lighthouse()
-            try:
-                found = together(arguments, choice, num_groups, arguments.loss_steps, lighthouse.address)
-            finally:
-                lighthouse.close()
-            loss = found[0]["validation_loss"]
-            reference = reference or loss
-            results.append(
-                {
-                    "num_groups": num_groups,
-                    "mode": choice.mode,
-                    "compression": choice.compression,
-                    "sync_every": choice.sync_every,
-                    "validation_loss": loss,
-                    "gap": loss / reference - 1,
-                    "sent_bytes_per_step": found[0]["sent_bytes"] / arguments.loss_steps,
-                    "num_steps": arguments.loss_steps,
-                }
-            )
-            print(json.dumps(results[-1]), flush=True)
-    return results
+    """The validation loss at equal tokens: one group, and DiLoCo with several groups and each compression.
+
+    One group is what averaging each step over several comes to: the same batches, the same sums.
+    """
+    several = itertools.product(arguments.groups, arguments.compressions)
+    ways = [(1, EACH_STEP), *((num, Choice("diloco", name, "", arguments.sync_every)) for num, name in several)]
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        found = list(pool.map(lambda way: loss_of(arguments, *way), ways))
+    for each in found:
+        each["gap"] = each["validation_loss"] / found[0]["validation_loss"] - 1
+        print(json.dumps(each), flush=True)
+    return found
+
+
+def loss_of(arguments: argparse.Namespace, num_groups: int, choice: Choice) -> dict[str, Any]:
+    """Train in one way, and what came of it."""
+    lighthouse = Lighthouse()
+    try:
+        found = together(arguments, choice, num_groups, arguments.loss_steps, lighthouse.address)
+    finally:
+        lighthouse.close()
+    return {
+        "num_groups": num_groups,
+        "mode": choice.mode,
+        "compression": choice.compression,
+        "sync_every": choice.sync_every,
+        "validation_loss": found[0]["validation_loss"],
+        "num_parameters": found[0]["num_parameters"],
+        "sent_bytes_per_step": found[0]["sent_bytes"] / arguments.loss_steps,
+        "num_steps": arguments.loss_steps,
+        "num_tokens": arguments.loss_steps * arguments.batch_size * arguments.seq_len,
+        "wall_s": found[0]["wall_s"],
+    }
 
 
 def main() -> None:
@@ -177,10 +190,23 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--vocabulary", type=int, default=512, help="of the made language")
+    parser.add_argument("--contexts", type=int, default=8, help="what a token's successors depend on beside it")
+    parser.add_argument("--chip", default="cpu", help="where all groups compute")
+    parser.add_argument("--groups", type=int, nargs="*", default=[2, 4], help="for the loss")
+    parser.add_argument("--compressions", nargs="*", default=["none", "int8", "int4"], help="for the loss")
+    parser.add_argument("--at-once", type=int, default=1, help="ways to train whose loss is compared at a time")
     parser.add_argument("--no-links", action="store_true", help="only the loss")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"links": [], "losses": [], "fingerprint": fingerprint(find_chip("cpu"))}
+    result: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/thin_links.py", *sys.argv[1:]]),
+        "links": [],
+        "losses": [],
+        "fingerprint": fingerprint(find_chip(arguments.chip)),
+    }
     if not arguments.no_links:
         if (reason := why_not()) is not None:
             raise SystemExit(reason)

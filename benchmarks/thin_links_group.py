@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crosschip.chips import find_chip
 from crosschip.model import ModelConfig, Transformer, init_weights
 from crosschip.recipe import GroupSettings
 from crosschip.train.outer.choice import Choice
@@ -25,7 +26,7 @@ from crosschip.train.outer.messages import Member
 from crosschip.train.outer.opening import open_groups
 from crosschip.train.outer.training_state import TrainingState
 
-VOCABULARY, CONTEXTS, SUCCESSORS = 512, 8, 4
+SUCCESSORS = 4
 SHARES = (0.6, 0.2, 0.1, 0.1)  # of a token's four successors: 1.09 nats that nobody can predict
 VALIDATION_START = 1 << 40  # sequences that no training reaches
 
@@ -46,6 +47,9 @@ class Options:
     batch_size: int = 16
     seq_len: int = 128
     learning_rate: float = 2e-3
+    chip: str = "cpu"
+    vocabulary: int = 512
+    contexts: int = 8  # the two tokens before decide through the first of them and this many classes of the other
 
     def command(self) -> list[str]:
         """The command line of a process with these options."""
@@ -65,7 +69,7 @@ def new_model(options: Options) -> Transformer:
     width = options.hidden_size
     model = Transformer(
         ModelConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=options.vocabulary,
             hidden_size=width,
             intermediate_size=3 * width,
             moe_intermediate_size=width,
@@ -86,19 +90,26 @@ def new_model(options: Options) -> Transformer:
     return model
 
 
-_table = np.random.default_rng(7).integers(0, VOCABULARY, (VOCABULARY, CONTEXTS, SUCCESSORS))
+class Language:
+    """Sequences in which two tokens decide on four that may follow; a function of their numbers."""
 
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.device = device  # of the model
+        self.vocabulary, self.contexts, self.seq_len = options.vocabulary, options.contexts, options.seq_len
+        size = (self.vocabulary, self.contexts, SUCCESSORS)
+        self.table = np.random.default_rng(7).integers(0, self.vocabulary, size)
 
-def language(start: int, count: int, seq_len: int) -> torch.Tensor:
-    """Sequences of a language in which two tokens decide on four that may follow; a function of their numbers."""
-    tokens = np.empty((count, seq_len + 1), dtype=np.int64)
-    draws = np.stack([np.random.default_rng(number).random(seq_len + 1) for number in range(start, start + count)])
-    tokens[:, 0] = (draws[:, 0] * VOCABULARY).astype(np.int64)
-    tokens[:, 1] = tokens[:, 0]
-    chosen = np.searchsorted(np.cumsum(SHARES), draws, side="right").clip(max=SUCCESSORS - 1)
-    for place in range(2, seq_len + 1):
-        tokens[:, place] = _table[tokens[:, place - 1], tokens[:, place - 2] % CONTEXTS, chosen[:, place]]
-    return torch.from_numpy(tokens)
+    def sequences(self, start: int, count: int) -> torch.Tensor:
+        """[count, seq_len + 1]"""
+        length = self.seq_len + 1
+        tokens = np.empty((count, length), dtype=np.int64)
+        draws = np.stack([np.random.default_rng(number).random(length) for number in range(start, start + count)])
+        tokens[:, 0] = tokens[:, 1] = (draws[:, 0] * self.vocabulary).astype(np.int64)
+        chosen = np.searchsorted(np.cumsum(SHARES), draws, side="right").clip(max=SUCCESSORS - 1)
+        for place in range(2, length):
+            context = tokens[:, place - 2] % self.contexts
+            tokens[:, place] = self.table[tokens[:, place - 1], context, chosen[:, place]]
+        return torch.from_numpy(tokens)
 
 
 def wire_bytes() -> int | None:
@@ -110,7 +121,10 @@ def wire_bytes() -> int | None:
 def main() -> None:
     options = Options(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
-    model = new_model(options)
+    torch.set_float32_matmul_precision("high")  # tensor cores where there are some; a CPU computes in fp32 all the same
+    chip = find_chip(options.chip)
+    language = Language(options, chip.device)
+    model = new_model(options).to(chip.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
     position = Position()
     groups = open_groups(
@@ -126,7 +140,7 @@ def main() -> None:
     groups.before_step()
     first_byte, started, computing_s = wire_bytes(), time.perf_counter(), 0.0
     while position.step < options.num_steps:
-        computing_s += one_step(options, groups, model, optimizer, position)
+        computing_s += one_step(options, language, groups, model, optimizer, position)
     groups.finish()
     wall_s, last_byte = time.perf_counter() - started, wire_bytes()
     groups.close()
@@ -139,19 +153,24 @@ def main() -> None:
                 "sent_bytes": groups.traffic.num_bytes_sent,
                 "waited_s": groups.traffic.waited_s,
                 "num_parameters": sum(each.numel() for each in model.parameters()),
-                "validation_loss": validation_loss(model, options),
+                "validation_loss": validation_loss(model, language),
             }
         )
     )
 
 
 def one_step(
-    options: Options, groups: Any, model: Transformer, optimizer: torch.optim.Optimizer, position: Position
+    options: Options,
+    language: Language,
+    groups: Any,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
 ) -> float:
     """One step; returns the seconds spent computing."""
     part = groups.before_step().slice(position.sequences, options.batch_size)
     started = time.perf_counter()
-    ids = language(part.start, part.count, options.seq_len)
+    ids = language.sequences(part.start, part.count).to(language.device)
     optimizer.zero_grad(set_to_none=True)
     found = model.loss(ids[:, :-1], ids[:, 1:])
     num_tokens = int(found.num_tokens)
@@ -166,7 +185,8 @@ def one_step(
     for group in optimizer.param_groups:
         group["lr"] = options.learning_rate * min(1.0, (position.step + 1) / 20)
     optimizer.step()
-    model.update_router_bias(torch.tensor(sums.numbers).view(found.expert_load_LE.shape), 1e-3)
+    load = torch.tensor(sums.numbers, device=language.device).view(found.expert_load_LE.shape)
+    model.update_router_bias(load, 1e-3)
     computing_s += time.perf_counter() - started
     position.step += 1
     position.sequences += part.taken_by_all
@@ -176,10 +196,13 @@ def one_step(
 
 
 @torch.no_grad()
-def validation_loss(model: Transformer, options: Options) -> float:
-    ids = language(VALIDATION_START, 128, options.seq_len)
-    found = model.loss(ids[:, :-1], ids[:, 1:])
-    return float(found.loss_sum / found.num_tokens)
+def validation_loss(model: Transformer, language: Language) -> float:
+    loss_sum, num_tokens = 0.0, 0
+    for start in range(VALIDATION_START, VALIDATION_START + 128, 16):
+        ids = language.sequences(start, 16).to(language.device)
+        found = model.loss(ids[:, :-1], ids[:, 1:])
+        loss_sum, num_tokens = loss_sum + float(found.loss_sum), num_tokens + int(found.num_tokens)
+    return loss_sum / num_tokens
 
 
 if __name__ == "__main__":
