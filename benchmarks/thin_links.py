@@ -40,7 +40,7 @@ LIMIT_S = 3600
 
 def run_groups(all_options: Sequence[Options], nodes: Sequence[str] | None) -> list[dict[str, Any]]:
     """Train all groups at once, each in its namespace where there are some; what each measured."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     if nodes is not None:
         environment["GLOO_SOCKET_IFNAME"] = "eth0"
     processes = []

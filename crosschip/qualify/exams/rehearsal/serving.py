@@ -8,7 +8,7 @@ log-probabilities, relative to the spread of the reference's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from crosschip.qualify.judging.judge import ILL_CONDITIONED, RATIO_LIMIT, benjam
 from crosschip.qualify.judging.rounding_noise import RoundingNoise
 from crosschip.qualify.subjects.subject import Workload
 
-__all__ = ["Answer", "compare_answers", "judge_answers", "rehearse_serving"]
+__all__ = ["Answer", "compare_answers", "drawn_again", "judge_answers", "rehearse_serving"]
 
 PUBLISHED = {"verl: mean |dp| of rollout against trainer": 0.01, "Qwen3-8B bf16, honest: max |dlogp|": 0.086}
 _NUM_SEEDS: dict[Tier, int] = {"smoke": 6, "standard": 16, "soak": 32}
@@ -33,6 +33,7 @@ _LEAST_SEEDS = 3
 _RESERVE_SHARE = 0.3
 _TRAINING_STEPS = 60
 _TRAINING_SHARE = 0.25  # of the budget, at most
+_WEIGHT_SPREAD = 2.0**-6  # several roundings of bf16, so that they fall otherwise
 _CPU = torch.device("cpu")
 
 Weights = dict[str, torch.Tensor]
@@ -181,8 +182,22 @@ def _state(workload: Workload) -> Weights:
 
 def _loaded(context: ExamContext, device: torch.device, dtype: torch.dtype, seed: int, weights: Weights) -> Workload:
     workload = context.subject.workload(device, dtype, seed, small=True)
-    workload.module.load_state_dict(weights)
+    workload.module.load_state_dict(weights | drawn_again(dict(workload.module.named_parameters()), weights, seed))
     return workload
+
+
+def drawn_again(parameters: Collection[str], weights: Weights, seed: int) -> Weights:
+    """The parameters among the weights, each number off by about 2 %, another time for each seed.
+
+    The weights are the same for every seed, and so may be the inputs of a subject that was given as a function. Then
+    every seed would round alike, and one rounding seen six times would look like a bias.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: weights[name] * (1.0 + _WEIGHT_SPREAD * torch.randn(weights[name].shape, generator=generator))
+        for name in parameters
+        if name in weights and weights[name].dtype.is_floating_point
+    }
 
 
 def _serve(context: ExamContext, seed: int, weights: Weights) -> tuple[Answer, list[Answer], bool] | Evidence:
