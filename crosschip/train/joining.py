@@ -27,9 +27,17 @@ if TYPE_CHECKING:
     from crosschip.model import Transformer
     from crosschip.train.outer.training_state import Position
 
-__all__ = ["GroupReport", "GroupReports", "arithmetic_of", "average_step", "estimate_step_s", "join_groups"]
+__all__ = [
+    "GroupReport",
+    "GroupReports",
+    "arithmetic_of",
+    "average_step",
+    "estimate_step_s",
+    "group_name",
+    "join_groups",
+]
 
-_REPORTED = 4  # numbers in which a group reports
+_REPORTED = 5  # numbers in which a group reports
 
 _EXPECTED_SHARE = 0.3  # of the rate of matrix products that a whole step reaches, for a first idea of its time
 
@@ -88,13 +96,20 @@ def estimate_step_s(model: Transformer, settings: StageSettings, chip: Chip, dty
     return 2.0 ** round(math.log2(seconds))
 
 
+def group_name(number: int) -> str:
+    """What a group is called in reports and events."""
+    return f"group {number}"
+
+
 @dataclass(frozen=True)
 class GroupReport:
-    """What a group tells the others in each step: seconds of computing, the checksum of the weights it has computed
-    with, and a number for what must be the same for equal weights to stay equal: chip, software, threads.
+    """What a group tells the others in each step: seconds of computing, seconds of all since the exchange before, the
+    checksum of the weights it has computed with, and a number for what must be the same for equal weights to stay
+    equal: chip, software, threads.
     """
 
     compute_s: float
+    busy_s: float
     checksum: int
     arithmetic: int
 
@@ -108,6 +123,10 @@ class GroupReports:
     def compute_s(self) -> dict[str, float]:
         """Seconds of computing."""
         return {name: report.compute_s for name, report in self.reports.items()}
+
+    def busy_s(self) -> dict[str, float]:
+        """Seconds since the exchange before."""
+        return {name: report.busy_s for name, report in self.reports.items()}
 
     def disagreement(self) -> Disagreement | None:
         """Whose weights differ, among groups that compute alike; chips that round otherwise drift apart honestly."""
@@ -132,13 +151,14 @@ def average_step(groups: Groups, sums: StepSums, group: int, own: GroupReport) -
     told = [0.0] * (
         _REPORTED * groups.place.num_groups
     )  # each group fills its own places, and the sum is a list of all
-    told[_REPORTED * group : _REPORTED * (group + 1)] = [1.0, own.compute_s, float(own.checksum), float(own.arithmetic)]
+    mine = [1.0, own.compute_s, own.busy_s, float(own.checksum), float(own.arithmetic)]
+    told[_REPORTED * group : _REPORTED * (group + 1)] = mine
     done = groups.average_gradients(sums.num_trained_tokens, (*numbers, *told))
     found = done.numbers[len(numbers) :]
     reports = {}
     for number in range(groups.place.num_groups):
-        is_there, compute_s, checksum, arithmetic = found[_REPORTED * number : _REPORTED * (number + 1)]
+        is_there, compute_s, busy_s, checksum, arithmetic = found[_REPORTED * number : _REPORTED * (number + 1)]
         if is_there:
-            reports[f"group {number}"] = GroupReport(compute_s, int(checksum), int(arithmetic))
+            reports[group_name(number)] = GroupReport(compute_s, busy_s, int(checksum), int(arithmetic))
     averaged = torch.tensor(done.numbers[: len(numbers) - 1], dtype=sums.numbers.dtype, device=sums.numbers.device)
     return StepSums(done.num_tokens, int(done.numbers[len(numbers) - 1]), averaged), GroupReports(reports)

@@ -27,7 +27,7 @@ from crosschip.train.group.share import share_of_batch
 from crosschip.train.guard.checksum import parameter_checksum
 from crosschip.train.guard.hook import GuardError, ReplayStep, RollBack
 from crosschip.train.guard.observed import Event
-from crosschip.train.joining import GroupReport, GroupReports, arithmetic_of, average_step
+from crosschip.train.joining import GroupReport, GroupReports, arithmetic_of, average_step, group_name
 from crosschip.train.metrics import Log, NoLog, StageLog, step_record
 from crosschip.train.outer.errors import StepNotCommitted
 from crosschip.train.outer.placement import Place, Slice, learning_rate_factor
@@ -179,9 +179,10 @@ class _Stage:
             return sums
         job.heartbeat.beat("averaging", job.position.step + 1)
         checksum = int(job.world.sum(parameter_checksum(job.model))) % 2**32
-        own = GroupReport(self.watch.compute_s, checksum, self.arithmetic)
+        own = GroupReport(self.watch.compute_s, self.watch.begin_exchange(), checksum, self.arithmetic)
         averaged, reports = average_step(job.groups, sums, job.group, own)
-        self.watch.compare_groups(job.position.step + 1, reports.compute_s())
+        name, step = group_name(job.group), job.position.step + 1
+        self.watch.end_exchange(step, reports.compute_s(), reports.busy_s(), name)
         self._compare_weights(reports)
         return averaged
 

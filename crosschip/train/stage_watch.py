@@ -19,6 +19,7 @@ from crosschip.train.guard.hook import StepGuard
 from crosschip.train.guard.memory_growth import MemoryWatch, host_memory, host_memory_left
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.operator_trace import StepTracing
+from crosschip.train.guard.slow_links import LinkWatch
 from crosschip.train.guard.stragglers import StragglerWatch
 from crosschip.train.step import Judgement, StepHooks, StepResult, StepSums
 
@@ -40,7 +41,9 @@ class StageWatch:
         self.guard = StepGuard(settings, warmup_steps, chip.name, tell)
         self._tell, self._rank, self._chip = tell, rank, chip
         self._host, self._device = (MemoryWatch(settings.memory_growth_gib_h) for _ in range(2))
-        self._stragglers = StragglerWatch()
+        self._stragglers, self._links = StragglerWatch(), LinkWatch()
+        self._exchange_began = 0.0
+        self._exchange_ended: float | None = None
         self._steps_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
         self._computing_since = 0.0
         self.compute_s = 0.0
@@ -92,8 +95,22 @@ class StageWatch:
         if growth is not None:
             self._tell(growth.event(step, f"memory of {self._chip.name}, rank {self._rank}"))
 
-    def compare_groups(self, step: int, compute_s: dict[str, float]) -> None:
-        """Look for a group that computes longer than the others."""
-        straggler = self._stragglers.observe(compute_s)
-        if straggler is not None:
-            self._tell(straggler.event(step))
+    def begin_exchange(self) -> float:
+        """The groups' gradients are averaged now; seconds since that was done before, 0 where it did not succeed."""
+        self._exchange_began, ended = time.perf_counter(), self._exchange_ended
+        self._exchange_ended = None
+        return 0.0 if ended is None else self._exchange_began - ended
+
+    def end_exchange(self, step: int, compute_s: dict[str, float], busy_s: dict[str, float], own: str) -> None:
+        """It was done. Look for a group that computes longer than others, and for a link that is slower than before.
+
+        `busy_s` is what each group's `begin_exchange` gave.
+        """
+        self._exchange_ended = time.perf_counter()
+        found = self._stragglers.observe(compute_s)
+        if found is not None:
+            self._tell(found.event(step))
+        if all(busy_s.values()):
+            event = self._links.observe(step, self._exchange_ended - self._exchange_began, busy_s, own)
+            if event is not None:
+                self._tell(event)

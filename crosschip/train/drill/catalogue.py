@@ -9,8 +9,8 @@ __all__ = ["FAULTS", "DrillFault", "Means", "chosen"]
 
 # "signal": a signal to a rank's process. "order": the rank does it to itself, at a given point of its step.
 # "file": something is done to the newest checkpoint, and then the rank is killed so that it has to be read.
-# "lighthouse": that is killed.
-Means = Literal["signal", "order", "file", "lighthouse"]
+# "lighthouse": that is killed. "link": the process that exchanges is held still again and again.
+Means = Literal["signal", "order", "file", "lighthouse", "link"]
 
 _DEATHS = ("killed", "crash", "exception", "out-of-memory")
 
@@ -71,6 +71,25 @@ FAULTS: dict[str, DrillFault] = {
         ),
         DrillFault("out-of-memory", "a step asks for more memory than there is", "order", _DEATHS),
         DrillFault("data", "the data cannot be read for one step", "order", ("exception", "data-unreadable")),
+        DrillFault(
+            "link-cut",
+            "a link is cut for 2.5 seconds",
+            "link",
+            ("link-stall", "step-not-committed"),
+            needs_groups=True,
+            by_others=True,
+        ),
+        DrillFault(
+            "slow-link", "a link is slow", "link", ("slow-link", "link-stall"), needs_groups=True, by_others=True
+        ),
+        DrillFault(
+            "lossy-link",
+            "a link loses packets",
+            "link",
+            ("slow-link", "link-stall"),
+            needs_groups=True,
+            by_others=True,
+        ),
         DrillFault(
             "lighthouse",
             "the lighthouse is killed",

@@ -21,6 +21,7 @@ from crosschip.train.drill.schedule import Strike, strikes
 from crosschip.train.drill.score import Planted, goodput, is_of, median_step_s, score
 from crosschip.train.drill.striking import (
     cut_newest_checkpoint,
+    disturb_link,
     flip_byte_of_newest_checkpoint,
     process_running,
     send,
@@ -183,7 +184,7 @@ def _wait_until_noticed(drill: _Drill, deadline: float) -> None:
 
 
 def _plant(drill: _Drill, number: int, strike: Strike) -> Planted | None:
-    means = {"signal": _signal, "file": _damage, "lighthouse": _kill_lighthouse}
+    means = {"signal": _signal, "file": _damage, "lighthouse": _kill_lighthouse, "link": _disturb_link}
     if strike.fault.means == "order":
         return _order(drill, number, strike)
     return means[strike.fault.means](drill, strike)
@@ -208,12 +209,21 @@ def _victim(drill: _Drill, strike: Strike) -> Beat | None:
 
 def _signal(drill: _Drill, strike: Strike) -> Planted | None:
     victim = _victim(drill, strike)
-    pid = victim and victim.pid
-    if victim and strike.fault.name == "collective-hang":
-        pid = process_running("crosschip.train.outer.sidecar", victim.pid)
+    pid = victim and (_sidecar(victim) if strike.fault.name == "collective-hang" else victim.pid)
     at = time.monotonic()
     number = signal.SIGKILL if strike.fault.name == "kill" else signal.SIGSTOP
     return _planted(drill, strike, at) if pid and send(pid, number) else None
+
+
+def _sidecar(victim: Beat) -> int | None:
+    return process_running("crosschip.train.outer.sidecar", victim.pid)
+
+
+def _disturb_link(drill: _Drill, strike: Strike) -> Planted | None:
+    victim = _victim(drill, strike)
+    pid = victim and _sidecar(victim)
+    at = time.monotonic()
+    return _planted(drill, strike, at) if pid and disturb_link(pid, strike.fault.name) else None
 
 
 def _damage(drill: _Drill, strike: Strike) -> Planted | None:

@@ -17,6 +17,7 @@ ALARMS = (
     "hang", "killed", "crash", "exception", "out-of-memory", "damaged-checkpoint", "checkpoint-failed",
     "checkpoint-wrong", "non-finite", "zero-loss", "zero-gradient", "stuck-loss", "loss-spike", "gradient-spike",
     "replicas-differ", "transient-fault", "straggler", "memory-growth", "lighthouse-lost", "sidecar-lost",
+    "slow-link", "link-stall",
 )  # fmt: skip
 
 

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from crosschip.rundir import is_complete
 
-__all__ = ["cut_newest_checkpoint", "descendants", "flip_byte_of_newest_checkpoint", "process_running", "send"]
+__all__ = [
+    "cut_newest_checkpoint",
+    "descendants",
+    "disturb_link",
+    "flip_byte_of_newest_checkpoint",
+    "process_running",
+    "send",
+]
+
+_DISTURBED_S = 25.0  # how long a link is slow, or loses packets
+_CUT_S = 2.5  # shorter than groups wait for one that says nothing
+_SLOW_STILL_S, _SLOW_MOVING_S = 0.29, 0.01
+_RESEND_S = 0.3  # TCP sends again after 0.2 s, and after twice that when it is lost again
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -38,6 +53,43 @@ def send(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def disturb_link(pid: int, fault: str) -> bool:
+    """Hold the process that exchanges still as the link of `fault` would; False when it is gone.
+
+    At both ends that looks as a link does over which no bytes come: connections stay open, and nothing is lost.
+    """
+    rhythm = {"link-cut": [(_CUT_S, 0.0)], "slow-link": _slow(), "lossy-link": _lossy()}[fault]
+    if not send(pid, signal.SIGSTOP):
+        return False
+    threading.Thread(target=_hold_still, args=(pid, rhythm), daemon=True).start()
+    return True
+
+
+def _slow() -> Iterator[tuple[float, float]]:
+    until = time.monotonic() + _DISTURBED_S
+    while time.monotonic() < until:
+        yield _SLOW_STILL_S, _SLOW_MOVING_S
+
+
+def _lossy() -> Iterator[tuple[float, float]]:
+    until, chance = time.monotonic() + _DISTURBED_S, random.Random(0)
+    while time.monotonic() < until:
+        yield _RESEND_S, chance.expovariate(1.0 / _RESEND_S)
+
+
+def _hold_still(pid: int, rhythm: Iterable[tuple[float, float]]) -> None:
+    """Stop and continue a process by pairs of seconds, stopped and moving; in the end it goes on."""
+    try:
+        for still_s, moving_s in rhythm:
+            if not send(pid, signal.SIGSTOP):
+                return
+            time.sleep(still_s)
+            send(pid, signal.SIGCONT)
+            time.sleep(moving_s)
+    finally:
+        send(pid, signal.SIGCONT)
 
 
 def _largest_file_of_newest(stage_directory: Path) -> Path | None:
