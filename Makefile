@@ -6,14 +6,18 @@
 PYTHON ?= python3
 RECIPE ?= recipes/first.toml
 ARGS ?=
+ENGINES ?=
 BIN := .venv/bin
 BENCHMARKS := benchmarks/train_step.py benchmarks/generate.py
 export TORCH_INSTALL
 
-.PHONY: run test test-slow bench bench-qualify bench-drill lint format clean venv-run venv-dev
+.PHONY: run engines test test-slow bench bench-qualify bench-drill lint format clean venv-run venv-dev
 
 run: venv-run
 	$(BIN)/crosschip run $(RECIPE) $(ARGS)
+
+engines:
+	@$(PYTHON) scripts/make_engines.py $(ENGINES)
 
 test: venv-dev
 	$(BIN)/python -m pytest -m "not slow and not engines and not gpu" $(ARGS)

@@ -245,7 +245,8 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; several run at a time
     path = options.out.with_suffix(".json")
     document: dict[str, Any] = read_json(path) if path.exists() else {}
-    rows = [row for row in CATALOGUE.values() if options.only is None or row.id in options.only]
+    on_chips = [row for row in CATALOGUE.values() if not row.acts_on_files]  # the others are for benchmarks/handoff.py
+    rows = [row for row in on_chips if options.only is None or row.id in options.only]
     cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST]
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         head = {

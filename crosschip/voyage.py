@@ -334,11 +334,39 @@ def _target(voyage: Voyage) -> Path:
     return voyage.run.handoff(voyage.recipe.handoff.target)
 
 
-def _hand_off(voyage: Voyage) -> str:
-    from crosschip.handoff import export_hf
+def _record_golden(voyage: Voyage) -> str:
+    """What the trained model answers on the chip that trained it, in the dtype that is handed off."""
+    import torch
 
-    export_hf(voyage.run, voyage.recipe, _target(voyage))
-    return f"{_target(voyage)} ({voyage.recipe.handoff.dtype})"
+    from crosschip.chips import find_chip
+    from crosschip.data.validation_rows import validation_rows
+    from crosschip.golden.record import record
+
+    dtype = getattr(torch, voyage.recipe.handoff.dtype)
+    chip = find_chip(voyage.recipe.chips.train)
+    manifest = record(
+        voyage.run.path, chip, _golden(voyage), dtype=dtype, token_rows=validation_rows(voyage.run), tell=_tell
+    )
+    num_tokens = sum(row["length"] for row in manifest["rows"])
+    noise = manifest["noise_floor"]["mean_kl"]
+    return f"{num_tokens} tokens on {manifest['recorded_on']}, whose own noise is a mean KL of {noise:.1e}"
+
+
+def _golden(voyage: Voyage) -> Path:
+    return voyage.run.path / "golden"
+
+
+def _tell(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _hand_off(voyage: Voyage) -> str:
+    """Write the files and certify them; a certificate that says FAIL does not end the voyage, and serving says so."""
+    from crosschip.handoff.handing_off import hand_off
+
+    settings, chip = voyage.recipe.handoff, voyage.recipe.chips.serve
+    made = hand_off(voyage.run, settings.target, golden=_golden(voyage), engines=("model", "native"), chip=chip)
+    return f"{_target(voyage)} ({settings.dtype}), certificate {made.certificate.document['verdict']}"
 
 
 def _compare(voyage: Voyage) -> str:
@@ -374,7 +402,8 @@ STEPS = (
     Step("qualify", "Examine the chip that trains", _qualify, _is_qualified),
     Step("train", "Train", _train, _is_trained),
     Step("evaluate", "Evaluate on held-out problems", _evaluate, _is_evaluated),
-    Step("handoff", "Hand off", _hand_off, lambda voyage: is_complete(_target(voyage))),
+    Step("golden", "Record the golden bundle", _record_golden, lambda voyage: is_complete(_golden(voyage))),
+    Step("handoff", "Hand off and certify", _hand_off, lambda voyage: is_complete(_target(voyage))),
     Step(
         "compare", "Load the handoff and compare answers", _compare, lambda voyage: "num_parameters" in voyage.document
     ),

@@ -13,7 +13,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "crosschip"
 
-KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", "published", ""}  # "": the package itself, for its version
+# "": the package itself, for its version
+KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", "published", "certificate", ""}
 EVERYTHING = None
 
 # A room and the rooms it may know, besides itself and what is known to all. A dotted name opens one module only.
@@ -24,6 +25,7 @@ ARROWS: dict[str, set[str] | None] = {
     "published": set(),
     "recipe": set(),
     "rundir": set(),
+    "certificate": set(),
     "chips": set(),
     "data": set(),
     "plan": set(),
@@ -59,6 +61,7 @@ ARROWS: dict[str, set[str] | None] = {
 TORCH_FREE = (
     "",
     "__main__",
+    "certificate",
     "cli",
     "doctor",
     "errors",

@@ -19,7 +19,7 @@ from crosschip.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT = Path(__file__).parent / "cli_options.txt"
-VERBS = ["run", "qualify", "plan", "train", "drill", "handoff", "serve", "compare", "chat", "doctor", "golden"]
+VERBS = ["run", "qualify", "plan", "train", "drill", "serve", "compare", "chat", "doctor", "handoff", "golden"]
 HEAVY = ["torch", "transformers", "numpy", "fastapi", "rich.table", "matplotlib"]
 
 REPORT_MODULES = """
@@ -135,7 +135,7 @@ def test_a_wrong_setting_is_told_before_anything_is_written(tmp_path: Path) -> N
 def test_handing_off_what_is_not_a_run(tmp_path: Path) -> None:
     ended = crosschip("handoff", str(tmp_path), "--to", "hf")
     assert ended.returncode == 2
-    assert "resolved.json is missing" in ended.stderr
+    assert "neither a model directory (config.json) nor a run" in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 

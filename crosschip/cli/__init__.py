@@ -14,7 +14,8 @@ from crosschip.cli.drilling import drill
 from crosschip.cli.examining import compare, doctor
 from crosschip.cli.golden import golden
 from crosschip.cli.guard import guarded
-from crosschip.cli.making import handoff, plan, run, train
+from crosschip.cli.handing import handoff
+from crosschip.cli.making import plan, run, train
 from crosschip.cli.qualifying import qualify
 from crosschip.cli.serving import chat, serve
 
@@ -47,8 +48,9 @@ def crosschip(
     """Hold the options that stand before a verb."""
 
 
-for verb in (run, qualify, plan, train, drill, handoff, serve, compare, chat, doctor):
+for verb in (run, qualify, plan, train, drill, serve, compare, chat, doctor):
     app.command()(guarded(verb))
+app.add_typer(handoff, name="handoff")
 app.add_typer(golden, name="golden")
 
 

@@ -54,8 +54,10 @@ def record(
     import torch
 
     from crosschip.chips import find_chip
+    from crosschip.data.validation_rows import validation_rows
     from crosschip.golden.bundle import ARRAYS_FILE
     from crosschip.golden.record import record as record_bundle
+    from crosschip.rundir import RunDirectory
 
     is_run = not (source / "config.json").is_file()
     if out is None and not is_run:
@@ -67,7 +69,7 @@ def record(
         target,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         texts=_lines_of(texts) if texts is not None else (),
-        token_rows=_validation_rows(source) if is_run else (),
+        token_rows=validation_rows(RunDirectory(source)) if is_run else (),
         tell=tell,
     )
     floor, num_tokens = manifest["noise_floor"], sum(row["length"] for row in manifest["rows"])
@@ -127,8 +129,11 @@ def replay(
     else:
         assert model is not None
         from crosschip.chips import find_chip
-        from crosschip.golden.replay import replay as replay_model
 
+        if recorded.route == "transformers":
+            from crosschip.golden.transformers_replay import replay_through_transformers as replay_model
+        else:
+            from crosschip.golden.replay import replay as replay_model
         comparison = replay_model(recorded, model, find_chip(chip), dtype=chosen, quantised=quantised, tell=tell)
     judgement = judge(comparison)
     for line in replay_lines(comparison, judgement):
@@ -146,21 +151,6 @@ def _lines_of(file: Path) -> list[str]:
         problem = f"the texts in {file} cannot be read: {error}"
         raise GoldenError(problem, "give a UTF-8 file, one text a line") from None
     return [line for line in lines if line.strip()]
-
-
-def _validation_rows(run: Path) -> list[list[int]]:
-    """The documents of a run's validation data as token ids, those of its last stage first."""
-    import numpy as np
-
-    from crosschip.data.token_store import TokenStore
-    from crosschip.rundir import RunDirectory, is_complete
-
-    rows: list[list[int]] = []
-    for directory in sorted(RunDirectory(run).data.glob("*-validation")):  # chat-validation, packed-validation
-        if is_complete(directory):
-            store = TokenStore(directory)
-            rows += [part.tolist() for part in np.split(np.asarray(store.tokens), np.asarray(store.ends))]
-    return rows
 
 
 golden.command()(guarded(record))

@@ -1,4 +1,4 @@
-"""The verbs that make a model: run, train, handoff, plan."""
+"""The verbs that make a model: run, train, plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crosschip.errors import NotBuiltYet, RecipeError
 if TYPE_CHECKING:
     from crosschip.train.launching import TrainCommand
 
-__all__ = ["handoff", "plan", "run", "train"]
+__all__ = ["plan", "run", "train"]
 
 
 def run(
@@ -141,22 +141,3 @@ def _train_as_rank(recipe_file: Path, command: TrainCommand) -> int:
             raise
         heartbeat.leave(outcome.exit_code)
         return outcome.exit_code
-
-
-def handoff(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory with a trained model.")],
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="The form to hand off: hf (Hugging Face).")],
-) -> None:
-    """Write the model files of a run for a target engine."""
-    from crosschip.recipe import parse_recipe
-    from crosschip.rundir import RunDirectory, read_json
-
-    directory = RunDirectory(run)
-    recipe = parse_recipe(read_json(directory.resolved_recipe), str(directory.resolved_recipe))
-    if to != "hf":
-        raise NotBuiltYet(f"--to {to!r} is not a target that is built yet", "use --to hf, which most engines read")
-    from crosschip.handoff import export_hf
-
-    with directory.lock():
-        export_hf(directory, recipe, directory.handoff(to))
-    print(f"{directory.handoff(to)}\nserve it with: crosschip serve {shlex.quote(str(directory.handoff(to)))}")

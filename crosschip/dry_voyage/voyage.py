@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,7 +120,8 @@ def _rehearse(
     tell: Callable[[str], None],
 ) -> EngineIdentity | None:
     tell(f"starting {request.engine}")
-    with running_engine(command, model, log, request.start_s, request.environment) as engine:
+    environment = {"CROSSCHIP_CONVERTER": f"{shlex.quote(sys.executable)} -m crosschip.handoff.gguf"}
+    with running_engine(command, model, log, request.start_s, {**environment, **request.environment}) as engine:
         record.num_checks["engine starts"] = 1
         config = read_json(model / "config.json")
         if engine.ended.startswith(STILL_STARTING):

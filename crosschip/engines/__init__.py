@@ -1,5 +1,6 @@
 """Serving engines as processes of their own: how each is started over a model directory, and ended again."""
 
+from crosschip.engines.environments import engine_python, engine_versions
 from crosschip.engines.processes import (
     ENGINES,
     STILL_STARTING,
@@ -9,4 +10,13 @@ from crosschip.engines.processes import (
     running_engine,
 )
 
-__all__ = ["ENGINES", "STILL_STARTING", "EngineCommand", "RunningEngine", "engine_command", "running_engine"]
+__all__ = [
+    "ENGINES",
+    "STILL_STARTING",
+    "EngineCommand",
+    "RunningEngine",
+    "engine_command",
+    "engine_python",
+    "engine_versions",
+    "running_engine",
+]

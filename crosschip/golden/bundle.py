@@ -54,6 +54,11 @@ class Bundle:
         return {name: TensorRecord.from_document(each) for name, each in self.manifest["weights"].items()}
 
     @property
+    def route(self) -> str:
+        """What ran the model when it was recorded: `model`, our own, or `transformers`."""
+        return str(self.manifest.get("route", "model"))
+
+    @property
     def dtype(self) -> str:
         """The dtype of the arithmetic when it was recorded."""
         return str(self.manifest["compute_dtype"])

@@ -103,12 +103,12 @@ class CurveDistance:
 
 @dataclass
 class Comparison:
-    """A whole replay: through our own model on a chip, or through an engine behind an address (`engine`).
+    """A whole replay: through our own model or transformers on a chip, or through an engine behind an address.
 
     `transformers` is a replay of the files that the engine serves in the transformers library, made to place the blame.
     """
 
-    route: Literal["model", "http"]
+    route: Literal["model", "transformers", "http"]
     engine: str
     dtype: str
     limit: Limit

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FieldDifference", "compare_fields", "numeric_fields"]
+__all__ = ["FieldDifference", "compare_fields", "fields_of_document", "numeric_fields"]
 
 # Names of tokens, room for positions, what only training reads; and tied embeddings, which are always written out.
 _WITHOUT_EFFECT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings"),
     *("tie_word_embeddings", "num_nextn_predict_layers", "vocab_size"),
+}
+# Of any architecture: names, dtypes and forms of storage, and what only training or generation reads.
+_ANYWHERE_WITHOUT_EFFECT = {
+    *("architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings", "use_cache"),
+    *("attention_dropout", "output_attentions", "output_hidden_states", "return_dict", "vocab_size", "auto_map"),
+    *("output_router_logits", "router_aux_loss_coef", "pretraining_tp", "id2label", "label2id", "problem_type"),
 }
 # What other engines read from config.json as well, and drop numbers without.
 _ONLY_OTHER_ENGINES = ("topk_method", "scoring_func", "hidden_act", "moe_layer_freq")
@@ -38,6 +45,18 @@ def numeric_fields(config: dict[str, Any], document: dict[str, Any]) -> dict[str
     fields = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
     fields |= {key: document.get(key) for key in _ONLY_OTHER_ENGINES}
     return {key: _plain(value) for key, value in fields.items()}
+
+
+def fields_of_document(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` of whatever architecture, but for those that are known to change no number.
+
+    Here nobody knows what a field means, so every other one counts, also inside of nested tables.
+    """
+    return {
+        key: fields_of_document(value) if isinstance(value, dict) else _plain(value)
+        for key, value in sorted(document.items())
+        if key not in _ANYWHERE_WITHOUT_EFFECT
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -76,7 +76,7 @@ def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
 def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
     """Only answers were seen to differ: the files are the recorded ones, as far as they were compared."""
     engine, other, limit = comparison.engine, comparison.transformers, comparison.limit.mean_kl
-    if comparison.route == "model":
+    if comparison.route != "http":
         return Diagnosis(
             "operator", engine, f"{engine}, {view.name}: answers differ, and no layer is seen to differ first"
         )

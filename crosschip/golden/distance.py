@@ -59,30 +59,40 @@ def _normalised(log_probs: Floats) -> tuple[Floats, Floats]:
     return np.exp(log_p), log_p
 
 
-def kl_of_lists(reference: list[dict[int, float]], found: list[dict[int, float]]) -> Floats:
+def kl_of_lists(
+    reference: list[dict[int, float]],
+    found: list[dict[int, float]],
+    least: list[tuple[float, float]] | None = None,
+) -> Floats:
     """KL at each position of two lists of top tokens, {id: log-prob}, and one bucket for the rest: [N].
 
     A token that only one side lists is given, on the other side, the least probability of that side's list, the most
     it can have there. So lists that differ by a near-tie at their ends are close, and lists that have nothing in common
     are far apart.
+
+    `least` is the least log-prob among the top tokens of the reference's and the other's list, at each position, where
+    the lists hold a token beside those (the prompt's own next one, however unlikely); None: the least of the whole.
     """
-    return np.array([_kl_of_two(p, q) for p, q in zip(reference, found, strict=True)], dtype=np.float64)
+    least = least or [(math.inf, math.inf)] * len(reference)
+    triples = zip(reference, found, least, strict=True)
+    return np.array([_kl_of_two(p, q, *bounds) for p, q, bounds in triples], dtype=np.float64)
 
 
-def _kl_of_two(reference: dict[int, float], found: dict[int, float]) -> float:
+def _kl_of_two(reference: dict[int, float], found: dict[int, float], least_p: float, least_q: float) -> float:
     if any(math.isnan(value) for value in (*reference.values(), *found.values())) or not reference or not found:
         return math.inf
     tokens = [*reference, *(token for token in found if token not in reference)]
-    p, q = _filled(reference, tokens), _filled(found, tokens)
+    p, q = _filled(reference, tokens, least_p), _filled(found, tokens, least_q)
     return float(bucketed_kl(np.log(p[None, :-1]), np.log(q[None, :-1]), np.log(p[-1:]), np.log(q[-1:]))[0])
 
 
-def _filled(listed: dict[int, float], tokens: list[int]) -> Floats:
+def _filled(listed: dict[int, float], tokens: list[int], least_listed: float) -> Floats:
     """Probabilities of `tokens` and of the rest; what is not listed shares the unlisted mass, at most the least."""
     known = np.exp(np.array([listed[token] for token in tokens if token in listed]))
     unlisted = max(1.0 - float(known.sum()), _LEAST_REST)
     num_missing = len(tokens) - len(known)
-    share = min(float(known.min()), unlisted / (num_missing + 1)) if num_missing else 0.0
+    most = float(known.min()) if math.isinf(least_listed) else math.exp(least_listed)
+    share = min(most, unlisted / (num_missing + 1)) if num_missing else 0.0
     least = np.finfo(np.float64).tiny
     values = [math.exp(listed[token]) if token in listed else share for token in tokens]
     rest = max(unlisted - num_missing * share, _LEAST_REST)

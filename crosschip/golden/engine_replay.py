@@ -6,6 +6,7 @@ are the recorded ones, tensor by tensor and field by field, and what the same fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +17,10 @@ import numpy as np
 from crosschip.golden.bundle import Bundle
 from crosschip.golden.comparison import Comparison, View
 from crosschip.golden.distance import kl_of_lists
-from crosschip.golden.files import check_files
+from crosschip.golden.files import FileCheck, check_files
 from crosschip.golden.limits import limit_for, target_of
 from crosschip.golden.replay import left_out, replay_dtype
-from crosschip.golden.scoring_engine import EngineBrokeError, Prediction, ScoringEngine
+from crosschip.golden.scoring_engine import EngineBrokeError, Prediction, Scorer, open_scorer
 from crosschip.golden.transformers_replay import replay_in_transformers
 from crosschip.golden.views import LogProbs, near_ties, view_of_log_probs
 
@@ -33,6 +34,7 @@ def replay_over_http(
     url: str,
     *,
     files: Path | None = None,
+    check: FileCheck | None = None,
     dtype: str | None = None,
     quantised: str | None = None,
     api_key: str | None = None,
@@ -41,21 +43,21 @@ def replay_over_http(
     """Score the bundle's rows through the engine at `url`, one by one and several at once.
 
     `files` is the model directory that the engine serves: with it tensors and configuration are compared, and a
-    difference in the answers is looked for in transformers. `dtype` is the engine's arithmetic, by default that of the
-    recording. An engine that breaks on the way is part of the comparison (`broke`).
+    difference in the answers is looked for in transformers. `check` is how its files differ, where that is known: then
+    they are not compared again. `dtype` is the engine's arithmetic, by default that of the recording. An engine that
+    breaks on the way is part of the comparison (`broke`).
 
     Raises:
         GoldenError: nobody is there, the engine does not score prompts, or the files are another model's.
     """
-    check = None
-    if files is not None:
+    if check is None and files is not None:
         tell("hashing the weights")
         check = check_files(bundle, files, quantised)
     name = replay_dtype(bundle, dtype, check.dtype if check else None, quantised)
     target, coarser = target_of(bundle.dtype, name, quantised)
     floor = {**bundle.floor, **bundle.floor["without_choices"]}
     limit = limit_for(target, coarser, floor["mean_kl"])
-    engine = ScoringEngine(url, api_key=api_key)
+    engine = open_scorer(url, api_key=api_key)
     comparison = Comparison("http", engine.url, name, limit, floor, files_checked=check is not None)
     comparison.not_covered += [*left_out(bundle), "layers and router choices: an engine behind an address shows none"]
     if check is None:
@@ -73,7 +75,7 @@ def replay_over_http(
     return comparison
 
 
-def _ask(bundle: Bundle, engine: ScoringEngine, comparison: Comparison, tell: Callable[[str], None]) -> None:
+def _ask(bundle: Bundle, engine: Scorer, comparison: Comparison, tell: Callable[[str], None]) -> None:
     taken = [row for row, length in enumerate(bundle.lengths) if _fits(length, engine.max_model_len)]
     comparison.rows_planned, comparison.rows_made = len(bundle.lengths), len(taken)
     if len(taken) < len(bundle.lengths):
@@ -88,6 +90,7 @@ def _ask(bundle: Bundle, engine: ScoringEngine, comparison: Comparison, tell: Ca
         with ThreadPoolExecutor(at_once) as pool:
             answers = list(pool.map(lambda ids: engine.score(ids, num_top), cut))
         comparison.views.append(_view(name, part, cut, answers, comparison))
+    comparison.not_covered += engine.notes
 
 
 def _fits(length: int, most: int | None) -> bool:
@@ -96,15 +99,20 @@ def _fits(length: int, most: int | None) -> bool:
 
 
 def _view(
-    name: str, part: Bundle, cut: Sequence[list[int]], answers: Sequence[list[Prediction]], comparison: Comparison
+    name: str,
+    part: Bundle,
+    cut: Sequence[list[int]],
+    answers: Sequence[Sequence[Prediction | None]],
+    comparison: Comparison,
 ) -> View:
     """Compare the answers with what the bundle holds about the same positions."""
     lengths = part.lengths
-    kept = np.concatenate(
-        [np.arange(length) < len(ids) for length, ids in zip(lengths, cut, strict=True)]
-    )  # without positions that were cut off
+    # Without positions that were cut off, and those that the engine was not asked for.
+    padding = [[None] * (length - len(ids)) for length, ids in zip(lengths, cut, strict=True)]
+    every = [each for answer, rest in zip(answers, padding, strict=True) for each in (*answer, *rest)]
+    kept = np.array([each is not None for each in every])
     arrays = {key: array[kept] for key, array in part.arrays.items() if key != "lengths"}
-    found = [prediction for answer in answers for prediction in answer]
+    found = [each for each in every if each is not None]
     following = _following(part)[kept]
     compared = _log_probs(arrays, following, found)
     tolerance = comparison.limit.router_score(comparison.floor["router_margin"])
@@ -120,7 +128,7 @@ def _log_probs(
     arrays: dict[str, Any], following: np.ndarray[Any, np.dtype[np.int64]], found: Sequence[Prediction]
 ) -> LogProbs:
     """Both sides as lists made by one rule: as many top tokens as both have, and the prompt's own next token."""
-    reference, others, top1 = [], [], []
+    reference, others, least, top1 = [], [], [], []
     for place, prediction in enumerate(found):
         target = int(following[place])
         ranked = sorted(prediction.top.items(), key=lambda pair: -pair[1])
@@ -129,6 +137,7 @@ def _log_probs(
         pairs = zip(arrays["topk_ids"][place, :number], arrays["topk_logprobs"][place, :number], strict=True)
         own = {int(token): float(value) for token, value in pairs}
         other = dict(ranked[:number])
+        least.append((min(own.values(), default=math.inf), min(other.values(), default=math.inf)))
         if target >= 0 and prediction.target is not None:
             own[target] = float(arrays["target_logprob"][place])
             other[target] = prediction.target
@@ -137,7 +146,7 @@ def _log_probs(
     p = arrays["topk_logprobs"].astype(np.float64)
     ends = np.array([each.target is None for each in found])  # of a row, or of what was asked of it
     return LogProbs(
-        kl=kl_of_lists(reference, others),
+        kl=kl_of_lists(reference, others, least),
         reference_target=np.where(ends, np.nan, arrays["target_logprob"].astype(np.float64)),
         found_target=np.array([np.nan if each.target is None else each.target for each in found], dtype=np.float64),
         reference_top1=arrays["top1_id"].astype(np.int64),

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NO_FLIP", "Flips", "RouterChoices", "judge_flips"]
+__all__ = ["NO_FLIP", "Flips", "RouterChoices", "judge_flips", "spread_excuses"]
 
 NO_FLIP = 1 << 30  # a layer beyond every layer
 
@@ -64,13 +64,13 @@ def judge_flips(reference: RouterChoices, found: RouterChoices, rows: NDArray[np
                 worst = (layer, place, float(margins[place]))
         steady = (excused > layer) & ~flipped & np.isfinite(margins)
         changes.append(np.abs(found.margins[layer] - margins)[steady])
-        excused = _spread(np.where(flipped & (margins <= tolerance), np.minimum(excused, layer), excused), rows)
+        excused = spread_excuses(np.where(flipped & (margins <= tolerance), np.minimum(excused, layer), excused), rows)
     change = np.concatenate(changes) if changes else np.zeros(0)
     noise = float(np.quantile(change, 0.999)) if len(change) else 0.0
     return Flips(excused, num_flips, judged, unexplained, worst, noise)
 
 
-def _spread(excused: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def spread_excuses(excused: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Each position takes over the lowest layer of the positions before it in its row."""
     spread = excused.copy()
     starts: Sequence[int] = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]

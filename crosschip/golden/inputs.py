@@ -10,13 +10,24 @@ import torch
 
 from crosschip.errors import GoldenError
 
-__all__ = ["LADDER", "Row", "ladder_rows", "rows_of_ids", "text_rows"]
+__all__ = ["LADDER", "ModelShape", "Row", "ladder_rows", "rows_of_ids", "text_rows"]
 
 # One below, at and above what attention kernels and caches cut their work into, and each power of two between.
 LADDER = (
     *(1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513),
     *(1023, 1024, 1025, 2047, 2048, 2049, 4096, 8192, 16384, 32768),
 )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the choice of rows depends on: vocabulary, longest row, and what one token costs in a bundle."""
+
+    vocab_size: int
+    longest: int
+    bytes_per_position: int
+    points: list[str]
+    num_nextn_predict_layers: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from crosschip.golden.limits import QUANTISED
 __all__ = ["Judgement", "judge"]
 
 _FLIP_SHARE = 1e-3  # of choices beyond the noise; the noise is a 99.9 % quantile
+_NUM_SEEN = {"model": 4, "transformers": 3, "http": 2}
 _RANK = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS WITH LIMITS": 2, "PASS": 3}
 
 
@@ -48,7 +49,7 @@ def judge(comparison: Comparison) -> Judgement:
     cause = diagnose(comparison)
     found: list[dict[str, Any]] = []
     checks = ["tensor manifest", "configuration fields"] if comparison.files_checked else []
-    seen = ("mean KL", "log-probs", "activations", "router choices")[: 4 if comparison.route == "model" else 2]
+    seen = ("mean KL", "log-probs", "activations", "router choices")[: _NUM_SEEN[comparison.route]]
     if comparison.broke is not None:
         found.append(_finding("FAIL", comparison.engine, "golden replay runs", comparison.broke, "raises", "runs", ""))
     if comparison.weights:

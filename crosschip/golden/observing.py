@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,17 @@ from crosschip.model import ModelConfig, Transformer
 from crosschip.model.experts import MixtureOfExperts, Router
 from crosschip.model.transformer import Block
 
-__all__ = ["SKETCH_WIDTH", "TOP_K", "Arrays", "Observing", "log_prob_arrays", "observe", "points_of"]
+__all__ = [
+    "SKETCH_WIDTH",
+    "TOP_K",
+    "Arrays",
+    "Observing",
+    "log_prob_arrays",
+    "made_batch",
+    "observe",
+    "points_of",
+    "sketch_of",
+]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -50,7 +61,6 @@ class _Watch:
     how: Observing
     batch: tuple[int, int]  # B, T
     kept: dict[str, Any] = field(default_factory=dict)
-    sketches: dict[int, Tensor] = field(default_factory=dict)
 
     def activation(self, point: str, x: Tensor) -> None:
         """Sketch and norm of one activation [B, T, width]."""
@@ -58,11 +68,7 @@ class _Watch:
         values_TD = wide[self.how.place].cpu().float()
         if self.how.unpermute is not None and point != "lm_head":
             values_TD = values_TD[:, self.how.unpermute]
-        width = values_TD.shape[-1]
-        if width not in self.sketches:
-            self.sketches[width] = _projections(width, self.how.seed)
-        self.kept[f"sketch/{point}"] = (values_TD.double() @ self.sketches[width]).float().numpy()
-        self.kept[f"norm/{point}"] = values_TD.double().norm(dim=-1).float().numpy()
+        self.kept |= sketch_of(point, values_TD, self.how.seed)
 
     def choice(self, point: str, router: Router, x_MD: Tensor, ids_MK: Tensor) -> None:
         """The experts that were chosen at each position, in ascending order, and by how much."""
@@ -73,6 +79,14 @@ class _Watch:
         self.kept[f"router_margin/{point}"] = margin_M.unflatten(0, self.batch)[self.how.place].float().numpy()
 
 
+def sketch_of(point: str, values_TD: Tensor, seed: int) -> Arrays:
+    """What is kept of one activation: its projections [T, SKETCH_WIDTH] and the norm of each position [T]."""
+    projected = values_TD.double() @ _projections(values_TD.shape[-1], seed)
+    norm = values_TD.double().norm(dim=-1)
+    return {f"sketch/{point}": projected.float().numpy(), f"norm/{point}": norm.float().numpy()}
+
+
+@cache
 def _projections(width: int, seed: int) -> Tensor:
     """Gaussian projections [width, SKETCH_WIDTH] that keep the mean square of a vector."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
@@ -156,7 +170,7 @@ def observe(
     parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
     position = 0
     for row in rows:
-        ids_BT = _batch(row, how, model.config.vocab_size)
+        ids_BT = made_batch(row, how, model.config.vocab_size)
         watch = _Watch(how, (ids_BT.shape[0], ids_BT.shape[1]))
         with _watched(model, watch):
             logits_BTC = model(ids_BT.to(chip.device), how.compute_dtype)
@@ -168,7 +182,7 @@ def observe(
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def _batch(row: Sequence[int], how: Observing, vocab_size: int) -> Tensor:
+def made_batch(row: Sequence[int], how: Observing, vocab_size: int) -> Tensor:
     """The row at its place among other made-up rows of its length: [B, T]."""
     generator = torch.Generator().manual_seed(how.seed + len(row))
     ids_BT = torch.randint(0, vocab_size, (how.batch_size, len(row)), generator=generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +14,28 @@ import torch
 
 import crosschip
 from crosschip.chips import Chip, fingerprint
-from crosschip.errors import GoldenError
+from crosschip.errors import GoldenError, ModelError
 from crosschip.golden.bundle import write_bundle
 from crosschip.golden.comparison import CurveDistance
-from crosschip.golden.config_fields import numeric_fields
-from crosschip.golden.inputs import Row, ladder_rows, rows_of_ids, text_rows
+from crosschip.golden.files import fields_of
+from crosschip.golden.inputs import ModelShape, Row, ladder_rows, rows_of_ids, text_rows
 from crosschip.golden.noise_floor import OtherRun, noise_floor
 from crosschip.golden.observing import SKETCH_WIDTH, TOP_K, Arrays, Observing, observe, points_of
+from crosschip.golden.plan import BATCH_PLACE, BATCH_SIZE, MAX_BYTES, RecordPlan
 from crosschip.golden.reordering import reorder
-from crosschip.golden.training_curve import Curve, CurvePlan, train_curve
+from crosschip.golden.training_curve import Curve, train_curve
+from crosschip.golden.transformers_record import CausalLMRecorder, shape_of_causal_lm
 from crosschip.golden.views import curve_distance
 from crosschip.golden.weights import records_of
 from crosschip.model import ModelConfig, Transformer, load_model, read_config
+from crosschip.model.weights import is_training_checkpoint
 from crosschip.rundir import RunDirectory, is_complete
 
-__all__ = ["BATCH_PLACE", "BATCH_SIZE", "MAX_BYTES", "RecordPlan", "model_directory_of", "record"]
+__all__ = ["BATCH_PLACE", "BATCH_SIZE", "MAX_BYTES", "RecordPlan", "model_directory_of", "record", "route_of"]
 
-MAX_BYTES = 50_000_000
-BATCH_SIZE, BATCH_PLACE = 4, 2  # the other batch size, and the row's place in it
 _STAGES = ("rl", "sft", "pretrain")  # the last one first
 _TEXT_SHARE = 0.25  # of the tokens
 _LOGITS_BYTES = 2 << 30  # of one batch of rows, the most that is computed at once
-
-
-@dataclass(frozen=True)
-class RecordPlan:
-    """How much is recorded. `reorderings` is how many other orders of every sum the noise floor is measured with."""
-
-    seed: int = 0
-    max_tokens: int = 16384
-    max_bytes: int = MAX_BYTES
-    reorderings: int = 2
-    curve: CurvePlan = field(default_factory=CurvePlan)
 
 
 def record(
@@ -57,6 +47,7 @@ def record(
     texts: Sequence[str] = (),
     token_rows: Sequence[Sequence[int]] = (),
     plan: RecordPlan | None = None,
+    for_handoff: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Record the model in `source` (a model directory or a run directory) on `chip`; write the bundle `out`.
@@ -69,6 +60,7 @@ def record(
         texts: real text beside the made-up rows, read with the tokenizer of `source`.
         token_rows: real text that is token ids already, such as a run's validation data.
         plan: how much is recorded; None for the usual.
+        for_handoff: that a handoff found none and records it, so that nobody takes this chip for the one that trained.
         tell: gets a line whenever something begins.
 
     Returns:
@@ -79,12 +71,13 @@ def record(
     """
     plan = plan or RecordPlan()
     directory, tokenizer = model_directory_of(source)
-    config, document = read_config(directory)
+    route = route_of(directory)
+    shape = shape_of_causal_lm(directory) if route == "transformers" else _shape_of(read_config(directory)[0])
     tell("hashing the weights")
     weights = {name: each.document() for name, each in records_of(directory).items()}
-    rows, left_out = _rows(config, tokenizer, texts, token_rows, plan, len(json.dumps(weights)))
+    rows, left_out = _rows(shape, tokenizer, texts, token_rows, plan, len(json.dumps(weights)))
     ids = [row.ids for row in rows]
-    recorder = _Recorder(directory, chip, dtype, ids, plan, tell)
+    recorder = (CausalLMRecorder if route == "transformers" else _Recorder)(directory, chip, dtype, ids, plan, tell)
     arrays = recorder.reference()
     floor = recorder.noise_floor(arrays)
     arrays |= {
@@ -95,18 +88,20 @@ def record(
         "crosschip": crosschip.__version__,
         "recorded_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "recorded_on": chip.name,
+        "for_handoff": for_handoff,
         "compute_dtype": recorder.dtype_name,
         "weights_dtype": str(recorder.weights_dtype).removeprefix("torch."),
         "source": str(source),
         "rows": [{"length": len(row.ids), "origin": row.origin} for row in rows],
         "lengths_left_out": left_out,
-        "points": points_of(config),
+        "route": route,
+        "points": shape.points,
         "sketch_width": SKETCH_WIDTH,
-        "top_k": min(TOP_K, config.vocab_size),
+        "top_k": min(TOP_K, shape.vocab_size),
         "seed": plan.seed,
-        "config": numeric_fields(asdict(config), document),
-        "vocab_size": config.vocab_size,
-        "num_nextn_predict_layers": config.num_nextn_predict_layers,
+        "config": fields_of(directory, route),
+        "vocab_size": shape.vocab_size,
+        "num_nextn_predict_layers": shape.num_nextn_predict_layers,
         "curve_plan": asdict(recorder.curve_plan),
         "curve": asdict(recorder.curve) if recorder.curve else None,
         "noise_floor": floor,
@@ -139,8 +134,33 @@ def model_directory_of(source: Path) -> tuple[Path, Path]:
     )
 
 
+def route_of(directory: Path) -> str:
+    """What can run a model directory: our own model, which shows most, else `transformers`.
+
+    Raises:
+        ModelError: neither can, since there is no config.json.
+    """
+    if is_training_checkpoint(directory) or not (directory / "config.json").is_file():
+        return "model"
+    try:
+        read_config(directory)
+    except ModelError:
+        return "transformers"
+    return "model"
+
+
+def _shape_of(config: ModelConfig) -> ModelShape:
+    return ModelShape(
+        config.vocab_size,
+        config.max_position_embeddings,
+        bytes_per_position(config),
+        points_of(config),
+        config.num_nextn_predict_layers,
+    )
+
+
 def _rows(
-    config: ModelConfig,
+    shape: ModelShape,
     tokenizer: Path,
     texts: Sequence[str],
     token_rows: Sequence[Sequence[int]],
@@ -148,15 +168,15 @@ def _rows(
     weights_bytes: int,
 ) -> tuple[list[Row], list[int]]:
     """The rows that fit, made-up ones first, and the lengths of the ladder that do not."""
-    longest = config.max_position_embeddings
-    room = int(0.95 * (plan.max_bytes - 2 * weights_bytes) / bytes_per_position(config))
+    longest, vocab_size = shape.longest, shape.vocab_size
+    room = int(0.95 * (plan.max_bytes - 2 * weights_bytes) / shape.bytes_per_position)
     room = min(room, plan.max_tokens)
     if room < 64:
         problem = f"{plan.max_bytes} B leave room for {max(room, 0)} tokens beside the records of the weights"
         raise GoldenError(problem, "allow a larger bundle")
     for_text = int(_TEXT_SHARE * room) if texts or token_rows else 0
-    widest = max(1, _LOGITS_BYTES // (4 * config.vocab_size * BATCH_SIZE))
-    rows, left_out = ladder_rows(config.vocab_size, min(longest, widest), room - for_text, plan.seed)
+    widest = max(1, _LOGITS_BYTES // (4 * vocab_size * BATCH_SIZE))
+    rows, left_out = ladder_rows(vocab_size, min(longest, widest), room - for_text, plan.seed)
     left_out += [longest] if widest < longest else []
     given = rows_of_ids(token_rows, min(longest, widest), for_text)
     if texts:

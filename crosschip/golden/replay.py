@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from crosschip.chips import Chip
-from crosschip.errors import ModelError
+from crosschip.errors import GoldenError, ModelError
 from crosschip.golden.bundle import Bundle
 from crosschip.golden.comparison import Comparison, CurveDistance
-from crosschip.golden.files import check_files
+from crosschip.golden.files import FileCheck, check_files
 from crosschip.golden.limits import limit_for, target_of
 from crosschip.golden.observing import Arrays, Observing, observe
-from crosschip.golden.record import BATCH_PLACE, BATCH_SIZE
+from crosschip.golden.plan import BATCH_PLACE, BATCH_SIZE
 from crosschip.golden.training_curve import CurvePlan, train_curve
 from crosschip.golden.views import curve_distance, view_of
 from crosschip.model import Transformer, load_model
@@ -38,6 +38,7 @@ def replay(
     *,
     dtype: str | None = None,
     quantised: str | None = None,
+    files: FileCheck | None = None,
     with_curve: bool = True,
     has_time: HasTime = lambda share: True,
     tell: Callable[[str], None] = lambda line: None,
@@ -52,6 +53,7 @@ def replay(
         chip: where they are run.
         dtype: of the arithmetic; None for the recorded one, or the files' own where it is another.
         quantised: the kind of quantisation of the files, for its limit.
+        files: how the files differ, where that is known; None to compare them here.
         with_curve: whether the short training is repeated.
         has_time: whether less than this share of the time is used; rows that it leaves no time for are left out.
         tell: gets a line whenever something begins.
@@ -60,8 +62,14 @@ def replay(
         GoldenError: the bundle was made for other weights, or says nothing about this dtype.
         ModelError: the directory holds no model that can be run here.
     """
-    tell("hashing the weights")
-    files = check_files(bundle, model_directory, quantised)
+    if bundle.route != "model":
+        raise GoldenError(
+            f"{bundle.path} was recorded through {bundle.route}: its architecture is not one that our own model runs",
+            "replay it through transformers or through an engine's address (--url)",
+        )
+    if files is None:
+        tell("hashing the weights")
+        files = check_files(bundle, model_directory, quantised)
     name = replay_dtype(bundle, dtype, files.dtype, quantised)
     target, coarser = target_of(bundle.dtype, name, quantised)
     limit = limit_for(target, coarser, bundle.floor["mean_kl"])

@@ -15,10 +15,19 @@ from numpy.typing import NDArray
 
 from crosschip.golden.comparison import CurveDistance, PointDistance, RowDistance, View
 from crosschip.golden.distance import bucketed_kl, mean_with_bound, signed_probability_shift, top1_agreement
-from crosschip.golden.flips import NO_FLIP, Flips, RouterChoices, judge_flips
+from crosschip.golden.flips import NO_FLIP, Flips, RouterChoices, judge_flips, spread_excuses
 from crosschip.golden.limits import Limit
 
-__all__ = ["LEAST_JUDGED", "LogProbs", "curve_distance", "log_probs_of", "near_ties", "view_of", "view_of_log_probs"]
+__all__ = [
+    "LEAST_JUDGED",
+    "LogProbs",
+    "curve_distance",
+    "log_probs_of",
+    "near_ties",
+    "view_of",
+    "view_of_log_probs",
+    "view_without_choices",
+]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -70,6 +79,25 @@ def view_of(
     points, ratios, bad = _points(reference, found, rows, limit, floor, flips.excused_from)
     view = view_of_log_probs(name, log_probs_of(reference, found), rows, flips.excused_from == NO_FLIP, ratios, bad)
     return View(**{**vars(view), "points": points, **_flip_fields(flips, rows)})
+
+
+def view_without_choices(
+    name: str, reference: Arrays, found: Arrays, rows: NDArray[np.int64], limit: Limit, floor: dict[str, Any]
+) -> View:
+    """Compare two runs of which the second shows activations and no router choices.
+
+    A choice that was recorded as a near-tie may have fallen otherwise: the answers at its position, and the activations
+    above it from there on in its row, are excused. Points that the second run does not show are left out.
+    """
+    tolerance = limit.router_score(floor.get("router_margin", 0.0))
+    excused = np.full(len(rows), NO_FLIP, dtype=np.int64)
+    for layer, margins in router_choices(reference).margins.items():
+        excused = np.where(margins <= tolerance, np.minimum(excused, layer), excused)
+    shown = {key: array for key, array in reference.items() if not key.startswith(("sketch/", "norm/")) or key in found}
+    points, ratios, bad = _points(shown, found, rows, limit, floor, spread_excuses(excused, rows))
+    clean = ~near_ties(reference, tolerance)
+    view = view_of_log_probs(name, log_probs_of(reference, found), rows, clean, ratios if points else None, bad)
+    return View(**{**vars(view), "points": points})
 
 
 def near_ties(arrays: Arrays, tolerance: float) -> NDArray[np.bool_]:

@@ -1,20 +1,23 @@
-"""Export of a run as a complete Hugging Face directory: weights, configurations, tokenizer and chat template."""
+"""Export of a model as the files of a target: finished whole, or not there, and gone on with after an interruption."""
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crosschip.errors import RunDirectoryError
-from crosschip.model import ModelConfig, load_model, save_model
+from crosschip.errors import HandoffError, RunDirectoryError
+from crosschip.handoff.conversion.shards import RECORD_FILE, SHARD_BYTES, Tell, sha256_of
+from crosschip.handoff.source import ModelSource, last_checkpoint, open_source
+from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
-from crosschip.rundir import COMPLETE, RunDirectory, atomic_directory, is_complete, write_json
+from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json
 
-__all__ = ["export_hf"]
+__all__ = ["export_hf", "export_model"]
 
 HANDOFF_SCHEMA = 1
 
@@ -27,57 +30,98 @@ def export_hf(run: RunDirectory, recipe: Recipe, target: Path | None = None) -> 
     Raises:
         RunDirectoryError: the run has no complete checkpoint or tokenizer, or `target` holds something else.
     """
-    checkpoint = _last_checkpoint(run, recipe)
+    checkpoint = last_checkpoint(run.path, "sft" if recipe.sft is not None else "pretrain")
     if not is_complete(run.tokenizer):
         raise RunDirectoryError(f"{run.tokenizer} is missing or incomplete", "train the run to its end first")
-    target = target or run.handoff("hf")
-    if target.exists() and not is_complete(target):
-        raise RunDirectoryError(f"{target} is there and is not an export of crosschip", "give another directory")
-    model = load_model(checkpoint, dtype=torch.float32)
-    with atomic_directory(target) as directory:
-        save_model(model, directory, getattr(torch, recipe.handoff.dtype))
-        write_json(directory / "generation_config.json", _generation_config(model.config))
-        for file in sorted(run.tokenizer.iterdir()):
-            if file.name != COMPLETE:
-                shutil.copyfile(file, directory / file.name)
-        write_json(directory / "handoff.json", _record(run, checkpoint, recipe, directory))
-    return target
+    source = open_source(checkpoint)
+    path = target or run.handoff("hf")
+    return export_model(source, TARGETS["hf"], path, recipe.handoff.dtype, relative_to=run.path)
 
 
-def _last_checkpoint(run: RunDirectory, recipe: Recipe) -> Path:
-    stage = "sft" if recipe.sft is not None else "pretrain"
-    checkpoints = sorted((run.stage(stage) / "checkpoints").glob("step-*"))
-    complete = [path for path in checkpoints if is_complete(path)]
-    if not complete:
-        raise RunDirectoryError(
-            f"{run.path} has no complete checkpoint of its last stage, {stage}",
-            "train it first: crosschip train RECIPE (with --resume to go on)",
-        )
-    return complete[-1]
+def export_model(
+    source: ModelSource,
+    target: Target,
+    path: Path,
+    dtype: str | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    tell: Tell = lambda line: None,
+    relative_to: Path | None = None,
+) -> Path:
+    """Write `source` in the form of `target` as the directory `path`, and return it.
+
+    An older export at `path` is replaced whole when the new one is finished. What an interrupted export finished lies
+    beside it, as `.NAME.partial`, and the next one goes on from there if it is the same; else it starts clean.
+
+    Args:
+        source: the model.
+        target: the form.
+        path: the directory.
+        dtype: of what is not quantised; None for the target's usual.
+        shard_bytes: the size of a weight file.
+        tell: gets a line whenever something is done, with the time left.
+        relative_to: a directory that the source is named relative to in the record.
+
+    Raises:
+        HandoffError: the source cannot take this form, another process writes there, or the place is not writable.
+        RunDirectoryError: `path` holds something that is not an export.
+    """
+    dtype = dtype or target.dtypes[0]
+    if dtype not in target.dtypes:
+        raise HandoffError(f"{target.name} is not written in {dtype}", f"choose among {', '.join(target.dtypes)}")
+    if path.exists() and not is_complete(path):
+        raise RunDirectoryError(f"{path} is there and is not an export of crosschip", "give another directory")
+    try:
+        with _partial(path) as partial:
+            target.export(source, partial, dtype, tell, shard_bytes)
+            origin = source.directory
+            named = str(origin.relative_to(relative_to)) if relative_to is not None else str(origin)
+            write_json(partial / "handoff.json", _record(partial, target, dtype, named))
+            _publish(partial, path)
+    except OSError as error:
+        raise HandoffError(f"writing {path} failed: {error}", "make room, or give another directory") from error
+    return path
 
 
-def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    ends = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": ends,
-        "pad_token_id": config.pad_token_id,
-        "do_sample": False,
-    }
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """The directory of an unfinished export, held by this process alone; it stays only if there is use for it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    held = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HandoffError(f"another process writes {path}", "wait for it, or give another directory") from None
+        if not partial.is_dir() or os.fstat(held).st_ino != partial.stat().st_ino:
+            raise HandoffError(f"another process wrote {path} just now", "run the command again")
+        try:
+            yield partial
+        finally:
+            if partial.is_dir() and not (partial / RECORD_FILE).is_file():
+                shutil.rmtree(partial)
+    finally:
+        os.close(held)
 
 
-def _record(run: RunDirectory, checkpoint: Path, recipe: Recipe, directory: Path) -> dict[str, Any]:
-    files = sorted(path for path in directory.iterdir() if path.is_file())
+def _publish(partial: Path, path: Path) -> None:
+    """Move the finished files to their place at once. Killed in between, what is missing then is made again."""
+    with atomic_directory(path) as directory:
+        for file in sorted(partial.iterdir()):
+            if file.name != RECORD_FILE:
+                file.rename(directory / file.name)
+    (partial / RECORD_FILE).unlink(missing_ok=True)
+
+
+def _record(directory: Path, target: Target, dtype: str, checkpoint: str) -> dict[str, Any]:
+    known = read_json(directory / RECORD_FILE)["sha256"] if (directory / RECORD_FILE).is_file() else {}
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != RECORD_FILE)
     return {
         "schema_version": HANDOFF_SCHEMA,
-        "target": recipe.handoff.target,
-        "dtype": recipe.handoff.dtype,
-        "checkpoint": str(checkpoint.relative_to(run.path)),
-        "sha256": {path.name: _sha256(path) for path in files},
+        "target": target.name,
+        "dtype": dtype,
+        "checkpoint": checkpoint,
+        "sha256": {path.name: known.get(path.name) or sha256_of(path) for path in files},
         "certificate": None,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,15 @@ from torch import Tensor
 
 from crosschip.errors import ModelError
 from crosschip.model.config import ModelConfig
+from crosschip.model.quantised import (
+    FP8_DTYPES,
+    QUANTISED_DTYPES,
+    Block,
+    check_dialect,
+    dequantise,
+    quantisation_of,
+    scale_name,
+)
 from crosschip.model.transformer import Transformer
 from crosschip.rundir import read_json, write_json
 
@@ -40,7 +49,7 @@ __all__ = [
 DCP_DIRECTORY = "dcp"  # of a training checkpoint: its tensors, in our own names, as crosschip.model.dcp reads them
 MODEL_PREFIX = "model."  # there, before the name of a parameter or buffer
 _SHARD_BYTES = 4 << 30
-_FP8_DTYPES = (torch.float8_e4m3fn,)
+_SCALES = ("_scale_inv", "_scale")  # after the name of a weight in 8 bits
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ class _Shards:
         self.names_of: dict[Path, list[str]] = {}
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self.used_scales: set[str] = set()
         for file in files:
             self.names_of[file] = list(self._opened(file).keys())
             for name in self.names_of[file]:
@@ -172,35 +182,25 @@ class _Shards:
         tensor: Tensor = self._opened(self._file_of[name]).get_tensor(name)
         return tensor
 
-    def weight(self, name: str, block: tuple[int, int]) -> Tensor:
-        """The tensor, FP8 weights multiplied out with their block scales (`NAME_scale_inv`)."""
+    def weight(self, name: str, block: Block) -> Tensor:
+        """The tensor, weights in 8 bits multiplied out with their scales."""
         tensor = self.get(name)
-        if tensor.dtype not in _FP8_DTYPES:
+        if tensor.dtype not in QUANTISED_DTYPES:
             return tensor
-        if f"{name}_scale_inv" not in self:
+        scale = scale_name(name, tensor.dtype)
+        if scale not in self:
             raise ModelError(
-                f"{name} is {tensor.dtype} but {name}_scale_inv is missing",
+                f"{name} is {tensor.dtype} but {scale} is missing",
                 "without its scales the weight means nothing: convert the model again",
             )
-        return dequantise_blocks(tensor, self.get(f"{name}_scale_inv"), block)
-
-
-def dequantise_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP8 [rows, columns] times its scale per block [ceil(rows / b0), ceil(columns / b1)], in fp32."""
-    rows, columns = weight.shape
-    expected = (-(-rows // block[0]), -(-columns // block[1]))
-    if tuple(scale.shape) != expected:
-        raise ModelError(
-            f"scales of shape {tuple(scale.shape)} for a weight of {tuple(weight.shape)} in blocks of "
-            f"{block}; expected {expected}",
-            "check weight_block_size in config.json",
-        )
-    wide = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * wide
+        self.used_scales.add(scale)
+        if tensor.dtype in FP8_DTYPES:
+            check_dialect(name, tensor)
+        return dequantise(name, tensor, self.get(scale), block)
 
 
 def _checkpoint_dtype(document: dict[str, Any], shards: _Shards) -> torch.dtype:
-    """The dtype the weights are meant to be used in; FP8 files are used in bf16."""
+    """The dtype the weights are meant to be used in; files in 8 bits are used in bf16."""
     if document.get("quantization_config"):
         return torch.bfloat16
     dtype = shards.get("model.embed_tokens.weight").dtype
@@ -222,12 +222,10 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
         )
     with torch.device("meta"):
         model = Transformer(config)
+    quantisation = quantisation_of(document)
     dtype = dtype or _checkpoint_dtype(document, shards)
     _materialise(model, dtype, device)
-    quantisation = document.get("quantization_config") or {}
-    _check_quantisation(quantisation)
-    block = quantisation.get("weight_block_size") or (128, 128)
-    _fill(model, shards, (int(block[0]), int(block[1])), directory)
+    _fill(model, shards, quantisation.block if quantisation else (128, 128), directory)
     return model
 
 
@@ -256,15 +254,6 @@ def _load_training_checkpoint(
     return model
 
 
-def _check_quantisation(quantisation: dict[str, Any]) -> None:
-    method = quantisation.get("quant_method")
-    if quantisation and method != "fp8":
-        raise ModelError(
-            f"quantization_config.quant_method is {method!r}",
-            "only fp8 block scales are read here; use the unquantised weights",
-        )
-
-
 def _materialise(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give the parameters of a model on the meta device uninitialised memory; router biases stay fp32."""
     for module in model.modules():
@@ -281,7 +270,7 @@ def _materialise(model: Transformer, dtype: torch.dtype, device: torch.device | 
 
 
 @torch.no_grad()
-def _fill(model: Transformer, shards: _Shards, block: tuple[int, int], directory: Path) -> None:
+def _fill(model: Transformer, shards: _Shards, block: Block, directory: Path) -> None:
     views = {view.published: view for view in published_views(model.config)}
     missing = [name for name, view in views.items() if name not in shards and not view.shared]
     if missing:
@@ -303,6 +292,7 @@ def _fill(model: Transformer, shards: _Shards, block: tuple[int, int], directory
     for name, view in views.items():
         if view.shared and name in shards:
             _check_shared(name, shards.weight(name, block), state[view.ours].detach(), directory)
+    _check_scales(shards, views, directory)
 
 
 def _check_shared(name: str, copy: Tensor, original: Tensor, directory: Path) -> None:
@@ -313,6 +303,17 @@ def _check_shared(name: str, copy: Tensor, original: Tensor, directory: Path) ->
         )
 
 
+def _check_scales(shards: _Shards, views: dict[str, TensorView], directory: Path) -> None:
+    """A scale that was not used belongs to a weight that is in 8 bits no longer: nobody knows whether it counts."""
+    for name in (name for names in shards.names_of.values() for name in names):
+        weight = next((name.removesuffix(end) for end in _SCALES if name.endswith(end)), None)
+        if weight in views and name not in shards.used_scales:
+            raise ModelError(
+                f"{directory} holds {name}, and {weight} is not in 8 bits",
+                "the files are of two conversions: convert the model again",
+            )
+
+
 def _known_names(shards: _Shards, views: dict[str, TensorView], config: ModelConfig, directory: Path) -> Iterator[str]:
     """The names to load, file by file; a name that means nothing here is an error."""
     past_the_end = f"model.layers.{config.num_hidden_layers}."
@@ -320,8 +321,10 @@ def _known_names(shards: _Shards, views: dict[str, TensorView], config: ModelCon
         for name in names:
             if name in views:
                 yield name
-            elif name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
+            elif name.endswith("rotary_emb.inv_freq"):
                 continue
+            elif name.endswith(_SCALES) and name.rpartition("_scale")[0] in shards:
+                continue  # read with its weight
             elif name.startswith(past_the_end) and not config.num_nextn_predict_layers:
                 continue  # a multi-token-prediction module that config.json switches off
             else:

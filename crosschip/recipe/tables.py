@@ -136,7 +136,7 @@ class EvaluateSettings(Settings):
 class HandoffSettings(Settings):
     """`[handoff]`: the form of the files that leave."""
 
-    target: Literal["hf"] = "hf"
+    target: Literal["hf", "fp8", "w8a8"] = "hf"  # what the native engine serves; others: `crosschip handoff --to`
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.report.answers import view_agreement, view_evaluation
+from crosschip.report.certificates import CertificateView, view_certificate
 from crosschip.report.documents import Document, RunDocuments, objects, read_run
 from crosschip.report.figures import bytes_text, count, duration
 from crosschip.report.stages import StageView, view_stage
@@ -131,9 +132,14 @@ def _tiles(
     return tiles
 
 
-def _handoffs(documents: RunDocuments) -> list[tuple[str, list[tuple[str, str]]]]:
+def _handoffs(documents: RunDocuments) -> list[tuple[str, list[tuple[str, str]], CertificateView]]:
+    """(target, its files with their sizes, its certificate)."""
     return [
-        (target, [(name, bytes_text(size)) for name, size in files if name != "COMPLETE"])
+        (
+            target,
+            [(name, bytes_text(size)) for name, size in files if name != "COMPLETE"],
+            view_certificate(documents.path / "handoff" / target),
+        )
         for target, files in documents.handoffs.items()
     ]
 
@@ -191,10 +197,7 @@ def _gaps(documents: RunDocuments, stages: list[StageView], no_evaluation: bool,
     if no_agreement:
         gaps.append("Answers before and after the handoff were not compared.")
     else:
-        gaps.append(
-            "The comparison before and after the handoff covers the held-out questions and greedy decoding; it is not "
-            "a certificate. Until certificates exist every model is served as UNCERTIFIED."
-        )
+        gaps.append("The comparison of answers covers the held-out questions and greedy decoding.")
     if not _chips(documents.voyage):
         gaps.append("The chips were not recorded, because this run was not made by crosschip run.")
     if not _qualifications(documents):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from crosschip.report.answers import view_agreement, view_evaluation
+from crosschip.report.certificates import view_certificate
 from crosschip.report.documents import objects, read_run
 from crosschip.report.figures import duration
 from crosschip.rundir import RunDirectory
@@ -25,6 +26,7 @@ def voyage_summary(run: RunDirectory) -> str:
         "  held-out problems  " + (evaluation.sentence if evaluation else "not asked (no [evaluate] in the recipe)")
     )
     lines.append("  after handoff      " + (agreement.sentence if agreement else "not compared"))
+    lines += [f"  files as {name:<10}{view_certificate(run.handoff(name)).sentence}" for name in documents.handoffs]
     lines.append(f"  the run as a page  {run.index_page}")
     if documents.handoffs.get("hf"):
         target = run.handoff("hf")

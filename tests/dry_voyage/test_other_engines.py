@@ -1,29 +1,25 @@
-"""The dry voyage with other people's engines, each in an environment of its own that a variable names.
-
-CROSSCHIP_LLAMACPP_PYTHON: an interpreter with the packages xllamacpp and gguf.
-CROSSCHIP_VLLM_PYTHON: one with vLLM. It was not at hand when this was written: the test says what is expected of it.
-"""
+"""The dry voyage with other people's engines, in the environments that `make engines` made."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crosschip.dry_voyage import DryVoyageRequest, dry_voyage
+from crosschip.engines import engine_python
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
-CONVERTER = Path(__file__).with_name("gguf_of_deepseek.py")
 FIRST = Path("recipes/first.toml")
 
 
-def interpreter(variable: str) -> Path:
-    if variable not in os.environ:
-        pytest.skip(f"{variable} names no interpreter")
-    return Path(os.environ[variable])
+def interpreter(engine: str) -> Path:
+    python = engine_python(engine)
+    if python is None:
+        pytest.skip(f"`make engines` has not made {engine}")
+    return python
 
 
 def rehearse(engine: str, python: Path, recipe: Path, report: Path, **environment: str) -> dict[str, Any]:
@@ -40,30 +36,30 @@ def with_q_lora_rank(directory: Path) -> Path:
 
 
 def test_llamacpp_refuses_an_architecture_without_q_lora_rank_and_the_field_is_named(tmp_path: Path) -> None:
-    python = interpreter("CROSSCHIP_LLAMACPP_PYTHON")
-    report = rehearse("llamacpp", python, FIRST, tmp_path / "report.json", LLAMA_CPP_CONVERT=str(CONVERTER))
+    python = interpreter("llamacpp")
+    report = rehearse("llamacpp", python, FIRST, tmp_path / "report.json")
     assert report["verdict"] == "FAIL"
     assert report["findings"][0]["details"]["fields"] == {"q_lora_rank": None}
 
 
 def test_llamacpp_takes_the_architecture_with_that_field_and_computes_the_same(tmp_path: Path) -> None:
-    python, recipe = interpreter("CROSSCHIP_LLAMACPP_PYTHON"), with_q_lora_rank(tmp_path)
-    report = rehearse("llamacpp", python, recipe, tmp_path / "report.json", LLAMA_CPP_CONVERT=str(CONVERTER))
+    python, recipe = interpreter("llamacpp"), with_q_lora_rank(tmp_path)
+    report = rehearse("llamacpp", python, recipe, tmp_path / "report.json")
     assert report["findings"] == []
     assert report["verdict"] == "PASS"
     assert report["exams"][0]["num_checks"]["log-probs"] > 20
 
 
-def test_llamacpp_without_a_converter_blames_the_environment(tmp_path: Path) -> None:
-    python, nowhere = interpreter("CROSSCHIP_LLAMACPP_PYTHON"), {"PATH": str(tmp_path), "LLAMA_CPP_CONVERT": ""}
-    report = rehearse("llamacpp", python, FIRST, tmp_path / "report.json", **nowhere)
+def test_llamacpp_with_a_converter_that_is_missing_says_so(tmp_path: Path) -> None:
+    nowhere = {"LLAMA_CPP_CONVERT": str(tmp_path / "convert_hf_to_gguf.py")}
+    report = rehearse("llamacpp", interpreter("llamacpp"), FIRST, tmp_path / "report.json", **nowhere)
     assert report["verdict"] == "FAIL"
-    assert "convert_hf_to_gguf.py" in report["findings"][0]["message"]
+    assert "conversion to GGUF" in report["findings"][0]["message"]
     assert report["findings"][0]["details"]["fields"] == {}
 
 
 def test_vllm_serves_the_architecture_or_names_the_field_to_change(tmp_path: Path) -> None:
-    report = rehearse("vllm", interpreter("CROSSCHIP_VLLM_PYTHON"), FIRST, tmp_path / "report.json")
+    report = rehearse("vllm", interpreter("vllm"), FIRST, tmp_path / "report.json")
     assert report["verdict"] in ("PASS", "FAIL")
     if report["verdict"] == "FAIL":
         (finding,) = report["findings"]

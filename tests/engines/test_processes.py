@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,10 @@ def test_an_engine_does_not_outlive_a_killed_rehearsal(tmp_path: Path) -> None:
         ("vllm", {"python": Path("/nowhere/python")}, "is no program"),
     ],
 )
-def test_what_cannot_be_started_is_refused_with_the_remedy(engine: str, more: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_what_cannot_be_started_is_refused_with_the_remedy(
+    engine: str, more: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSCHIP_ENGINES", str(tmp_path))  # where there are none
     with pytest.raises(EngineError) as refused:
         engine_command(engine, **more)
     assert message in str(refused.value)

@@ -35,6 +35,17 @@ def test_a_near_tie_at_the_end_of_the_lists_costs_little_and_other_tokens_much()
     assert kl_of_lists([{1: math.log(0.9)}], [{2: math.log(0.9)}])[0] > 1.0
 
 
+def test_a_token_that_is_listed_for_another_reason_does_not_bound_the_others() -> None:
+    """The prompt's own next token stands in both lists however unlikely it is; what is not listed may be likelier."""
+    top = {1: math.log(0.5), 2: math.log(0.2), 3: math.log(0.101)}
+    other = {1: math.log(0.5), 2: math.log(0.2), 4: math.log(0.101)}
+    least = [(math.log(0.101), math.log(0.101))]
+    near = kl_of_lists([top], [other], least)[0]
+    beside = {9: math.log(1e-6)}
+    assert kl_of_lists([top | beside], [other | beside], least)[0] == pytest.approx(near, abs=1e-4)
+    assert kl_of_lists([top | beside], [other | beside])[0] > 10 * near, "bounded by the unlikely one"
+
+
 @pytest.mark.parametrize("wrong", [{1: math.nan}, {}])
 def test_what_is_no_number_is_infinitely_far(wrong: dict[int, float]) -> None:
     assert kl_of_lists([{1: -0.1}], [wrong])[0] == math.inf

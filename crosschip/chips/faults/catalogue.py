@@ -20,21 +20,30 @@ from crosschip.chips.faults.collectives import (
     SlowPair,
     TimeoutIgnored,
 )
+from crosschip.chips.faults.files import DialectSwapped, FieldDiffers, RowsPermuted, ScalesDropped, TensorMissing
 from crosschip.chips.faults.missing import Float64Missing, OperatorMissing, SilentFallback
 from crosschip.chips.faults.stability import BitFlip, CrashOnLongPrompts, HangAfter, LeakPerCall
 
-__all__ = ["CATALOGUE", "NOT_YET", "FaultRow"]
+__all__ = ["CATALOGUE", "NOT_YET", "PLANTED_ELSEWHERE", "FaultRow"]
 
 
 @dataclass(frozen=True)
 class FaultRow:
-    """One fault. `seen` is the thread or document that reports it, `caught_by` the exams that have to name it."""
+    """One fault. `seen` is the thread or document that reports it.
+
+    `caught_by` are the exams that have to name it, or, of a fault in a model's files, the gates of the handoff.
+    """
 
     id: str
     title: str
     seen: str
     make: Callable[..., Any]
     caught_by: tuple[str, ...]
+
+    @property
+    def acts_on_files(self) -> bool:
+        """Whether it is planted in a model directory, and not in a chip."""
+        return hasattr(self.make, "files")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -181,24 +190,61 @@ CATALOGUE: dict[str, FaultRow] = _by_id(
         UnequalHeadSizesRejected,
         ("attention", "software"),
     ),
+    FaultRow(
+        "H1",
+        "a conversion restacks the rows of a projection wrongly; checksums of the transfer match",
+        "vime#274",
+        RowsPermuted,
+        ("tensor manifest", "golden replay"),
+    ),
+    FaultRow(
+        "H6",
+        "a converter leaves a tensor out, or never fills it",
+        "DeepSeek-V3.2-Exp#59",
+        TensorMissing,
+        ("tensor manifest",),
+    ),
+    FaultRow(
+        "H7",
+        "the block scales of FP8 weights are dropped: random-looking logits",
+        "Megatron-Bridge documentation",
+        ScalesDropped,
+        ("tensor manifest", "golden replay"),
+    ),
+    FaultRow(
+        "H10",
+        "bytes of e4m3fn are read as e4m3fnuz: every weight is half as large",
+        "vllm PR#12134",
+        DialectSwapped,
+        ("tensor manifest", "golden replay"),
+    ),
+    FaultRow(
+        "H13",
+        "one field of the configuration differs: the eps of norms, the theta of RoPE, a scale",
+        "verl NPU guide",
+        FieldDiffers,
+        ("configuration fields", "golden replay"),
+    ),
 )
+
+# Rows of the catalogue that something else plants, not the simulated chip: what happens, and what plants it.
+PLANTED_ELSEWHERE: dict[str, tuple[str, str]] = {
+    "N5": ("the gradient norm is NaN, then the loss exactly 0", "crosschip drill --faults nan-gradient"),
+    "S6": ("a hang after each checkpoint", "crosschip drill --faults save-hang"),
+    "S9": ("one dead rank blocks all others", "crosschip drill --faults kill,stop"),
+    "S12": ("a silent wedge", "crosschip drill --faults collective-hang"),
+    "S16": ("one slow node", "crosschip drill --faults slow"),
+    "H17": (
+        "a checkpoint saved before communication has ended",
+        "tests/train/checkpoint/test_verification.py, into the tensors on their way to the files",
+    ),
+}
 
 # Rows of the catalogue that cannot be planted yet.
 NOT_YET: dict[str, str] = {
-    "N5": "the gradient norm is NaN, then the loss exactly 0",
-    "S6": "a hang after each checkpoint",
-    "S9": "one dead rank blocks all others",
-    "S12": "a silent wedge",
-    "S16": "one slow node",
     "W4": "no sharding rule for an operator",
-    "H1": "a conversion restacks rows wrongly",
     "H2": "a stale copy after a weight update",
     "H3": "expert weights transposed twice",
-    "H6": "tensors left uninitialised by a converter",
-    "H7": "FP8 block scales dropped",
-    "H10": "FP8 bytes read in the wrong dialect",
-    "H13": "one configuration field differs",
-    "H17": "a checkpoint saved before communication has ended",
     "V2": "output corrupt beyond a position",
     "V3": "a stop token suppressed",
     "V13": "greedy answers differ from run to run",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -52,11 +53,11 @@ def current_collective() -> CollectiveCall:
 
 
 class Fault(Protocol):
-    """Any object with a `name` and either or both of these methods is a fault.
+    """Any object with a `name` and at least one of these methods is a fault.
 
     A fault returns the result: right, wrong, late, never, or it raises. It may keep state and must be deterministic
     under its own seed. With `off_the_clock = True`, as honest variants have it, the time that it takes beside `compute`
-    does not count as the chip's. `files(path)` and `process(rank, event)` are reserved.
+    does not count as the chip's. `process(rank, event)` is reserved.
     """
 
     name: str
@@ -75,6 +76,12 @@ class Fault(Protocol):
         `tensors` are what this rank contributes, on the CPU; `compute(tensors)` gives the list of tensors that this
         rank gets. For a receive they are where the result will lie, and `compute` waits for it. `current_collective()`
         tells the rank, the operation, the peer and the time-out.
+        """
+
+    def files(self, directory: Path) -> list[str]:
+        """Called once over a model directory that was handed off; changes its files in place.
+
+        Returns the names of the tensors, fields or files that are other now; none where nothing fits.
         """
 
 

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from crosschip.chips.faults.catalogue import CATALOGUE, NOT_YET
+from crosschip.chips.faults.catalogue import CATALOGUE, NOT_YET, PLANTED_ELSEWHERE
 from crosschip.chips.faults.variants import VARIANTS
 from crosschip.errors import ChipError
 
@@ -66,6 +66,12 @@ def _setting(setting: str, part: str) -> tuple[str, str]:
 
 
 def _unknown(name: str) -> ChipError:
+    if name in PLANTED_ELSEWHERE:
+        what, where = PLANTED_ELSEWHERE[name]
+        return ChipError(
+            f"the fault {name} is in the catalogue ({what}) but is not planted in a chip or in files",
+            f"it is planted by {where}; here plant one of {', '.join(CATALOGUE)}",
+        )
     if name in NOT_YET:
         return ChipError(
             f"the fault {name} is in the catalogue ({NOT_YET[name]}) but cannot be planted yet",
@@ -127,13 +133,14 @@ def _import(module_name: str, name: str) -> types.ModuleType:
 
 
 def _is_fault(target: Any) -> bool:
-    methods = (getattr(target, method, None) for method in ("operator", "collective"))
+    methods = (getattr(target, method, None) for method in ("operator", "collective", "files"))
     return hasattr(target, "name") and any(callable(method) for method in methods)
 
 
 def _no_fault(name: str, target: Any) -> ChipError:
     return ChipError(
-        f"{name!r} is no fault: {target!r} lacks a `name`, or has neither a method `operator` nor `collective`",
+        f"{name!r} is no fault: {target!r} lacks a `name`, or has neither a method `operator` nor `collective` nor "
+        "`files`",
         "docs/simulated-chip.md shows a fault in ten lines",
     )
 

@@ -35,13 +35,25 @@ def activate(spec: str = "sim") -> None:
     Called again, it replaces the faults. A process has one device, `sim:0`.
 
     Raises:
-        ChipError: the specification names no fault, or another plug-in holds torch's one place for such devices.
+        ChipError: the specification names no fault of a chip, or another plug-in holds torch's one place for such
+            devices.
     """
     faults = faults_from(spec)
+    _refuse_faults_of_files(faults)
     if not _libraries:
         _register()
     plant(faults)
     _spec[0] = spec
+
+
+def _refuse_faults_of_files(faults: Sequence[Any]) -> None:
+    """A chip would be honest under such a fault, in silence."""
+    for fault in faults:
+        if not (hasattr(fault, "operator") or hasattr(fault, "collective")):
+            raise ChipError(
+                f"{fault.name} acts on model files and not on a chip",
+                "plant it in a model directory with crosschip.chips.faults.plant_files",
+            )
 
 
 def active_spec() -> str | None:

@@ -105,7 +105,10 @@ def test_a_missing_engine_ends_with_3(tmp_path: Path) -> None:
         (("--dry-voyage", "native", "--model", "nowhere.toml"), "nowhere.toml"),
     ],
 )
-def test_bad_usage_ends_with_2_and_a_remedy(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_bad_usage_ends_with_2_and_a_remedy(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSCHIP_ENGINES", str(tmp_path))  # no engine that `make engines` made here
     ran = run(*words, "--json-path", tmp_path / "report.json")
     assert ran.exit_code == 2, ran.output
     assert message in ran.output

@@ -1,0 +1,175 @@
+"""certificate.json: its form on the disk, the bytes that are sealed and signed, and the reading of others' ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosschip.errors import HandoffError
+from crosschip.rundir import write_text
+
+__all__ = [
+    "CERTIFICATE_FILE",
+    "NOT_COVERED",
+    "PASSED",
+    "SCHEMA_VERSION",
+    "VERDICTS",
+    "Certificate",
+    "canonical_bytes",
+    "read_certificate",
+    "seal_of",
+    "worst_verdict",
+    "write_certificate",
+]
+
+SCHEMA_VERSION = 1
+CERTIFICATE_FILE = "certificate.json"
+VERDICTS = ("FAIL", "INCONCLUSIVE", "PASS WITH LIMITS", "PASS")  # the worst first
+NOT_COVERED = "NOT COVERED"  # of a gate that nobody went through
+PASSED = ("PASS", "PASS WITH LIMITS")
+
+_LARGEST_BYTES = 64 << 20  # a certificate of 10,000 shards has some 2 MB
+# What a certificate must have to be one, and of what type.
+_FORM: dict[str, type] = {
+    "made_at": str,
+    "verdict": str,
+    "target": dict,
+    "source": dict,
+    "files": list,
+    "golden": dict,
+    "gates": list,
+    "replays": list,
+    "not_covered": list,
+    "seal": str,
+}
+_REMEDY = "make it again with `crosschip handoff`, or copy the directory again from where it was made"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate that was read: its document, whose form is known to be right, and where it lies."""
+
+    path: Path
+    document: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """The verdict as a whole."""
+        return str(self.document["verdict"])
+
+    @property
+    def replays(self) -> list[dict[str, Any]]:
+        """Each replay of the golden bundle: an engine on a chip in a dtype."""
+        return list(self.document["replays"])
+
+    @property
+    def signature(self) -> dict[str, Any] | None:
+        """The signature with its public key, None where it was not signed."""
+        return self.document.get("signature")
+
+
+def canonical_bytes(document: dict[str, Any]) -> bytes:
+    """One spelling of a document without its seal and signature: keys sorted, no spaces, ASCII. This is what is signed.
+
+    The seal is SHA-256 over these bytes, so a signature over them covers all that the seal does.
+    """
+    said = {key: value for key, value in document.items() if key not in ("seal", "signature")}
+    return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def seal_of(document: dict[str, Any]) -> str:
+    """SHA-256 over the document without its seal and signature. It shows accidents; only a signature shows malice."""
+    return hashlib.sha256(canonical_bytes(document)).hexdigest()
+
+
+def worst_verdict(verdicts: list[str]) -> str:
+    """The worst of several; INCONCLUSIVE of none, since nothing was looked at."""
+    return min(verdicts, key=VERDICTS.index) if verdicts else "INCONCLUSIVE"
+
+
+def write_certificate(directory: Path, document: dict[str, Any]) -> Path:
+    """Write a sealed (and perhaps signed) document beside the files, whole or not at all."""
+    path = directory / CERTIFICATE_FILE
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def read_certificate(directory: Path) -> Certificate:
+    """Read the certificate beside the files in `directory`; its seal fits.
+
+    Raises:
+        HandoffError: there is none, it is no certificate, it is of a newer crosschip, or it was cut or altered.
+    """
+    path = directory / CERTIFICATE_FILE
+    if not directory.is_dir():
+        raise HandoffError(f"there is no directory {directory}", "give the directory that `crosschip handoff` wrote")
+    if not path.is_file():
+        raise HandoffError(f"{directory} has no {CERTIFICATE_FILE}", "make one with `crosschip handoff`")
+    document = _parsed(path)
+    version = document.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise HandoffError(f"{path} is no certificate: its schema_version is {version!r}", _REMEDY)
+    if version > SCHEMA_VERSION:
+        raise HandoffError(
+            f"{path} has schema version {version}, this crosschip reads up to {SCHEMA_VERSION}", "update crosschip"
+        )
+    _check_form(path, document)
+    if document["seal"] != seal_of(document):
+        raise HandoffError(f"{path} was cut or altered: its seal does not fit", _REMEDY)
+    return Certificate(path, document)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _LARGEST_BYTES:
+        raise HandoffError(f"{path} has {size} B, more than any certificate ({_LARGEST_BYTES} B)", _REMEDY)
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise HandoffError(f"{path} is not JSON: {type(error).__name__}: {error}", _REMEDY) from None
+    if not isinstance(document, dict):
+        raise HandoffError(f"{path} holds a {type(document).__name__}, not a certificate", _REMEDY)
+    return document
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key that comes twice is one thing to one reader and another to the next, so it is refused."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_form(path: Path, document: dict[str, Any]) -> None:
+    for key, kind in _FORM.items():
+        if not isinstance(document.get(key), kind):
+            raise HandoffError(f"{path} is no certificate: {key} is {_shown(document.get(key))}", _REMEDY)
+    verdicts = [document["verdict"], *(_field(each, "verdict") for each in document["replays"])]
+    of_gates = [_field(each, "verdict") for each in document["gates"]]
+    for verdict in (*verdicts, *(each for each in of_gates if each != NOT_COVERED)):
+        if verdict not in VERDICTS:
+            raise HandoffError(f"{path} is no certificate: a verdict is {_shown(verdict)}", _REMEDY)
+    for entry in document["files"]:
+        types = (_field(entry, "name"), _field(entry, "bytes"), _field(entry, "sha256"))
+        if not all(isinstance(value, kind) for value, kind in zip(types, (str, int, str), strict=True)):
+            raise HandoffError(f"{path} is no certificate: a file's entry is {_shown(entry)}", _REMEDY)
+    if not isinstance(document.get("signature"), dict | None):
+        raise HandoffError(f"{path} is no certificate: its signature is {_shown(document['signature'])}", _REMEDY)
+
+
+def _field(entry: Any, name: str) -> Any:
+    return entry.get(name) if isinstance(entry, dict) else None
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

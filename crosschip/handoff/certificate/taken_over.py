@@ -1,0 +1,99 @@
+"""Gates that others went through, read from the documents they left: answers, generation health, write-read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crosschip.certificate.document import VERDICTS
+from crosschip.errors import HandoffError, RunDirectoryError
+from crosschip.handoff.certificate.gate import Gate, Measure, not_covered
+from crosschip.rundir import read_json
+
+__all__ = ["answer_gates", "write_read_gate"]
+
+_ANSWERS, _HEALTH, _WRITE_READ = "answer-level scores", "generation health", "write-read"
+_TASKS_OF_HEALTH = ("format", "length")
+_UNHEALTHY = {
+    "num_reasoning_open": "answers whose reasoning does not end",
+    "num_without_one_answer": "answers that are none, or several",
+    "num_loops": "answers that end in a loop",
+    "num_not_utf8": "answers with broken characters",
+}
+_VERIFIED = "verified.json"  # of a checkpoint that was read back after it was saved
+
+
+def answer_gates(report: dict[str, Any] | None) -> list[Gate]:
+    """Two gates from the report of a paired comparison of answers, or none.
+
+    Raises:
+        HandoffError: the document has another form.
+    """
+    if report is None:
+        return []
+    try:
+        tasks = [(str(each["task"]), each) for each in report["tasks"]]
+        scores = [_task(each) for name, each in tasks if name not in _TASKS_OF_HEALTH]
+        health = [_task(each) for name, each in tasks if name in _TASKS_OF_HEALTH]
+        verdict = str(report["verdict"])
+        gates = [_scores(verdict, scores, [str(words) for words in report["not_covered"]])]
+        return [*gates, _health(report["a"]["health"], report["b"]["health"], health)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise HandoffError(
+            f"the report of answers has another form: {type(error).__name__}: {error}",
+            "make it again with `crosschip handoff compare A B --json FILE`",
+        ) from None
+
+
+def write_read_gate(checkpoint: Path) -> Gate | None:
+    """Whether the chip that saved a checkpoint read it back to the loss of the saving step; None if nobody looked."""
+    try:
+        document = read_json(checkpoint / _VERIFIED)
+    except RunDirectoryError:
+        return None
+    found = document if isinstance(document, dict) else {}
+    loss, words = found.get("loss"), str(found.get("detail"))
+    measures = []
+    if isinstance(loss, dict):
+        difference = abs(float(loss["found"]) - float(loss["expected"]))
+        source = "0 where every bit must be the same, else what honest rounding explains"
+        measures.append(Measure("difference of the loss, in nats", difference, float(loss["limit"]), source))
+    if found.get("verdict") == "wrong":
+        return Gate(_WRITE_READ, "FAIL", words, str(checkpoint), measures)
+    if found.get("verdict") != "right":
+        return not_covered(_WRITE_READ, words)
+    left_out = [] if measures else ["the loss after reading back: it was not compared"]
+    return Gate(_WRITE_READ, "PASS", words, None, measures, left_out)
+
+
+def _task(result: dict[str, Any]) -> tuple[str, Measure]:
+    """A task's verdict, and its difference with its margin."""
+    if result["verdict"] not in VERDICTS:
+        raise ValueError(f"a verdict is {result['verdict']!r}")
+    detectable = result["smallest_detectable"]
+    source = "the margin that was stated before" + (
+        "" if detectable is None else f"; the smallest difference that would have been seen is {detectable:.3g}"
+    )
+    measure = Measure(f"{result['task']}, B - A", float(result["difference"]), float(result["margin"]), source)
+    return str(result["verdict"]), measure
+
+
+def _scores(verdict: str, tasks: list[tuple[str, Measure]], left_out: list[str]) -> Gate:
+    if verdict not in VERDICTS:
+        raise ValueError(f"the verdict is {verdict!r}")
+    if not tasks:
+        return not_covered(_ANSWERS, "the report holds no task with answers")
+    words = ", ".join(f"{measure.what} {measure.value:+.3g}: {of_task}" for of_task, measure in tasks)
+    return Gate(_ANSWERS, verdict, words, None, [measure for _, measure in tasks], left_out)
+
+
+def _health(before: dict[str, Any], after: dict[str, Any], tasks: list[tuple[str, Measure]]) -> Gate:
+    """Judged by the tasks that test it pair by pair; the counts are reported."""
+    number = int(after["num_replies"])
+    measures = [measure for _, measure in tasks]
+    measures += [Measure(f"{words}, of {number}", int(after[key])) for key, words in _UNHEALTHY.items()]
+    counts = ", ".join(f"{int(after[key])} {words} (before: {int(before[key])})" for key, words in _UNHEALTHY.items())
+    if not tasks:
+        return Gate(_HEALTH, "PASS WITH LIMITS", f"reported, not judged: {counts}", None, measures)
+    verdict = min((of_task for of_task, _ in tasks), key=VERDICTS.index)
+    return Gate(_HEALTH, verdict, counts, None, measures)

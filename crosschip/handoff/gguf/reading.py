@@ -1,0 +1,94 @@
+"""A GGUF file read back: its keys, and its tensors under llama.cpp's names or, imported, under the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+
+from crosschip.errors import HandoffError
+from crosschip.handoff.conversion.layout import TensorSource
+from crosschip.handoff.conversion.sources import LayoutSource
+from crosschip.handoff.gguf.architectures import architecture_named
+from crosschip.handoff.gguf.encoding import decoded
+from crosschip.handoff.gguf.metadata import Metadata
+
+__all__ = ["GgufSource", "imported"]
+
+_DTYPES = {GGMLQuantizationType.BF16: torch.bfloat16, GGMLQuantizationType.F16: torch.float16}
+
+
+class GgufSource:
+    """The tensors of one file, under llama.cpp's names. Shapes are torch's: the last dimension is the rows' length.
+
+    Raises:
+        HandoffError: the file is missing, cut, or no GGUF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._reader = GGUFReader(path)
+        except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError, OverflowError) as error:
+            problem = f"{path} cannot be read as GGUF: {type(error).__name__} {error}"
+            raise HandoffError(problem, "copy it again, or convert the model again") from None
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        end = max((int(each.data_offset) + int(each.n_bytes) for each in self._reader.tensors), default=0)
+        if path.stat().st_size < end:
+            raise HandoffError(f"{path} was cut: {path.stat().st_size} B of {end}", "copy it again")
+
+    @property
+    def metadata(self) -> Metadata:
+        """All keys with their values."""
+        return {
+            name: field.contents()
+            for name, field in self._reader.fields.items()
+            if not name.startswith("GGUF.")  # the header's own
+        }
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return str(self.metadata.get("general.architecture"))
+
+    def names(self) -> Sequence[str]:
+        """All names in the file's order."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(int(each) for each in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which `read` gives the tensor: fp32 for Q8_0."""
+        return _DTYPES.get(self._tensors[name].tensor_type, torch.float32)
+
+    def kind(self, name: str) -> str:
+        """How the file keeps the tensor: F32, BF16, Q8_0."""
+        return str(self._tensors[name].tensor_type.name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU."""
+        found = self._tensors[name]
+        return decoded(name, found.data, self.shape(name), found.tensor_type)
+
+
+def imported(path: Path, like: dict[str, Any] | None = None) -> tuple[TensorSource, dict[str, Any]]:
+    """The file's tensors under the published names, and the config.json that its keys mean.
+
+    What the export left out (multi-token prediction) is not there. With `like`, the config.json of the model that was
+    exported, tensors lie as that one says (rotary parts in halves or in pairs); else as the file has them.
+
+    Raises:
+        HandoffError: the file cannot be read, its architecture is not known here, or tensors are missing or too many.
+    """
+    source = GgufSource(path)
+    architecture = architecture_named(source.architecture)
+    config = architecture.fields_of(source.metadata)
+    names = {"lm_head.weight"} if "output.weight" in source.names() else set[str]()
+    config["tie_word_embeddings"] = not names
+    layout = architecture.layout(config if like is None else like, names)
+    return LayoutSource(source, layout.inverse), config

@@ -1,0 +1,49 @@
+"""`gguf` and `gguf-q8_0`: one file for llama.cpp, whose CANN back end also serves Ascend.
+
+Beside the file lie config.json and the tokenizer's files: for the replay, and for whoever asks what is in it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from crosschip.errors import HandoffError
+from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell
+from crosschip.handoff.source import ModelSource
+from crosschip.handoff.targets.target import Target
+from crosschip.rundir import write_json
+
+__all__ = ["GGUF", "GGUF_FILE", "GGUF_Q8_0"]
+
+GGUF_FILE = "model.gguf"
+NOTES_FILE = "not_in_the_file.json"
+
+
+def _export(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_bytes: int = SHARD_BYTES) -> None:
+    try:
+        from crosschip.handoff.gguf import export_gguf
+    except ModuleNotFoundError as error:  # the other targets do without the package
+        raise HandoffError(f"the target gguf needs the package {error.name}", "pip install gguf") from None
+    file = directory / GGUF_FILE
+    file.unlink(missing_ok=True)  # of a conversion that was interrupted: it starts clean
+    title = Path(source.origin).name
+    notes = export_gguf(source.tensors, source.config, source.tokenizer_files, file, dtype, title=title, tell=tell)
+    config = dict(source.config)
+    if dtype != "q8_0":
+        named = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+        config |= dict.fromkeys(named, dtype)
+    write_json(directory / "config.json", config)
+    write_json(directory / NOTES_FILE, {"not_in_the_file": notes})
+    if source.generation_config is not None:
+        write_json(directory / "generation_config.json", source.generation_config)
+    for each in source.tokenizer_files:
+        shutil.copyfile(each, directory / each.name)
+
+
+def _export_q8_0(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_bytes: int = SHARD_BYTES) -> None:
+    _export(source, directory, "q8_0", tell)
+
+
+GGUF = Target("gguf", ("float32", "bfloat16"), _export, None, "llama.cpp: one file with everything in it")
+GGUF_Q8_0 = Target("gguf-q8_0", ("float32",), _export_q8_0, "q8_0", "llama.cpp: 8 bits and a scale per 32 numbers")

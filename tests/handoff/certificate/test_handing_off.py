@@ -1,0 +1,227 @@
+"""From a model to a certificate, with real replays; and what each planted fault makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosschip.certificate import read_certificate, verify
+from crosschip.certificate.signing import make_key, read_public_key
+from crosschip.errors import GoldenError, HandoffError
+from crosschip.handoff.handing_off import HandoffResult, certify_directory, hand_off
+from tests.handoff.certificate.conftest import Tensors, change_tensors
+
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+def gate(result: HandoffResult, name: str) -> dict[str, Any]:
+    return next(each for each in result.certificate.document["gates"] if each["name"] == name)
+
+
+@pytest.fixture(scope="module")
+def handed_off(model_dir: Path, bundle_dir: Path) -> HandoffResult:
+    """Signed, and replayed through our own model."""
+    place = model_dir.parent / "handed-off"
+    public = make_key(model_dir.parent / "key")
+    assert public.is_file()
+    key = model_dir.parent / "key"
+    return hand_off(model_dir, "hf", out=place, golden=bundle_dir, engines=["model"], chip="cpu", key=key)
+
+
+def test_an_honest_handoff_passes_and_says_all_that_it_rests_on(handed_off: HandoffResult, model_dir: Path) -> None:
+    assert handed_off.exit_code == 0
+    document = json.loads(handed_off.certificate.path.read_text())
+    assert document == read_certificate(handed_off.directory).document
+    assert [each["name"] for each in document["gates"]] == [
+        "tensor manifest",
+        "configuration fields",
+        "golden replay",
+        "answer-level scores",
+        "generation health",
+        "overwrite",
+        "write-read",
+        "tokenizer and chat template",
+    ]
+    assert document["source"]["kind"] == "directory"
+    assert len(document["source"]["weights"]["sha256"]) == 64
+    assert document["golden"]["fingerprint"]["chip"]["name"] == "cpu"
+    assert document["machine"]["chip"]["name"] == "cpu"
+    (replay,) = document["replays"]
+    assert (replay["engine"]["name"], replay["route"], replay["dtype"]) == ("model", "model", "float32")
+    named = {measure["what"]: measure for measure in replay["views"][0]["measures"]}
+    kl = named["upper 95 % bound of the mean KL, in nats"]
+    assert kl["value"] <= kl["limit"] == 1e-6
+    assert "beforehand" in kl["limit_source"]
+    assert named["first diverging point"]["value"] == "none"
+    assert "answer-level scores" in " ".join(document["not_covered"])
+    names = {each["name"] for each in document["files"]}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    key = read_public_key(Path(f"{model_dir.parent / 'key'}.pub"))
+    assert verify(handed_off.directory, key).exit_code == 0
+
+
+def test_nothing_is_half_written(handed_off: HandoffResult) -> None:
+    left = [path.name for path in handed_off.directory.parent.iterdir() if path.name.startswith(".")]
+    assert left == []
+
+
+def broken(copied: Callable[[str], Path], how: Callable[[Tensors], None]) -> Path:
+    directory = copied("hf")
+    change_tensors(directory, how)
+    return directory
+
+
+def certified(directory: Path, bundle_dir: Path, **settings: Any) -> HandoffResult:
+    return certify_directory(directory, bundle_dir, **{"engines": ["model"], "chip": "cpu", **settings})
+
+
+def run_reproducer(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(path), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_permuted_rows_fail_with_the_tensor_its_layer_and_a_reproducer(
+    copied: Callable[[str], Path], bundle_dir: Path, model_dir: Path
+) -> None:
+    def swap(tensors: Tensors) -> None:
+        tensors[O_PROJ][[2, 5]] = tensors[O_PROJ][[5, 2]]
+
+    directory = broken(copied, swap)
+    result = certified(directory, bundle_dir)
+    assert result.exit_code == 1
+    assert (gate(result, "tensor manifest")["verdict"], gate(result, "tensor manifest")["subject"]) == ("FAIL", O_PROJ)
+    (replay,) = result.certificate.replays
+    assert (replay["verdict"], replay["cause"], replay["blame"]) == ("FAIL", "conversion", "files")
+    first = next(m for m in replay["views"][0]["measures"] if m["what"] == "first diverging point")
+    assert first["value"] == "layers.0.self_attn"
+    assert verify(directory).is_intact, "a model that failed has a whole certificate, which says so"
+    ended = run_reproducer(directory / "reproducers" / "tensor-manifest.py")
+    assert ended.returncode == 1, ended.stderr
+    assert f"{O_PROJ} in " in ended.stdout
+    honest = run_reproducer(directory / "reproducers" / "tensor-manifest.py", str(model_dir))
+    assert honest.returncode == 0, honest.stdout + honest.stderr
+
+
+@pytest.mark.slow
+def test_the_reproducer_of_a_replay_shows_it_in_transformers_and_passes_the_honest_files(
+    copied: Callable[[str], Path], bundle_dir: Path, model_dir: Path
+) -> None:
+    directory = broken(copied, lambda tensors: tensors.update({O_PROJ: tensors[O_PROJ].flip(0)}))
+    assert certified(directory, bundle_dir).exit_code == 1
+    script = directory / "reproducers" / "golden-replay-model.py"
+    ended = run_reproducer(script)
+    assert ended.returncode == 1, ended.stderr
+    assert "expected" in ended.stdout
+    honest = run_reproducer(script, "--model", str(model_dir))
+    assert honest.returncode == 0, honest.stdout + honest.stderr
+
+
+def test_a_changed_field_fails_by_its_name(copied: Callable[[str], Path], bundle_dir: Path) -> None:
+    directory = copied("hf")
+    config = json.loads((directory / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-5
+    (directory / "config.json").write_text(json.dumps(config))
+    result = certified(directory, bundle_dir)
+    assert result.exit_code == 1
+    assert gate(result, "configuration fields")["subject"] == "rms_norm_eps"
+    assert result.certificate.replays[0]["cause"] == "config field"
+    ended = run_reproducer(directory / "reproducers" / "configuration-fields.py")
+    assert (ended.returncode, "rms_norm_eps: expected 1e-06, got 1e-05" in ended.stdout) == (1, True)
+
+
+def test_a_cut_shard_fails_and_is_not_replayed(copied: Callable[[str], Path], bundle_dir: Path) -> None:
+    directory = copied("hf")
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    result = certified(directory, bundle_dir)
+    assert result.exit_code == 1
+    assert "cannot be read back" in gate(result, "tensor manifest")["message"]
+    assert "model.safetensors" in gate(result, "tensor manifest")["message"]
+    assert result.certificate.replays == []
+
+
+def test_a_chip_that_computes_otherwise_is_to_blame(copied: Callable[[str], Path], bundle_dir: Path) -> None:
+    from crosschip.chips.simulated import activate
+
+    directory = copied("hf")
+    try:
+        result = certified(directory, bundle_dir, chip="sim:N2")
+    finally:
+        activate("sim")
+    (replay,) = result.certificate.replays
+    assert (result.exit_code, replay["cause"], replay["blame"]) == (1, "operator", "chip")
+    assert replay["subject"].startswith("layers.0")
+    assert gate(result, "tensor manifest")["verdict"] == "PASS"
+
+
+def test_replays_elsewhere_are_added_and_told_whose_word_they_are(
+    handed_off: HandoffResult, bundle_dir: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "moved"
+    shutil.copytree(handed_off.directory, directory)
+    result = certified(directory, bundle_dir, engines=["transformers"])
+    assert result.exit_code == 0
+    assert [each["engine"]["name"] for each in result.certificate.replays] == ["model", "transformers"]
+    assert gate(result, "tokenizer and chat template")["verdict"] == "PASS", "seen when the source was at hand"
+    taken = result.certificate.document["taken_over"]
+    assert taken["replays"] == ["model, float32"]
+    assert "tokenizer and chat template" in taken["gates"]
+    assert taken["signed_with"] is not None
+    assert result.certificate.signature is None, "the earlier signature is of another document"
+
+
+def test_nothing_is_taken_over_from_the_certificate_of_changed_files(
+    handed_off: HandoffResult, bundle_dir: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "moved"
+    shutil.copytree(handed_off.directory, directory)
+    (directory / "tokenizer.json").open("a").write("\n")
+    result = certified(directory, bundle_dir, engines=["transformers"])
+    assert result.certificate.document["taken_over"] is None
+    assert gate(result, "tokenizer and chat template")["verdict"] == "NOT COVERED"
+
+
+def test_a_missing_bundle_is_recorded_and_said_so(model_dir: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    result = hand_off(model_dir, "hf", out=tmp_path / "hf", engines=["model"], chip="cpu", tell=told.append)
+    assert result.recorded_now
+    assert "not the chip that trained" in result.certificate.document["golden"]["remark"]
+    assert any("recorded now on cpu" in line for line in told)
+    assert (tmp_path / "hf-golden" / "COMPLETE").is_file()
+    again = hand_off(model_dir, "hf", out=tmp_path / "hf", engines=["model"], chip="cpu")
+    assert again.recorded_now, "the bundle that lies there now is still not the training chip's"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"to": "onnx"}, "is not a target"),
+        ({"engines": ["sglang"]}, "the engine 'sglang' is not known"),
+        ({"key": Path("/nowhere/key")}, "cannot be read"),
+        ({"answers": {"verdict": "PASS"}}, "has another form"),
+        ({"golden": Path("/nowhere")}, "there is no golden bundle"),
+        ({"source": Path("/nowhere")}, "there is no directory"),
+        ({"dtype": "float16"}, "hf is not written in float16"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    model_dir: Path, bundle_dir: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    given = {"source": model_dir, "to": "hf", "golden": bundle_dir, "engines": ["model"], **settings}
+    source, to = given.pop("source"), given.pop("to")
+    with pytest.raises((HandoffError, GoldenError), match=words):
+        hand_off(source, to, out=tmp_path / "out", chip="cpu", **given)
+
+
+def test_a_bundle_of_other_weights_is_refused(copied: Callable[[str], Path], bundle_dir: Path, tmp_path: Path) -> None:
+    directory = copied("hf")
+    change_tensors(directory, lambda tensors: tensors.update({O_PROJ: tensors[O_PROJ] * 2}))
+    with pytest.raises(HandoffError, match="recorded from other weights"):
+        hand_off(directory, "hf", out=tmp_path / "out", golden=bundle_dir, chip="cpu")
+    assert not (tmp_path / "out").exists()

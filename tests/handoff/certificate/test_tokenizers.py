@@ -1,0 +1,83 @@
+"""The tokenizer's gate: a byte shows, and so does what it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from crosschip.data import Message, load_tokenizer
+from crosschip.handoff.certificate.tokenizers import CHATS, CONTROLS, TEXTS, tokenizer_gate
+from crosschip.handoff.source import open_source
+
+
+def test_the_same_bytes_pass_and_work(exported: Callable[[str], Path], model_dir: Path) -> None:
+    gate = tokenizer_gate(open_source(model_dir).tokenizer_files, exported("hf"))
+    assert gate.verdict == "PASS"
+    assert [measure.value for measure in gate.measures] == [0, 0], "every text comes back as it was"
+
+
+def _edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda d: _edit(d / "chat_template.jinja", "<|assistant|>", "<|user|>"), "a chat becomes"),
+        (lambda d: _swap_tokens(d / "tokenizer.json"), "becomes the tokens"),
+        (lambda d: (d / "tokenizer_config.json").open("a").write(" "), "both do the same"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "cannot be read as a tokenizer"),
+    ],
+)
+def test_a_changed_tokenizer_fails_and_says_what_it_does(
+    copied: Callable[[str], Path], model_dir: Path, how: Callable[[Path], object], words: str
+) -> None:
+    directory = copied("hf")
+    how(directory)
+    gate = tokenizer_gate(open_source(model_dir).tokenizer_files, directory)
+    assert gate.verdict == "FAIL"
+    assert words in gate.message
+
+
+def _swap_tokens(file: Path) -> None:
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    file.write_text(json.dumps(document))
+
+
+class _Other:
+    """A reader of another format, honest or not."""
+
+    def __init__(self, directory: Path, offset: int = 0) -> None:
+        self._tokenizer, self._offset = load_tokenizer(directory), offset
+
+    def encode(self, text: str) -> list[int]:
+        return [each + self._offset for each in self._tokenizer.encode_with_controls(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([each - self._offset for each in ids])
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return self._tokenizer.render(messages, add_generation_prompt)
+
+
+def test_another_format_is_compared_by_what_it_does(model_dir: Path, tmp_path: Path) -> None:
+    files = open_source(model_dir).tokenizer_files
+    gate = tokenizer_gate(files, tmp_path, _Other(model_dir))
+    assert gate.verdict == "PASS"
+    assert f"{len(TEXTS) + len(CONTROLS) + len(CHATS)} texts and chats" in gate.message
+    assert "bytes" in gate.not_covered[0]
+    wrong = tokenizer_gate(files, tmp_path, _Other(model_dir, offset=1))
+    assert wrong.verdict == "FAIL"
+    assert "the source's" in wrong.message
+
+
+def test_without_a_tokenizer_it_is_not_covered(tmp_path: Path) -> None:
+    assert tokenizer_gate([], tmp_path).verdict == "NOT COVERED"

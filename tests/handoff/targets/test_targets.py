@@ -1,0 +1,185 @@
+"""The files of each target: what they hold, what other readers make of them, and what the golden replay says."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from crosschip.chips import find_chip
+from crosschip.errors import HandoffError, RunDirectoryError
+from crosschip.golden.bundle import load_bundle
+from crosschip.golden.record import RecordPlan, record
+from crosschip.golden.replay import replay
+from crosschip.golden.training_curve import CurvePlan
+from crosschip.handoff.conversion.declared import is_quantised_weight
+from crosschip.handoff.export import export_model
+from crosschip.handoff.source import open_source
+from crosschip.handoff.targets import TARGETS
+from crosschip.model import save_model
+from tests.handoff.conversion.models import SQUARE, save_family
+from tests.model.configs import random_model
+
+PLAN = RecordPlan(max_tokens=700, reorderings=1, curve=CurvePlan(num_steps=0))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("targets") / "model"
+    save_model(random_model(SQUARE), directory)
+    return directory
+
+
+def config_of(directory: Path) -> dict:
+    return json.loads((directory / "config.json").read_text())
+
+
+def dtypes_of(directory: Path) -> dict[str, str]:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def test_fp8_is_written_as_deepseek_publishes(published: Path, tmp_path: Path) -> None:
+    out = export_model(open_source(published), TARGETS["fp8"], tmp_path / "out")
+    assert config_of(out)["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
+    assert config_of(out)["torch_dtype"] == "bfloat16"
+    dtypes = dtypes_of(out)
+    for name, dtype in dtypes.items():
+        if is_quantised_weight(name):
+            assert (dtype, dtypes[f"{name}_scale_inv"]) == ("F8_E4M3", "F32")
+        elif name.endswith(("_scale_inv", "e_score_correction_bias")):
+            assert dtype == "F32"
+        else:
+            assert dtype == "BF16"
+
+
+def test_w8a8_names_every_matrix_that_is_not_int8_in_its_ignore_list(published: Path, tmp_path: Path) -> None:
+    out = export_model(open_source(published), TARGETS["w8a8"], tmp_path / "out")
+    settings = config_of(out)["quantization_config"]
+    assert settings["format"] == "int-quantized"
+    assert settings["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    dtypes = dtypes_of(out)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        matrices = {name for name in dtypes if len(file.get_slice(name).get_shape()) == 2 and "_scale" not in name}
+    kept = {name.removesuffix(".weight") for name in matrices if dtypes[name] != "I8"}
+    assert kept - set(settings["ignore"]) == {"model.embed_tokens", "model.layers.2.embed_tokens"}
+    assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.2.eh_proj"} <= set(settings["ignore"])
+    for name in matrices - {f"{name}.weight" for name in kept}:
+        assert dtypes[f"{name}_scale"] == "F32"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["fp8", "w8a8"])
+def test_other_families_are_quantised_alike(family: str, kind: str, tmp_path: Path) -> None:
+    source = open_source(save_family(family, tmp_path / "model"))
+    out = export_model(source, TARGETS[kind], tmp_path / "out")
+    stored = [name for name, dtype in dtypes_of(out).items() if dtype in ("F8_E4M3", "I8")]
+    assert len(stored) == 3 * 7
+    if kind == "w8a8":
+        assert config_of(out)["quantization_config"]["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_transformers_answers_alike_after_fp32(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    directory = save_family(family, tmp_path / "model", tied=True)
+    out = export_model(open_source(directory), TARGETS["hf"], tmp_path / "out", "float32")
+    ids = torch.arange(20)[None]
+    one, other = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (directory, out))
+    assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_an_architecture_that_would_be_quantised_by_half_is_refused(tmp_path: Path) -> None:
+    directory = save_family("llama", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(4, 4)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(HandoffError, match=r"experts\.0\.w1\.weight \[4, 4\] is named like no weight"):
+        export_model(open_source(directory), TARGETS["w8a8"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_dtype_that_a_target_has_not_and_a_foreign_directory_are_refused(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(HandoffError, match=r"hf is not written in float16.*"):
+        export_model(open_source(published), TARGETS["hf"], tmp_path / "out", "float16")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RunDirectoryError, match="not an export"):
+        export_model(open_source(published), TARGETS["hf"], tmp_path / "mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HandoffError, match=r"writing .* failed"):
+        export_model(open_source(published), TARGETS["hf"], tmp_path / "file" / "out")
+
+
+def test_two_processes_do_not_write_the_same_place(published: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    held = os.open(tmp_path / ".out.partial", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(HandoffError, match="another process writes"):
+        export_model(open_source(published), TARGETS["hf"], tmp_path / "out")
+    os.close(held)
+    assert export_model(open_source(published), TARGETS["hf"], tmp_path / "out").is_dir()
+
+
+def test_a_failed_export_leaves_the_older_one_and_nothing_else(published: Path, tmp_path: Path, monkeypatch) -> None:
+    out = export_model(open_source(published), TARGETS["hf"], tmp_path / "out", "float32")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    broken = open_source(published)
+    monkeypatch.setattr(broken.tensors, "read", lambda name: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with pytest.raises(HandoffError, match="the disk is gone"):
+        export_model(broken, TARGETS["hf"], out, "bfloat16")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def bundle_dir(published: Path) -> Path:
+    torch.set_num_threads(1)
+    record(published, find_chip("cpu"), published.parent / "bundle", plan=PLAN)
+    return published.parent / "bundle"
+
+
+def mean_kl(bundle_dir: Path, directory: Path, key: str) -> tuple[float, float]:
+    """The upper bound of the mean KL of our own replay, and its limit."""
+    torch.set_num_threads(1)
+    comparison = replay(load_bundle(bundle_dir), directory, find_chip("cpu"), quantised=key, with_curve=False)
+    return comparison.views[0].kl.upper_95, comparison.limit.mean_kl
+
+
+@pytest.mark.parametrize(("kind", "key"), [("fp8", "fp8"), ("w8a8", "int8")])
+def test_the_golden_replay_of_a_quantised_model_is_below_its_limit_and_without_its_scales_above(
+    kind: str, key: str, published: Path, bundle_dir: Path, tmp_path: Path
+) -> None:
+    out = export_model(open_source(published), TARGETS[kind], tmp_path / "out", "float32")
+    assert TARGETS[kind].quantised == key
+    honest, limit = mean_kl(bundle_dir, out, key)
+    plain = export_model(open_source(out), TARGETS["hf"], tmp_path / "plain", "float32")
+    in_fp32, _ = mean_kl(bundle_dir, plain, key)
+    tensors = load_file(out / "model.safetensors")
+    dropped = {name: torch.ones_like(each) if "_scale" in name else each for name, each in tensors.items()}
+    save_file(dropped, out / "model.safetensors")
+    without, _ = mean_kl(bundle_dir, out, key)
+    print(f"{kind}: KL {honest:.2e} in bf16, {in_fp32:.2e} in fp32, {without:.2e} without scales, limit {limit:g}")
+    assert max(honest, in_fp32) < limit
+    assert without > 10 * limit
+
+
+def test_the_bias_of_the_router_and_the_small_files_are_kept(published: Path, tmp_path: Path) -> None:
+    (published / "tokenizer.json").write_text('{"made": "up"}')
+    out = export_model(open_source(published), TARGETS["hf"], tmp_path / "out", "bfloat16")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    one, other = (load_file(each / "model.safetensors")[name] for each in (published, out))
+    assert torch.equal(one, other)
+    assert (out / "tokenizer.json").read_bytes() == (published / "tokenizer.json").read_bytes()
+    (published / "tokenizer.json").unlink()
