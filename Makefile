@@ -1,5 +1,6 @@
 # Needs only Python >= 3.11, pip and make. Every target makes .venv when it is missing; a second call installs nothing.
 #   make run     train, hand off and chat with a small reasoning model (recipes/first.toml); RECIPE=... ARGS=... to change
+#   make engines other serving engines, each in an environment of its own under .engines (ENGINES=... for some of them)
 #   make test    the tests that need no other engine and no accelerator, without the slow ones
 # PYTHON=... chooses the interpreter, TORCH_INSTALL="..." another torch than the set-up would take (scripts/make_venv.py).
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 BENCHMARKS := benchmarks/train_step.py benchmarks/generate.py
 export TORCH_INSTALL
 
-.PHONY: run engines test test-slow bench bench-qualify bench-drill lint format clean venv-run venv-dev
+.PHONY: run engines test test-slow bench bench-qualify bench-drill bench-handoff lint format clean venv-run venv-dev
 
 run: venv-run
 	$(BIN)/crosschip run $(RECIPE) $(ARGS)
@@ -33,6 +34,9 @@ bench-qualify: venv-run
 
 bench-drill: venv-run
 	$(BIN)/python benchmarks/drill.py $(ARGS)
+
+bench-handoff: venv-run
+	$(BIN)/python benchmarks/handoff.py $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .
