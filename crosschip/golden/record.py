@@ -27,7 +27,7 @@ from crosschip.golden.training_curve import Curve, train_curve
 from crosschip.golden.transformers_record import CausalLMRecorder, shape_of_causal_lm
 from crosschip.golden.views import curve_distance
 from crosschip.golden.weights import records_of
-from crosschip.model import ModelConfig, Transformer, load_model, read_config
+from crosschip.model import ModelConfig, Transformer, load_multiplied_out, read_config
 from crosschip.model.weights import is_training_checkpoint
 from crosschip.rundir import RunDirectory, is_complete
 
@@ -204,7 +204,8 @@ class _Recorder:
         tell: Callable[[str], None],
     ) -> None:
         self._directory, self._chip, self._rows, self._plan, self._tell = directory, chip, rows, plan, tell
-        model = load_model(directory, device=chip.device)
+        self._wanted = dtype
+        model = self._load(chip.device)
         self.weights_dtype = model.embed_tokens.weight.dtype
         self._dtype = dtype or self.weights_dtype
         self.curve: Curve | None = None
@@ -213,6 +214,9 @@ class _Recorder:
             plan.curve, length=max(least, min(plan.curve.length, model.config.max_position_embeddings - 1))
         )
 
+    def _load(self, device: torch.device) -> Transformer:
+        return load_multiplied_out(self._directory, self._wanted, device)
+
     @property
     def dtype_name(self) -> str:
         return str(self._dtype).removeprefix("torch.")
@@ -220,7 +224,7 @@ class _Recorder:
     def reference(self) -> Arrays:
         """The rows alone, and the training curve."""
         self._tell(f"recording {len(self._rows)} rows, {sum(map(len, self._rows))} tokens, on {self._chip.name}")
-        model = load_model(self._directory, device=self._chip.device)
+        model = self._load(self._chip.device)
         arrays = observe(model, self._rows, self._chip, self._how())
         if self.curve_plan.num_steps:
             self._tell(f"training for {self.curve_plan.num_steps} steps")
@@ -232,12 +236,12 @@ class _Recorder:
         rows = np.repeat(np.arange(len(self._rows)), [len(row) for row in self._rows])
         self._tell(f"the noise floor: batches of {BATCH_SIZE}")
         how = replace(self._how(), batch_size=BATCH_SIZE, place=BATCH_PLACE)
-        model = load_model(self._directory, device=self._chip.device)
+        model = self._load(self._chip.device)
         found = observe(model, self._rows, self._chip, how, reference["topk_ids"])
         runs = [OtherRun(f"in a batch of {BATCH_SIZE}", found)]
         for number in range(self._plan.reorderings):
             self._tell(f"the noise floor: another order of every sum ({number + 1} of {self._plan.reorderings})")
-            model = load_model(self._directory)
+            model = self._load(torch.device("cpu"))
             order = reorder(model, self._plan.seed + number + 1)
             model.to(self._chip.device)
             how = replace(self._how(), unpermute=order)
@@ -253,7 +257,7 @@ class _Recorder:
         Another order of a sum that is made in fp32 mostly rounds to the same 16 bits, so orders alone say too little.
         """
         self._tell("the noise floor: arithmetic in fp32")
-        model = load_model(self._directory, device=self._chip.device)
+        model = self._load(self._chip.device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1 and not name.endswith(".gate.weight"):  # the router's scores are fp32 anyway

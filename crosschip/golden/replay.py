@@ -19,7 +19,7 @@ from crosschip.golden.observing import Arrays, Observing, observe
 from crosschip.golden.plan import BATCH_PLACE, BATCH_SIZE
 from crosschip.golden.training_curve import CurvePlan, train_curve
 from crosschip.golden.views import curve_distance, view_of
-from crosschip.model import Transformer, load_model
+from crosschip.model import Transformer, load_multiplied_out
 
 __all__ = ["left_out", "replay", "replay_dtype"]
 
@@ -78,7 +78,7 @@ def replay(
     if bundle.manifest["num_nextn_predict_layers"]:
         comparison.not_covered.append("multi-token prediction: only its loss in the training curve")
     try:
-        model = load_model(model_directory, device=chip.device)
+        model = load_multiplied_out(model_directory, getattr(torch, name), chip.device)
     except ModelError as error:
         if not (files.fields or files.weights):
             raise

@@ -3,7 +3,7 @@
 from crosschip.model.config import ModelConfig, config_from_settings
 from crosschip.model.decoder import Decoder, LatentCache, generate
 from crosschip.model.transformer import LossParts, Transformer, init_weights
-from crosschip.model.weights import load_model, read_config, save_model
+from crosschip.model.weights import load_model, load_multiplied_out, read_config, save_model
 
 __all__ = [
     "Decoder",
@@ -15,6 +15,7 @@ __all__ = [
     "generate",
     "init_weights",
     "load_model",
+    "load_multiplied_out",
     "read_config",
     "save_model",
 ]

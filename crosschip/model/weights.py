@@ -40,6 +40,7 @@ __all__ = [
     "has_weights",
     "is_training_checkpoint",
     "load_model",
+    "load_multiplied_out",
     "own_tensors",
     "published_views",
     "read_config",
@@ -227,6 +228,15 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
     _materialise(model, dtype, device)
     _fill(model, shards, quantisation.block if quantisation else (128, 128), directory)
     return model
+
+
+def load_multiplied_out(directory: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Transformer:
+    """As `load_model` in the files' own dtype, but weights in 8 bits are multiplied out into `dtype` unless it is None.
+
+    They have no dtype of their own: in bf16, in which they are mostly used, products of scales are rounded once more.
+    """
+    _, document = read_config(directory)
+    return load_model(directory, dtype if quantisation_of(document) else None, device)
 
 
 def _load_training_checkpoint(

@@ -15,7 +15,10 @@ import pytest
 from crosschip.certificate import read_certificate, verify
 from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.errors import GoldenError, HandoffError
+from crosschip.handoff.export import export_model
 from crosschip.handoff.handing_off import HandoffResult, certify_directory, hand_off
+from crosschip.handoff.source import open_source
+from crosschip.handoff.targets import TARGETS
 from tests.handoff.certificate.conftest import Tensors, change_tensors
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
@@ -225,3 +228,14 @@ def test_a_bundle_of_other_weights_is_refused(copied: Callable[[str], Path], bun
     with pytest.raises(HandoffError, match="recorded from other weights"):
         hand_off(directory, "hf", out=tmp_path / "out", golden=bundle_dir, chip="cpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["fp8", "w8a8"])
+def test_files_in_eight_bits_are_a_source_as_well(model_dir: Path, tmp_path: Path, form: str) -> None:
+    """What they are multiplied out to is what is recorded, moved and replayed: bit for bit in fp32."""
+    quantised = tmp_path / form
+    export_model(open_source(model_dir), TARGETS[form], quantised, "bfloat16")
+    made = hand_off(quantised, "hf", dtype="float32", engines=("model",))
+    assert made.certificate.verdict in ("PASS", "PASS WITH LIMITS")
+    alone = made.certificate.replays[0]["views"][0]["measures"]
+    assert next(each["value"] for each in alone if each["what"].startswith("upper 95 %")) == 0.0
