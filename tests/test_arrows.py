@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str] | None] = {
     "certificate": set(),
     "chips": set(),
     "data": set(),
-    "plan": set(),
+    "plan": {"report.templating", "report.plots", "report.figures", "report.measured_drawings"},  # the look of pages
     "report": set(),
     "doctor": set(),
     "torch_plugin": {"chips"},
