@@ -18,7 +18,6 @@ __all__ = [
     "GoldenError",
     "HandoffError",
     "ModelError",
-    "NotBuiltYet",
     "QualifyError",
     "RecipeError",
     "RunDirectoryError",
@@ -92,7 +91,3 @@ class EngineError(CrosschipError):
 
 class HandoffError(CrosschipError):
     """A model that cannot be handed off as asked, or whose certificate or files are not what they say."""
-
-
-class NotBuiltYet(CrosschipError):
-    """A verb whose door is here and whose room is still empty."""

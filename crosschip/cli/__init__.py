@@ -15,7 +15,8 @@ from crosschip.cli.examining import compare, doctor
 from crosschip.cli.golden import golden
 from crosschip.cli.guard import guarded
 from crosschip.cli.handing import handoff
-from crosschip.cli.making import plan, run, train
+from crosschip.cli.making import run, train
+from crosschip.cli.planning import plan, plan_app, validate
 from crosschip.cli.qualifying import qualify
 from crosschip.cli.serving import chat, serve
 
@@ -48,10 +49,13 @@ def crosschip(
     """Hold the options that stand before a verb."""
 
 
-for verb in (run, qualify, plan, train, drill, serve, compare, chat, doctor):
+for verb in (run, qualify, train, drill, serve, compare, chat, doctor):
     app.command()(guarded(verb))
 app.add_typer(handoff, name="handoff")
 app.add_typer(golden, name="golden")
+plan_app.command("run")(guarded(plan))
+plan_app.command("validate")(guarded(validate))
+app.add_typer(plan_app, name="plan")
 
 
 def main() -> None:

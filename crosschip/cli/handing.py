@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from crosschip.cli.comparing_answers import compare_sides
+from crosschip.cli.default_command import DefaultCommandGroup
 from crosschip.cli.guard import guarded
 from crosschip.cli.options import ExaminedChipOption
 from crosschip.cli.reports import tell
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from crosschip.handoff.handing_off import HandoffResult
 
 __all__ = ["handoff"]
-
-_MAKE = "make"
 
 ToOption = Annotated[
     str,
@@ -62,14 +60,8 @@ JsonOption = Annotated[
 ]
 
 
-class _SourceOrCommand(TyperGroup):
-    """A group whose first word may be a source instead of a command."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the name of the default command before a source, or before its options (typer)."""
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = [_MAKE, *args]
-        return super().parse_args(ctx, args)
+class _SourceOrCommand(DefaultCommandGroup):
+    default = "make"
 
 
 handoff = typer.Typer(
@@ -219,7 +211,7 @@ def _end(result: HandoffResult, json_path: Path | None) -> None:
     raise typer.Exit(result.exit_code)
 
 
-handoff.command(_MAKE)(guarded(make))
+handoff.command(_SourceOrCommand.default)(guarded(make))
 handoff.command()(guarded(certify))
 handoff.command()(guarded(verify))
 handoff.command()(guarded(keygen))

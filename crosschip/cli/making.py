@@ -1,4 +1,4 @@
-"""The verbs that make a model: run, train, plan."""
+"""The verbs that make a model: run, train."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from crosschip.cli.options import (
     SkipBadRowsOption,
     overrides_of,
 )
-from crosschip.errors import NotBuiltYet, RecipeError
+from crosschip.errors import RecipeError
 
 if TYPE_CHECKING:
     from crosschip.train.launching import TrainCommand
 
-__all__ = ["plan", "run", "train"]
+__all__ = ["run", "train"]
 
 
 def run(
@@ -40,27 +40,6 @@ def run(
 
     settings = overrides_of(recipe, overrides, skip_bad_rows)
     run_voyage(recipe, out=out, overrides=settings, serve=serve, host=host, port=port)
-
-
-def plan(
-    recipe: RecipeArgument,
-    cluster: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The cluster: chips, nodes, network, price.", show_default=False),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A report of `qualify`, for measured rates.", show_default=False)
-    ] = None,
-    by: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM-DD", help="The date it must be ready by.", show_default=False)
-    ] = None,
-) -> None:
-    """Say memory, layout, step time, goodput, cost and date of a run on a cluster (not built yet)."""
-    raise NotBuiltYet(
-        f"`crosschip plan` is not built yet: nothing was computed for {recipe} on {cluster or 'no cluster'}, "
-        f"with {report or 'no report'}, by {by or 'no date'}",
-        "measure a short run with `crosschip train` on one machine of that cluster",
-    )
 
 
 def train(

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from crosschip.cli.options import ChipOption, HostOption, PortOption
+from crosschip.errors import ServeError
+
+if TYPE_CHECKING:
+    from crosschip.serve.api.listening import Tls
+    from crosschip.serve.limits import Limits
 
 __all__ = ["chat", "serve"]
 
 
 def serve(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory in the published layout.")],
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="A model directory in the published layout.", show_default=False),
+    ] = None,
+    gateway: Annotated[
+        Path | None,
+        typer.Option(
+            "--gateway",
+            metavar="FILE",
+            help="Serve the engines that this TOML file names, instead of a directory.",
+            show_default=False,
+        ),
+    ] = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     chip: ChipOption = "auto",
@@ -27,6 +45,21 @@ def serve(
             min=2, metavar="N", help="Tokens of prompt and answer; else the model's limit.", show_default=False
         ),
     ] = None,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Tokens of all requests that the cache holds; else what fits.", show_default=False
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Compute a beginning that prompts share once.")
+    ] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="An answer does not depend on what else is computed; slower.")
+    ] = False,
+    speculative: Annotated[
+        bool, typer.Option("--speculative", help="Draft tokens with the model's multi-token-prediction module.")
+    ] = False,
     model_name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The name in the API; else the directory's.", show_default=False),
@@ -34,9 +67,60 @@ def serve(
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Refuse a model without a valid certificate.")
     ] = False,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ask for API keys: the file of their hashes.", show_default=False),
+    ] = None,
+    new_key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Make an API key, print it and its lines for the file.", show_default=False),
+    ] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="With --new-key: a key that may administrate.")] = False,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(metavar="N", help="For each key, or all clients together.", show_default=False)
+    ] = None,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Requests under way for each key.", show_default=False),
+    ] = None,
+    max_prompt_chars: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Characters of a prompt.", show_default=False)
+    ] = None,
+    max_request_s: Annotated[
+        float | None, typer.Option(metavar="S", help="Seconds that an answer may take.", show_default=False)
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate chain for HTTPS, PEM.", show_default=False)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.", show_default=False)
+    ] = None,
+    drain_s: Annotated[
+        float, typer.Option(min=0, metavar="S", help="How long answers under way have after the signal to end.")
+    ] = 3.0,
 ) -> None:
-    """Serve a model: an OpenAI-compatible API at /v1 and a chat page at /."""
+    """Serve a model: an OpenAI-compatible API at /v1 and a chat page at /. Or be the gateway to several engines."""
+    if new_key is not None:
+        _print_new_key(new_key, admin)
+        return
+    tls = _tls(tls_cert, tls_key)
+    limits = {
+        "api_keys": api_keys,
+        "requests_per_minute": requests_per_minute,
+        "max_concurrent": max_concurrent,
+        "max_prompt_chars": max_prompt_chars,
+        "max_request_s": max_request_s,
+    }
+    if gateway is not None:
+        _refuse_beside_gateway(directory, limits)
+        from crosschip.serve.gateway.server import serve_gateway
+
+        serve_gateway(gateway, host, port, require_certificate=require_certificate, tls=tls)
+        return
+    if directory is None:
+        raise ServeError("nothing to serve was named", "give a model directory, or --gateway FILE")
     from crosschip.serve import serve as serve_directory
+    from crosschip.serve.api.server import EngineOptions
 
     serve_directory(
         directory,
@@ -48,7 +132,50 @@ def serve(
         device=chip,
         model_name=model_name,
         require_certificate=require_certificate,
+        limits=_limits(limits),
+        tls=tls,
+        engine_options=EngineOptions(cache_tokens, prefix_cache, deterministic, speculative),
+        drain_s=drain_s,
     )
+
+
+def _print_new_key(name: str, admin: bool) -> None:
+    from crosschip.serve.limits import new_key
+
+    secret, lines = new_key(name, admin)
+    print(f"the key, shown once:\n\n{secret}\n\nfor the file of --api-keys or limits.api_keys:\n\n{lines}")
+
+
+def _tls(certificate: Path | None, key: Path | None) -> Tls | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ServeError("--tls-cert and --tls-key belong together", "give both, or neither for plain HTTP")
+    from crosschip.serve.api.listening import Tls
+
+    return Tls(certificate, key)
+
+
+def _refuse_beside_gateway(directory: Path | None, limits: Mapping[str, object]) -> None:
+    if directory is not None:
+        raise ServeError(f"--gateway and the directory {directory} exclude each other", "give one of them")
+    given = [name for name, value in limits.items() if value is not None]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise ServeError(f"{option} beside --gateway", f"write {given[0]} into the file's table [limits]")
+
+
+def _limits(values: Mapping[str, object]) -> Limits:
+    from pydantic import ValidationError
+
+    from crosschip.serve.limits import Limits
+
+    try:
+        return Limits.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0]).replace("_", "-")
+        raise ServeError(f"--{name} {fault['input']}: {fault['msg']}", "give another value") from None
 
 
 def chat(

@@ -1,0 +1,129 @@
+"""The planner against this machine: predicted and measured step time and memory of the default recipe.
+
+python benchmarks/plan.py --json docs/results/plan.json
+
+The planner is given what this machine reaches at the same moment (products, streams, the cost of one more operator),
+as a report of `qualify` would; the training is a real one through the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer import arguments
+
+from crosschip.chips import choose_compute_dtype, find_chip, fingerprint, keep_freed_memory
+from crosschip.plan.hardware import Hardware
+from crosschip.plan.host import host_cluster
+from crosschip.plan.planning import plan_run
+from crosschip.recipe import load_recipe
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "first.toml"
+STEPS = 16
+# Rows, columns and depth of the recipe's commonest product, not of a cube: small products are slow on a CPU.
+PRODUCT = (4096, 384, 128)
+OPERATORS = 6  # calls of torch for what the planner counts as one operator; assumed
+
+
+def shortest_s(work: Any, repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measured_hardware(hardware: Hardware, dtype: torch.dtype, num_processes: int) -> Hardware:
+    """This machine as one of `num_processes` sees it: rates of torch on its share of the cores."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
+    m, n, k = PRODUCT
+    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    product = 2.0 * m * n * k / shortest_s(lambda: left @ right)
+    numbers = torch.randn(m, n).to(dtype)
+    stream = 3 * numbers.numel() * numbers.element_size() / shortest_s(lambda: numbers + numbers)
+    small = torch.randn(16)
+    launch = shortest_s(lambda: [small + small for _ in range(100)]) / 100
+    return replace(
+        hardware, bf16_flops=product, efficiency=1.0, memory_bytes_s=stream, memory_share=1.0,
+        launch_s=OPERATORS * launch, tile=1, node_size=num_processes,
+    )  # fmt: skip
+
+
+def children_peak_bytes(command: list[str]) -> int:
+    """The largest resident size of any process that the command starts, itself included."""
+    code = (
+        "import resource, subprocess, sys; ended = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(ended.returncode)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
+    return int(ended.stdout.split()[-1])
+
+
+def trained(num_processes: int) -> tuple[float, int]:
+    """Median seconds of a step without the first ones, and the peak memory of a process."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "run"
+        settings = {
+            "train.steps": STEPS, "train.warmup_steps": 2, "train.validate_every": 1000, "train.sample_every": 1000,
+            "train.checkpoint_every": 1000, "train.verify_checkpoints": "off", "sft.steps": 1, "sft.warmup_steps": 0,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "crosschip", "train", str(RECIPE), "--out", str(out)]
+        command += ["--nproc", str(num_processes)]
+        command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        peak = children_peak_bytes(command)
+        metrics = next(out.glob("train/*/metrics.jsonl")).parent.parent
+        lines = [*metrics.glob("pretrain*/metrics.jsonl"), *metrics.glob("train*/metrics.jsonl")]
+        path = lines[0] if lines else next(out.glob("train/*/metrics.jsonl"))
+        seconds = [json.loads(line).get("seconds") for line in path.read_text().splitlines()]
+        return statistics.median([each for each in seconds if each is not None][4:]), peak
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    keep_freed_memory()
+    chip = find_chip("cpu")
+    dtype, _ = choose_compute_dtype(chip, "auto")
+    nothing = "import crosschip.train, torch; torch.ones(8, 8) @ torch.ones(8, 8)"
+    empty = children_peak_bytes([sys.executable, "-c", nothing])
+    recipe, result = load_recipe(RECIPE), []
+    for num_processes in (1, 2):
+        before = os.getloadavg()[0]
+        cluster = host_cluster(num_processes)
+        hardware = measured_hardware(cluster.hardware, dtype, num_processes)
+        cluster = replace(cluster, hardware=hardware, fixed_bytes=float(empty))
+        fixed = {"data": num_processes, "tensor": 1, "pipeline": 1, "zero": 3 if num_processes > 1 else 0, "expert": 1}
+        micro = (recipe.train.batch_size if recipe.train else 1) // num_processes
+        best = plan_run(recipe, cluster, fixed={**fixed, "micro_batch": micro, "recompute": "none"}).best
+        step_s, peak = trained(num_processes)
+        result.append(
+            {
+                "processes": num_processes,
+                "step_s": {"predicted": best.step_s, "measured": step_s, "error": best.step_s / step_s - 1},
+                "memory_bytes": {
+                    "predicted": best.memory_bytes, "measured": peak, "error": best.memory_bytes / peak - 1,
+                },
+                "parts_s": best.parts,
+                "load_before": before,
+            }
+        )  # fmt: skip
+        print(json.dumps(result[-1], indent=2), flush=True)
+    document = {"benchmark": "plan", "dtype": str(dtype), "runs": result, "fingerprint": fingerprint(chip)}
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

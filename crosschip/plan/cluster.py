@@ -1,0 +1,137 @@
+"""A cluster: which chips, how many, in which nodes, at what price. A TOML file, read strictly.
+
+Figures of the chip come from the shipped table by its name; what the file gives counts more, each number with where it
+comes from. A chip without figures is asked for.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crosschip.errors import RecipeError
+from crosschip.plan.figures import Figure
+from crosschip.plan.hardware import CHIP_FIGURES, Hardware, kind_named
+
+__all__ = ["Cluster", "ClusterFile", "GivenFigure", "PriceTable", "parse_cluster", "read_cluster"]
+
+_FIELDS = {
+    "bf16_tflops": ("bf16_flops", 1e12),
+    "fp8_tflops": ("fp8_flops", 1e12),
+    "memory_gb": ("memory_bytes", 1e9),
+    "memory_gb_s": ("memory_bytes_s", 1e9),
+    "link_gb_s": ("link_bytes_s", 1e9),
+    "network_gb_s": ("network_bytes_s", 1e9),
+    "product_share": ("efficiency", 1.0),
+}
+_OPTIONAL = {"fp8_tflops", "product_share"}
+# Kernels other than one large product, and everything around them: about what published runs reach of their largest
+# product. Assumed, and rounded.
+_KERNELS_SHARE = 0.8
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class GivenFigure(_Strict):
+    """One number of the file."""
+
+    value: Annotated[float, Field(gt=0.0)]
+    origin: Literal["measured", "published", "assumed", "given"]
+    source: Annotated[str, Field(min_length=1)]
+
+
+class PriceTable(_Strict):
+    """`[price]`: in one currency; `chip_kw` holds host and cooling. What is left out is not counted."""
+
+    currency: str = "USD"
+    per_chip_hour: Annotated[float, Field(ge=0.0)] | None = None
+    chip_kw: Annotated[float, Field(ge=0.0)] | None = None
+    per_kwh: Annotated[float, Field(ge=0.0)] | None = None
+
+
+class ClusterFile(_Strict):
+    """The whole file."""
+
+    name: Annotated[str, Field(min_length=1)]
+    chip: Annotated[str, Field(min_length=1)]
+    num_chips: Annotated[int, Field(gt=0)]
+    node_size: Annotated[int, Field(gt=0)] | None = None
+    note: str = ""
+    figures: dict[str, GivenFigure] = Field(default_factory=dict)
+    price: PriceTable = PriceTable()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster ready to plan on. `figures` has every number of the chip with its source."""
+
+    name: str
+    hardware: Hardware
+    num_chips: int
+    price: PriceTable = field(default_factory=PriceTable)
+    note: str = ""
+    fixed_bytes: float = 3e9
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """The chip's numbers by key."""
+        return dict(self.hardware.sources)
+
+
+def read_cluster(path: Path) -> Cluster:
+    """Read a cluster's file.
+
+    Raises:
+        RecipeError: no file, no TOML, an unknown key, a value that cannot be, or figures that nobody has given.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(f"no cluster at {path}", "check the path; shipped ones are in clusters/") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}", "mend that line") from None
+    return parse_cluster(document, str(path))
+
+
+def parse_cluster(document: dict[str, Any], origin: str) -> Cluster:
+    """Check a cluster that is already a dictionary; `origin` is named in errors."""
+    try:
+        file = ClusterFile.model_validate(document)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in error.errors()]
+        keys = ", ".join(ClusterFile.model_fields)
+        raise RecipeError(f"{origin}: {'; '.join(faults)}", f"the keys are {keys}; see clusters/*.toml") from None
+    unknown = [key for key in file.figures if key not in CHIP_FIGURES]
+    if unknown:
+        raise RecipeError(f"{origin}: figures.{unknown[0]} is no figure", f"these are: {', '.join(CHIP_FIGURES)}")
+    return Cluster(file.name, _hardware(file, origin), file.num_chips, file.price, file.note)
+
+
+def _hardware(file: ClusterFile, origin: str) -> Hardware:
+    base = kind_named(file.chip)
+    given = {key: Figure(each.value, CHIP_FIGURES[key], each.origin, each.source) for key, each in file.figures.items()}
+    figures = {**(dict(base.sources) if base is not None else {}), **given}
+    missing = [key for key in CHIP_FIGURES if key not in figures and key not in _OPTIONAL]
+    if base is None and file.node_size is None:
+        missing.append("node_size")
+    if missing:
+        raise RecipeError(
+            f"{origin}: no figures are known for {file.chip}: {', '.join(missing)}",
+            "measure them (`crosschip qualify`) or take them from the vendor, as in "
+            f'`[figures.{missing[0]}]` with `value`, `origin` ("measured", "published" or "assumed") and `source`',
+        )
+    figures.setdefault("product_share", Figure(0.7, CHIP_FIGURES["product_share"], "assumed", "as other chips"))
+    values: dict[str, Any] = {_FIELDS[key][0]: figure.value * _FIELDS[key][1] for key, figure in figures.items()}
+    values["efficiency"] *= _KERNELS_SHARE
+    sources = tuple((key, figures[key]) for key in CHIP_FIGURES if key in figures)
+    if base is None:
+        assert file.node_size is not None
+        values.setdefault("fp8_flops", None)
+        return Hardware(kind=file.chip, node_size=file.node_size, sources=sources, **values)
+    return replace(base, node_size=file.node_size or base.node_size, sources=sources, **values)

@@ -1,0 +1,88 @@
+"""What a plan costs: chip-hours, energy where it is given, the price of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from crosschip.plan.dates.schedule import Schedule
+from crosschip.plan.failures.problem import PlanError, at_least
+
+__all__ = ["Bill", "Prices", "bill"]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices in one currency; what is None is not counted, and the bill says so. `chip_kw` holds host and cooling."""
+
+    currency: str = "USD"
+    per_chip_hour: float | None = None
+    chip_kw: float | None = None
+    per_kwh: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("per_chip_hour", "chip_kw", "per_kwh"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 0.0)
+        if self.per_kwh is not None and self.chip_kw is None:
+            raise PlanError("energy has a price and the chip no power", "give chip_kw as well")
+
+
+@dataclass(frozen=True)
+class Bill:
+    """P10, P50 and P90 of chip-hours (spare nodes included), energy in MWh and money; None where nothing was given."""
+
+    chip_hours: tuple[float, float, float]
+    energy_mwh: tuple[float, float, float] | None
+    money: tuple[float, float, float] | None
+    currency: str
+    left_out: tuple[str, ...]
+
+
+def bill(schedule: Schedule, prices: Prices | dict[str, Prices], chips_per_node: int = 8) -> Bill:
+    """The bill of all stages; `prices` may differ by chip (train on one, serve or reinforce on another).
+
+    Raises:
+        PlanError: a stage's chip has no prices, or two chips are priced in two currencies.
+    """
+    hours, energy, money = np.zeros((3, schedule.scenario.num_trials))
+    left_out, by_stage = [], [(each, _prices_of(each.stage.chip, prices)) for each in schedule.stages]
+    currencies = {price.currency for _, price in by_stage}
+    if len(currencies) > 1:
+        raise PlanError(f"the prices are in {', '.join(sorted(currencies))}", "give all prices in one currency")
+    for each, price in by_stage:
+        spares = each.stage.recovery.num_spares if each.stage.recovery else 0
+        stage_hours = each.chip_hours + each.ledger.wall_s / 3600 * spares * chips_per_node
+        hours += stage_hours
+        if each.stage.num_chips == 0:
+            continue
+        if price.per_chip_hour is None and price.per_kwh is None:
+            left_out.append(f"{each.stage.name}: no price is given")
+        if price.chip_kw is None:
+            left_out.append(f"{each.stage.name}: the chip's power is not given, so energy is not counted")
+        kwh = stage_hours * (price.chip_kw or 0.0)
+        energy += kwh / 1000
+        money += stage_hours * (price.per_chip_hour or 0.0) + kwh * (price.per_kwh or 0.0)
+    return Bill(
+        _quantiles(hours),
+        _quantiles(energy) if energy.any() else None,
+        _quantiles(money) if money.any() else None,
+        currencies.pop(),
+        tuple(left_out),
+    )
+
+
+def _prices_of(chip: str, prices: Prices | dict[str, Prices]) -> Prices:
+    if isinstance(prices, Prices):
+        return prices
+    if chip not in prices and chip:
+        raise PlanError(
+            f"the chip {chip!r} has no prices", f"give prices for it, as for {', '.join(prices) or 'others'}"
+        )
+    return prices.get(chip) or next(iter(prices.values()), Prices())
+
+
+def _quantiles(values: np.typing.NDArray[np.float64]) -> tuple[float, float, float]:
+    low, middle, high = (float(each) for each in np.quantile(values, (0.1, 0.5, 0.9)))
+    return low, middle, high

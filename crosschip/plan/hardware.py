@@ -1,0 +1,149 @@
+"""Chips and the network between them as a planner sees them: rates, bandwidths and latencies, each with its source.
+
+A collective on `n` chips costs latency plus bytes over bandwidth at each level of the network; the levels work at the
+same time, so the slowest counts (Hockney's model, by level).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crosschip.plan.figures import Figure
+
+__all__ = ["CHIP_FIGURES", "Hardware", "Spread", "collective_s", "kind_named", "kinds", "spread_over"]
+
+CHIP_FIGURES = {
+    "bf16_tflops": "TFLOP/s",
+    "fp8_tflops": "TFLOP/s",
+    "memory_gb": "GB",
+    "memory_gb_s": "GB/s",
+    "link_gb_s": "GB/s one way per chip",
+    "network_gb_s": "GB/s one way per chip",
+    "product_share": "of the datasheet's rate",
+}
+_TABLE = Path(__file__).parent / "data" / "chips.toml"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of chip in its nodes. Rates in FLOP/s, bandwidths in bytes/s one way per chip, times in seconds.
+
+    `efficiency` is the share of the datasheet's product rate that a large product reaches, `overlap` the share of the
+    collectives that could run beside computation and does. `launch_s` is what one more operator costs.
+    """
+
+    kind: str
+    bf16_flops: float
+    fp8_flops: float | None
+    memory_bytes: float
+    memory_bytes_s: float
+    node_size: int
+    link_bytes_s: float
+    network_bytes_s: float
+    efficiency: float = 0.7
+    overlap: float = 0.8
+    launch_s: float = 5e-6
+    link_latency_s: float = 3e-6
+    network_latency_s: float = 1e-5
+    link_share: float = 0.8  # of the datasheet's bandwidth that collectives reach
+    memory_share: float = 0.85
+    tile: int = 128
+    sources: tuple[tuple[str, Figure], ...] = ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where a group's members sit: `per_node` of them in each of `nodes` nodes."""
+
+    per_node: int
+    nodes: int
+
+    @property
+    def size(self) -> int:
+        """Members."""
+        return self.per_node * self.nodes
+
+
+def spread_over(size: int, stride: int, hardware: Hardware) -> Spread:
+    """The place of `size` chips that are `stride` apart in the order of ranks, node by node."""
+    per_node = max(1, min(size, hardware.node_size // max(1, stride)))
+    return Spread(per_node, math.ceil(size / per_node))
+
+
+def collective_s(num_bytes: float, spread: Spread, hardware: Hardware) -> float:
+    """Seconds of an all-gather or reduce-scatter of `num_bytes` in all, or of an all-to-all of as much per chip.
+
+    Inside a node the slices of the others pass each chip's link; between nodes, the part of other nodes passes the
+    network cards of the members there. An all-reduce is two of them.
+    """
+    size = spread.size
+    if size <= 1 or num_bytes <= 0:
+        return 0.0
+    inside = num_bytes * (spread.per_node - 1) / spread.per_node / (hardware.link_bytes_s * hardware.link_share)
+    inside += hardware.link_latency_s * math.log2(max(2, spread.per_node))
+    if spread.nodes == 1:
+        return inside
+    passed = num_bytes * (spread.nodes - 1) / spread.nodes
+    across = passed / (spread.per_node * hardware.network_bytes_s * hardware.link_share)
+    return max(inside, across) + hardware.network_latency_s * 2 * math.log2(spread.nodes)
+
+
+def all_to_all_s(num_bytes: float, spread: Spread, hardware: Hardware) -> float:
+    """Seconds until every chip has sent `num_bytes` in equal parts to all members, itself included."""
+    size = spread.size
+    if size <= 1:
+        return 0.0
+    inside = num_bytes * (spread.per_node - 1) / size / (hardware.link_bytes_s * hardware.link_share)
+    across = num_bytes * (size - spread.per_node) / size / (hardware.network_bytes_s * hardware.link_share)
+    latency = hardware.link_latency_s if spread.nodes == 1 else hardware.network_latency_s
+    return max(inside, across) + latency * math.log2(size)
+
+
+def _figure(row: dict[str, Any], key: str) -> Figure | None:
+    if key not in row:
+        return None
+    value, origin, source = row[key]
+    return Figure(float(value), CHIP_FIGURES[key], origin, source)
+
+
+def _hardware(row: dict[str, Any]) -> Hardware:
+    figures = {key: figure for key in CHIP_FIGURES if (figure := _figure(row, key)) is not None}
+
+    def of(key: str, scale: float) -> float:
+        return figures[key].value * scale
+
+    return Hardware(
+        kind=row["kind"],
+        bf16_flops=of("bf16_tflops", 1e12),
+        fp8_flops=of("fp8_tflops", 1e12) if "fp8_tflops" in figures else None,
+        memory_bytes=of("memory_gb", 1e9),
+        memory_bytes_s=of("memory_gb_s", 1e9),
+        node_size=row["node_size"],
+        link_bytes_s=of("link_gb_s", 1e9),
+        network_bytes_s=of("network_gb_s", 1e9),
+        efficiency=of("product_share", 1.0),
+        sources=tuple(figures.items()),
+    )
+
+
+@functools.cache
+def kinds() -> tuple[tuple[tuple[str, ...], Hardware], ...]:
+    """Every kind of chip with the patterns of its names."""
+    table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+    return tuple((tuple(row["matches"]), _hardware(row)) for row in table["chip"])
+
+
+def kind_named(name: str) -> Hardware | None:
+    """The kind that a chip's label names; the first pattern of the table that fits counts."""
+    return next((each for patterns, each in kinds() if any(re.search(one, name, re.I) for one in patterns)), None)
+
+
+def with_rates(hardware: Hardware, efficiency: float, overlap: float) -> Hardware:
+    """The same chip with other parameters."""
+    return replace(hardware, efficiency=efficiency, overlap=overlap)

@@ -1,0 +1,52 @@
+"""What is trained per step, whatever the layout: the model, the batch and the precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crosschip.plan.architecture import Architecture
+
+__all__ = ["Job", "ThinLink"]
+
+
+@dataclass(frozen=True)
+class ThinLink:
+    """The link of a replica group to the others, and how rarely it is used (DiLoCo, arXiv 2311.08105).
+
+    `bytes_per_parameter` is what an outer step sends of a parameter: 1 in int8. `overlap_steps` inner steps go on
+    meanwhile.
+    """
+
+    bandwidth_bytes_s: float
+    latency_s: float = 0.05
+    sync_every: int = 100
+    bytes_per_parameter: float = 1.0
+    overlap_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer step: `batch_size` sequences of `seq_len` tokens.
+
+    `weight_bytes`, `gradient_bytes` and `state_bytes` are per parameter: by default bf16 weights, fp32 gradients, and
+    fp32 master weights with two moments. `imbalance` is the rows of the fullest chip's experts over the mean.
+    """
+
+    architecture: Architecture
+    seq_len: int
+    batch_size: int
+    fp8: bool = False
+    fused_attention: bool = True
+    tensor_overlap: bool = False  # collectives of tensor parallelism run beside the products
+    imbalance: float = 1.15
+    weight_bytes: float = 2.0
+    gradient_bytes: float = 4.0
+    state_bytes: float = 12.0
+    activation_bytes: float = 2.0
+    fixed_bytes: float = 3e9  # the chip's runtime, collectives' buffers, fragmentation
+    thin_link: ThinLink | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a step trains on."""
+        return self.batch_size * self.seq_len

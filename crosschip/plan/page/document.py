@@ -1,0 +1,163 @@
+"""The second half of a plan's document: failures, dates, what moves them, the fall-back, money and serving, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from crosschip.plan.dates.fallback import FallBack, Milestone
+from crosschip.plan.dates.money import Bill
+from crosschip.plan.dates.schedule import QUANTILES, Schedule
+from crosschip.plan.dates.sensitivity import Effect
+from crosschip.plan.figures import Figure
+from crosschip.plan.serving.capacity import ServingPlan
+from crosschip.plan.serving.model import ServingChip
+
+__all__ = ["dates_document", "fall_back_document", "money_document", "sensitivity_document", "serving_document"]
+
+_NAMES = ("p10", "p50", "p90")
+_BINS = 40
+
+
+def dates_document(schedule: Schedule, by: Any = None) -> dict[str, Any]:
+    """Each stage's dates and the distribution of the end; `by` is the date (`datetime.date`) that was asked for."""
+    calendar = schedule.scenario.calendar
+    end_days = schedule.end_s / 86400.0
+    counts, edges = np.histogram(end_days, bins=_BINS)
+    stages = []
+    for each in schedule.stages:
+        begin = [float(np.quantile(each.begin_s, share)) for share in QUANTILES]
+        end = [float(np.quantile(each.end_s, share)) for share in QUANTILES]
+        stages.append(
+            {
+                "name": each.stage.name,
+                "chip": each.stage.chip,
+                "chips": each.stage.num_chips,
+                "begin": {name: str(calendar.day(value)) for name, value in zip(_NAMES, begin, strict=True)},
+                "end": {name: str(calendar.day(value)) for name, value in zip(_NAMES, end, strict=True)},
+                "begin_days": [value / 86400 for value in begin],
+                "end_days": [value / 86400 for value in end],
+                "goodput_p50": float(np.median(each.ledger.goodput)),
+                "stops_mean": float(each.ledger.num_stops.mean()),
+            }
+        )
+    return {
+        "start": str(calendar.start),
+        "end": {name: str(day) for name, day in zip(_NAMES, schedule.end_dates(), strict=True)},
+        "stages": stages,
+        "blackouts": [
+            {"first": str(each.first), "last": str(each.last), "why": each.why} for each in calendar.blackouts
+        ],
+        "end_histogram": {"edges_days": edges.tolist(), "counts": counts.tolist()},
+        "num_trials": schedule.scenario.num_trials,
+        "speed_spread": schedule.scenario.speed_spread,
+        "figures": {
+            "speed spread": Figure(
+                schedule.scenario.speed_spread,
+                "log sd",
+                "given",
+                "standard deviation of the logarithm of true over planned time",
+            ).document()
+        },
+        "by": None if by is None else {"date": str(by), "chance": schedule.chance_by(by)},
+    }
+
+
+def sensitivity_document(effects: Sequence[Effect]) -> list[dict[str, Any]]:
+    """What moves the end date."""
+    return [
+        {"change": each.change, "days_p50": each.days_p50, "days_p90": each.days_p90, "words": each.words()}
+        for each in effects
+    ]
+
+
+def fall_back_document(
+    choice: FallBack, milestones: Sequence[Milestone], chip_a: str, chip_b: str, unit: str, total: float
+) -> dict[str, Any]:
+    """The fall-back rule; `total` is the whole run's work in `unit` (such as tokens in T)."""
+    return {
+        "from": chip_a,
+        "to": chip_b,
+        "portable": choice.portable,
+        "switch_days": choice.switch_days,
+        "milestones": [
+            {
+                "day": str(each.day),
+                "share": each.share,
+                "planned": each.planned,
+                "amount": each.share * total,
+                "words": each.words(unit, total),
+            }
+            for each in milestones
+        ],
+        "unit": unit,
+    }
+
+
+def money_document(found: Bill) -> dict[str, Any]:
+    """The bill; what was not counted is named in `left_out`."""
+
+    def named(values: tuple[float, float, float] | None) -> dict[str, float] | None:
+        return None if values is None else dict(zip(_NAMES, values, strict=True))
+
+    return {
+        "chip_hours": named(found.chip_hours),
+        "energy_mwh": named(found.energy_mwh),
+        "money": named(found.money),
+        "currency": found.currency,
+        "left_out": list(found.left_out),
+    }
+
+
+_CHIP_UNITS = {
+    "product_tflop_s": "TFLOP/s",
+    "memory_gb_s": "GB/s",
+    "memory_gb": "GB",
+    "product_share": "share",
+    "memory_share": "share",
+    "usable_memory": "share",
+    "step_overhead_s": "s",
+    "link_loss": "share",
+}
+
+
+def serving_document(plan: ServingPlan, chip: ServingChip) -> dict[str, Any]:
+    """The chips for a load, prefill and decode apart, with the chip's figures; its unchanged shares are assumed."""
+    load, prefill, decode = plan.load, plan.prefill, plan.decode
+    return {
+        "chip": plan.chip,
+        "chips": plan.num_chips,
+        "load": {
+            "requests_per_s": load.requests_per_s,
+            "prompt_tokens": load.prompt_tokens,
+            "answer_tokens": load.answer_tokens,
+            "first_token_s": load.first_token_s,
+            "token_s": load.token_s,
+        },
+        "prefill": {
+            "instances": prefill.num_instances,
+            "chips_per_instance": prefill.chips_per_instance,
+            "first_token_s": prefill.first_token_s,
+            "busy": prefill.busy,
+        },
+        "decode": {
+            "instances": decode.num_instances,
+            "chips_per_instance": decode.chips_per_instance,
+            "batch": decode.batch,
+            "token_s": decode.token_s,
+            "bound_by": decode.bound_by,
+        },
+        "figures": {
+            name: Figure(
+                getattr(chip, name),
+                unit,
+                "assumed" if getattr(chip, name) == chip.__dataclass_fields__[name].default else "given",
+                f"{chip.name}, for serving",
+            ).document()
+            for name, unit in _CHIP_UNITS.items()
+        },
+        "answer_s": plan.answer_s,
+        "answer_tokens_per_s": plan.answer_tokens_per_s,
+    }

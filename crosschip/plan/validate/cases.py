@@ -1,0 +1,151 @@
+"""From a published row to something that can be computed: model, chips, batch and what is known of the layout.
+
+Whatever a row does not say is assumed here by one rule for all rows, and noted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from crosschip.errors import CrosschipError
+from crosschip.plan.architecture import Architecture
+from crosschip.plan.hardware import Hardware, kind_named
+from crosschip.plan.job import Job, ThinLink
+from crosschip.plan.known_architectures import architecture_for, known_architecture
+from crosschip.plan.validate.parallelism import layout_words
+from crosschip.plan.validate.rows import QUANTITIES, Row
+
+__all__ = ["CannotPredict", "Case", "case_of"]
+
+_DEFAULT_SEQ_LEN = 4096
+_DEFAULT_BATCH_TOKENS = 4_194_304
+_DEFAULT_CHIPS = 2048
+_MICRO_BATCHES_PER_STAGE = 4
+_BEFORE_FUSED = 2206  # FlashAttention is arXiv 2205.14135: what was described before wrote its scores to memory
+GOODPUT = (
+    0.9  # of a whole run's chip-hours that train: Llama 3 reports more than 90 % (arXiv 2407.21783, section 3.3.4)
+)
+
+
+class CannotPredict(CrosschipError):
+    """A row that lacks what a prediction needs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row, ready to be predicted. `fixed` are the fields of `Layout` that the row gives."""
+
+    row: Row
+    job: Job
+    hardware: Hardware
+    num_chips: int
+    fixed: tuple[tuple[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+def _architecture(row: Row, notes: list[str]) -> Architecture:
+    known = known_architecture(row.model)
+    if known is None and row.params_total is None:
+        raise CannotPredict(f"no widths and no number of parameters for {row.model!r}", "fill params_total_b")
+    found = architecture_for(row.model, row.params_total, row.params_active if row.is_moe else None)
+    if found.assumed:
+        notes.append(found.assumed)
+    return found
+
+
+def _batch(row: Row, seq_len: int, num_chips: int, fixed: dict[str, Any], notes: list[str]) -> int:
+    """Sequences of a step, from `1024 seqs` or `4M tokens`."""
+    found = re.search(r"([\d.]+)\s*([kKmM]?)\s*(seq|tok|sample)?", row.global_batch.replace(",", ""))
+    if found and row.global_batch:
+        size = float(found.group(1)) * {"": 1, "k": 1024, "m": 1024 * 1024}[found.group(2).lower()]
+        is_tokens = found.group(3) == "tok" or (found.group(3) is None and size >= 100_000)
+        return max(1, round(size / seq_len if is_tokens else size))
+    wanted = _DEFAULT_BATCH_TOKENS / seq_len
+    unit = max(1, num_chips // 8) if wanted < num_chips else num_chips
+    batch = max(1, math.ceil(wanted / unit)) * unit
+    if (stages := fixed.get("pipeline", 1)) > 1:  # nobody trains with a pipeline that is empty most of the time
+        replicas = max(1, num_chips // (stages * fixed.get("tensor", 1) * fixed.get("context", 1)))
+        batch = max(batch, _MICRO_BATCHES_PER_STAGE * stages * replicas)
+    notes.append(f"batch not given: {batch} sequences assumed")
+    return batch
+
+
+def _is_fused(row: Row, architecture: Architecture) -> bool:
+    if row.kind == "full_run" and not architecture.fused_attention:
+        return False
+    years = [int(found) for found in re.findall(r"arXiv (\d{4})\.\d", row.source)]
+    return not years or max(years) >= _BEFORE_FUSED
+
+
+def _thin_link(row: Row, notes: list[str]) -> ThinLink | None:
+    found = re.search(r"(?:diloco|loco).*?H\s*=\s*(\d+)", row.parallelism, re.I)
+    if not found:
+        return None
+    notes.append("groups joined by the public internet: 0.5 Gbit/s and 50 ms assumed")
+    int8 = "int8" in row.precision or "int8" in row.parallelism
+    return ThinLink(0.5e9 / 8, sync_every=int(found.group(1)), bytes_per_parameter=1.0 if int8 else 2.0)
+
+
+def case_of(row: Row) -> Case:
+    """What a row says, with what it does not say assumed.
+
+    Raises:
+        CannotPredict: the quantity is none of those known, or an input is missing that nothing can stand in for.
+    """
+    notes: list[str] = []
+    if row.quantity not in QUANTITIES:
+        named = f"quantity {row.quantity!r} is not predicted" if row.quantity else "the row names no quantity"
+        raise CannotPredict(named, f"name one of {', '.join(QUANTITIES)}")
+    if row.quantity in ("chip_hours", "wall_days") and row.tokens is None:
+        raise CannotPredict("no number of tokens", "fill tokens_t: how long a run takes hangs on it")
+    if row.kind == "rl_run":
+        raise CannotPredict(
+            "a reinforcement-learning run's time hangs on its rollouts", "give rollout lengths to `plan`"
+        )
+    hardware = kind_named(row.chip)
+    if hardware is None:
+        raise CannotPredict(f"no figures for the chip {row.chip!r}", "add it to crosschip/plan/data/chips.toml")
+    architecture = _architecture(row, notes)
+    seq_len = row.seq_len or architecture.train_seq_len or _DEFAULT_SEQ_LEN
+    if row.seq_len is None:
+        notes.append(f"sequence length not given: {seq_len} taken")
+    num_chips = row.num_chips or _DEFAULT_CHIPS
+    if row.num_chips is None:
+        notes.append(f"number of chips not given: {num_chips} assumed")
+    words = layout_words(row.parallelism, num_chips)
+    notes += words.notes
+    fixed = dict(words.fixed)
+    per_replica = math.prod(fixed.get(name, 1) for name in ("tensor", "pipeline", "context"))
+    if num_chips % per_replica:  # "about 6,000 chips"
+        whole = max(1, num_chips // per_replica) * per_replica
+        notes.append(f"{row.parallelism!r} does not divide {num_chips} chips: {whole} taken")
+        num_chips = whole
+    link = _thin_link(row, notes)
+    if link is not None:
+        nodes = max(1, num_chips // hardware.node_size)
+        fixed["groups"] = nodes if num_chips % nodes == 0 else 1
+    is_fused = _is_fused(row, architecture) and "selective recompute" not in row.parallelism
+    fp8 = any(word in row.precision for word in ("fp8", "fp4")) and hardware.fp8_flops is not None
+    if "fp4" in row.precision:
+        notes.append("fp4 is computed as fp8: no rate of fp4 is known here")
+    job = Job(
+        architecture, seq_len, _batch(row, seq_len, num_chips, fixed, notes),
+        fp8=fp8, fused_attention=is_fused, tensor_overlap=words.tensor_overlap,
+        imbalance=1.0 if row.balanced else Job.imbalance,
+        gradient_bytes=2.0 if fixed.get("zero") == 3 else Job.gradient_bytes, thin_link=link,
+    )  # fmt: skip
+    if (
+        not is_fused
+    ):  # selective recomputation and sequence parallelism are as old as fused attention (arXiv 2205.05198)
+        fixed.setdefault("recompute", "full")
+    fixed.setdefault("sequence_parallel", is_fused or "sequence-parallel" in row.parallelism)
+    return Case(row, job, hardware, num_chips, tuple(sorted(fixed.items())), tuple(notes))
+
+
+def with_batch(case: Case, batch_size: int) -> Case:
+    """The same case with another batch, which the notes say."""
+    note = f"a batch of {case.job.batch_size} sequences does not divide: {batch_size} taken"
+    return replace(case, job=replace(case.job, batch_size=batch_size), notes=(*case.notes, note))

@@ -1,0 +1,57 @@
+"""What the words of a published layout fix: `TP8 PP16 DP64`, `FSDP32 TP8 AsyncTP, full AC`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["LayoutWords", "layout_words"]
+
+_SIZES = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "VP": "interleave"}
+# `selective AC` is torchtitan's word for every second product; `selective recompute` Megatron's for the scores.
+_RECOMPUTE = (
+    (r"\bno (act|recomp|AC)", "none"),
+    (r"full (act|recomp|AC)", "full"),
+    (r"selective AC", "alternate"),
+    (r"selective (act|recomp)", "selective"),
+)
+
+
+@dataclass
+class LayoutWords:
+    """Fields of `Layout` that are given, whether collectives of tensor parallelism are hidden, and notes."""
+
+    fixed: dict[str, Any] = field(default_factory=dict)
+    tensor_overlap: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def layout_words(text: str, num_chips: int) -> LayoutWords:
+    """Read the words; sizes that are not named beside named ones are 1, and what is left over is data parallel."""
+    words = LayoutWords(tensor_overlap="asynctp" in text.lower().replace(" ", "").replace("-", ""))
+    fixed = words.fixed
+    for short, name in _SIZES.items():
+        if found := re.search(rf"(?<![A-Za-z]){short}\s?=?(\d+)", text):
+            fixed[name] = int(found.group(1))
+    for pattern, recompute in _RECOMPUTE:
+        if re.search(pattern, text, re.I):
+            fixed["recompute"] = recompute
+            break
+    fsdp = re.search(r"\bH?FSDP(?!2)(\d*)|\bFSDP2\b", text)
+    if found := re.search(r"ZeRO[- ]?(\d)", text, re.I):
+        fixed["zero"] = min(3, int(found.group(1)))
+    named = any(name in fixed for name in ("tensor", "pipeline", "expert", "context")) or fsdp is not None
+    if re.search(r"(?<![A-Za-z])PP(?!\s?=?\d)", text) and "tensor" in fixed:
+        fixed["pipeline"] = max(1, num_chips // fixed["tensor"])
+    if fsdp is not None:
+        fixed["zero"] = 2 if fixed.get("pipeline", 1) > 1 else 3
+    if named:
+        for name in ("tensor", "pipeline", "context", "expert"):
+            fixed.setdefault(name, 1)
+    else:
+        words.notes.append("layout not given: the best one that fits is searched for")
+    missing = [name for name in ("recompute", "interleave") if name not in fixed]
+    if named and missing:
+        words.notes.append(f"{' and '.join(missing)} not given: the best that fits is taken")
+    return words

@@ -1,0 +1,66 @@
+"""Predicting the quantity of a case with given parameters of its chip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from crosschip.errors import RecipeError
+from crosschip.plan.hardware import Hardware
+from crosschip.plan.search import find_layouts, layouts
+from crosschip.plan.step import Layout, StepEstimate
+from crosschip.plan.step_time import estimate_step
+from crosschip.plan.validate.cases import GOODPUT, CannotPredict, Case, with_batch
+
+__all__ = ["choose_layout", "predicted_value", "value_of"]
+
+
+def choose_layout(case: Case, hardware: Hardware) -> tuple[Case, Layout]:
+    """The row's layout completed by the best that fits; the case with notes of what had to give.
+
+    Raises:
+        CannotPredict: no layout at all.
+    """
+    fixed = dict(case.fixed)
+    try:
+        return case, find_layouts(case.job, case.num_chips, hardware, fixed, keep=1).best[0].layout
+    except RecipeError:
+        pass
+    # What was published ran: where our count of the memory says no, the smallest layout stands for it.
+    some = list(layouts(case.job, case.num_chips, hardware, fixed))
+    if not some:
+        per_group = case.num_chips // fixed.get("groups", 1)
+        parts = fixed.get("tensor", 1) * fixed.get("pipeline", 1) * fixed.get("context", 1)
+        unit = max(1, per_group // parts) * fixed.get("groups", 1)
+        case = with_batch(case, max(unit, round(case.job.batch_size / unit) * unit))
+        try:
+            return case, find_layouts(case.job, case.num_chips, hardware, fixed, keep=1).best[0].layout
+        except RecipeError:
+            some = list(layouts(case.job, case.num_chips, hardware, fixed))
+    if not some:
+        raise CannotPredict(f"no layout of {case.num_chips} chips", "mend n_chips, global_batch or parallelism")
+    estimates = [estimate_step(case.job, layout, hardware) for layout in some]
+    smallest = min(estimates, key=lambda each: each.memory_bytes)
+    note = f"counted memory is {smallest.memory_bytes / 1e9:.0f} GB, more than the chip's; the smallest layout is taken"
+    return replace(case, notes=(*case.notes, note)), smallest.layout
+
+
+def value_of(case: Case, estimate: StepEstimate) -> float:
+    """The row's quantity, from a step's estimate."""
+    row, quantity = case.row, case.row.quantity
+    if quantity == "step_time_s":
+        return estimate.step_s
+    if quantity == "tok_s_per_chip":
+        return estimate.tokens_per_s_per_chip
+    if quantity == "tflops_per_chip_reported":
+        return estimate.model_flops_per_s_per_chip / 1e12
+    if quantity == "mfu_pct_reported":
+        return 100 * estimate.model_flops_per_s_per_chip / case.hardware.bf16_flops
+    assert row.tokens is not None
+    goodput = 1.0 if case.job.thin_link is not None else GOODPUT
+    hours = row.tokens / estimate.tokens_per_s_per_chip / 3600 / goodput
+    return hours if quantity == "chip_hours" else hours / case.num_chips / 24
+
+
+def predicted_value(case: Case, layout: Layout, hardware: Hardware) -> float:
+    """The row's quantity in a layout, on a chip with these parameters."""
+    return value_of(case, estimate_step(case.job, layout, hardware))

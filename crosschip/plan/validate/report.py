@@ -1,0 +1,115 @@
+"""The validation as a document: every row, every group against its threshold, every miss."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosschip.plan.validate.cases import CannotPredict, Case, case_of
+from crosschip.plan.validate.fitting import Fitted, fit_kinds, hardware_for
+from crosschip.plan.validate.predicting import choose_layout, predicted_value
+from crosschip.plan.validate.rows import Outcome, Row
+
+__all__ = ["SCHEMA_VERSION", "validate_rows"]
+
+SCHEMA_VERSION = 1
+_THRESHOLDS = Path(__file__).parent.parent / "data" / "thresholds.toml"
+
+
+def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
+    """Fit on the rows for calibration, freeze, predict all rows; the JSON document.
+
+    A prediction sees its own row's inputs and the fitted parameters, and no outcome.
+    """
+    cases: dict[str, Case] = {}
+    skipped: dict[str, str] = {}
+    for row, _ in rows:
+        try:
+            cases[row.id] = case_of(row)
+        except CannotPredict as error:
+            skipped[row.id] = error.problem
+    known = [
+        (cases[row.id], outcome.value)
+        for row, outcome in rows
+        if row.is_calibration and row.id in cases and outcome.value is not None
+    ]
+    fitted = fit_kinds(known)
+    shares = {case.hardware.kind: case.hardware.efficiency for case, _ in known}
+    told = []
+    for row, outcome in rows:
+        entry: dict[str, Any] = {"id": row.id, "quantity": row.quantity, "calibration": row.is_calibration}
+        entry["group"] = _group_of(row)
+        if row.id in skipped:
+            told.append({**entry, "skipped": skipped[row.id]})
+            continue
+        told.append({**entry, **_predicted(cases[row.id], outcome, fitted, shares)})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "document": "plan validation",
+        "parameters": {
+            kind: {"efficiency": each.efficiency, "overlap": each.overlap, "fitted_on": list(each.rows)}
+            for kind, each in fitted.items()
+        },
+        "groups": _judged(told),
+        "rows": told,
+    }
+
+
+def _predicted(case: Case, outcome: Outcome, fitted: dict[str, Fitted], shares: dict[str, float]) -> dict[str, Any]:
+    hardware = hardware_for(case, fitted, shares)
+    try:
+        case, layout = choose_layout(case, hardware)
+    except CannotPredict as error:
+        return {"skipped": error.problem}
+    value = predicted_value(case, layout, hardware)
+    notes = list(case.notes)
+    if case.row.chip not in fitted:
+        notes.append(f"no row calibrates {case.row.chip}: its product share times what others reach of theirs")
+    return {
+        "predicted": value,
+        "published": outcome.value,
+        "error": None if outcome.value is None else value / outcome.value - 1,
+        "layout": str(layout),
+        "num_chips": case.num_chips,
+        "notes": notes,
+    }
+
+
+def _thresholds() -> list[dict[str, Any]]:
+    return list(tomllib.loads(_THRESHOLDS.read_text(encoding="utf-8"))["group"])
+
+
+def _group_of(row: Row) -> str:
+    cells = {"quantity": row.quantity, "kind": row.kind, "arch": "moe" if row.is_moe else "dense"}
+    for group in _thresholds():
+        if all(cells[key] == group[key] for key in cells if key in group) and group.get("source", "") in row.source:
+            return str(group["name"])
+    raise AssertionError("the last group takes every row")
+
+
+def _judged(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group's errors over rows that were not fitted on."""
+    judged = []
+    for group in _thresholds():
+        mine = [each for each in told if each["group"] == group["name"] and not each["calibration"]]
+        errors = sorted((abs(each["error"]), each["id"]) for each in mine if each.get("error") is not None)
+        if not errors:
+            continue
+        mean = sum(error for error, _ in errors) / len(errors)
+        most = group.get("most")
+        judged.append(
+            {
+                "name": group["name"],
+                "num_rows": len(errors),
+                "mean_error": mean,
+                "median_error": errors[len(errors) // 2][0],
+                "worst_error": errors[-1][0],
+                "worst_row": errors[-1][1],
+                "threshold": most,
+                "met": None if most is None else mean <= most,
+                "misses": [] if most is None else [row for error, row in errors if error > most],
+            }
+        )
+    return judged

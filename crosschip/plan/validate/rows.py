@@ -1,0 +1,143 @@
+"""Rows of published runs: what a prediction may see of a row, and its outcome apart."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosschip.errors import RecipeError
+
+__all__ = ["OUTCOMES", "QUANTITIES", "SHIPPED_ROWS", "Outcome", "Row", "read_rows"]
+
+SHIPPED_ROWS = Path(__file__).parent.parent / "data" / "published_runs.csv"
+
+# Columns that hold results. A `Row` has none of them; `Outcome` holds the one that its row names.
+OUTCOMES = (
+    "chip_hours",
+    "wall_days",
+    "tok_s_per_chip",
+    "tflops_per_chip_reported",
+    "mfu_pct_reported",
+    "effective_time_or_goodput_pct",
+    "step_time_s",
+)
+QUANTITIES = (
+    "chip_hours",
+    "wall_days",
+    "tok_s_per_chip",
+    "tflops_per_chip_reported",
+    "mfu_pct_reported",
+    "step_time_s",
+)
+_NEEDED = ("id", "quantity", "model", "chip")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a run before it is run. Numbers that the file lacks are None."""
+
+    id: str
+    kind: str
+    is_calibration: bool
+    quantity: str
+    model: str
+    is_moe: bool
+    params_total: float | None
+    params_active: float | None
+    tokens: float | None
+    chip: str
+    num_chips: int | None
+    precision: str
+    seq_len: int | None
+    global_batch: str
+    parallelism: str
+    source: str
+    balanced: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The published value of a row's quantity; None where the cell is empty."""
+
+    value: float | None
+
+
+def _number(cell: str, name: str, where: str) -> float | None:
+    text = cell.strip().replace(",", "").replace("_", "")
+    if not text:
+        return None
+    if between := re.fullmatch(r"([\d.]+)\s*[-–]\s*([\d.]+)", text):  # a published range counts by its middle
+        return (float(between.group(1)) + float(between.group(2))) / 2
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value <= 0:
+        raise RecipeError(f"{where}: {name} = {cell!r} is not a positive number", "mend the cell, or leave it empty")
+    return value
+
+
+def _row(cells: dict[str, str], where: str) -> tuple[Row, Outcome]:
+    def number(name: str, scale: float = 1.0) -> float | None:
+        value = _number(cells.get(name, ""), name, where)
+        return None if value is None else value * scale
+
+    def text(name: str) -> str:
+        return cells.get(name, "").strip()
+
+    chips, seq_len = number("n_chips"), number("seq_len")
+    quantity = text("quantity")
+    total, active = number("params_total_b", 1e9), number("params_active_b", 1e9)
+    row = Row(
+        id=text("id"),
+        kind=text("kind"),
+        is_calibration=text("calibration").lower() == "yes",
+        quantity=quantity,
+        model=text("model"),
+        is_moe=text("arch").lower() == "moe",
+        params_total=total,
+        params_active=active,
+        tokens=number("tokens_t", 1e12),
+        chip=text("chip"),
+        num_chips=None if chips is None else round(chips),
+        precision=text("precision").lower(),
+        seq_len=None if seq_len is None else round(seq_len),
+        global_batch=text("global_batch"),
+        parallelism=text("parallelism"),
+        source=text("source"),
+        balanced="balanced routing" in text("notes").lower(),
+    )
+    return row, Outcome(number(quantity) if quantity in QUANTITIES else None)
+
+
+def read_rows(path: Path = SHIPPED_ROWS) -> list[tuple[Row, Outcome]]:
+    """Every row with its outcome.
+
+    Raises:
+        RecipeError: no such file, no CSV, a column that is missing, a number that is none; names line and cell.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            lines = [(reader.line_num, cells) for cells in reader]
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(
+            f"no file of rows at {path}", "give a CSV file with the columns of published_runs.csv"
+        ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecipeError(f"{path} is no CSV in UTF-8: {error}", "save it as CSV again") from None
+    missing = [name for name in _NEEDED if name not in (reader.fieldnames or [])]
+    if missing:
+        raise RecipeError(f"{path} lacks the columns {', '.join(missing)}", "take the header of published_runs.csv")
+    found = []
+    for line, cells in lines:
+        if None in cells or None in cells.values():
+            raise RecipeError(f"{path}, line {line} has another number of cells than the header", "mend that line")
+        found.append(_row(cells, f"{path}, line {line}"))
+    twice = {row.id for row, _ in found if sum(other.id == row.id for other, _ in found) > 1}
+    if twice:
+        raise RecipeError(f"{path} has the id {sorted(twice)[0]!r} twice", "give each row its own id")
+    return found

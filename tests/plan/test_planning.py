@@ -1,0 +1,172 @@
+"""From a recipe and a cluster to a plan, and what bad input is told."""
+
+from __future__ import annotations
+
+import json
+from datetime import date, timedelta
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from crosschip.cli.guard import guarded
+from crosschip.cli.planning import plan, plan_app, validate
+from crosschip.errors import CrosschipError, RecipeError
+from crosschip.plan.cluster import parse_cluster, read_cluster
+from crosschip.plan.document import explain, plan_document
+from crosschip.plan.hardware import kind_named
+from crosschip.plan.host import host_cluster
+from crosschip.plan.job import Job
+from crosschip.plan.known_architectures import known_architecture
+from crosschip.plan.measured import with_report
+from crosschip.plan.planning import plan_run
+from crosschip.plan.search import check_layout, find_layouts
+from crosschip.plan.step import Layout
+from crosschip.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+FIRST, CLUSTERS = ROOT / "recipes" / "first.toml", ROOT / "clusters"
+
+
+def test_shipped_clusters() -> None:
+    names = {path.stem for path in CLUSTERS.glob("*.toml")}
+    assert {"h800x2048", "h100x16384", "ascend910b-x8192", "cloudmatrix384", "h200x8"} <= names
+    for path in CLUSTERS.glob("*.toml"):
+        if path.stem.startswith("cambricon"):
+            with pytest.raises(RecipeError, match="no figures are known for Cambricon MLU590: bf16_tflops"):
+                read_cluster(path)
+        else:
+            assert all(figure.source for figure in read_cluster(path).figures.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chip": "Unheard-of 9000"}, "no figures are known"),
+        ({"num_chips": 0}, "num_chips"),
+        ({"num_chips": "8"}, "num_chips"),
+        ({"prise": {}}, "prise"),
+        ({"figures": {"bf16_tflop": {"value": 1.0, "origin": "measured", "source": "x"}}}, "bf16_tflop is no figure"),
+        ({"figures": {"bf16_tflops": {"value": -1.0, "origin": "measured", "source": "x"}}}, "greater than 0"),
+        ({"figures": {"bf16_tflops": {"value": 1.0, "origin": "guessed", "source": "x"}}}, "origin"),
+        ({"figures": {"bf16_tflops": {"value": 1.0, "origin": "measured", "source": ""}}}, "source"),
+    ],
+)
+def test_a_wrong_cluster_is_refused_by_key(change: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_cluster({"name": "x", "chip": "H100", "num_chips": 8, **change}, "x.toml")
+
+
+def test_given_figures_count_more_and_complete_an_unknown_chip() -> None:
+    def given(value: float) -> dict[str, object]:
+        return {"value": value, "origin": "measured", "source": "me"}
+
+    keys = ("bf16_tflops", "memory_gb", "memory_gb_s", "link_gb_s", "network_gb_s")
+    document = {"name": "x", "chip": "MLU", "num_chips": 8, "node_size": 8, "figures": {k: given(100.0) for k in keys}}
+    found = parse_cluster(document, "x.toml")
+    assert found.hardware.bf16_flops == 100e12
+    known = parse_cluster({**document, "chip": "H100"}, "x.toml")
+    assert known.figures["bf16_tflops"].origin == "measured"
+    assert known.figures["fp8_tflops"].origin == "published"
+
+
+def test_the_search_is_best_first_and_says_why_others_lose() -> None:
+    model, chip = known_architecture("Llama 3.1 405B"), kind_named("H100")
+    assert model is not None
+    assert chip is not None
+    job = Job(model, 8192, 2048)
+    found = find_layouts(job, 16384, chip)
+    times = [each.step_s for each in found.best]
+    assert times == sorted(times)
+    assert all(each.memory_bytes <= chip.memory_bytes for each in found.best)
+    assert all(check_layout(job, each.layout, 16384, chip) is None for each in found.best)
+    assert any("does not fit" in each.reason for each in found.losers)
+    assert any("slower, most of it" in each.reason for each in found.losers)
+
+
+def test_what_cannot_be_is_told() -> None:
+    model, chip = known_architecture("Llama 3.1 405B"), kind_named("A100-40GB")
+    assert model is not None
+    assert chip is not None
+    with pytest.raises(RecipeError, match="does not fit on 8"):
+        find_layouts(Job(model, 8192, 8), 8, chip)
+    reason = check_layout(Job(model, 8192, 10), Layout(data=8), 8, chip)
+    assert reason is not None
+    assert "no multiple" in reason
+    recipe = load_recipe(FIRST)
+    with pytest.raises(RecipeError, match=r"train\.batch_size = 32 cannot be shared") as caught:
+        plan_run(recipe, read_cluster(CLUSTERS / "h800x2048.toml"))
+    assert "train.batch_size = 2048" in caught.value.remedy
+
+
+def test_a_plan_of_this_machine_as_a_document() -> None:
+    cluster = host_cluster()
+    document = plan_document(plan_run(load_recipe(FIRST), cluster), cluster, date.today(), num_trials=50)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert sum(document["step"]["parts_s"].values()) == pytest.approx(document["step"]["step_s"]["value"])
+    for figure in document["step"]["figures"].values():
+        assert figure["unit"]
+        assert figure["origin"] in ("measured", "published", "assumed", "computed", "given")
+    assert explain(document, "counts.steps") == 600
+    with pytest.raises(RecipeError, match="there is no 'nothing'"):
+        explain(document, "step.nothing")
+    with pytest.raises(CrosschipError, match="before"):
+        plan_document(plan_run(load_recipe(FIRST), cluster), cluster, date.today(), date.today() - timedelta(2))
+
+
+def test_a_report_counts_more_than_the_datasheet(tmp_path: Path) -> None:
+    cluster = read_cluster(CLUSTERS / "h200x8.toml")
+    links = {"plot": "bandwidth", "bandwidth_gb_s": 100.0, "latency_s": 2e-5}
+    product = {"kind": "product rate", "dtype": "bfloat16", "flop_per_s": 5e14}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"exams": [{"measurements": [links, product]}]}))
+    found, notes = with_report(cluster, path)
+    assert notes == []
+    assert found.figures["product_share"].origin == "measured"
+    assert found.hardware.efficiency < cluster.hardware.efficiency
+    assert found.hardware.link_bytes_s * found.hardware.link_share == pytest.approx(100e9)
+    path.write_text(json.dumps({"exams": [{"measurements": [{**product, "flop_per_s": "fast"}]}]}))
+    assert len(with_report(cluster, path)[1]) == 2
+    path.write_text("[]")
+    with pytest.raises(RecipeError, match="no report"):
+        with_report(cluster, path)
+
+
+def command_line() -> typer.Typer:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    plan_app.registered_commands.clear()
+    plan_app.command("run", hidden=True)(guarded(plan))
+    plan_app.command("validate")(guarded(validate))
+    app.add_typer(plan_app, name="plan")
+    return app
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    out, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    arguments = [
+        "plan",
+        str(FIRST),
+        "--cluster",
+        str(CLUSTERS / "h200x8.toml"),
+        "--json",
+        str(out),
+        "--page",
+        str(page),
+    ]
+    ended = CliRunner().invoke(command_line(), arguments)
+    assert ended.exit_code == 0, ended.output
+    assert "of the datasheet's rate" in ended.output
+    assert json.loads(out.read_text())["document"] == "plan"
+    assert "<html" in page.read_text()
+
+
+REFUSED = [["--by", "2020-01-01"], ["--by", "soon"], ["--cluster", "nowhere.toml"], ["--explain", "x"]]
+
+
+@pytest.mark.parametrize("more", REFUSED)
+def test_the_verb_refuses(more: list[str]) -> None:
+    ended = CliRunner().invoke(command_line(), ["plan", str(FIRST), *more])
+    assert ended.exit_code == 2
+    assert "what to do" in ended.output

@@ -1,0 +1,149 @@
+"""The validation: no outcome is read where it must not be, and what it says of rows that lack something."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosschip.errors import RecipeError
+from crosschip.plan.validate import Row, read_rows, validate_rows
+from crosschip.plan.validate.parallelism import layout_words
+from crosschip.plan.validate.rows import OUTCOMES, SHIPPED_ROWS
+
+SOME = (
+    "korthikanti_22b_seqsel", "korthikanti_175b_full", "korthikanti_1t_full", "mosaic_13b_a100-40gb_16",
+    "mosaic_30b_a100-40gb_32", "dsv2", "ds67b_per_T", "mlperf51_llama31_8b_b200", "falcon40b",
+)  # fmt: skip
+
+
+def cells(ids: tuple[str, ...] = SOME) -> list[dict[str, str]]:
+    with SHIPPED_ROWS.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["id"] in ids]
+
+
+def written(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def by_id(document: dict[str, Any]) -> dict[str, Any]:
+    return {row["id"]: row for row in document["rows"]}
+
+
+def test_a_row_has_no_outcome() -> None:
+    assert not {field.name for field in fields(Row)} & set(OUTCOMES)
+
+
+def test_predictions_hang_on_no_outcome_but_those_for_calibration(tmp_path: Path) -> None:
+    rows = cells()
+    honest = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", rows))))
+    for row in rows:
+        for column in OUTCOMES:
+            if row["calibration"] != "yes":
+                row[column] = "" if row["id"] == "dsv2" else "123"
+            elif column != row["quantity"]:
+                row[column] = "123"
+    blinded = by_id(validate_rows(read_rows(written(tmp_path / "b.csv", rows))))
+    assert {k: v.get("predicted") for k, v in honest.items()} == {k: v.get("predicted") for k, v in blinded.items()}
+    assert blinded["dsv2"]["published"] is None
+    assert blinded["dsv2"]["error"] is None
+    # The control: a row for calibration does count.
+    for row in rows:
+        if row["calibration"] == "yes":
+            row[row["quantity"]] = str(2 * float(row[row["quantity"]].replace("123", "100")))
+    moved = by_id(validate_rows(read_rows(written(tmp_path / "c.csv", rows))))
+    assert moved["korthikanti_1t_full"]["predicted"] != honest["korthikanti_1t_full"]["predicted"]
+
+
+def test_the_document(tmp_path: Path) -> None:
+    document = validate_rows(read_rows(written(tmp_path / "a.csv", cells())))
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    rows = by_id(document)
+    assert set(rows) == set(SOME)
+    assert rows["falcon40b"]["skipped"] == "the row names no quantity"
+    assert rows["mlperf51_llama31_8b_b200"]["skipped"] == "no number of tokens"
+    one = rows["korthikanti_1t_full"]
+    assert one["error"] == pytest.approx(one["predicted"] / one["published"] - 1)
+    steps = next(group for group in document["groups"] if group["threshold"] == 0.05)
+    assert steps["met"] is True
+    assert all(len(each["fitted_on"]) >= 1 for each in document["parameters"].values())
+
+
+def test_an_uncalibrated_chip_is_predicted_and_says_so(tmp_path: Path) -> None:
+    row = {**cells(("dsv2",))[0], "id": "pangu", "model": "Pangu Ultra", "arch": "dense", "chip": "Ascend 910B"}
+    row |= {"params_total_b": "135", "params_active_b": "135", "n_chips": "8192", "parallelism": "TP8 PP8"}
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", [*cells(), row]))))["pangu"]
+    assert found["predicted"] > 0
+    assert any("no row calibrates Ascend 910B" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seq_len": "many"}, "seq_len = 'many'"),
+        ({"n_chips": "-8"}, "n_chips = '-8'"),
+        ({"params_total_b": "nan"}, "params_total_b"),
+        ({"tok_s_per_chip": "inf"}, "tok_s_per_chip"),
+    ],
+)
+def test_a_wrong_cell_is_named(tmp_path: Path, change: dict[str, str], words: str) -> None:
+    rows = cells(("mosaic_13b_a100-40gb_16",))
+    with pytest.raises(RecipeError, match=words):
+        read_rows(written(tmp_path / "a.csv", [{**rows[0], **change}]))
+
+
+def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no file"):
+        read_rows(tmp_path / "none.csv")
+    path = tmp_path / "a.csv"
+    path.write_text("id,quantity\n1,2\n")
+    with pytest.raises(RecipeError, match="lacks the columns model, chip"):
+        read_rows(path)
+    path.write_text("id,quantity,model,chip\n1,2\n")
+    with pytest.raises(RecipeError, match="another number of cells"):
+        read_rows(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="no CSV"):
+        read_rows(path)
+    path.write_text("id,quantity,model,chip\nx,step_time_s,a,b\nx,step_time_s,a,b\n")
+    with pytest.raises(RecipeError, match="twice"):
+        read_rows(path)
+
+
+def test_what_cannot_be_predicted_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    row = cells(("mosaic_13b_a100-40gb_16",))[0]
+    rows = [
+        {**row, "id": "chip", "chip": "Unheard-of 9000"},
+        {**row, "id": "model", "model": "Unheard of", "params_total_b": ""},
+        {**row, "id": "quantity", "quantity": "happiness"},
+    ]
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", rows))))
+    assert "no figures for the chip" in found["chip"]["skipped"]
+    assert "no number of parameters" in found["model"]["skipped"]
+    assert "happiness" in found["quantity"]["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_chips", "expected"),
+    [
+        ("TP8 CP1 PP16 DP64", 8192, {"tensor": 8, "pipeline": 16, "context": 1, "expert": 1}),
+        ("FSDP32 TP8 AsyncTP, full AC", 256, {"tensor": 8, "pipeline": 1, "zero": 3, "recompute": "full"}),
+        ("PP16 EP8 ZeRO-1", 2048, {"tensor": 1, "pipeline": 16, "expert": 8, "zero": 1}),
+        ("TP8 + PP; sequence-parallel + selective recompute", 280, {"pipeline": 35, "recompute": "selective"}),
+        ("FSDP + compile, selective AC", 8, {"zero": 3, "recompute": "alternate", "tensor": 1}),
+        ("PP2 VP24 EP8", 16, {"interleave": 24, "pipeline": 2}),
+        ("", 16, {}),
+    ],
+)
+def test_words_of_a_layout(text: str, num_chips: int, expected: dict[str, Any]) -> None:
+    words = layout_words(text, num_chips)
+    assert expected.items() <= words.fixed.items()
+    assert words.tensor_overlap == ("AsyncTP" in text)
