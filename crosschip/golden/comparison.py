@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crosschip.golden.config_fields import FieldDifference
 from crosschip.golden.distance import MeanBound
-from crosschip.golden.limits import Limit
+from crosschip.golden.limits import FLOOR_FACTOR, Limit
 
 if TYPE_CHECKING:  # that module imports torch
     from crosschip.golden.weights import WeightDifference
@@ -123,6 +123,16 @@ class Comparison:
     rows_made: int = 0  # of the view that got least far
     files_checked: bool = True  # tensors and configuration were compared
     not_covered: list[str] = field(default_factory=list)
+
+    def is_drowned(self, view: View) -> bool:
+        """Whether the recording chip's own noise is beyond the limit and the view differs by no more than noise does.
+
+        Then the limit cannot tell this model from itself, and nothing follows for or against who replayed it.
+        """
+        noise = self.floor["mean_kl"]
+        return (
+            self.limit.target == "bf16 to bf16" and self.limit.mean_kl < noise and view.kl.mean <= FLOOR_FACTOR * noise
+        )
 
     def document(self) -> dict[str, Any]:
         """The comparison for JSON; numbers that are not finite become words."""

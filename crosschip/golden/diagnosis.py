@@ -10,7 +10,7 @@ from crosschip.golden.limits import QUANTISED
 
 __all__ = ["Cause", "Diagnosis", "diagnose"]
 
-Cause = Literal["conversion", "config field", "length", "operator", "engine", "recording", "none"]
+Cause = Literal["conversion", "config field", "length", "operator", "engine", "recording", "noise", "none"]
 
 _SHORTEST_TELLING = 15  # in rows of one or two tokens attention has nothing to do, so that they are right says little
 _MOST = 0.8
@@ -59,10 +59,17 @@ def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
     is_bad = [_row_is_bad(row, comparison) for row in view.rows]
     if not any(is_bad) and view.first_diverging is None and not view.kl.mean > comparison.limit.mean_kl:
         return None
+    first = view.first_diverging
+    if first is None and comparison.is_drowned(view):
+        noise = comparison.floor["mean_kl"]
+        words = (
+            f"the recording chip's own noise in {comparison.dtype}, {noise:.1e} nats, is beyond the limit, which cannot "
+            "tell this model from itself then: hand it off in float32, or train it until it decides less by rounding"
+        )
+        return Diagnosis("noise", comparison.dtype, words)
     length = _of_length(view, is_bad)
     if length is not None:
         return length
-    first = view.first_diverging
     if first is None:
         return _without_layers(comparison, view)
     error = f"activations {first.error:.1e} apart (limit {first.error_limit:.1e})"

@@ -90,7 +90,8 @@ def _of_view(comparison: Comparison, view: View, cause: Diagnosis) -> list[dict[
     limit = comparison.limit
     found = []
     if not view.kl.upper_95 < limit.mean_kl:
-        verdict = "FAIL" if not view.kl.mean <= limit.mean_kl else "INCONCLUSIVE"
+        is_within = view.kl.mean <= limit.mean_kl or comparison.is_drowned(view)
+        verdict = "INCONCLUSIVE" if is_within else "FAIL"
         bound = f"mean KL {view.kl.mean:.2e} nats (upper 95 % bound {view.kl.upper_95:.2e})"
         words = f"{bound}, limit {limit.mean_kl:.2e}: {cause.words}"
         found.append(
