@@ -63,8 +63,8 @@ def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
     if first is None and comparison.is_drowned(view):
         noise = comparison.floor["mean_kl"]
         words = (
-            f"the recording chip's own noise in {comparison.dtype}, {noise:.1e} nats, is beyond the limit, which cannot "
-            "tell this model from itself then: hand it off in float32, or train it until it decides less by rounding"
+            f"the recording chip's own noise in {comparison.dtype}, {noise:.1e} nats, is beyond the limit, which "
+            "cannot tell this model from itself then: hand it off in float32, or train it until rounding decides less"
         )
         return Diagnosis("noise", comparison.dtype, words)
     length = _of_length(view, is_bad)
