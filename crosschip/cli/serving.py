@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["chat", "serve"]
 
+_FOR_GATEWAY = ("gateway", "host", "port", "require_certificate", "tls_cert", "tls_key")
+
 
 def serve(
+    context: typer.Context,
     directory: Annotated[
         Path | None,
         typer.Argument(metavar="DIR", help="A model directory in the published layout.", show_default=False),
@@ -112,7 +115,7 @@ def serve(
         "max_request_s": max_request_s,
     }
     if gateway is not None:
-        _refuse_beside_gateway(directory, limits)
+        _refuse_beside_gateway(context)
         from crosschip.serve.gateway.server import serve_gateway
 
         serve_gateway(gateway, host, port, require_certificate=require_certificate, tls=tls)
@@ -156,13 +159,16 @@ def _tls(certificate: Path | None, key: Path | None) -> Tls | None:
     return Tls(certificate, key)
 
 
-def _refuse_beside_gateway(directory: Path | None, limits: Mapping[str, object]) -> None:
-    if directory is not None:
-        raise ServeError(f"--gateway and the directory {directory} exclude each other", "give one of them")
-    given = [name for name, value in limits.items() if value is not None]
-    if given:
-        option = "--" + given[0].replace("_", "-")
-        raise ServeError(f"{option} beside --gateway", f"write {given[0]} into the file's table [limits]")
+def _refuse_beside_gateway(context: typer.Context) -> None:
+    """What was asked for is done or refused: most options are about an engine of one's own."""
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name in _FOR_GATEWAY or source is None or source.name != "COMMANDLINE":
+            continue
+        if name == "directory":
+            raise ServeError(f"--gateway and the directory {value} exclude each other", "give one of them")
+        option = "--" + name.replace("_", "-")
+        raise ServeError(f"{option} means nothing beside --gateway", f"write it into the file, or leave {option} out")
 
 
 def _limits(values: Mapping[str, object]) -> Limits:

@@ -70,9 +70,11 @@ def _served_here(directory: Path, device: str, out: TextIO) -> Any:
     print(f"loading {directory} ...", file=out, flush=True)
     # Only a chat that must compute needs torch and a server.
     from crosschip.serve.api.server import background_server
+    from crosschip.serve.certificate import find_status
     from crosschip.serve.engine.loading import load_engine
 
-    return background_server(load_engine(directory, max_batch_size=1, device=device))
+    status = find_status(directory, device, None, tell=lambda line: print(line, file=out, flush=True))
+    return background_server(load_engine(directory, max_batch_size=1, device=device, certificate=status))
 
 
 def _converse(chat: _Chat, lines: TextIO, out: TextIO) -> None:

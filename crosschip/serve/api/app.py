@@ -3,54 +3,74 @@
 from __future__ import annotations
 
 from asyncio import to_thread
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
+from starlette.routing import Route
 
 import crosschip
 from crosschip.serve.api.chat import ChatCall
 from crosschip.serve.api.completions import CompletionCall
 from crosschip.serve.api.errors import ApiError, install_error_handlers
+from crosschip.serve.api.metrics import ServerMetrics
 from crosschip.serve.api.schemas import ChatRequest, CompletionRequest
 from crosschip.serve.api.served import ServedModel, describe_served
 from crosschip.serve.api.transport import EventStream, OuterLayer, finish_unless_gone
+from crosschip.serve.api.weights import CertificateFinder, add_weights
 from crosschip.serve.engine.engine import Engine
+from crosschip.serve.limits import Limits, LimitsLayer, Paths, load_keys
+from crosschip.serve.page import add_page
 
 __all__ = ["create_app"]
 
-PAGE_DIRECTORY = Path(__file__).parents[1] / "page"
-PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/chat.css": ("chat.css", "text/css"),
-    "/chat.js": ("chat.js", "text/javascript"),
-    "/render.js": ("render.js", "text/javascript"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
 
-
-def create_app(engine: Engine, *, model_name: str | None = None, max_body_bytes: int = 16 * 2**20) -> FastAPI:
+def create_app(
+    engine: Engine,
+    *,
+    model_name: str | None = None,
+    max_body_bytes: int | None = None,
+    limits: Limits | None = None,
+    find_certificate: CertificateFinder | None = None,
+) -> FastAPI:
     """The API and the page over a running engine.
 
     Args:
         engine: what computes; its directory's tokenizer and generation settings are read here.
         model_name: what clients call the model; None takes the directory's name.
-        max_body_bytes: longer request bodies are refused with 413.
+        max_body_bytes: longer request bodies are refused with 413; None leaves it to the limits.
+        limits: keys, rates, lengths and times.
+        find_certificate: of new weights, while the server runs.
 
     Raises:
-        ServeError: files beside the weights that cannot be read.
+        ServeError: files beside the weights that cannot be read, or a file of keys.
     """
+    limits = limits or Limits()
+    if max_body_bytes is not None:
+        limits = limits.model_copy(update={"max_body_bytes": max_body_bytes})
     served = describe_served(engine, model_name)
     # The framework's own documentation pages fetch scripts from elsewhere; /openapi.json remains.
     app = FastAPI(title="crosschip", version=crosschip.__version__, docs_url=None, redoc_url=None)
     app.state.served = served
-    app.add_middleware(OuterLayer, certificate=engine.info.certificate, max_body_bytes=max_body_bytes)
+    metrics = ServerMetrics(served)
     install_error_handlers(app)
     _add_models(app, served)
-    _add_answers(app, served)
-    _add_page(app)
+    _add_state(app, served, metrics)
+    _add_answers(app, served, metrics)
+    add_weights(app, served, find_certificate)
+    add_page(app)
+    _add_layers(app, engine, limits, metrics)
     return app
+
+
+def _add_layers(app: FastAPI, engine: Engine, limits: Limits, metrics: ServerMetrics) -> None:
+    """The last one added is the first one asked. The page is no secret: what it shows comes over the API."""
+    page = frozenset(route.path for route in app.routes if isinstance(route, Route) and not route.include_in_schema)
+    paths = Paths(without_key=Paths.without_key | page)
+    keys = load_keys(limits.api_keys) if limits.api_keys else None
+    app.add_middleware(LimitsLayer, limits=limits, keys=keys, paths=paths, registry=metrics.registry)
+    word = lambda: engine.info.certificate.word  # noqa: E731
+    app.add_middleware(OuterLayer, certificate=word, max_body_bytes=limits.max_body_bytes)
 
 
 def _add_models(app: FastAPI, served: ServedModel) -> None:
@@ -64,6 +84,8 @@ def _add_models(app: FastAPI, served: ServedModel) -> None:
             raise ApiError(404, f"the model {name!r} is not served here", "model", "model_not_found")
         return JSONResponse(_model_card(served))
 
+
+def _add_state(app: FastAPI, served: ServedModel, metrics: ServerMetrics) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         load = served.engine.load
@@ -71,38 +93,43 @@ def _add_models(app: FastAPI, served: ServedModel) -> None:
         body = {"status": "ok" if load.alive else "the engine has stopped", **counts, "crosschip": served.status}
         return JSONResponse(body, status_code=200 if load.alive else 503)
 
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        is_ready = served.engine.load.alive
+        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-def _add_answers(app: FastAPI, served: ServedModel) -> None:
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_answers(app: FastAPI, served: ServedModel, metrics: ServerMetrics) -> None:
     # Calls are planned in a thread: encoding a long text must not hold up the streams of others.
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await _answer(await to_thread(ChatCall, served, body), body.stream, request)
+        return await _answer(await to_thread(ChatCall, served, body), body.stream, request, metrics)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await _answer(await to_thread(CompletionCall, served, body), body.stream, request)
+        return await _answer(await to_thread(CompletionCall, served, body), body.stream, request, metrics)
 
 
-async def _answer(call: ChatCall | CompletionCall, stream: bool | None, request: Request) -> Response:
+async def _answer(
+    call: ChatCall | CompletionCall, stream: bool | None, request: Request, metrics: ServerMetrics
+) -> Response:
     """Start the call, so that a refusal still has a status of its own, and answer; whatever happens, it ends."""
     generation = call.start()
+
+    def end() -> None:
+        generation.abort()
+        metrics.note(generation)
+
     if stream:
-        return EventStream(call.stream(generation), at_end=generation.abort)
+        return EventStream(call.stream(generation), at_end=end)
     try:
         return JSONResponse(await finish_unless_gone(request, call.complete(generation)))
     finally:
-        generation.abort()
-
-
-def _add_page(app: FastAPI) -> None:
-    def add(path: str, file_name: str, media_type: str) -> None:
-        @app.get(path, include_in_schema=False)
-        async def page_file() -> FileResponse:
-            headers = {"Cache-Control": "no-cache"}
-            return FileResponse(PAGE_DIRECTORY / file_name, media_type=media_type, headers=headers)
-
-    for path, (file_name, media_type) in PAGE_FILES.items():
-        add(path, file_name, media_type)
+        end()
 
 
 def _model_card(served: ServedModel) -> dict[str, Any]:

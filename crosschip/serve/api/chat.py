@@ -10,6 +10,7 @@ from typing import Any
 
 from crosschip.errors import DataError
 from crosschip.serve.answer import AnswerWriter, starts_in_reasoning
+from crosschip.serve.api.constraints import grammar_of
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
 from crosschip.serve.api.logprobs import TokenNames, chat_logprobs
@@ -65,10 +66,13 @@ class ChatCall:
         max_tokens = choose_max_tokens(served, len(self._prompt_ids), wanted, "messages")
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         in_reasoning = starts_in_reasoning(prompt)
+        grammar = grammar_of(served, request.response_format)
+        constraints = [grammar.constraint(in_reasoning) if grammar else None for _ in range(request.n or 1)]
+        self._constraints = constraints
         self._choices = [
             PlannedChoice(
                 self._prompt_ids,
-                sampling_params(served, request, index, max_tokens, num_logprobs),
+                sampling_params(served, request, index, max_tokens, num_logprobs, constraint=constraints[index]),
                 AnswerWriter(served.tokenizer, request.stop_strings, splits_reasoning=True, in_reasoning=in_reasoning),
             )
             for index in range(request.n or 1)
@@ -79,6 +83,7 @@ class ChatCall:
         answers = [_Answer() for _ in self._choices]
         async for updates in generation.updates():
             for update in updates:
+                self._check_form(update)
                 answer = answers[update.index]
                 answer.reasoning.append(update.text.reasoning)
                 answer.content.append(update.text.content)
@@ -91,25 +96,41 @@ class ChatCall:
             "object": "chat.completion",
             "choices": [self._finished_choice(index, answer) for index, answer in enumerate(answers)],
             "usage": generation.usage.as_dict(),
-            "crosschip": self._served.status,
-        }
+            "crosschip": self._status(generation),
+        } | self._ids_of_prompt()
 
     async def stream(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
         """The answer as chunks."""
         options = self._request.stream_options
         counted = bool(options and options.continuous_usage_stats)
         for index in range(len(self._choices)):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            yield self._chunk(index, {"role": "assistant", "content": ""}) | self._ids_of_prompt()
         async for updates in generation.updates():
             for update in updates:
+                self._check_form(update)
                 for chunk in self._chunks_of(update):
+                    chunk["crosschip"] = self._status(generation)
                     yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
         if options and options.include_usage:
-            yield self._chunk(None, {}) | {"usage": generation.usage.as_dict()}
+            last = self._chunk(None, {}) | {"crosschip": self._status(generation)}
+            yield last | {"usage": generation.usage.as_dict()}
 
     def start(self) -> Generation:
         """Hand the requests to the engine; to be called where the event loop runs."""
         return Generation(self._served.engine, self._choices, len(self._prompt_ids))
+
+    def _check_form(self, update: ChoiceUpdate) -> None:
+        """An answer whose form could not be held to any longer was ended early; that is no answer."""
+        constraint = self._constraints[update.index]
+        if update.finish_reason is not None and constraint is not None and constraint.problem is not None:
+            problem = f"response_format could not be held to: {constraint.problem}"
+            raise ApiError(400, problem, "response_format", "response_format_failed")
+
+    def _status(self, generation: Generation) -> dict[str, Any]:
+        return self._served.status_of(generation.weights_version)
+
+    def _ids_of_prompt(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt_ids} if self._request.return_token_ids else {}
 
     def _finished_choice(self, index: int, answer: _Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(answer.content), "refusal": None}

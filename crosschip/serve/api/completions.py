@@ -59,6 +59,7 @@ class CompletionCall:
         self._gives_ids = bool(request.return_token_ids) or served.tokenizer is None
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
         self._prompts = [self._read_prompt(prompt) for prompt in _as_list(request.prompt)]
+        self._told_prompts: set[int] = set()
         self._per_prompt = request.n or 1
         if len(self._prompts) * self._per_prompt > MAX_ANSWERS:
             message = f"{len(self._prompts)} prompts with n={self._per_prompt} are more than {MAX_ANSWERS} answers"
@@ -70,12 +71,13 @@ class CompletionCall:
         wholes = [self._echo(index) for index in range(len(self._choices))]
         async for updates in generation.updates():
             for update in updates:
-                part, whole = self._part_of(update), wholes[update.index]
-                whole.text += part.text
-                whole.token_ids += part.token_ids
-                whole.logprobs = _joined(whole.logprobs, part.logprobs)
-                whole.finish_reason = part.finish_reason
-        return self._document([(i, whole) for i, whole in enumerate(wholes)]) | {"usage": generation.usage.as_dict()}
+                part, joined = self._part_of(update), wholes[update.index]
+                joined.text += part.text
+                joined.token_ids += part.token_ids
+                joined.logprobs = _joined(joined.logprobs, part.logprobs)
+                joined.finish_reason = part.finish_reason
+        whole = self._document(list(enumerate(wholes)), generation)
+        return whole | {"usage": generation.usage.as_dict()}
 
     async def stream(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
         """The answer as chunks."""
@@ -83,15 +85,15 @@ class CompletionCall:
         counted = bool(options and options.continuous_usage_stats)
         for index in range(len(self._choices)):
             if (echo := self._echo(index)).text or echo.token_ids:
-                yield self._document([(index, echo)])
+                yield self._document([(index, echo)], generation)
         async for updates in generation.updates():
             for update in updates:
                 part = self._part_of(update)
                 if part.text or part.token_ids or part.logprobs or part.finish_reason:
-                    chunk = self._document([(update.index, part)])
+                    chunk = self._document([(update.index, part)], generation)
                     yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
         if options and options.include_usage:
-            yield self._document([]) | {"usage": generation.usage.as_dict()}
+            yield self._document([], generation) | {"usage": generation.usage.as_dict()}
 
     def start(self) -> Generation:
         """Hand the requests to the engine; to be called where the event loop runs."""
@@ -159,7 +161,7 @@ class CompletionCall:
         for token_id, score, offset in zip(prompt.ids, scores, prompt.offsets, strict=True):
             logprobs.add(token_id, score, offset)
 
-    def _document(self, parts: list[tuple[int, _Part]]) -> dict[str, Any]:
+    def _document(self, parts: list[tuple[int, _Part]], generation: Generation) -> dict[str, Any]:
         choices = []
         for index, part in parts:
             choice = {
@@ -168,8 +170,18 @@ class CompletionCall:
                 "logprobs": part.logprobs.as_dict() if part.logprobs else None,
                 "finish_reason": part.finish_reason,
             }
-            choices.append(choice | ({"token_ids": part.token_ids} if self._gives_ids else {}))
-        return {**self._head, "object": "text_completion", "choices": choices, "crosschip": self._served.status}
+            choices.append(choice | self._ids_of(index, part))
+        status = self._served.status_of(generation.weights_version)
+        return {**self._head, "object": "text_completion", "choices": choices, "crosschip": status}
+
+    def _ids_of(self, index: int, part: _Part) -> dict[str, Any]:
+        if not self._gives_ids:
+            return {}
+        ids: dict[str, Any] = {"token_ids": part.token_ids}
+        if self._request.return_token_ids and index not in self._told_prompts:  # once, not with every part
+            self._told_prompts.add(index)
+            ids["prompt_token_ids"] = self._prompts[index // self._per_prompt].ids
+        return ids
 
 
 def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:

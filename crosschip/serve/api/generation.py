@@ -104,20 +104,39 @@ class _Mailbox:
 
 
 class Generation:
-    """Submits all choices at once; `updates` then gives what becomes of them until every one has ended."""
+    """Submits all choices at once; `updates` then gives what becomes of them until every one has ended.
+
+    `begun_at_s` is by `time.perf_counter`, as the usage's times are.
+    """
 
     def __init__(self, engine: Engine, choices: list[PlannedChoice], num_prompt_tokens: int) -> None:
         self.usage = Usage(num_prompt_tokens)
+        self.begun_at_s = time.perf_counter()
         self._choices = choices
         self._mailbox = _Mailbox()
         self._open: dict[int, Handle] = {}
+        self._weights_version: str | None = None
+        self._num_ended = 0
         try:
-            for index, choice in enumerate(choices):
-                deliver = partial(self._mailbox.post, index)
-                self._open[index] = engine.submit(choice.prompt_ids, choice.params, deliver)
+            for indices in _of_one_prompt(choices):
+                deliver = [partial(self._mailbox.post, index) for index in indices]
+                params = [choices[index].params for index in indices]
+                handles = engine.submit_all(choices[indices[0]].prompt_ids, params, deliver)
+                self._open |= dict(zip(indices, handles, strict=True))
         except ServeError as error:
             self.abort()
-            raise ApiError(503, str(error), code="engine_overloaded") from error
+            status = 429 if engine.load.alive else 503
+            raise ApiError(status, str(error), code="engine_overloaded") from error
+
+    @property
+    def weights_version(self) -> str | None:
+        """The version of the weights that answer; None before the first of the choices was begun."""
+        return self._weights_version
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice came to its own end."""
+        return self._num_ended == len(self._choices)
 
     def abort(self) -> None:
         """End what has not ended. Safe to call at any time."""
@@ -144,6 +163,8 @@ class Generation:
 
     def _apply(self, event: TokenEvent, at_s: float, update: ChoiceUpdate) -> None:
         index = update.index
+        if self._weights_version is None:
+            self._weights_version = self._open[index].weights_version
         if event.finish_reason in ("error", "abort"):
             raise ApiError(500, event.error or "the request was ended by the server", code="engine_error")
         if event.prompt_scores is not None:
@@ -162,6 +183,7 @@ class Generation:
             self._open[index].abort()
         if update.finish_reason is not None:
             del self._open[index]
+            self._num_ended += 1
             if writer is not None:
                 _append(update.text, writer.finish())
 
@@ -169,6 +191,17 @@ class Generation:
         before = writer.num_reasoning_tokens
         _append(update.text, writer.push(token_id))
         self.usage.reasoning_tokens += writer.num_reasoning_tokens - before
+
+
+def _of_one_prompt(choices: list[PlannedChoice]) -> list[list[int]]:
+    """The choices in runs that share a prompt, which then is computed once."""
+    runs: list[list[int]] = []
+    for index, choice in enumerate(choices):
+        if runs and choices[runs[-1][0]].prompt_ids is choice.prompt_ids:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
 
 
 def _append(text: TextDelta, more: TextDelta) -> None:

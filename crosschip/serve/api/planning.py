@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+from crosschip.serve.api.constraints import AnswerConstraint
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.schemas import CommonRequest, refuse_unsupported
 from crosschip.serve.api.served import ServedModel
@@ -23,6 +24,8 @@ def check_request(served: ServedModel, request: CommonRequest) -> None:
         raise ApiError(400, "stop strings need a tokenizer, and this model has none; use stop_token_ids", param="stop")
     for token_id in request.stop_token_ids or []:
         _check_id(served, token_id, "stop_token_ids")
+    for name in request.logit_bias or {}:
+        _check_id(served, int(name), "logit_bias")
 
 
 def check_ids(served: ServedModel, prompt_ids: list[int]) -> None:
@@ -65,8 +68,12 @@ def sampling_params(
     max_tokens: int,
     num_logprobs: int | None,
     num_prompt_logprobs: int | None = None,
+    constraint: AnswerConstraint | None = None,
 ) -> SamplingParams:
-    """The settings of one choice; choices of one seed differ by their number, and the first has the seed itself."""
+    """The settings of one choice; choices of one seed differ by their number, and the first has the seed itself.
+
+    An answer in a prescribed form ends where the form does, whatever `ignore_eos` says.
+    """
     default = served.sampling
     stop_ids = frozenset(request.stop_token_ids or ())
     seed = secrets.token_hex(16) if request.seed is None else f"{request.seed}:{choice}"
@@ -77,7 +84,13 @@ def sampling_params(
         top_p=default.top_p if request.top_p is None else request.top_p,
         top_k=min(max(0, top_k), served.engine.info.vocab_size),
         seed=seed,
-        stop_ids=stop_ids if request.ignore_eos else stop_ids | served.stop_ids,
+        stop_ids=stop_ids if request.ignore_eos and constraint is None else stop_ids | served.stop_ids,
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        logit_bias=tuple(sorted((int(name), bias) for name, bias in (request.logit_bias or {}).items())),
+        **({} if constraint is None else {"constraint": constraint}),
     )

@@ -10,11 +10,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, St
 from crosschip.data import Message
 from crosschip.serve.api.errors import ApiError
 
-__all__ = ["ChatMessage", "ChatRequest", "CommonRequest", "CompletionRequest", "refuse_unsupported"]
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "CommonRequest",
+    "CompletionRequest",
+    "ResponseFormat",
+    "refuse_unsupported",
+]
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_BIASES = 1024
 
 
 def _check_unicode(text: str) -> str:
@@ -28,6 +36,8 @@ def _check_unicode(text: str) -> str:
 
 TokenIds = list[StrictInt]
 Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
+BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
@@ -43,14 +53,20 @@ class StreamOptions(_Lenient):
 
 
 class CommonRequest(_Lenient):
-    """What chats and completions share. `top_k`, `ignore_eos`, `stop_token_ids`, `return_token_ids` and
-    `return_tokens_as_token_ids` are not OpenAI's; they mean what they mean in vLLM."""
+    """What chats and completions share. `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, `stop_token_ids`,
+    `return_token_ids` and `return_tokens_as_token_ids` are not OpenAI's; they mean what they mean in vLLM."""
 
     model: Text | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    # Much less than this, and logits divided by it leave fp32: found by fuzzing, with 3e-170.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] | None = None
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
@@ -89,8 +105,25 @@ class ChatMessage(_Lenient):
         return Message("system" if self.role == "developer" else self.role, text, self.reasoning_content)
 
 
+class JsonSchema(_Lenient):
+    """A schema with its name. `strict` changes nothing: schemas are always held to."""
+
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    name: Text | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Lenient):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class ChatRequest(CommonRequest):
     """`POST /v1/chat/completions`."""
+
+    response_format: ResponseFormat | None = None
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -108,12 +141,7 @@ class CompletionRequest(CommonRequest):
 
 # Parameters that would change the answer and are not built, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "min_tokens": (0,),
     "best_of": (1,),
     "suffix": ("",),
@@ -121,7 +149,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"},),  # of completions
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),

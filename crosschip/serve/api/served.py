@@ -39,7 +39,19 @@ class ServedModel:
     def status(self) -> dict[str, Any]:
         """The `crosschip` field of every body."""
         info = self.engine.info
-        return {"certificate": info.certificate, "model_dir": str(info.directory), "chip": info.chip}
+        told = {"certificate": info.certificate.word}
+        if info.certificate.problem is not None:
+            told["certificate_problem"] = info.certificate.problem
+        return {
+            **told,
+            "model_dir": str(info.directory),
+            "chip": info.chip,
+            "weights_version": info.weights_version,
+        }
+
+    def status_of(self, weights_version: str | None) -> dict[str, Any]:
+        """The same for an answer of these weights, where they are known already."""
+        return self.status if weights_version is None else self.status | {"weights_version": weights_version}
 
 
 def describe_served(engine: Engine, model_name: str | None = None) -> ServedModel:

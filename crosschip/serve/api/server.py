@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 import uvicorn
-from fastapi import FastAPI
 
-from crosschip.errors import ServeError
+from crosschip.certificate import Status
 from crosschip.serve.api.app import create_app
+from crosschip.serve.api.listening import (
+    LOOPBACK,
+    Tls,
+    bind,
+    log_to_stderr,
+    signals_end_cleanly,
+    url_of,
+    uvicorn_config,
+)
 from crosschip.serve.api.served import ServedModel
+from crosschip.serve.certificate import certified_or_refused, find_status
 from crosschip.serve.engine.engine import Engine
 from crosschip.serve.engine.loading import load_engine
+from crosschip.serve.limits import Limits, load_keys
 
-__all__ = ["background_server", "bind", "serve"]
+__all__ = ["EngineOptions", "background_server", "bind", "serve"]
 
 logger = logging.getLogger("crosschip.serve")
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # auto: the checkpoint's
 SHUTDOWN_GRACE_S = 3  # answers under way get this long after SIGTERM, then they are ended
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine computes; see `load_engine`."""
+
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    deterministic: bool = False
+    speculative: bool = False
 
 
 def serve(
@@ -43,30 +61,53 @@ def serve(
     device: str = "auto",
     model_name: str | None = None,
     require_certificate: bool = False,
-    max_body_bytes: int = 16 * 2**20,
+    limits: Limits | None = None,
+    tls: Tls | None = None,
+    engine_options: EngineOptions | None = None,
+    drain_s: float = SHUTDOWN_GRACE_S,
 ) -> None:
     """Serve a model directory until SIGTERM or SIGINT. Port 0 lets the system choose; the choice is printed.
 
+    Answers under way at the signal have `drain_s` to end.
+
     Raises:
-        ServeError: a certificate was required, the port is taken, or the limits cannot be met.
+        ServeError: a certificate was required, the port is taken, the limits cannot be met, or keys or TLS files
+            cannot be read.
         ModelError: a directory this code cannot run.
     """
-    if require_certificate:
-        raise ServeError(
-            f"{directory} has no certificate, and --require-certificate refuses to serve without",
-            "serve it without --require-certificate; certificates are not built yet",
-        )
+    limits = limits or Limits()
+    if limits.api_keys is not None:
+        load_keys(limits.api_keys)  # told before anything slow happens
+    if tls is not None:
+        tls.check()
     listener = bind(host, port)
-    _log_to_stderr()
+    log_to_stderr(logger)
+    named_dtype = None if dtype == "auto" else dtype
+
+    def find_certificate(of: Path) -> Status:
+        status = find_status(of, device, named_dtype, tell=_say)
+        if require_certificate:
+            certified_or_refused(of, status)
+        return status
+
+    status = find_certificate(directory)
     print(f"loading {directory} ...", flush=True)
     engine = load_engine(
-        directory, max_batch_size=max_batch_size, max_model_len=max_model_len, dtype=_DTYPES[dtype], device=device
+        directory,
+        max_batch_size=max_batch_size,
+        max_model_len=max_model_len,
+        dtype=_DTYPES[dtype],
+        device=device,
+        certificate=status,
+        **vars(engine_options or EngineOptions()),
     )
     try:
-        app = create_app(engine, model_name=model_name, max_body_bytes=max_body_bytes)
-        _announce(app.state.served, f"http://{_url_host(host)}:{listener.getsockname()[1]}")
-        with _signals_end_cleanly():
-            _Server(_uvicorn_config(app), engine).run(sockets=[listener])
+        app = create_app(engine, model_name=model_name, limits=limits, find_certificate=find_certificate)
+        _announce(app.state.served, url_of(host, listener, tls))
+        _tell_if_open(host, limits)
+        config = uvicorn_config(app, grace_s=drain_s + 5, tls=tls)
+        with signals_end_cleanly():
+            _Server(config, engine, drain_s).run(sockets=[listener])
     finally:
         engine.close()
     print("ended", flush=True)
@@ -75,45 +116,23 @@ def serve(
 class _Server(uvicorn.Server):
     """Ends the engine a while after the signal to end: answers under way then get their last event, and end."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._drain_s = engine, drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal (uvicorn)."""
-        last_moment = threading.Timer(SHUTDOWN_GRACE_S, self._engine.close)
+        last_moment = threading.Timer(self._drain_s, self._engine.close)
         last_moment.daemon = True
         last_moment.start()
         super().handle_exit(sig, frame)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, bound before anything slow happens.
-
-    Raises:
-        ServeError: the address cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        remedy = "give another --host"
-        if error.errno == errno.EADDRINUSE:
-            remedy = "end what listens there, or give another --port (0 lets the system choose)"
-        elif error.errno == errno.EACCES:
-            remedy = "ports under 1024 need a privilege; give another --port"
-        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}", remedy) from error
-    return listener
-
-
 @contextmanager
 def background_server(engine: Engine, **app_options: Any) -> Iterator[str]:
     """Serve an engine on a free local port from a thread while the block runs; yields the URL."""
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(_uvicorn_config(create_app(engine, **app_options)))
+    listener: socket.socket = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn_config(create_app(engine, **app_options), grace_s=SHUTDOWN_GRACE_S + 5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -124,34 +143,8 @@ def background_server(engine: Engine, **app_options: Any) -> Iterator[str]:
         engine.close()
 
 
-def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_GRACE_S + 5,
-        server_header=False,
-        lifespan="off",
-    )
-
-
-@contextmanager
-def _signals_end_cleanly() -> Iterator[None]:
-    """The server takes SIGTERM and SIGINT, ends, and then raises them again; here they have done their work."""
-    caught = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: None) for number in caught]
-    try:
-        yield
-    finally:
-        for number, handler in zip(caught, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _log_to_stderr() -> None:
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        logger.addHandler(handler)
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _announce(served: ServedModel, url: str) -> None:
@@ -163,13 +156,19 @@ def _announce(served: ServedModel, url: str) -> None:
         print("no tokenizer in the directory: /v1/completions takes and gives token ids, chat is refused")
     elif not tokenizer.has_chat_template:
         print("no chat template in the directory: /v1/completions only, chat is refused")
-    if info.certificate == "UNCERTIFIED":
+    if info.certificate.is_certified:
+        print("CERTIFIED: its files are the certified ones, for this engine, this kind of chip and this dtype")
+    else:
         print(bar)
         print("UNCERTIFIED: nothing shows that this model answers here as it did on the chip that trained it")
+        print(info.certificate.problem)
         print(bar)
+        logger.warning("UNCERTIFIED: %s", info.certificate.problem)
     print(f"chat: {url}   API: {url}/v1   (Ctrl-C ends)", flush=True)
 
 
-def _url_host(host: str) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    return f"[{shown}]" if ":" in shown and not shown.startswith("[") else shown
+def _tell_if_open(host: str, limits: Limits) -> None:
+    if host not in LOOPBACK and limits.api_keys is None:
+        line = "OPEN: other machines can reach this address, and no API keys are asked for (--api-keys)"
+        print(line, flush=True)
+        logger.warning(line)

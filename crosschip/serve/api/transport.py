@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crosschip.serve.api.errors import ApiError, error_body
 
-__all__ = ["CERTIFICATE_HEADER", "EventStream", "OuterLayer", "finish_unless_gone"]
+__all__ = ["CERTIFICATE_HEADER", "EventStream", "OuterLayer", "finish_unless_gone", "first_of"]
 
 logger = logging.getLogger("crosschip.serve")
 
 CERTIFICATE_HEADER = "X-Crosschip-Certificate"
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -33,7 +33,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def _first_of(work: Coroutine[Any, Any, Result], receive: Receive) -> Result | None:
+async def first_of(work: Coroutine[Any, Any, Result], receive: Receive) -> Result | None:
     """Run `work` unless the client goes away first; then it is cancelled and None comes back."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -48,7 +48,7 @@ async def _first_of(work: Coroutine[Any, Any, Result], receive: Receive) -> Resu
 
 async def finish_unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`; a client that goes away cancels it."""
-    result = await _first_of(work, request.receive)
+    result = await first_of(work, request.receive)
     if result is None:
         raise ApiError(499, "the client closed the connection")
     return result
@@ -65,7 +65,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream (ASGI)."""
         try:
-            await _first_of(self._send_all(send), receive)
+            await first_of(self._send_all(send), receive)
         finally:
             self._at_end()
 
@@ -90,13 +90,16 @@ async def _send_event(send: Send, data: str) -> None:
 
 
 class OuterLayer:
-    """ASGI middleware around everything: refuses long bodies and adds the headers every response carries."""
+    """ASGI middleware around everything: refuses long bodies and adds the headers every response carries.
 
-    def __init__(self, app: ASGIApp, certificate: str, max_body_bytes: int) -> None:
+    `certificate` is the word of what answers here, or gives it for each response; None where answers carry their own.
+    """
+
+    def __init__(self, app: ASGIApp, certificate: str | Callable[[], str] | None, max_body_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._certificate = certificate
         self._headers = [
-            (CERTIFICATE_HEADER.lower().encode(), certificate.encode()),
             (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
             (b"x-content-type-options", b"nosniff"),
             (b"referrer-policy", b"no-referrer"),
@@ -114,7 +117,7 @@ class OuterLayer:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message = {**message, "headers": [*message.get("headers", []), *self._headers]}
+                message = {**message, "headers": [*message.get("headers", []), *self._headers, *self._certified()]}
             await send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
@@ -123,10 +126,17 @@ class OuterLayer:
             return
         try:
             await self._app(scope, self._counting(receive), send_with_headers)
+        except HTTPException as error:  # of a body that another layer read
+            if not begun:
+                await _send_error(send_with_headers, error.status_code, str(error.detail), "body_too_large")
         except Exception:  # a defect of ours: its traceback belongs into the log, and the client gets an answer
             logger.exception("a defect in the server, at %s", scope["path"])
             if not begun:
                 await _send_error(send_with_headers, 500, "a defect in the server; its log says more", "internal_error")
+
+    def _certified(self) -> list[tuple[bytes, bytes]]:
+        word = self._certificate() if callable(self._certificate) else self._certificate
+        return [(CERTIFICATE_HEADER.lower().encode(), word.encode())] if word is not None else []
 
     def _counting(self, receive: Receive) -> Receive:
         """A body without a declared length is counted as it comes."""

@@ -9,15 +9,27 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+from crosschip.certificate import Status
 from crosschip.errors import ServeError
+from crosschip.serve.engine.engine_info import (
+    NOT_LOOKED_FOR,
+    EngineInfo,
+    EngineLoad,
+    PreparedWeights,
+    WeightsUpdate,
+    measure_load,
+    next_version,
+)
+from crosschip.serve.engine.overwrite import probe_scores
+from crosschip.serve.engine.refusals import refuse_impossible
 from crosschip.serve.engine.request import Request, SamplingParams, TokenEvent, TokenScore
 from crosschip.serve.engine.scheduler import Scheduler, Step
 
-__all__ = ["Engine", "EngineInfo", "EngineLoad", "Handle"]
+__all__ = ["NOT_LOOKED_FOR", "Engine", "EngineInfo", "EngineLoad", "Handle", "PreparedWeights"]
 
 logger = logging.getLogger("crosschip.serve")
 
@@ -36,33 +48,12 @@ class _Choice(Protocol):
 
 
 class _Runner(Protocol):
-    """What computes a step."""
+    """What computes a step. Its decoder is the weights, and can be replaced between two steps."""
+
+    decoder: Any
 
     def run(self, step: Step) -> Sequence[_Choice]: ...
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What runs, where, and its limits. `max_model_len` counts tokens, prompt and answer together."""
-
-    directory: Path
-    chip: str
-    dtype: str
-    vocab_size: int
-    num_parameters: int
-    max_model_len: int
-    max_batch_size: int
-    certificate: str = "UNCERTIFIED"
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """How full the engine is, as of its last step."""
-
-    running: int
-    waiting: int
-    free_slots: int
-    alive: bool
+    def clear(self, blocks: Sequence[int]) -> None: ...
 
 
 class Handle:
@@ -81,6 +72,11 @@ class Handle:
             finished = event.finish_reason is not None
             yield event
 
+    @property
+    def weights_version(self) -> str | None:
+        """The version of the weights that answer; None before the request is begun."""
+        return self.request.weights_version
+
     def abort(self) -> None:
         """End the request and free its slot before the next step. Does nothing when it has ended."""
         self._engine.abort(self)
@@ -89,8 +85,20 @@ class Handle:
 class Engine:
     """Takes requests from any thread and computes them together in its own."""
 
-    def __init__(self, runner: _Runner, scheduler: Scheduler, info: EngineInfo, max_waiting: int = 4096) -> None:
+    def __init__(
+        self,
+        runner: _Runner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        max_waiting: int = 4096,
+        prepare_weights: Callable[[Path], PreparedWeights] | None = None,
+    ) -> None:
         self.info = info
+        self._prepare_weights = prepare_weights
+        self._num_drafts = self._num_drafts_right = 0
+        self._update: WeightsUpdate | None = None
+        self._one_update = threading.Lock()
+        scheduler.weights_version = info.weights_version
         self._runner = runner
         self._scheduler = scheduler
         self._max_waiting = max_waiting
@@ -99,7 +107,7 @@ class Engine:
         self._aborted: list[Handle] = []
         self._handles: dict[Request, Handle] = {}
         self._closing = False
-        self._load = EngineLoad(0, 0, scheduler.num_free_slots, alive=True)
+        self._load = self._measure_load(alive=True)
         self._thread = threading.Thread(target=self._loop, name="crosschip-engine", daemon=True)
         self._thread.start()
 
@@ -118,16 +126,89 @@ class Engine:
             ServeError: a prompt that is empty, too long together with `max_tokens`, or outside the vocabulary; an
                 engine whose queue is full or that was closed.
         """
-        self._check(prompt_ids, params)
-        handle = Handle(self, Request(prompt_ids, params), deliver)
+        return self.submit_all(prompt_ids, [params], [deliver])[0]
+
+    def submit_all(
+        self,
+        prompt_ids: list[int],
+        params: Sequence[SamplingParams],
+        deliver: Sequence[Callable[[TokenEvent], None] | None] | None = None,
+    ) -> list[Handle]:
+        """Queue several answers to one prompt, which is computed once. Each has its own settings; see `submit`."""
+        assert params
+        for each in params:
+            refuse_impossible(prompt_ids, each, self.info, self._scheduler.most_tokens)
+        requests = [Request(prompt_ids, each) for each in params]
+        requests[0].siblings = requests[1:]
+        delivers = deliver or [None] * len(requests)
+        handles = [Handle(self, request, to) for request, to in zip(requests, delivers, strict=True)]
         with self._wake:
             if self._closing or not self._load.alive:
                 raise ServeError("the engine is closed", "start the server again")
             if len(self._arrived) + self._load.waiting >= self._max_waiting:
                 raise ServeError(f"{self._max_waiting} requests are waiting already", "try again later")
-            self._arrived.append(handle)
+            self._arrived += handles
             self._wake.notify()
-        return handle
+        return handles
+
+    def update_weights(
+        self,
+        directory: Path,
+        *,
+        version: str | None = None,
+        in_flight: Literal["finish", "abort"] = "finish",
+        certificate: Status = NOT_LOOKED_FOR,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Go on with the weights of another directory; returns when they answer, with their version.
+
+        All or nothing: the new weights are read, checked and probed while the old ones go on answering. Requests that
+        were begun finish on the version they were begun on, and nothing new is begun meanwhile; with
+        `in_flight="abort"` they are ended instead. What waits is begun on the new version.
+
+        Args:
+            directory: a model of the same architecture, with the same tokenizer.
+            version: its name; None counts up.
+            in_flight: what becomes of the requests that were begun.
+            certificate: what was found out about the directory's certificate.
+            timeout_s: how long to wait for the requests in flight.
+
+        Raises:
+            ServeError, ModelError: the directory cannot be taken, or in time; the old weights go on answering.
+        """
+        if self._prepare_weights is None:
+            raise ServeError("this engine was made without a way to load weights", "start it with `load_engine`")
+        if not self._one_update.acquire(blocking=False):
+            raise ServeError("another update of the weights is under way", "try again when it has ended")
+        try:
+            name = version or next_version(self.info.weights_version)
+            if name == self.info.weights_version:
+                raise ServeError(f"version {name!r} is what is served already", "give the new weights another name")
+            weights = self._prepare_weights(directory)
+            info = replace(self.info, directory=directory.resolve(), certificate=certificate, weights_version=name)
+            self._await(WeightsUpdate(weights, info, in_flight == "abort"), timeout_s)
+        finally:
+            self._one_update.release()
+        return name
+
+    def _await(self, update: WeightsUpdate, timeout_s: float | None) -> None:
+        with self._wake:
+            if self._closing or not self._load.alive:
+                raise ServeError("the engine is closed", "start the server again")
+            self._update = update
+            self._wake.notify()
+        if not update.done.wait(timeout_s):
+            with self._wake:
+                if self._update is update:
+                    self._update = None
+                    self._wake.notify()
+                    raise ServeError(
+                        f"requests in flight did not finish within {timeout_s} s; the old weights go on",
+                        "wait longer, or update with in_flight='abort'",
+                    )
+            update.done.wait()  # it is being done at this moment
+        if update.error is not None:
+            raise update.error
 
     def abort(self, handle: Handle) -> None:
         """End a request, as `Handle.abort`."""
@@ -143,24 +224,10 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        if not prompt_ids:
-            raise ServeError("the prompt is empty", "give at least one token")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= self.info.vocab_size:
-            wrong = next(token for token in prompt_ids if not 0 <= token < self.info.vocab_size)
-            raise ServeError(
-                f"token id {wrong} is not in the vocabulary", f"give ids of 0 to {self.info.vocab_size - 1}"
-            )
-        if len(prompt_ids) + params.max_tokens > self.info.max_model_len:
-            raise ServeError(
-                f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than the model length "
-                f"of {self.info.max_model_len}",
-                "shorten the prompt, lower max_tokens, or serve with a greater --max-model-len",
-            )
-
     def _loop(self) -> None:
         try:
             while self._take_messages():
+                self._update_if_due()
                 step = self._scheduler.schedule()
                 if not step.is_empty:
                     self._compute(step)
@@ -181,33 +248,82 @@ class Engine:
     def _take_messages(self) -> bool:
         """Wait while there is nothing to do; then take what arrived. False: the engine closes."""
         with self._wake:
-            while not (self._arrived or self._aborted or self._closing or self._handles):
+            while not (self._arrived or self._aborted or self._closing or self._handles or self._update):
                 self._wake.wait()
             arrived, self._arrived = self._arrived, []
             aborted, self._aborted = self._aborted, []
             closing = self._closing
         for handle in arrived:
             self._handles[handle.request] = handle
-            self._scheduler.add(handle.request)
+        siblings = {sibling for handle in arrived for sibling in handle.request.siblings}
+        for handle in arrived:
+            if handle.request not in siblings:
+                self._scheduler.add(handle.request)
         if aborted:
             self._finish({handle.request: TokenEvent(finish_reason="abort") for handle in aborted})
             self._publish_load()
         return not closing
 
+    def _update_if_due(self) -> None:
+        """Take the new weights once nothing is under way on the old ones."""
+        update = self._update
+        self._scheduler.holds_back = update is not None
+        if update is None:
+            return
+        begun = self._scheduler.begun
+        if begun and update.aborts:
+            message = f"the weights were replaced by version {update.info.weights_version}"
+            self._finish(dict.fromkeys(begun, TokenEvent(finish_reason="abort", error=message)))
+        elif begun:
+            return
+        with self._wake:
+            if self._update is not update:  # its caller gave up
+                return
+            self._update = None
+        update.error = self._take_over(update)
+        self._scheduler.holds_back = False
+        self._publish_load()
+        update.done.set()
+
+    def _take_over(self, update: WeightsUpdate) -> ServeError | None:
+        """Put the new weights in, and look whether they are what answers now; else put the old ones back."""
+        old = self._runner.decoder
+        self._scheduler.forget_all()
+        try:
+            self._runner.decoder = update.weights.decoder
+            found = probe_scores(self._runner, self.info.vocab_size)
+        except Exception as error:
+            logger.exception("new weights were not taken over")
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if found == update.weights.probe:
+                self.info = update.info
+                self._scheduler.weights_version = update.info.weights_version
+                return None
+            problem = "after the update the engine does not give the log-probs of the new weights"
+        self._runner.decoder = old
+        return ServeError(
+            f"{update.info.directory}: {problem}; version {self.info.weights_version} goes on",
+            "this is a defect of the engine or the chip: start a new server with the directory",
+        )
+
     def _finish_step(self, step: Step, choices: Sequence[_Choice]) -> None:
-        ended: dict[Request, TokenEvent] = {}
-        for chunk in (chunk for group in step.prefill for chunk in group if chunk.completes_prompt):
-            request = chunk.request
-            if request.params.max_tokens == 0:
-                ended[request] = TokenEvent(finish_reason="length", prompt_scores=request.prompt_scores or None)
-            elif request.prompt_scores:
-                self._handles[request].deliver(TokenEvent(prompt_scores=request.prompt_scores))
+        ended = self._tell_prompts(step)
+        answered: set[Request] = set()
+        self._num_drafts += len(step.drafted)
         for choice in choices:
             request = choice.request
+            if request in ended:  # a token was drafted after its last one
+                continue
             if not choice.finite:
                 message = "the model's logits are not finite (NaN or infinity): wrong weights or a faulty chip"
                 ended[request] = TokenEvent(finish_reason="error", error=message)
+                self._runner.clear(self._scheduler.distrust(request))
                 continue
+            if request in answered:
+                self._scheduler.advance_drafted(request)
+                self._num_drafts_right += 1
+            answered.add(request)
             request.output_ids.append(choice.token_id)
             reason = request.finish_reason_after(choice.token_id)
             event = TokenEvent(choice.token_id, choice.score, reason)
@@ -217,6 +333,17 @@ class Engine:
                 ended[request] = event
         if ended:
             self._finish(ended)
+
+    def _tell_prompts(self, step: Step) -> dict[Request, TokenEvent]:
+        """Hand out the prompts' scores; the last events of those that wanted nothing else."""
+        ended: dict[Request, TokenEvent] = {}
+        for chunk in (chunk for group in step.prefill for chunk in group if chunk.completes_prompt):
+            request = chunk.request
+            if request.params.max_tokens == 0:
+                ended[request] = TokenEvent(finish_reason="length", prompt_scores=request.prompt_scores or None)
+            elif request.prompt_scores and not request.output_ids:
+                self._handles[request].deliver(TokenEvent(prompt_scores=request.prompt_scores))
+        return ended
 
     def _finish(self, last_events: dict[Request, TokenEvent]) -> None:
         """Free the slots, then tell: who sees the last event sees the slot free."""
@@ -233,9 +360,15 @@ class Engine:
 
     def _end_all(self) -> None:
         self._finish(dict.fromkeys(list(self._handles), TokenEvent(finish_reason="abort", error="the engine closed")))
-        self._load = EngineLoad(0, 0, self._scheduler.num_free_slots, alive=False)
+        self._load = self._measure_load(alive=False)
+        with self._wake:
+            update, self._update = self._update, None
+        if update is not None:
+            update.error = ServeError("the engine was closed before the new weights were taken", "start it again")
+            update.done.set()
 
     def _publish_load(self) -> None:
-        scheduler = self._scheduler
-        running = scheduler.num_slots - scheduler.num_free_slots
-        self._load = EngineLoad(running, scheduler.num_waiting, scheduler.num_free_slots, alive=True)
+        self._load = self._measure_load(alive=True)
+
+    def _measure_load(self, alive: bool) -> EngineLoad:
+        return measure_load(self._scheduler, self.info, alive, self._num_drafts, self._num_drafts_right)

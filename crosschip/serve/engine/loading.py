@@ -1,19 +1,28 @@
-"""From a model directory to a running engine."""
+"""From a model directory to a running engine, and from another one to new weights for it."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from crosschip.certificate import Status
 from crosschip.chips import Chip, find_chip, keep_freed_memory
-from crosschip.errors import ServeError
-from crosschip.model import Decoder, load_model
-from crosschip.serve.engine.engine import Engine, EngineInfo
+from crosschip.errors import ModelError, ServeError
+from crosschip.model import Decoder, ModelConfig, Transformer, load_model
+from crosschip.serve.engine.blocks import BLOCK_TOKENS, BlockManager
+from crosschip.serve.engine.cache_size import blocks_that_fit
+from crosschip.serve.engine.engine import NOT_LOOKED_FOR, Engine, EngineInfo, PreparedWeights
+from crosschip.serve.engine.overwrite import probe_scores
 from crosschip.serve.engine.runner import Runner
 from crosschip.serve.engine.scheduler import Scheduler
 
 __all__ = ["load_engine"]
+
+logger = logging.getLogger("crosschip.serve")
 
 MAX_PREFILL_TOKENS = 1024  # prompt tokens per step: how long running answers may be held up by arriving prompts
 
@@ -25,15 +34,28 @@ def load_engine(
     max_model_len: int | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    certificate: Status = NOT_LOOKED_FOR,
+    cache_tokens: int | None = None,
+    prefix_cache: bool = True,
+    deterministic: bool = False,
+    speculative: bool = False,
+    weights_version: str = "1",
 ) -> Engine:
     """Load a directory in the published layout (config.json, safetensors) and start the engine on a chip.
 
     Args:
         directory: where `config.json` and the safetensors files are.
-        max_batch_size: requests computed together, and slots of the cache.
-        max_model_len: tokens, prompt and answer together; None takes the model's own limit.
+        max_batch_size: requests computed together.
+        max_model_len: tokens, prompt and answer together; None takes the model's own limit, or what the cache holds.
         dtype: of weights, cache and arithmetic; None takes the checkpoint's.
         device: a chip as `crosschip.chips.find_chip` names it.
+        certificate: what was found out about the directory's certificate, to be told with every answer.
+        cache_tokens: tokens of all requests together that the cache holds; None takes what `max_batch_size` requests
+            of `max_model_len` need, but no more than a share of the memory that is free.
+        prefix_cache: keep what was computed of prompts and answers and find it again when a prompt begins the same.
+        deterministic: tokens and log-probs of a request depend on nothing but the request; slower.
+        speculative: draft a second token with the model's multi-token-prediction module; answers stay what they are.
+        weights_version: what these weights are called in answers.
 
     Raises:
         ModelError: a directory this code cannot run.
@@ -42,32 +64,133 @@ def load_engine(
     chip = find_chip(device)
     keep_freed_memory()
     model = load_model(directory, dtype=dtype, device=chip.device)
-    own_len = model.config.max_position_embeddings
+    decoder = Decoder(model, dtype=dtype)
+    if speculative:
+        _check_speculation(decoder, directory, deterministic)
+    max_len, num_blocks = _limits(decoder, chip, max_batch_size, max_model_len, cache_tokens)
+    runner = _make_runner(decoder, max_batch_size, max_len, chip, num_blocks, deterministic, speculative)
+    parameters = list(model.parameters())
+    info = EngineInfo(
+        directory=directory.resolve(),
+        chip=f"{chip.name} ({chip.model_name})" if chip.model_name else chip.name,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        vocab_size=model.config.vocab_size,
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        max_model_len=max_len,
+        max_batch_size=max_batch_size,
+        certificate=certificate,
+        weights_version=weights_version,
+        deterministic=deterministic,
+    )
+    blocks = BlockManager(num_blocks, prefix_cache)
+    scheduler = Scheduler(max_batch_size, max_len, MAX_PREFILL_TOKENS, blocks, deterministic, speculative)
+    prepare = _weights_preparer(decoder.config, directory, chip, info)
+    return Engine(runner, scheduler, info, prepare_weights=prepare)
+
+
+def _check_speculation(decoder: Decoder, directory: Path, deterministic: bool) -> None:
+    if not decoder.can_draft:
+        raise ServeError(
+            f"{directory} has no multi-token-prediction module (num_nextn_predict_layers is 0), so nothing can draft",
+            "serve without speculation",
+        )
+    if deterministic:
+        raise ServeError(
+            "speculation and the deterministic mode exclude each other: two tokens computed in one call differ in "
+            "their last bits from two that were computed alone",
+            "choose one of them",
+        )
+
+
+def _limits(
+    decoder: Decoder, chip: Chip, max_batch_size: int, max_model_len: int | None, cache_tokens: int | None
+) -> tuple[int, int]:
+    """The longest request in tokens, and the blocks of the cache."""
+    own_len = decoder.config.max_position_embeddings
     if max_model_len is not None and max_model_len > own_len:
         raise ServeError(
             f"max_model_len={max_model_len} is more than the model's max_position_embeddings={own_len}",
             f"give --max-model-len {own_len} or less",
         )
     max_len = max_model_len or own_len
-    runner = _make_runner(Decoder(model, dtype=dtype), max_batch_size, max_len, chip)
-    parameters = list(model.parameters())
-    info = EngineInfo(
-        directory=directory.resolve(),
-        chip=f"{chip.name} ({chip.model_name})" if chip.model_name else chip.name,
-        dtype=str(dtype or parameters[0].dtype).removeprefix("torch."),
-        vocab_size=model.config.vocab_size,
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        max_model_len=max_len,
-        max_batch_size=max_batch_size,
-    )
-    return Engine(runner, Scheduler(max_batch_size, max_len, MAX_PREFILL_TOKENS), info)
+    if cache_tokens is None:
+        num_blocks = min(max_batch_size * -(-max_len // BLOCK_TOKENS), blocks_that_fit(decoder, chip))
+    else:
+        num_blocks = cache_tokens // BLOCK_TOKENS
+    if num_blocks < 1:
+        raise ServeError(
+            f"a cache of {cache_tokens} tokens is less than one block", f"give at least {BLOCK_TOKENS} tokens"
+        )
+    if num_blocks * BLOCK_TOKENS >= max_len:
+        return max_len, num_blocks
+    if max_model_len is not None:
+        raise ServeError(
+            f"a request of max_model_len={max_len} tokens does not fit into the cache of "
+            f"{num_blocks * BLOCK_TOKENS} tokens",
+            "give a greater cache or a smaller --max-model-len",
+        )
+    logger.warning("the cache holds %d tokens, so requests may not be longer", num_blocks * BLOCK_TOKENS)
+    return num_blocks * BLOCK_TOKENS, num_blocks
 
 
-def _make_runner(decoder: Decoder, num_slots: int, max_len: int, chip: Chip) -> Runner:
+def _make_runner(
+    decoder: Decoder,
+    num_slots: int,
+    max_len: int,
+    chip: Chip,
+    num_blocks: int,
+    deterministic: bool,
+    speculative: bool,
+) -> Runner:
     try:
-        return Runner(decoder, num_slots, max_len, chip.device)
+        return Runner(decoder, num_slots, max_len, chip.device, num_blocks, deterministic, speculative)
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ServeError(
-            f"the cache for {num_slots} requests of {max_len} tokens does not fit on {chip.name}: {error}",
-            "lower --max-batch-size or --max-model-len",
+            f"the cache of {num_blocks * BLOCK_TOKENS} tokens does not fit on {chip.name}: {error}",
+            "give a smaller cache, or lower --max-batch-size or --max-model-len",
         ) from error
+
+
+def _weights_preparer(
+    config: ModelConfig, first: Path, chip: Chip, info: EngineInfo
+) -> Callable[[Path], PreparedWeights]:
+    """What loads new weights beside the old ones, and refuses those that are not of this engine's model."""
+    tokenizer, dtype = _tokenizer_bytes(first), getattr(torch, info.dtype)
+
+    def prepare(directory: Path) -> PreparedWeights:
+        if _tokenizer_bytes(directory) != tokenizer:
+            raise ServeError(
+                f"{directory}: tokenizer.json is not that of {first}", "start a new server with the directory"
+            )
+        model = load_model(directory, dtype=dtype, device=chip.device)
+        _refuse_another_model(directory, model, config)
+        decoder = Decoder(model, dtype=dtype)
+        # With as many rows as the engine has: their number decides the calls of the deterministic mode.
+        short = min(BLOCK_TOKENS, config.max_position_embeddings)
+        alone = Runner(decoder, info.max_batch_size, short, chip.device, 1, info.deterministic)
+        return PreparedWeights(decoder, probe_scores(alone, config.vocab_size))
+
+    return prepare
+
+
+def _refuse_another_model(directory: Path, model: Transformer, config: ModelConfig) -> None:
+    new, old = _numbers(model.config), _numbers(config)
+    if new != old:
+        names = [name for name, value in vars(new).items() if value != getattr(old, name)]
+        raise ServeError(
+            f"{directory}: {names[0]} is {getattr(new, names[0])!r}, the engine's model has {getattr(old, names[0])!r}",
+            "start a new server with the directory",
+        )
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{directory}: {name} holds NaN or infinity", "take a checkpoint from before that")
+
+
+def _numbers(config: ModelConfig) -> ModelConfig:
+    """The configuration without what does not change how logits are computed."""
+    return replace(config, bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.0)
+
+
+def _tokenizer_bytes(directory: Path) -> bytes | None:
+    path = directory / "tokenizer.json"
+    return path.read_bytes() if path.is_file() else None

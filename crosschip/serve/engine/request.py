@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-__all__ = ["FinishReason", "Request", "SamplingParams", "TokenEvent", "TokenScore"]
+__all__ = ["Constraint", "FinishReason", "Request", "SamplingParams", "TokenEvent", "TokenScore"]
 
 _SMALLEST_TEMPERATURE = 1e-5
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Constraint(Protocol):
+    """What an answer must look like, asked for each of its tokens."""
+
+    def allowed(self, output_ids: Sequence[int]) -> Any:
+        """A NumPy array of booleans, [vocab_size]: which tokens may follow the answer so far; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +27,12 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_p` 1 and `top_k` 0 filter nothing. `seed` None draws a fresh one. A token of
     `stop_ids` ends the request and is its last event. `num_logprobs` None asks for no log-probs; k >= 0 asks for the
-    chosen token's and the k most likely. `num_prompt_logprobs` asks the same for the prompt, teacher-forced.
+    chosen token's and the k most likely. `num_prompt_logprobs` asks the same for the prompt, teacher-forced. `min_p`
+    leaves out tokens less likely than this share of the likeliest one. `repetition_penalty` divides positive and
+    multiplies negative logits of what stands in prompt or answer (arXiv 1909.05858); `presence_penalty` is taken off
+    once, and `frequency_penalty` as often as the token stands in the answer (OpenAI's). `logit_bias` holds pairs of
+    token id and what is added. `constraint` belongs to one request alone and leaves out what it does not allow.
+    Log-probs are the model's own, before any of these.
     """
 
     max_tokens: int
@@ -30,6 +43,23 @@ class SamplingParams:
     stop_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    constraint: Constraint | None = None
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits are changed before a token is chosen."""
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias) or any(penalties) or self.constraint is not None
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether unlikely tokens are left out before one is drawn."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
     @property
     def greedy(self) -> bool:
@@ -64,7 +94,13 @@ class TokenEvent:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request on its way through the engine. `num_computed` counts its positions that are in the cache."""
+    """A request on its way through the engine. `num_computed` counts its positions that are in the cache.
+
+    `blocks` are the cache's blocks that it holds, `digests` the names of the full ones' contents. `prefill_end` is how
+    many of its tokens are computed before the next is chosen: its prompt, and after a preemption its answer so far,
+    too. `copy_from` is a block whose content its last block begins with. `siblings` want other answers to the same
+    prompt and wait for it to be computed. `weights_version` names the weights it was begun on.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -72,17 +108,36 @@ class Request:
     num_computed: int = 0
     output_ids: list[int] = field(default_factory=list)
     prompt_scores: list[TokenScore | None] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    prefill_end: int = field(init=False)
+    copy_from: int | None = None
+    siblings: list[Request] = field(default_factory=list)
+    weights_version: str | None = None
     uniform: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         # One number per token from the request's own generator, made on the CPU: the draw depends neither on the
         # chip nor on what else is in the batch.
         self.uniform = random.Random(self.params.seed)
+        self.prefill_end = len(self.prompt_ids)
 
     @property
-    def num_prompt_left(self) -> int:
-        """Prompt tokens that are not in the cache yet."""
-        return max(0, len(self.prompt_ids) - self.num_computed)
+    def num_prefill_left(self) -> int:
+        """Tokens that are not in the cache yet and must be before the next token is chosen."""
+        return max(0, self.prefill_end - self.num_computed)
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether the prompt's log-probs are asked for and not there yet."""
+        return self.params.num_prompt_logprobs is not None and len(self.prompt_scores) < len(self.prompt_ids)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """The tokens at these positions of prompt and answer."""
+        num_prompt = len(self.prompt_ids)
+        if end <= num_prompt:
+            return self.prompt_ids[start:end]
+        return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt) : end - num_prompt]
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Why the request ends with this token, which was just appended; None: it goes on."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from crosschip.serve.engine.penalties import AdjustedRow, adjust_logits
 from crosschip.serve.engine.request import Request
 
 __all__ = ["SamplingPlan", "choose_tokens", "plan_sampling", "top_logprobs"]
@@ -24,6 +25,7 @@ class _DrawnRows:
     temperature_N1: torch.Tensor
     top_p_N1: torch.Tensor
     top_k_N1: torch.Tensor
+    min_p_N1: torch.Tensor
     filtered: bool
 
 
@@ -32,6 +34,7 @@ class SamplingPlan:
     """What is the same in every step as long as the batch has the same rows."""
 
     drawn: list[_DrawnRows]
+    adjusted: list[AdjustedRow]
     scored: list[int]
     num_top: int
     scored_index_S: torch.Tensor | None
@@ -46,12 +49,13 @@ def plan_sampling(requests: Sequence[Request], device: torch.device) -> Sampling
     for row, request in enumerate(requests):
         params = request.params
         if not params.greedy:
-            (filtered if params.top_p < 1.0 or params.top_k > 0 else plain).append(row)
+            (filtered if params.is_filtered else plain).append(row)
     groups = ((plain, False), (filtered, True))
     drawn = [_drawn_rows(requests, rows, is_filtered, device) for rows, is_filtered in groups if rows]
     scored = [row for row, request in enumerate(requests) if request.params.num_logprobs is not None]
     num_top = max((requests[row].params.num_logprobs or 0 for row in scored), default=0)
-    return SamplingPlan(drawn, scored, num_top, torch.tensor(scored, device=device) if scored else None)
+    adjusted = [AdjustedRow(row, request) for row, request in enumerate(requests) if request.params.adjusts_logits]
+    return SamplingPlan(drawn, adjusted, scored, num_top, torch.tensor(scored, device=device) if scored else None)
 
 
 def _drawn_rows(requests: Sequence[Request], rows: list[int], filtered: bool, device: torch.device) -> _DrawnRows:
@@ -62,15 +66,23 @@ def _drawn_rows(requests: Sequence[Request], rows: list[int], filtered: bool, de
         temperature_N1=torch.tensor([[r.params.temperature] for r in chosen], device=device, dtype=torch.float32),
         top_p_N1=torch.tensor([[r.params.top_p] for r in chosen], device=device, dtype=torch.float32),
         top_k_N1=torch.tensor([[r.params.top_k] for r in chosen], device=device),
+        min_p_N1=torch.tensor([[r.params.min_p] for r in chosen], device=device, dtype=torch.float32),
         filtered=filtered,
     )
 
 
 def choose_tokens(logits_NV: torch.Tensor, plan: SamplingPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chosen ids [N] and each row's greatest logit [N], which is not finite when any logit of the row is NaN."""
+    """The chosen ids [N] and each row's greatest logit [N], which is not finite when any logit of the row is NaN.
+
+    The logits stay as they are: penalties and biases go to a copy.
+    """
     greatest_N, ids_N = logits_NV.max(dim=-1)
+    best_N = greatest_N
+    if plan.adjusted:
+        logits_NV = adjust_logits(logits_NV, plan.adjusted)
+        best_N, ids_N = logits_NV.max(dim=-1)
     for rows in plan.drawn:
-        scaled_NV = (logits_NV[rows.index_N] - greatest_N[rows.index_N, None]) / rows.temperature_N1
+        scaled_NV = (logits_NV[rows.index_N] - best_N[rows.index_N, None]) / rows.temperature_N1
         uniform_N1 = torch.tensor([[r.uniform.random()] for r in rows.requests], device=logits_NV.device)
         draw = _draw_filtered if rows.filtered else _draw
         ids_N[rows.index_N] = draw(torch.softmax(scaled_NV, dim=-1), uniform_N1, rows)
@@ -87,10 +99,11 @@ def _draw(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, rows: _Drawn
 
 
 def _draw_filtered(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, rows: _DrawnRows) -> torch.Tensor:
-    """Top-k, then top-p over what is left (the smallest set that reaches p), then the draw."""
+    """Min-p and top-k, then top-p over what is left (the smallest set that reaches p), then the draw."""
     sorted_NV, order_NV = probabilities_NV.sort(dim=-1, descending=True, stable=True)
     rank_1V = torch.arange(sorted_NV.shape[1], device=sorted_NV.device)[None]
     dropped_NV = (rows.top_k_N1 > 0) & (rank_1V >= rows.top_k_N1)
+    dropped_NV |= sorted_NV < rows.min_p_N1 * sorted_NV[:, :1]
     sorted_NV = sorted_NV.masked_fill(dropped_NV, 0.0)
     sorted_NV = sorted_NV / sorted_NV.sum(dim=-1, keepdim=True)
     before_NV = sorted_NV.cumsum(dim=-1) - sorted_NV

@@ -1,251 +1,317 @@
 // The chat page: talks to this server's OpenAI-compatible API and to nothing else.
-import { render } from "/render.js";
+import { Answering } from "/answering.js";
+import { Problem, listModels } from "/api.js";
+import { addTurn, newConversation, showBranchOf, shownTurns, versionsOf } from "/conversation.js";
+import { $, plain } from "/dom.js";
+import { showChoice, showModel, whyNoChat } from "/model.js";
+import { askForKey, instructions, samplingParameters, setUpSettings, settingsAreValid } from "/settings.js";
+import { closeSidebarIfNarrow, drawSidebar, setUpSidebar } from "/sidebar.js";
+import { ConversationStore } from "/store.js";
+import { AnswerView, QuestionView, describe } from "/turns.js";
 
-const $ = (id) => document.getElementById(id);
-const conversation = $("conversation");
+const LOOK_AGAIN_MS = 30_000;
+const DRAFT = "crosschip.draft";
 const scroller = $("scroller");
 const question = $("question");
 const welcome = $("welcome");
 
+let models = [];
 let model = null;
-let messages = []; // what the model has been told and has answered, without its reasoning
-let underWay = null; // the AbortController of the answer that is being written
+let current = newConversation();
+let follows = true; // whether the page stays at the end of what is being written
+const conversations = new Map();
+const underWay = new Map(); // conversation -> Answering
+let views = new Map(); // turn -> its view, of the shown conversation
+const store = new ConversationStore((text) => showNotice("store", text), changedElsewhere);
 
-function add(parent, name, className, text) {
-  const made = document.createElement(name);
-  made.className = className;
-  if (text !== undefined) made.textContent = text;
-  parent.append(made);
-  return made;
-}
+// --- The shown conversation
 
-const count = (number, unit) => `${number.toLocaleString("en")} ${unit}${number === 1 ? "" : "s"}`;
-
-function showCertificate(status) {
-  const banner = $("certificate");
-  banner.hidden = status.certificate !== "UNCERTIFIED";
-  banner.replaceChildren();
-  add(banner, "strong", "", "UNCERTIFIED");
-  banner.append(": nothing shows that this model answers here as it did on the chip that trained it");
-}
-
-function showModel(card) {
-  const about = card.crosschip;
-  document.title = `${card.id} · crosschip`;
-  $("model-name").textContent = card.id;
-  $("model-facts").textContent =
-    `${(about.num_parameters / 1e6).toFixed(1)} M parameters · ${about.dtype} · ${about.chip}`;
-  $("model-facts").title = about.model_dir;
-  $("temperature").placeholder = about.default_sampling.temperature;
-  $("max-tokens").placeholder = `up to ${card.max_model_len}`;
-  showCertificate(about);
-  if (!about.has_chat_template) {
-    const lacking = about.has_tokenizer ? "chat template" : "tokenizer";
-    welcome.querySelector("h1").textContent = "This model cannot chat";
-    $("welcome-text").textContent =
-      `Its directory has no ${lacking}. The API at /v1/completions ` +
-      (about.has_tokenizer ? "continues text." : "takes and gives token ids.");
-    question.disabled = true;
-    question.placeholder = `no ${lacking}`;
+// What is shown already stays as it is: an unfolded reasoning, a question that is being edited, a selected text.
+function draw() {
+  const turns = shownTurns(current);
+  const before = views;
+  views = new Map(turns.map((turn, index) => [turn, viewOf(turn, turns[index + 1], before.get(turn))]));
+  const boxes = turns.length ? turns.map((turn) => views.get(turn).box) : [welcome];
+  const shown = [...$("conversation").children];
+  if (boxes.length !== shown.length || boxes.some((box, index) => box !== shown[index])) {
+    $("conversation").replaceChildren(...boxes);
   }
-  model = card;
+  $("save-file").hidden = turns.length === 0;
+  if (follows) toEnd();
+  drawList();
   showState();
 }
 
+function viewOf(turn, next, before) {
+  const versions = versionsOf(current, turn);
+  const isUnanswered = next?.content === "" && next.state !== "writing";
+  const key = `${versions.indexOf(turn)} of ${versions.length} ${isUnanswered}`;
+  if (before?.key === key) return before;
+  const isAnswer = turn.role === "assistant";
+  const view = isAnswer ? new AnswerView(turn, versions, ACTS) : new QuestionView(turn, versions, isUnanswered, ACTS);
+  return Object.assign(view, { key });
+}
+
+const ACTS = {
+  edit: (turn, text) => ask(text, turn.parent),
+  retry: (turn) => answer(current.turns[turn.parent]),
+  show: (turn) => {
+    showBranchOf(current, turn);
+    save(current);
+    draw();
+  },
+  drawn: () => { if (follows) toEnd(); },
+};
+
+function toEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+}
+
+function drawList() {
+  const kept = [...conversations.values()];
+  drawSidebar(kept, current, (conversation) => underWay.has(conversation), { open, remove, restore });
+}
+
 function showState() {
-  $("send").hidden = underWay !== null;
-  $("stop").hidden = underWay === null;
+  const writes = underWay.has(current);
+  $("send").hidden = writes;
+  $("stop").hidden = !writes;
   $("send").disabled = model === null || question.disabled || question.value.trim() === "";
 }
+
+// What is wrong with the store and with the server, side by side.
+const notices = { store: "", server: "" };
+
+function showNotice(about, text) {
+  notices[about] = text;
+  const told = Object.values(notices).filter(Boolean).join("\n");
+  $("notice").hidden = !told;
+  $("notice").textContent = plain(told);
+}
+
+// --- Asking and answering
+
+function ask(text, parent) {
+  if (!mayAsk()) return false;
+  conversations.set(current.id, current);
+  const turn = addTurn(current, parent, "user", text);
+  answer(turn);
+  return true;
+}
+
+const mayAsk = () => model !== null && !underWay.has(current) && settingsAreValid();
+
+async function answer(asked) {
+  if (!mayAsk()) return;
+  const conversation = current;
+  const wanted = { model: model.id, instructions: instructions(), settings: samplingParameters() };
+  const answering = new Answering(conversation, asked, wanted, { save, changed });
+  underWay.set(conversation, answering);
+  follows = true;
+  save(conversation);
+  draw();
+  const problem = await answering.run();
+  underWay.delete(conversation);
+  announce(problem ? answering.turn.problem : `The answer has ended. ${describe(answering.turn)}`);
+  if (conversation === current) draw();
+  else drawList();
+  if (isNews(answering.turn.answeredBy ?? {})) lookForModels();
+  if (problem instanceof Problem && problem.status === 401) askForKey();
+}
+
+// Whether an answer came from other weights than the head of the page says, or under another certificate.
+function isNews(answeredBy) {
+  const shown = model.crosschip;
+  return ["weights_version", "certificate"].some((name) => answeredBy[name] && shown[name] && answeredBy[name] !== shown[name]);
+}
+
+function changed(turn) {
+  views.get(turn)?.changed();
+}
+
+async function save(conversation) {
+  const { id } = conversation;
+  if (conversations.get(id) !== conversation) return; // deleted meanwhile
+  await store.save(conversation);
+  if (conversation.id === id) return;
+  // Another tab has changed the one of this name: both are kept.
+  conversations.delete(id);
+  conversations.set(conversation.id, conversation);
+  if (conversation === current) remember();
+  changedElsewhere(id);
+}
+
+function announce(text) {
+  $("announcement").textContent = text;
+}
+
+const stop = () => underWay.get(current)?.stop();
+
+// --- Which conversation
+
+function open(conversation) {
+  current = conversation;
+  follows = true;
+  remember();
+  draw();
+  closeSidebarIfNarrow();
+}
+
+function newChat() {
+  open(newConversation());
+  question.focus();
+}
+
+// The address names the conversation, so that going back, and loading the page again, show it.
+function remember() {
+  const hash = current.leaf ? `#${current.id}` : "";
+  if (location.hash !== hash) history.pushState(null, "", location.pathname + hash);
+}
+
+function openFromAddress() {
+  current = conversations.get(location.hash.slice(1)) ?? newConversation();
+  follows = true;
+  draw();
+}
+
+function remove(conversation) {
+  underWay.get(conversation)?.stop();
+  conversations.delete(conversation.id);
+  store.remove(conversation.id);
+  if (conversation === current) newChat();
+  else drawList();
+}
+
+function restore(conversation) {
+  conversations.set(conversation.id, conversation);
+  store.save(conversation);
+  drawList();
+}
+
+// As another tab has left it. What is being answered here stays as it is here.
+async function changedElsewhere(id) {
+  const mine = conversations.get(id);
+  if (mine && underWay.has(mine)) return;
+  if (mine === current && document.querySelector(".editor")) return; // what is kept here comes beside what is there
+  const theirs = await store.get(id);
+  if (theirs) conversations.set(id, adopted(theirs));
+  else conversations.delete(id);
+  if (mine && mine === current) {
+    current = theirs ?? newConversation();
+    draw();
+  } else drawList();
+}
+
+function adopted(conversation) {
+  for (const turn of Object.values(conversation.turns)) if (turn.state === "writing") turn.state = "cut";
+  return conversation;
+}
+
+function saveFile() {
+  const name = { user: "You", assistant: "Model" };
+  const parts = shownTurns(current).map((turn) => `## ${name[turn.role]}\n\n${turn.content}\n`);
+  const file = new Blob([`# ${current.title}\n\n${parts.join("\n")}`], { type: "text/markdown" });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(file);
+  link.download = `${current.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "conversation"}.md`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+// --- What answers
+
+async function lookForModels() {
+  try {
+    models = await listModels();
+    showNotice("server", "");
+    chooseModel(models.find((card) => card.id === model?.id) ?? models[0]);
+  } catch (problem) {
+    showNotice("server", problem.message);
+    if (problem.status === 401 && !model) askForKey();
+  }
+  showState();
+}
+
+function chooseModel(card) {
+  model = card;
+  showModel(card);
+  showChoice(models, card);
+  const lacking = whyNoChat(card);
+  question.disabled = lacking !== "";
+  question.placeholder = lacking ? `no ${lacking}` : "Write a message";
+  if (lacking) {
+    welcome.querySelector("h1").textContent = "This model cannot chat";
+    const instead = card.crosschip.has_tokenizer ? "continues text." : "takes and gives token ids.";
+    $("welcome-text").textContent = `Its directory has no ${lacking}. The API at /v1/completions ${instead}`;
+  }
+  showState();
+}
+
+// --- Keys and buttons
 
 function fitQuestion() {
   question.style.height = "auto";
   question.style.height = `${question.scrollHeight}px`;
+  sessionStorage.setItem(DRAFT, question.value);
   showState();
 }
 
-// One answer on the page. Text arrives often; the page is written at most once a frame.
-class Answer {
-  constructor() {
-    this.turn = add(conversation, "article", "turn assistant working");
-    this.reasoning = "";
-    this.content = "";
-    this.usage = null;
-    this.frame = 0;
-    this.body = add(this.turn, "div", "answer");
-    this.figures = add(this.turn, "p", "figures");
-  }
-
-  take(chunk) {
-    if (chunk.usage) this.usage = chunk.usage;
-    const delta = chunk.choices[0]?.delta ?? {};
-    this.reasoning += delta.reasoning_content ?? "";
-    this.content += delta.content ?? "";
-    this.frame ||= requestAnimationFrame(() => this.draw());
-  }
-
-  draw() {
-    this.frame = 0;
-    const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
-    if (this.reasoning) this.drawReasoning();
-    this.body.replaceChildren(render(this.content));
-    this.figures.textContent = this.describe();
-    if (atEnd) scroller.scrollTop = scroller.scrollHeight;
-  }
-
-  drawReasoning() {
-    if (!this.details) {
-      this.details = document.createElement("details");
-      this.details.className = "reasoning";
-      this.summary = add(this.details, "summary", "");
-      this.thought = add(this.details, "div", "thought");
-      this.turn.prepend(this.details);
-    }
-    const length = count(this.usage?.completion_tokens_details.reasoning_tokens ?? 0, "token");
-    this.summary.textContent = `${this.content || !underWay ? "Reasoning" : "Reasoning …"} · ${length}`;
-    this.thought.textContent = this.reasoning;
-  }
-
-  describe() {
-    if (!this.usage) return "";
-    const parts = [count(this.usage.completion_tokens, "token")];
-    const rate = (this.usage.completion_tokens - 1) / this.usage.decode_s; // by the server's clock
-    if (Number.isFinite(rate)) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`);
-    if (this.ending) parts.push(this.ending);
-    return parts.join(" · ");
-  }
-
-  end(ending) {
-    this.ending = ending;
-    cancelAnimationFrame(this.frame);
-    this.turn.classList.remove("working");
-    this.draw();
-  }
-
-  fail(message) {
-    add(this.turn, "p", "problem", message);
-    scroller.scrollTop = scroller.scrollHeight;
-  }
-}
-
-async function* eventsOf(response) {
-  const decoder = new TextDecoder();
-  let text = "";
-  for await (const bytes of streamOf(response.body)) {
-    text += decoder.decode(bytes, { stream: true });
-    const lines = text.split("\n");
-    text = lines.pop();
-    for (const line of lines) {
-      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
-    }
-  }
-}
-
-// Not every browser can iterate a stream yet.
-async function* streamOf(body) {
-  const reader = body.getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
-}
-
-function requestBody() {
-  const system = $("system").value.trim();
-  const body = {
-    model: model.id,
-    messages: system ? [{ role: "system", content: system }, ...messages] : messages,
-    stream: true,
-    stream_options: { include_usage: true, continuous_usage_stats: true },
-  };
-  if ($("temperature").value !== "") body.temperature = Number($("temperature").value);
-  if ($("max-tokens").value !== "") body.max_tokens = Number($("max-tokens").value);
-  return JSON.stringify(body);
-}
-
-const ENDINGS = { length: "the longest answer was reached", stop: "" };
-
-async function ask(text) {
-  welcome.remove();
-  messages.push({ role: "user", content: text });
-  add(conversation, "article", "turn user", text);
-  const answer = new Answer();
-  scroller.scrollTop = scroller.scrollHeight;
-  const mine = new AbortController();
-  underWay = mine;
-  showState();
-  let ending = "";
-  let problem = null;
-  try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: requestBody(),
-      signal: mine.signal,
-    });
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const chunk of eventsOf(response)) {
-      if (chunk.error) throw new Error(chunk.error.message);
-      ending = ENDINGS[chunk.choices[0]?.finish_reason] ?? ending;
-      answer.take(chunk);
-    }
-  } catch (error) {
-    if (mine.signal.aborted) ending = "stopped";
-    else problem = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
-  }
-  if (underWay === mine) underWay = null;
-  answer.end(ending);
-  if (problem) answer.fail(problem);
-  if (conversation.contains(answer.turn)) remember(answer, problem);
-  showState();
-}
-
-// A question without an answer is taken back, so that the turns stay in order.
-function remember(answer, problem) {
-  if (problem && !answer.content) messages.pop();
-  else messages.push({ role: "assistant", content: answer.content });
-}
-
-function stop() {
-  underWay?.abort();
-}
-
-function newChat() {
-  stop();
-  underWay = null;
-  messages = [];
-  conversation.replaceChildren(welcome);
-  question.focus();
-  showState();
-}
+const isTouch = matchMedia("(pointer: coarse)");
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = question.value.trim();
-  if (!text || underWay || !model) return;
+  if (!text || !ask(text, current.leaf)) return;
+  remember();
   question.value = "";
   fitQuestion();
-  ask(text);
 });
 question.addEventListener("input", fitQuestion);
 question.addEventListener("keydown", (event) => {
-  // While an input method composes a character, Enter belongs to it.
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  // While an input method composes a character, Enter belongs to it; on a phone it makes a line.
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouch.matches) {
     event.preventDefault();
     $("composer").requestSubmit();
   }
+  if (event.key === "ArrowUp" && question.value === "" && !underWay.has(current)) {
+    const asked = shownTurns(current).filter((turn) => turn.role === "user").pop();
+    if (asked) { event.preventDefault(); views.get(asked).edit(); }
+  }
 });
 document.addEventListener("keydown", (event) => {
+  const writing = event.target.closest?.("textarea, input, select");
   if (event.key === "Escape") stop();
+  if (event.key === "/" && !writing) { event.preventDefault(); question.focus(); }
+  if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) { event.preventDefault(); newChat(); }
 });
+scroller.addEventListener("scroll", () => {
+  follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+  $("to-end").hidden = follows;
+});
+$("to-end").addEventListener("click", toEnd);
 $("stop").addEventListener("click", stop);
 $("new-chat").addEventListener("click", newChat);
-$("settings-button").addEventListener("click", () => {
-  const hidden = $("settings").toggleAttribute("hidden");
-  $("settings-button").setAttribute("aria-expanded", String(!hidden));
+$("save-file").addEventListener("click", saveFile);
+$("model-choice").addEventListener("change", () => {
+  chooseModel(models.find((card) => card.id === $("model-choice").value));
 });
+addEventListener("popstate", openFromAddress);
+setInterval(() => { if (!document.hidden) lookForModels(); }, LOOK_AGAIN_MS);
 
-fetch("/v1/models")
-  .then((response) => response.json())
-  .then((list) => showModel(list.data[0]))
-  .catch(() => {
-    $("welcome-text").textContent = "The server does not answer. Is it still running?";
-  });
-showState();
+async function begin() {
+  setUpSettings(lookForModels);
+  setUpSidebar();
+  question.value = sessionStorage.getItem(DRAFT) ?? "";
+  fitQuestion();
+  try {
+    for (const kept of await store.all()) conversations.set(kept.id, adopted(kept));
+  } catch (error) {
+    showNotice("store", `The conversations that were kept cannot be read: ${error.message}`);
+  }
+  // Someone may have asked already.
+  if (current.leaf === null) openFromAddress();
+  else drawList();
+  await lookForModels();
+}
+
+begin();

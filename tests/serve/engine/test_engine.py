@@ -176,6 +176,25 @@ def test_a_request_that_cannot_be_served_is_refused_with_numbers(engine: Engine)
             engine.submit(prompt, SamplingParams(max_tokens=tokens))
 
 
+def test_settings_that_make_no_sense_are_refused_by_name(engine: Engine) -> None:
+    wrong: list[tuple[str, object]] = [
+        ("max_tokens", -1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((5, float("-inf")),)),
+        ("logit_bias", ((100_000, 1.0),)),
+    ]
+    for name, value in wrong:
+        params = SamplingParams(**({"max_tokens": 1} | {name: value}))  # type: ignore[arg-type]
+        with pytest.raises(ServeError, match=name):
+            engine.submit([1], params)
+
+
 def test_nan_ends_the_request_with_an_error(random_dir: Path) -> None:
     model = load_model(random_dir)
     with torch.no_grad():

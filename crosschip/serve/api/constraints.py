@@ -1,0 +1,174 @@
+"""Answers in a form that a request prescribes: JSON by a schema, held to token by token (llguidance).
+
+The form is that of the answer, so reasoning before it is free. A constraint belongs to one choice of one request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crosschip.serve.api.errors import ApiError
+from crosschip.serve.api.schemas import ResponseFormat
+from crosschip.serve.api.served import ServedModel
+from crosschip.serve.tokenizer import ServingTokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+__all__ = ["AnswerConstraint", "Grammar", "grammar_of"]
+
+_PARAM = "response_format"
+# Whitespace between JSON's parts may be indentation, but must come to an end.
+_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,32}"}
+_LARGEST_SCHEMA = 64 * 1024
+
+
+class Grammar:
+    """A form that was understood, for one tokenizer. `constraint` begins an answer in it."""
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str, think_ids: tuple[int | None, int | None]) -> None:
+        self._tokenizer, self._grammar, self._think_ids = tokenizer, grammar, think_ids
+        problem = self._matcher().get_error()
+        if problem:
+            raise ApiError(400, f"response_format cannot be held to: {_one_line(problem)}", param=_PARAM)
+
+    def constraint(self, in_reasoning: bool) -> AnswerConstraint:
+        """For one choice. `in_reasoning`: the prompt has opened the reasoning already."""
+        return AnswerConstraint(self._matcher(), self._tokenizer, self._think_ids, in_reasoning)
+
+    def _matcher(self) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        return LLMatcher(self._tokenizer, self._grammar, log_level=0)
+
+
+class AnswerConstraint:
+    """Which tokens may come next. To be asked from one thread, with an answer that only grows.
+
+    It never raises: the engine computes many requests together, and one whose schema turns out too complex must not end
+    the others. Such an answer may only end, and `problem` says why.
+
+    Args:
+        matcher: of the grammar.
+        tokenizer: with the model's number of tokens, and those that end an answer.
+        think_ids: the tokens that open and close reasoning; None where there is no such token.
+        in_reasoning: whether the answer begins inside of it.
+    """
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        tokenizer: LLTokenizer,
+        think_ids: tuple[int | None, int | None],
+        in_reasoning: bool,
+    ) -> None:
+        self.problem: str | None = None
+        self._matcher = matcher
+        self._vocab_size, self._end_ids = tokenizer.vocab_size, list(tokenizer.eos_tokens)
+        self._open_id, self._close_id = think_ids
+        self._in_reasoning = in_reasoning and self._close_id is not None
+        self._num_seen = 0
+        self._may_open = self._open_id is not None and self._close_id is not None and not in_reasoning
+
+    def allowed(self, output_ids: Sequence[int]) -> NDArray[np.bool_] | None:
+        """[vocab_size] which tokens may follow the answer so far; None: all of them."""
+        for token in output_ids[self._num_seen :]:
+            self._see(token)
+        self._num_seen = len(output_ids)
+        if self._in_reasoning:
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            self.problem = self.problem or _one_line(self._matcher.get_error())
+        if self.problem is not None:
+            return self._only_the_end()
+        allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
+        if self._may_open and self._num_seen == 0:
+            allowed[self._open_id] = True
+        return allowed
+
+    def _see(self, token: int) -> None:
+        if self._in_reasoning:
+            self._in_reasoning = token != self._close_id
+        elif self._may_open and token == self._open_id:
+            self._in_reasoning = True
+        elif not self._matcher.consume_token(token) and not self._matcher.is_stopped():
+            self.problem = self.problem or f"token {token} is outside of the form"
+        self._may_open = False
+
+    def _only_the_end(self) -> NDArray[np.bool_]:
+        allowed = np.zeros(self._vocab_size, dtype=np.bool_)
+        allowed[self._end_ids] = True
+        return allowed
+
+
+def grammar_of(served: ServedModel, response_format: ResponseFormat | None) -> Grammar | None:
+    """What a request's `response_format` prescribes; None for free text.
+
+    Raises:
+        ApiError: a schema that cannot be held to, or nothing here that could hold to one.
+    """
+    if response_format is None or response_format.type == "text":
+        return None
+    schema = _schema_of(response_format)
+    if not served.stop_ids:
+        raise ApiError(400, "response_format needs a token that ends answers, and this model names none", param=_PARAM)
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        message = "response_format needs the package llguidance, which is not installed beside the server"
+        raise ApiError(400, message, param=_PARAM, code="unsupported_parameter") from None
+    tokenizer = _tokenizer(served.engine.info.directory, served.engine.info.vocab_size, tuple(sorted(served.stop_ids)))
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ApiError(400, f"response_format cannot be held to: {_one_line(str(error))}", param=_PARAM) from None
+    assert served.tokenizer is not None
+    return Grammar(tokenizer, grammar, _think_ids(served.tokenizer, served.engine.info.vocab_size))
+
+
+def _schema_of(response_format: ResponseFormat) -> str:
+    if response_format.type == "json_object":
+        return '{"type": "object"}'
+    if response_format.json_schema is None:
+        raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param=_PARAM)
+    text = json.dumps(response_format.json_schema.schema_)
+    if len(text) > _LARGEST_SCHEMA:
+        raise ApiError(400, f"the schema has {len(text)} characters, {_LARGEST_SCHEMA} are the most", param=_PARAM)
+    return text
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(directory: Path, vocab_size: int, stop_ids: tuple[int, ...]) -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    try:
+        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        slices: list[str] = LLTokenizer.json_slices()
+        return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids), slices=slices)
+    except (OSError, ValueError) as error:
+        message = f"response_format cannot be used with this model's tokenizer: {_one_line(str(error))}"
+        raise ApiError(400, message, param=_PARAM, code="unsupported_parameter") from None
+
+
+@lru_cache(maxsize=4)
+def _think_ids(tokenizer: ServingTokenizer, vocab_size: int) -> tuple[int | None, int | None]:
+    """The tokens of the reasoning tags, where each is one token."""
+    found: dict[bytes, int] = {}
+    for token in range(vocab_size):
+        data = tokenizer.token_bytes(token)
+        if data in (b"<think>", b"</think>"):
+            found[data] = token
+    return found.get(b"<think>"), found.get(b"</think>")
+
+
+def _one_line(problem: Any) -> str:
+    """The first words of a library's message, without the state that it shows after them."""
+    return " ".join(str(problem).partition("<state>")[0].split())[:300]

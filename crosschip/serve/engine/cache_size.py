@@ -1,0 +1,51 @@
+"""How many blocks of the latent cache the free memory has room for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from crosschip.chips import Chip
+from crosschip.model import Decoder
+from crosschip.serve.engine.blocks import BLOCK_TOKENS
+
+__all__ = ["blocks_that_fit"]
+
+_SHARE = 0.5  # of the free memory; activations, a second copy of the weights during an update and others need the rest
+
+
+def blocks_that_fit(decoder: Decoder, chip: Chip) -> int:
+    """Blocks in half of the memory that is free now; very many where nobody can say how much that is."""
+    config = decoder.config
+    layers = config.num_hidden_layers
+    block_bytes = BLOCK_TOKENS * layers * config.latent_dim * torch.empty(0, dtype=decoder.dtype).element_size()
+    free_bytes = _free_bytes(chip.device)
+    return 2**31 if free_bytes is None else max(1, int(_SHARE * free_bytes) // block_bytes)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return _free_host_bytes()
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if mem_get_info is None:
+        return None
+    try:
+        free, _total = mem_get_info(device)
+    except (RuntimeError, NotImplementedError, TypeError):  # a plug-in that has the name only
+        return None
+    return int(free)
+
+
+def _free_host_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:  # elsewhere than on Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,251 @@
+"""What the gateway does when engines fail: one that fails by a script, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from starlette.responses import JSONResponse
+
+from tests.serve.gateway.conftest import (
+    DONE,
+    HEAD,
+    LAST,
+    QUESTION,
+    Broken,
+    ScriptedEngine,
+    ask,
+    delta,
+    event,
+    running_gateway,
+    scripted,
+    settings_of,
+    table,
+    wait_until,
+)
+
+TOKEN = event(delta("one"))
+
+
+def stream_of(url: str, **more: Any) -> tuple[int, bytes]:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=QUESTION | {"stream": True} | more) as response:
+        return response.status_code, b"".join(response.iter_raw())
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    return dict(response.json()["error"])
+
+
+def test_bytes_come_through_as_they_are() -> None:
+    odd = b': ping\n\nevent: x\r\ndata:  {"choices": [ {"delta":{"content":"\\u00fc"}} ]}\r\n\r\n'
+    engine = ScriptedEngine(play=[HEAD, odd, LAST, DONE])
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url))) as gateway:
+        assert stream_of(gateway.url) == (200, HEAD + odd + LAST + DONE)
+        assert engine.sent == [QUESTION | {"stream": True}]
+
+
+def test_an_engine_that_fails_before_its_first_token_is_not_noticed() -> None:
+    failing = ScriptedEngine(play=[HEAD, Broken()])
+    good = ScriptedEngine()
+    with scripted(failing, good) as urls:
+        settings = settings_of(table("a", urls[0], weight=1000), table("b", urls[1]))
+        with running_gateway(settings) as gateway:
+            status, answer = stream_of(gateway.url)
+            assert (status, answer) == (200, b"".join(good.play))
+            assert len(failing.sent) == len(good.sent) == 1
+            assert gateway.metric("crosschip_gateway_retries_total", engine="a", reason="lost") == 1
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ScriptedEngine(play=[event({"error": {"message": "out of memory", "type": "server_error"}})]),
+        ScriptedEngine(refusal=JSONResponse({"error": {"message": "out of memory"}}, 500)),
+        ScriptedEngine(refusal=JSONResponse({"error": {"message": "full"}}, 429)),
+        ScriptedEngine(refusal=JSONResponse({"message": "your key is wrong"}, 401)),
+        ScriptedEngine(play=[HEAD]),
+        ScriptedEngine(play=[HEAD, 30]),
+    ],
+    ids=["error event", "500", "429", "401", "ended early", "silent"],
+)
+def test_another_engine_is_asked(script: ScriptedEngine) -> None:
+    good = ScriptedEngine()
+    with scripted(script, good) as urls:
+        settings = settings_of(table("a", urls[0], weight=1000), table("b", urls[1]), forwarding={"first_token_s": 1})
+        with running_gateway(settings) as gateway:
+            assert stream_of(gateway.url) == (200, b"".join(good.play))
+            assert len(script.sent) == 1
+
+
+def test_an_engine_that_fails_after_its_first_token_is_told_and_not_asked_again() -> None:
+    failing, good = ScriptedEngine(play=[HEAD, TOKEN, b'data: {"half', Broken()]), ScriptedEngine()
+    with scripted(failing, good) as urls:
+        settings = settings_of(table("a", urls[0], weight=1000), table("b", urls[1]))
+        with running_gateway(settings) as gateway:
+            status, answer = stream_of(gateway.url)
+            assert status == 200
+            assert answer.startswith(HEAD + TOKEN)
+            rest = answer.removeprefix(HEAD + TOKEN)
+            assert b"half" not in rest, "no part of an event is left behind"
+            error = json.loads(rest.removeprefix(b"data: "))["error"]
+            assert (error["code"], error["type"]) == ("engine_lost", "server_error")
+            assert "engine a" in error["message"]
+            assert good.sent == []
+            client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+            with pytest.raises(openai.APIError, match="engine a"):
+                list(client.chat.completions.create(**QUESTION, stream=True))
+            count = "crosschip_gateway_requests_total"
+            wait_until(lambda: gateway.metric(count, engine="a", outcome="lost") == 2, "both are counted")
+
+
+def test_an_engine_that_stalls_is_given_up() -> None:
+    engine = ScriptedEngine(play=[HEAD, TOKEN, 30])
+    settings = {"forwarding": {"stall_s": 0.5}}
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url), **settings)) as gateway:
+        _, answer = stream_of(gateway.url)
+        assert b"0.5 s" in answer
+        wait_until(lambda: engine.cancelled == 1, "the engine is told that nobody waits")
+
+
+def test_a_request_that_kills_engines_is_not_sent_to_all_of_them() -> None:
+    engines = [ScriptedEngine(play=[Broken()]) for _ in range(4)]
+    with scripted(*engines) as urls:
+        tables = [table(str(number), url) for number, url in enumerate(urls)]
+        with running_gateway(settings_of(*tables)) as gateway:
+            response = ask(gateway.url, stream=True)
+            assert response.status_code == 502
+            assert error_of(response)["code"] == "engine_lost"
+            assert sum(len(engine.sent) for engine in engines) == 2, "the first attempt and one retry"
+
+
+def test_full_engines_shed_load() -> None:
+    busy = [ScriptedEngine(refusal=JSONResponse({}, 429, {"Retry-After": "7"})) for _ in range(2)]
+    with scripted(*busy) as urls, running_gateway(settings_of(table("a", urls[0]), table("b", urls[1]))) as gateway:
+        response = ask(gateway.url)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+        assert error_of(response)["code"] == "engine_overloaded"
+        assert all(len(engine.sent) == 1 for engine in busy), "each was asked"
+
+
+def test_who_waits_too_long_or_with_too_many_is_refused() -> None:
+    engine = ScriptedEngine(play=[HEAD, TOKEN, 2.0, LAST, DONE])
+    settings = settings_of(table("a", "http://x", max_in_flight=1), forwarding={"max_waiting": 1, "max_wait_s": 0.5})
+    with scripted(engine) as [url]:
+        settings = settings.model_copy(update={"engines": [settings.engines[0].model_copy(update={"url": url})]})
+        with running_gateway(settings) as gateway:
+            statuses: list[int] = []
+            threads = [threading.Thread(target=lambda: statuses.append(stream_of(gateway.url)[0])) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+                time.sleep(0.1)
+            for thread in threads:
+                thread.join()
+            assert sorted(statuses) == [200, 429, 429, 429]
+            wait_until(lambda: gateway.gateway.admission.num_under_way == 0, "every place is free again")
+
+
+def test_waiting_requests_get_their_turn() -> None:
+    engine = ScriptedEngine(play=[HEAD, TOKEN, 0.1, LAST, DONE])
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url, max_in_flight=2))) as gateway:
+        statuses: list[int] = []
+        threads = [threading.Thread(target=lambda: statuses.append(stream_of(gateway.url)[0])) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 12
+
+
+def test_a_client_that_leaves_ends_its_request_on_the_engine() -> None:
+    engine = ScriptedEngine(play=[HEAD, TOKEN, 60])
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url))) as gateway:
+        with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
+            next(response.iter_raw())
+        wait_until(lambda: engine.cancelled == 1, "the engine is told")
+        wait_until(lambda: gateway.gateway.admission.num_under_way == 0, "its place is free")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{gateway.url}/v1/chat/completions", json=QUESTION, timeout=0.5)
+        wait_until(lambda: engine.cancelled == 2, "before the first token, too")
+
+
+def test_a_client_that_does_not_read_ends_its_request_on_the_engine() -> None:
+    engine = ScriptedEngine(play=[HEAD, *[event(delta("x" * 2**20))] * 64, 60])
+    forwarding = {"slow_client_s": 0.5}
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url), forwarding=forwarding)) as gateway:
+
+        async def read_a_little() -> None:
+            host, _, port = gateway.url.removeprefix("http://").partition(":")
+            reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+            body = json.dumps(QUESTION | {"stream": True}).encode()
+            about = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\n{about}"
+            writer.write(head.encode() + body)
+            await reader.read(100)
+            await asyncio.sleep(3)
+            assert engine.cancelled == 1
+            writer.close()
+
+        asyncio.run(read_a_little())
+        assert gateway.metric("crosschip_gateway_requests_total", engine="", outcome="client_slow") == 1
+
+
+def test_an_engine_that_is_down_comes_back() -> None:
+    engine = ScriptedEngine()
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url))) as gateway:
+        assert httpx.get(f"{gateway.url}/ready").status_code == 200
+        engine.well = False
+        wait_until(lambda: httpx.get(f"{gateway.url}/ready").status_code == 503, "it is not ready")
+        response = ask(gateway.url)
+        assert (response.status_code, error_of(response)["code"]) == (503, "no_engine")
+        assert "retry-after" in response.headers
+        assert httpx.get(f"{gateway.url}/health").status_code == 200, "the gateway itself is well"
+        engine.well = True
+        wait_until(lambda: httpx.get(f"{gateway.url}/ready").status_code == 200, "it is ready again")
+
+
+def test_an_engine_that_serves_another_model_gets_nothing() -> None:
+    with scripted(ScriptedEngine(model="other")) as [url]:
+        with running_gateway(settings_of(table("a", url)), wait_for=0) as gateway:
+            problem = lambda: gateway.gateway.fleet.engines[0].problem or ""  # noqa: E731
+            wait_until(lambda: "does not list" in problem(), "it is told")
+            assert ask(gateway.url).status_code == 503
+        with running_gateway(settings_of(table("a", url, upstream_model="other"))) as gateway:
+            assert stream_of(gateway.url)[0] == 200
+
+
+def test_an_engine_gets_its_own_key_and_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_KEY", "engine's")
+    engine = ScriptedEngine()
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url, api_key_env="ENGINE_KEY"))) as gateway:
+        headers = {"authorization": "Bearer client's"}
+        httpx.post(f"{gateway.url}/v1/chat/completions", json=QUESTION, headers=headers)
+        assert engine.keys == ["Bearer engine's"]
+
+
+def test_what_no_engine_could_answer_is_refused_here() -> None:
+    engine = ScriptedEngine()
+    with (
+        scripted(engine) as [url],
+        running_gateway(
+            settings_of(table("a", url), table("b", url, model="n"), health={"failures": 9}), wait_for=1
+        ) as gateway,
+    ):
+        post = f"{gateway.url}/v1/chat/completions"
+        kind = {"content-type": "application/json"}
+        assert ask(gateway.url, model="zzz").status_code == 404
+        assert ask(gateway.url, model=7).status_code == 400
+        assert ask(gateway.url, model=None).status_code == 400, "two models, and none is named"
+        for content in (b"", b"{", b"[]", b"\xff", b"[" * 200_000, b'{"model": ' + b"1" * 10_000 + b"}"):
+            response = httpx.post(post, content=content, headers=kind)
+            assert response.status_code == 400, content[:20]
+            assert error_of(response)["type"] == "invalid_request_error"
+        assert httpx.post(post, content=b"{}", headers={"content-type": "text/plain"}).status_code == 400
+        assert httpx.get(post).status_code == 405
+        assert httpx.get(f"{gateway.url}/nowhere").status_code == 404
+        assert engine.sent == []

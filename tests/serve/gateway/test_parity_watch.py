@@ -1,0 +1,201 @@
+"""The parity watch: an honest engine raises no alarm, an engine with other weights does, and clients notice neither."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from crosschip.data import ChatTokenizer
+from crosschip.errors import ServeError
+from crosschip.golden.scoring_engine import Prediction
+from crosschip.model import load_model, save_model
+from crosschip.serve.gateway.drift import Bound, DriftWindow, Said, Scored, bound_of, compare
+from crosschip.serve.gateway.settings import ParityTable
+from crosschip.serve.gateway.watched import WatchedCall, why_not
+from tests.serve.conftest import RunningServer, running_server
+from tests.serve.gateway.conftest import RunningGateway, running_gateway, settings_of, wait_until
+
+LONG = {"max_tokens": 40, "ignore_eos": True}
+LIMIT = 1e-6  # fp32 to fp32, crosschip.golden.limits
+
+
+@pytest.fixture(scope="module")
+def drifted_dir(random_dir: Path, tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, but for one matrix that is 2 % off."""
+    directory = tmp_path_factory.mktemp("models") / "random-tiny"
+    model = load_model(random_dir)
+    with torch.no_grad():
+        next(p for p in reversed(list(model.parameters())) if p.dim() == 2).mul_(1.02)
+    save_model(model, directory, torch.float32)
+    tokenizer.save(directory)
+    return directory
+
+
+def watched(server: RunningServer, reference: RunningServer, **more: Any) -> Any:
+    engine = {"name": "e", "url": server.url, "model": "random-tiny", "kind": "native"}
+    parity = {"model": "random-tiny", "reference": reference.url, "share": 1, "mean_kl": LIMIT} | more
+    return settings_of(engine, parity=[parity])
+
+
+def ask_each_way(url: str) -> list[Any]:
+    """Chats and completions, whole and streamed: what each says, and which fields it has to say it with."""
+    completion = {"model": "random-tiny", "prompt": "Say hello.", "seed": 3, **LONG}
+    chat = {"model": "random-tiny", "messages": [{"role": "user", "content": "Hi"}], "seed": 3, **LONG}
+    got = []
+    for path, body in (("/v1/completions", completion), ("/v1/chat/completions", chat)):
+        for stream in (False, True):
+            lines = httpx.post(url + path, json=body | {"stream": stream}, timeout=60).text.splitlines()
+            documents = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+            choices = [document["choices"][0] for document in documents]
+            said = [each.get("text", each.get("delta", each.get("message"))) for each in choices]
+            text = "".join(each if isinstance(each, str) else each.get("content") or "" for each in said)
+            fields = {key for document in documents for key in document}
+            got.append((text, fields, {key for choice in choices for key in choice}, choices[-1]["finish_reason"]))
+            assert all(choice["logprobs"] is None for choice in choices)
+    return got
+
+
+def score(gateway: RunningGateway) -> dict[str, Any]:
+    wait_until(lambda: (gateway.metric("crosschip_gateway_parity_tokens_total", engine="e") or 0) >= 128, "scored", 60)
+    return dict(httpx.get(f"{gateway.url}/parity").json())
+
+
+def test_an_honest_engine_raises_no_alarm_and_clients_notice_nothing(
+    random_server: RunningServer, second_random_server: RunningServer
+) -> None:
+    with running_gateway(watched(random_server, second_random_server)) as gateway:
+        got = ask_each_way(gateway.url)
+        assert all(text for text, *_ in got)
+        parity = score(gateway)
+        assert parity["alarms"] == []
+        engine = parity["watches"][0]["engines"][0]
+        assert (engine["verdict"], engine["not_covered"]) == ("ok", {})
+        # fp32 log-probs summed in another order, as in tests/serve/engine.
+        assert engine["mean_abs_dlogp"] < 1e-4
+        assert gateway.metric("crosschip_gateway_parity_alarm", engine="e") == 0
+    assert got == ask_each_way(random_server.url)
+
+
+def test_an_engine_that_drifts_raises_the_alarm(
+    drifted_dir: Path, second_random_server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        running_server(drifted_dir, max_batch_size=4) as drifted,
+        running_gateway(watched(drifted, second_random_server)) as gateway,
+    ):
+        ask_each_way(gateway.url)
+        parity = score(gateway)
+        assert parity["alarms"] == ["e"]
+        engine = parity["watches"][0]["engines"][0]
+        assert engine["verdict"] == "alarm"
+        assert engine["mean_kl_lower_95"] > LIMIT
+        assert gateway.metric("crosschip_gateway_parity_alarm", engine="e") == 1
+        assert "PARITY ALARM: engine e" in caplog.text
+        assert "Say hello" not in caplog.text
+
+
+def test_what_cannot_be_scored_is_counted(random_server: RunningServer, second_random_server: RunningServer) -> None:
+    settings = watched(random_server, second_random_server)
+    with running_gateway(settings) as gateway:
+        for more in ({"n": 2}, {"logprobs": 1}, {"prompt": [[5], [6]]}):
+            body = {"model": "random-tiny", "prompt": [5], "max_tokens": 1} | more
+            assert httpx.post(f"{gateway.url}/v1/completions", json=body).status_code == 200
+        engine = httpx.get(f"{gateway.url}/parity").json()["watches"][0]["engines"][0]
+        assert engine["not_covered"] == {"choices": 1, "logprobs": 1, "prompts": 1}
+        assert engine["verdict"] == "undecided"
+
+
+def test_a_reference_that_is_gone_hurts_nobody(random_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    dead = RunningServer("http://127.0.0.1:9", random_server.process)
+    with running_gateway(watched(random_server, dead)) as gateway:
+        body = {"model": "random-tiny", "prompt": "zebra", "max_tokens": 1}
+        assert httpx.post(f"{gateway.url}/v1/completions", json=body).status_code == 200
+        name = "crosschip_gateway_parity_uncovered_total"
+        wait_until(lambda: gateway.metric(name, engine="e", reason="reference") == 1, "it is counted")
+        assert "zebra" not in caplog.text
+
+
+def test_other_engines_cannot_be_watched() -> None:
+    assert why_not({"prompt": "x"}, "openai") == "engine"
+    assert why_not({"prompt": "x"}, "vllm") is None
+    assert why_not({"prompt": "x", "logprobs": False, "n": 1, "echo": False}, "native") is None
+
+
+def said(logprobs: list[float], tops: list[dict[int, float]]) -> Said:
+    return Said([1, 2], list(range(10, 10 + len(logprobs))), logprobs, tops)
+
+
+def test_an_answer_is_held_against_the_right_positions() -> None:
+    top = {10: math.log(0.5), 7: math.log(0.25)}
+    # After prompt token 2 comes 10; the prediction at index 1 is about it, and that at 2 about 11.
+    far = Prediction({3: math.log(0.9)}, math.log(1e-3))
+    predictions = [far, Prediction(top, math.log(0.5)), Prediction({11: 0.0}, None), far]
+    scored = compare(said([math.log(0.5), 0.0], [top, {11: 0.0}]), predictions)
+    assert scored.abs_dlogp == pytest.approx([0.0, 0.0])
+    assert scored.kl == pytest.approx([0.0, 0.0], abs=1e-12)
+    shifted = compare(said([math.log(0.5), 0.0], [top, {11: 0.0}]), [predictions[1], far, far, far])
+    assert shifted.kl.min() > 0.1, "the negative control: one position off is seen"
+
+
+def test_a_drawn_token_outside_of_the_top_counts_beside_it() -> None:
+    top = {7: math.log(0.6), 8: math.log(0.3)}
+    rare = math.log(1e-4)
+    prediction = Prediction(top | {10: rare}, rare)
+    scored = compare(Said([1], [10], [rare], [top]), [prediction])
+    assert scored.kl == pytest.approx([0.0], abs=1e-12)
+    assert scored.abs_dlogp == pytest.approx([0.0])
+
+
+def scored_of(kl: float, tokens: int, spread: float = 0.0, dlogp: float = 0.0) -> Scored:
+    values = kl + spread * np.resize(np.array([-1.0, 1.0]), tokens)
+    return Scored(values, np.full(tokens, dlogp))
+
+
+@pytest.mark.parametrize(
+    ("answers", "logprob", "verdict"),
+    [
+        ([scored_of(1e-8, 200)], None, "ok"),
+        ([scored_of(1e-5, 200)], None, "alarm"),
+        ([scored_of(1e-5, 60)], None, "undecided"),
+        ([scored_of(1.2e-6, 200, spread=1e-5)], None, "undecided"),
+        ([scored_of(1e-8, 200, dlogp=0.3)], 0.2, "alarm"),
+        ([scored_of(1e-8, 200, dlogp=0.3)], None, "ok"),
+        ([scored_of(math.inf, 1), scored_of(1e-8, 200)], None, "alarm"),
+        ([scored_of(1e-8, 1, dlogp=math.nan)], None, "alarm"),
+        ([scored_of(1.0, 200), *[scored_of(1e-8, 500)] * 2], None, "ok"),
+        ([], None, "undecided"),
+        ([scored_of(1.0, 0)], None, "undecided"),
+    ],
+)
+def test_the_verdict_of_a_window(answers: list[Scored], logprob: float | None, verdict: str) -> None:
+    window = DriftWindow(Bound(LIMIT, logprob, "test"), window_tokens=1000, least_tokens=128)
+    for each in answers:
+        window.add(each)
+    assert window.figures()["verdict"] == verdict
+
+
+def test_an_engine_that_tells_too_little_is_not_scored() -> None:
+    document = {"model": "m", "messages": []}
+    call = WatchedCall(document, 5)
+    asked = json.loads(call.body)
+    assert (asked["logprobs"], asked["top_logprobs"], asked["return_token_ids"]) == (True, 5, True)
+    call.take({"choices": [{"delta": {"content": "x"}, "logprobs": None}]})
+    assert (call.said(), call.problem) == (call.said(), "prompt_ids")
+    for wrong in ({"content": [{"token": "x"}]}, {"tokens": ["x"], "token_logprobs": [], "top_logprobs": []}, 7):
+        call = WatchedCall(document, 5)
+        call.take({"prompt_token_ids": [1], "choices": [{"logprobs": wrong}]})
+        assert call.said() is None
+        assert call.problem in ("form", "no_tokens")
+
+
+def test_a_certificate_that_is_not_there_is_told(tmp_path: Path) -> None:
+    table = ParityTable(model="m", reference="http://r", certificate=tmp_path)
+    with pytest.raises(ServeError, match=r"certificate\.json"):
+        bound_of(table)

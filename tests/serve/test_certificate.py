@@ -1,0 +1,134 @@
+"""What a server says about its model: CERTIFIED where a replay covers it, else UNCERTIFIED with the reason, loudly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from crosschip.certificate import CERTIFICATE_FILE, chip_kind
+from crosschip.certificate.document import seal_of, write_certificate
+from crosschip.certificate.files import files_of, hash_files
+from crosschip.chips import find_chip
+from crosschip.errors import ServeError
+from crosschip.serve import serve
+from crosschip.serve.certificate import find_status
+from tests.certificate.conftest import document_of
+from tests.serve.conftest import RunningServer, running_server
+
+
+def certify(directory: Path, **changes: Any) -> Path:
+    """A certificate of this machine's CPU in fp32, as a handoff would write it; keywords change the replay."""
+    chip = find_chip("cpu")
+    replay = {
+        "verdict": "PASS",
+        "engine": {"name": "native"},
+        "chip_kind": chip_kind(chip.name, chip.vendor, chip.model_name),
+        "dtype": "float32",
+        **changes,
+    }
+    (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
+    files = [asdict(each) for each in hash_files(directory, files_of(directory))]
+    document = document_of(directory, files=files, replays=[replay])
+    document["seal"] = seal_of(document)
+    write_certificate(directory, document)
+    return directory
+
+
+@pytest.fixture
+def certified_dir(random_dir: Path, tmp_path: Path) -> Path:
+    return certify(Path(shutil.copytree(random_dir, tmp_path / "certified")))
+
+
+@pytest.fixture(scope="module")
+def certified_server(random_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    directory = tmp_path_factory.mktemp("served") / "certified"
+    shutil.copytree(random_dir, directory)
+    with running_server(certify(directory), max_batch_size=2, require_certificate=True) as server:
+        yield server
+
+
+def test_a_certified_model_says_so_everywhere(certified_server: RunningServer) -> None:
+    log = "".join(certified_server.log)
+    assert "CERTIFIED: its files are the certified ones" in log
+    assert "UNCERTIFIED" not in log
+    listed = httpx.get(f"{certified_server.url}/v1/models")
+    assert listed.headers["X-Crosschip-Certificate"] == "CERTIFIED"
+    about = listed.json()["data"][0]["crosschip"]
+    assert (about["certificate"], "certificate_problem" in about) == ("CERTIFIED", False)
+    answer = httpx.post(f"{certified_server.url}/v1/completions", json={"prompt": [1, 2], "max_tokens": 1}).json()
+    assert answer["crosschip"]["certificate"] == "CERTIFIED"
+
+
+def test_an_uncertified_model_gives_the_reason_with_each_answer(random_server: RunningServer) -> None:
+    log = "".join(random_server.log)
+    assert "UNCERTIFIED: nothing shows that this model answers here" in log
+    assert "no certificate: " in log
+    reason = "no certificate: "
+    listed = httpx.get(f"{random_server.url}/v1/models").json()
+    assert listed["crosschip"]["certificate_problem"].startswith(reason)
+    messages = [{"role": "user", "content": "Hello"}]
+    for path, body in (
+        ("completions", {"prompt": [1, 2], "max_tokens": 1}),
+        ("chat/completions", {"messages": messages, "max_tokens": 1}),
+    ):
+        answer = httpx.post(f"{random_server.url}/v1/{path}", json=body)
+        assert answer.headers["X-Crosschip-Certificate"] == "UNCERTIFIED"
+        assert answer.json()["crosschip"]["certificate"] == "UNCERTIFIED"
+        assert answer.json()["crosschip"]["certificate_problem"].startswith(reason)
+        streamed = httpx.post(f"{random_server.url}/v1/{path}", json={**body, "stream": True})
+        chunks = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+        assert chunks[-1]["crosschip"]["certificate_problem"].startswith(reason)
+
+
+def test_a_refusal_carries_the_header_too(random_server: RunningServer) -> None:
+    refused = httpx.post(f"{random_server.url}/v1/completions", json={"prompt": []})
+    assert (refused.status_code, refused.headers["X-Crosschip-Certificate"]) == (400, "UNCERTIFIED")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": {"name": "vllm"}}, "covers vllm, not the engine 'native'"),
+        ({"chip_kind": "npu (Huawei, 910B)"}, "covers the chip npu (Huawei, 910B), not cpu"),
+        ({"dtype": "bfloat16"}, "covers arithmetic in bfloat16, not in float32"),
+        ({"verdict": "FAIL"}, "covers no engine"),
+    ],
+)
+def test_a_certificate_for_something_else_is_refused_with_the_reason(
+    certified_dir: Path, changes: dict[str, Any], words: str
+) -> None:
+    certify(certified_dir, **changes)
+    with pytest.raises(ServeError, match="--require-certificate refuses") as error:
+        serve(certified_dir, port=0, device="cpu", require_certificate=True)
+    assert words in error.value.problem
+
+
+def test_a_changed_file_is_refused_by_its_name_before_anything_is_loaded(certified_dir: Path) -> None:
+    weights = certified_dir / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ServeError, match=r"model\.safetensors holds other bytes"):
+        serve(certified_dir, port=0, device="cpu", require_certificate=True)
+
+
+def test_a_file_that_would_change_the_model_is_noticed(certified_dir: Path) -> None:
+    (certified_dir / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json is not among" in str(find_status(certified_dir, "cpu", None).problem)
+
+
+def test_the_dtype_that_is_asked_for_counts(certified_dir: Path) -> None:
+    assert find_status(certified_dir, "cpu", None).is_certified
+    assert find_status(certified_dir, "cpu", "float32").is_certified
+    assert "not in bfloat16" in str(find_status(certified_dir, "cpu", "bfloat16").problem)
+
+
+def test_a_simulated_chip_with_a_fault_is_another_chip(certified_dir: Path) -> None:
+    assert "not sim:N2" in str(find_status(certified_dir, "sim:N2", None).problem)
