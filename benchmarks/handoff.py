@@ -37,6 +37,7 @@ OUT = ROOT / "docs" / "results" / "handoff"
 ENGINES = ("model", "transformers", "native", "vllm", "llamacpp")
 ANSWERING = ("native", "vllm", "llamacpp")  # the others score prompts and generate nothing
 TASKS = ("answers", "format", "length")
+_CELL = 160  # characters of a message in a table
 OUTSIDE = "crosschip.chips.faults.file_mutations"
 
 OUTSIDE_TITLES = {
@@ -51,8 +52,8 @@ OUTSIDE_TITLES = {
 FAULTS: tuple[tuple[str, str], ...] = (
     ("H1", "hf"),
     ("H1,mode=shuffle", "hf"),
-    ("H1,tensor=*q_proj.weight", "fp8"),
-    ("H1,tensor=*q_proj.weight", "w8a8"),
+    ("H1,tensor=*o_proj.weight", "fp8"),
+    ("H1,tensor=*o_proj.weight", "w8a8"),
     ("H6", "hf"),
     ("H6,mode=uninitialised", "hf"),
     ("H6,mode=zeros", "hf"),
@@ -81,6 +82,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-problems", type=int, default=200, help="0: no answers are asked")
     parser.add_argument("--levels", type=int, nargs="*", default=[1])
     parser.add_argument("--max-tokens", type=int, default=120)
+    parser.add_argument("--dtypes", nargs="*", default=None, help="only these dtypes of the targets")
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args()
 
@@ -102,7 +104,7 @@ def targets_table(run: Path, options: argparse.Namespace, place: Path) -> list[d
     first = hand_off(run, "hf", out=place / "before", engines=("model",), chip="cpu", dtype="float32")
     rows = []
     for name in options.targets:
-        for dtype in TARGETS[name].dtypes:
+        for dtype in (each for each in TARGETS[name].dtypes if options.dtypes is None or each in options.dtypes):
             for engine in options.engines:
                 row = _row(run, name, dtype, engine, first.directory, options, place)
                 print(json.dumps(row), flush=True)
@@ -114,12 +116,14 @@ def _row(
     run: Path, name: str, dtype: str, engine: str, before: Path, options: argparse.Namespace, place: Path
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"target": name, "dtype": dtype, "engine": engine}
+    if engine == "vllm" and TARGETS[name].quantised in ("fp8", "int8"):
+        return {**row, "not_run": "vLLM has no kernels for experts in 8 bits on a CPU without AMX"}
     began = time.monotonic()
     out = place / f"{name}-{dtype}-{engine}"
     try:
         result = hand_off(run, name, out=out, engines=(engine,), chip="cpu", dtype=dtype)
     except CrosschipError as error:  # an engine that is not installed, or that does not read this form
-        return {**row, "not_run": error.problem}
+        return {**row, "not_run": error.problem.partition(" that lies in ")[0]}
     row |= _replay(result, engine)
     if options.num_problems and engine in ANSWERING and not row.get("broke"):
         row["answers"] = _answers(before, result.directory, engine, options)
@@ -149,7 +153,8 @@ def _replay(result: HandoffResult, engine: str) -> dict[str, Any]:
 
 def _answers(before: Path, after: Path, engine: str, options: argparse.Namespace) -> dict[str, Any]:
     """The paired comparison of the model's answers before and after."""
-    command = engine_command(engine, chip="cpu")
+    longest = int(read_json(before / "config.json")["max_position_embeddings"])
+    command = engine_command(engine, chip="cpu", max_length=min(longest, 1024))
     report = compare_answers(
         Side(str(before), "cpu"),
         Side(str(after), "cpu", command=command),
@@ -257,7 +262,7 @@ def _targets_lines(rows: list[dict[str, Any]]) -> list[str]:
         else:
             numbers = [f"{row[key]:.1e}" if row[key] is not None else "-" for key in ("kl_upper", "kl_limit")]
             top1 = "-" if row["top1"] is None else f"{100 * row['top1']:.2f} %"
-            verdict = row["verdict"] if row["verdict"] == "PASS" else f"{row['verdict']}: {row['message']}"
+            verdict = row["verdict"] if row["verdict"] == "PASS" else f"{row['verdict']}: {_short(row['message'])}"
             cells = [verdict, *numbers, top1, *_answer_cells(row.get("answers"))]
         lines.append("| " + " | ".join(each.replace("|", "/").replace("\n", " ") for each in (*head, *cells)) + " |")
     return [*lines, ""]
@@ -269,7 +274,14 @@ def _answer_cells(answers: dict[str, Any] | None) -> tuple[str, str]:
     task = answers["tasks"]["answers"]
     low, high = (100 * task["interval"][end] for end in ("low", "high"))
     shares = f"{100 * task['a']:.1f} % → {100 * task['b']:.1f} % ({low:+.1f} to {high:+.1f})"
-    return shares, answers["verdict"] if not answers["problems"] else f"{answers['verdict']}: {answers['problems'][0]}"
+    return shares, answers["verdict"] if not answers[
+        "problems"
+    ] else f"{answers['verdict']}: {_short(answers['problems'][0])}"
+
+
+def _short(words: str) -> str:
+    """So much that a cell of a table stays readable; all of it is in the JSON file."""
+    return words if len(words) <= _CELL else f"{words[:_CELL].rstrip()} ..."
 
 
 def _faults_lines(rows: list[dict[str, Any]]) -> list[str]:

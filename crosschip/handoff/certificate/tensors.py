@@ -120,7 +120,10 @@ def rounding_bound(kind: str, tensor: Tensor) -> Tensor:
     size = floats.abs()
     if kind == "fp8":
         return size * (_FP8_HALF_STEP + _OF_SCALES) + size.max() * _FP8_LEAST
-    return size.amax(dim=-1, keepdim=True) * _INT8_HALF_STEP * (1 + _OF_SCALES) + size * _OF_SCALES
+    largest = size.amax(dim=-1, keepdim=True)
+    if kind == "q8_0":  # some tensors lie transposed in the file, so that a block runs down a column
+        largest = torch.maximum(largest, size.amax(dim=-2, keepdim=True))
+    return largest * _INT8_HALF_STEP * (1 + _OF_SCALES) + size * _OF_SCALES
 
 
 def _compare(
