@@ -35,7 +35,7 @@ def find_status(
         computed = dtype or _dtype_of(directory) or "an unknown dtype"
         return Serving(ENGINE, chip_kind(chip.name, chip.vendor, chip.model_name), computed)
 
-    return status_of(directory, serving, tell)
+    return status_of(directory.resolve(), serving, tell)
 
 
 def certified_or_refused(directory: Path, status: Status) -> None:

@@ -18,7 +18,9 @@ from crosschip.certificate.files import files_of, hash_files
 from crosschip.chips import find_chip
 from crosschip.errors import ServeError
 from crosschip.serve import serve
+from crosschip.serve.api.served import describe_served
 from crosschip.serve.certificate import find_status
+from crosschip.serve.engine.loading import load_engine
 from tests.certificate.conftest import document_of
 from tests.serve.conftest import RunningServer, running_server
 
@@ -132,3 +134,14 @@ def test_the_dtype_that_is_asked_for_counts(certified_dir: Path) -> None:
 
 def test_a_simulated_chip_with_a_fault_is_another_chip(certified_dir: Path) -> None:
     assert "not sim:N2" in str(find_status(certified_dir, "sim:N2", None).problem)
+
+
+def test_clients_are_not_told_where_the_files_are(random_dir: Path) -> None:
+    engine = load_engine(random_dir, max_batch_size=1, certificate=find_status(random_dir, "cpu", None))
+    try:
+        told = describe_served(engine).status["certificate_problem"]
+    finally:
+        engine.close()
+    assert random_dir.name in told
+    assert str(random_dir.parent) not in told
+    assert str(random_dir) in str(engine.info.certificate.problem), "the log may say it"

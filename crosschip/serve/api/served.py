@@ -41,7 +41,8 @@ class ServedModel:
         info = self.engine.info
         told = {"certificate": info.certificate.word}
         if info.certificate.problem is not None:
-            told["certificate_problem"] = info.certificate.problem
+            # Who asks over the network need not know where on this machine the files are.
+            told["certificate_problem"] = info.certificate.problem.replace(str(info.directory), info.directory.name)
         return {
             **told,
             "model_dir": str(info.directory),
