@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ __all__ = [
     "atomic_directory",
     "is_complete",
     "read_json",
+    "sha256_of",
     "write_json",
     "write_text",
 ]
@@ -52,6 +54,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document atomically, indented, keys in the order given."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal digits, read piece by piece."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

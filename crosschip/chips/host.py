@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["cpu_model", "cpu_vendor_id", "memory_bytes", "usable_cores"]
+__all__ = ["available_memory_bytes", "cpu_model", "cpu_vendor_id", "memory_bytes", "usable_cores"]
 
 
 def _cpuinfo(key: str) -> str | None:
@@ -55,4 +56,16 @@ def memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
+        return None
+
+
+def available_memory_bytes() -> int | None:
+    """Bytes that the system can still give out; None when it does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:  # elsewhere than on Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
         return None

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from crosschip.errors import GoldenError, RunDirectoryError
 from crosschip.golden.observing import Arrays
 from crosschip.golden.weights import TensorRecord
-from crosschip.rundir import atomic_directory, is_complete, read_json, write_json
+from crosschip.rundir import atomic_directory, is_complete, read_json, sha256_of, write_json
 
 __all__ = ["ARRAYS_FILE", "MANIFEST_FILE", "SCHEMA_VERSION", "Bundle", "load_bundle", "write_bundle"]
 
@@ -96,7 +96,7 @@ def write_bundle(out: Path, manifest: dict[str, Any], arrays: Arrays) -> dict[st
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **manifest,
-            "sha256": {ARRAYS_FILE: _hash(directory / ARRAYS_FILE)},
+            "sha256": {ARRAYS_FILE: sha256_of(directory / ARRAYS_FILE)},
         }
         manifest["seal"] = _seal(manifest)
         write_json(directory / MANIFEST_FILE, manifest)
@@ -118,7 +118,7 @@ def load_bundle(path: Path) -> Bundle:
     file = path / ARRAYS_FILE
     if not file.is_file():
         raise GoldenError(f"{path} was cut: {ARRAYS_FILE} is missing", again)
-    if _hash(file) != manifest["sha256"][ARRAYS_FILE]:
+    if sha256_of(file) != manifest["sha256"][ARRAYS_FILE]:
         raise GoldenError(
             f"{file} was cut or altered: its SHA-256 is not the manifest's ({file.stat().st_size} B)", again
         )
@@ -148,8 +148,3 @@ def _seal(manifest: dict[str, Any]) -> str:
     """SHA-256 over the manifest without its seal."""
     sealed = {key: value for key, value in manifest.items() if key != "seal"}
     return hashlib.sha256(json.dumps(sealed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

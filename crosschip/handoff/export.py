@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import HandoffError, RunDirectoryError
-from crosschip.handoff.conversion.shards import RECORD_FILE, SHARD_BYTES, Tell, sha256_of
+from crosschip.handoff.conversion.shards import RECORD_FILE, SHARD_BYTES, Tell
 from crosschip.handoff.source import ModelSource, last_checkpoint, open_source
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
-from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json
+from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, sha256_of, write_json
 
 __all__ = ["export_hf", "export_model"]
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from crosschip.chips import Chip
+from crosschip.chips.host import available_memory_bytes
 from crosschip.recipe import GuardSettings
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.guard.hook import StepGuard
-from crosschip.train.guard.memory_growth import MemoryWatch, host_memory, host_memory_left
+from crosschip.train.guard.memory_growth import MemoryWatch, host_memory
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.operator_trace import StepTracing
 from crosschip.train.guard.slow_links import LinkWatch
@@ -77,7 +78,7 @@ class StageWatch:
         step_s = statistics.median(self._steps_s)
         used = host_memory()
         if used is not None:
-            growth = self._host.observe(step, used, host_memory_left(), steps_left, step_s)
+            growth = self._host.observe(step, used, available_memory_bytes(), steps_left, step_s)
             if growth is not None:
                 self._tell(growth.event(step, f"host memory of rank {self._rank}"))
         self._look_at_device(step, steps_left, step_s)

@@ -6,7 +6,6 @@ comes back to it keeps the finished shards whose hash is right, or starts clean 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,9 +21,9 @@ from crosschip.errors import HandoffError, RunDirectoryError
 from crosschip.handoff.conversion.layout import Layout, TensorSource, run
 from crosschip.handoff.conversion.operators import Operator, Tensors
 from crosschip.handoff.conversion.sources import DTYPE_NAMES, INDEX_FILE
-from crosschip.rundir import read_json, write_json
+from crosschip.rundir import read_json, sha256_of, write_json
 
-__all__ = ["RECORD_FILE", "SHARD_BYTES", "Shard", "Tell", "plan_shards", "sha256_of", "write_shards"]
+__all__ = ["RECORD_FILE", "SHARD_BYTES", "Shard", "Tell", "plan_shards", "write_shards"]
 
 RECORD_FILE = ".conversion.json"
 SHARD_BYTES = 4 << 30
@@ -106,12 +105,6 @@ def write_shards(
         weight_map = {name: shard.file for shard in shards for name in sorted(shard.tensors)}
         total = sum(shard.num_bytes for shard in shards)
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finished(directory: Path, identity: dict[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from crosschip.errors import QualifyError
 from crosschip.qualify.offline.wheel import open_wheel, read_member
 from crosschip.qualify.offline.yaml_list import load_yaml
+from crosschip.rundir import sha256_of
 
 __all__ = ["Form", "ListFile", "OperatorList", "read_operator_list"]
 
@@ -89,7 +90,7 @@ def _from_wheel(path: Path) -> OperatorList:
         metadata = [name for name in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
         texts = [read_member(wheel, name, _MAX_METADATA_BYTES, path) for name in metadata]
     version = _version(texts[0]) if texts else None
-    return _operator_list(str(path), found, version, _file_sha256(path))
+    return _operator_list(str(path), found, version, sha256_of(path))
 
 
 def _from_directory(path: Path) -> OperatorList:
@@ -149,11 +150,6 @@ def _bounded(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise QualifyError(f"{path} is larger than {limit} bytes", "give the plug-in's operator list, which is smaller")
     return data
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(metadata: bytes) -> str | None:

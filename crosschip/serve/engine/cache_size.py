@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from crosschip.chips import Chip
+from crosschip.chips.host import available_memory_bytes
 from crosschip.model import Decoder
 from crosschip.serve.engine.blocks import BLOCK_TOKENS
 
@@ -26,7 +25,7 @@ def blocks_that_fit(decoder: Decoder, chip: Chip) -> int:
 
 def _free_bytes(device: torch.device) -> int | None:
     if device.type == "cpu":
-        return _free_host_bytes()
+        return available_memory_bytes()
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
     if mem_get_info is None:
         return None
@@ -35,17 +34,3 @@ def _free_bytes(device: torch.device) -> int | None:
     except (RuntimeError, NotImplementedError, TypeError):  # a plug-in that has the name only
         return None
     return int(free)
-
-
-def _free_host_bytes() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:  # elsewhere than on Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None

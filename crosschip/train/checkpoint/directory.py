@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import CheckpointError, RunDirectoryError
-from crosschip.rundir import COMPLETE, is_complete, read_json
+from crosschip.rundir import COMPLETE, is_complete, read_json, sha256_of
 from crosschip.train.checkpoint.state import STATE_FILE, VERDICT_FILE
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "numbered",
     "read_verdict",
     "set_damaged_aside",
-    "sha256",
     "unfinished_path",
 ]
 
@@ -64,12 +62,6 @@ def clear_leftovers(stage_directory: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def read_verdict(path: Path) -> str | None:
     """Why the checkpoint at `path` was found wrong when it was read back; "" when it was right, None when unknown."""
     try:
@@ -99,7 +91,7 @@ def damage(path: Path) -> str | None:
         if size != num_bytes:
             return f"{name} has {size} bytes instead of {num_bytes}"
         try:
-            if sha256(file) != digest:
+            if sha256_of(file) != digest:
                 return f"{name} has another SHA-256 than when it was written"
         except OSError as error:
             return f"{name} cannot be read: {error}"

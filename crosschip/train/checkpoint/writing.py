@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from crosschip.errors import CheckpointError
 from crosschip.model.dcp import INDEX_FILE
 from crosschip.model.weights import DCP_DIRECTORY
-from crosschip.rundir import COMPLETE, write_json, write_text
-from crosschip.train.checkpoint.directory import REPLACED, sha256, unfinished_path
+from crosschip.rundir import COMPLETE, sha256_of, write_json, write_text
+from crosschip.train.checkpoint.directory import REPLACED, unfinished_path
 from crosschip.train.checkpoint.staging import Staged
 from crosschip.train.checkpoint.state import CHECKSUM_FILE, STATE_FILE, CheckpointState, state_document
 
@@ -146,7 +146,7 @@ def _measure_own(temporary: Path, rank: int) -> dict[str, dict[str, Any]]:
 
 
 def _measured(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def _finish(

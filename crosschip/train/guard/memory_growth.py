@@ -15,7 +15,7 @@ from pathlib import Path
 
 from crosschip.train.guard.observed import Event
 
-__all__ = ["MemoryGrowth", "MemoryWatch", "host_memory", "host_memory_left"]
+__all__ = ["MemoryGrowth", "MemoryWatch", "host_memory"]
 
 NUM_PARTS = 13
 NUM_READINGS = 288
@@ -96,14 +96,3 @@ def host_memory() -> int | None:
     except (OSError, ValueError):
         return None
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-
-
-def host_memory_left() -> int | None:
-    """Bytes that the system can still give out."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
-    return None

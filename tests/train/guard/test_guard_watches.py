@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from crosschip.train.guard.memory_growth import MemoryGrowth, MemoryWatch, host_memory, host_memory_left
+from crosschip.chips.host import available_memory_bytes
+from crosschip.train.guard.memory_growth import MemoryGrowth, MemoryWatch, host_memory
 from crosschip.train.guard.replicas import find_disagreement
 from crosschip.train.guard.stragglers import Straggler, StragglerWatch
 
@@ -108,7 +109,7 @@ def test_a_warm_up_is_no_leak() -> None:
 
 
 def test_the_memory_of_this_process_is_seen() -> None:
-    before, left = host_memory(), host_memory_left()
+    before, left = host_memory(), available_memory_bytes()
     assert before is not None
     assert left is not None
     kept = bytearray(b"1" * (64 * MIB))

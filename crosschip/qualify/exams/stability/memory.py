@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from crosschip.chips.find import device_module
+from crosschip.chips.host import available_memory_bytes
 
 __all__ = ["MemoryReading", "garbage_set_aside", "memory_left", "read_memory"]
 
@@ -106,18 +107,8 @@ def _on_device(device: torch.device) -> int | None:
 
 
 def _host_left() -> int | None:
-    found = [left for left in (_available(), *map(_left_in_group, _LIMITS)) if left is not None]
+    found = [left for left in (available_memory_bytes(), *map(_left_in_group, _LIMITS)) if left is not None]
     return min(found, default=None)
-
-
-def _available() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
-    return None
 
 
 def _left_in_group(names: tuple[str, str]) -> int | None:
