@@ -223,14 +223,17 @@ def _honest_table(part: dict[str, Any]) -> list[str]:
         "",
         _machine(part),
         "",
-        "| variant | qualifications | checks made | false alarms |",
-        "| --- | --- | --- | --- |",
+        "An exam that runs out of its time makes a qualification inconclusive; what it had looked at by then counts.",
+        "",
+        "| variant | qualifications | of them out of time | checks made | false alarms |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for variant in dict.fromkeys(run["variant"] for run in runs):
         mine = [run for run in runs if run["variant"] == variant]
         alarms = [alarm for run in mine for alarm in run["accused"]]
         checks = sum(run["num_checks"] for run in mine)
-        lines.append(f"| `{variant}` | {len(mine)} | {checks} | {len(alarms)} |")
+        cut = sum(run["verdict"] == "INCONCLUSIVE" for run in mine)
+        lines.append(f"| `{variant}` | {len(mine)} | {cut} | {checks:,} | {len(alarms)} |")
     return [*lines, "", "## Power", "", part["power"], ""]
 
 
