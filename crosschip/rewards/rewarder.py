@@ -1,0 +1,158 @@
+"""The rewards of a batch: each checker on each attempt, in this process or in workers that can be killed."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+
+from crosschip.errors import RecipeError
+from crosschip.rewards.attempt import Attempt, RewardTerm, Verdict, as_reward, what_was_raised
+from crosschip.rewards.checkers import IN_PROCESS, checked_name, find_checker
+from crosschip.rewards.worker_process import CheckerError, WorkerLostError, WorkerProcess
+
+__all__ = ["Rewarder"]
+
+_warned: set[tuple[str, ...]] = set()
+
+
+class Rewarder:
+    """Judges attempts by a weighted sum of checkers. `judge` may be called from several threads; `close` it at the end.
+
+    `arithmetic` and `format` run here. All others run in `workers` child processes; one that is late is killed and
+    replaced, and only its own attempt has an error.
+    """
+
+    def __init__(self, terms: Sequence[tuple[str, float]], timeout_s: float = 10.0, workers: int = 1) -> None:
+        """Load all checkers; what cannot be loaded, or makes no sense, is a `RecipeError`."""
+        self._terms = _checked_terms(terms)
+        _check_numbers(timeout_s, workers)
+        self._timeout_s = timeout_s
+        self._outside = [term.checker for term in self._terms if term.checker not in IN_PROCESS]
+        self._lock = threading.Lock()
+        self._running: set[WorkerProcess] = set()
+        self._is_closed = False
+        self._threads: ThreadPoolExecutor | None = None
+        # One entry for each worker that may run; None where it is still, or again, to be started.
+        self._idle: queue.LifoQueue[WorkerProcess | None] = queue.LifoQueue()
+        if self._outside:
+            for _ in range(workers - 1):
+                self._idle.put(None)
+            self._idle.put(self._first_worker())
+            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards")
+
+    def judge(self, attempts: Sequence[Attempt]) -> list[Verdict]:
+        """A verdict for each attempt, in their order; waits for all of them."""
+        assert not self._is_closed, "a closed rewarder judges nothing"
+        waiting: list[list[Future[float] | None]] = [
+            [self._submitted(term.checker, attempt) for term in self._terms] for attempt in attempts
+        ]
+        return [self._verdict(attempt, futures) for attempt, futures in zip(attempts, waiting, strict=True)]
+
+    def close(self) -> None:
+        """End the workers. What is still being judged in other threads becomes an error; a second call does nothing."""
+        with self._lock:
+            self._is_closed = True
+            running, self._running = self._running, set()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in running:
+            worker.kill()
+
+    def _verdict(self, attempt: Attempt, futures: Sequence[Future[float] | None]) -> Verdict:
+        parts: dict[str, float] = {}
+        errors: list[str] = []
+        for (name, _), future in zip(self._terms, futures, strict=True):
+            try:
+                parts[name] = _judged_here(name, attempt) if future is None else future.result()
+            except CancelledError:
+                errors.append(f"{name}: the rewarder was closed before it was asked")
+            except CheckerError as error:
+                errors.append(f"{name}: {error}")
+        if errors:
+            return Verdict(None, parts, "; ".join(errors))
+        return Verdict(math.fsum(weight * parts[name] for name, weight in self._terms), parts, None)
+
+    def _submitted(self, name: str, attempt: Attempt) -> Future[float] | None:
+        if name in IN_PROCESS:
+            return None
+        assert self._threads is not None, "made for the checkers that run in workers"
+        return self._threads.submit(self._ask, name, attempt)
+
+    def _ask(self, name: str, attempt: Attempt) -> float:
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = self._started()
+            return worker.ask(name, attempt, self._timeout_s)
+        except WorkerLostError:
+            if worker is not None:
+                self._lost(worker)
+                worker = None
+            raise
+        except (RecipeError, OSError) as error:  # it could be started before, so this is not the recipe's fault
+            raise CheckerError(f"its worker cannot be started any more: {error}") from error
+        finally:
+            self._idle.put(worker)
+
+    def _started(self) -> WorkerProcess:
+        worker = WorkerProcess(self._outside, self._timeout_s)
+        with self._lock:
+            if not self._is_closed:
+                self._running.add(worker)
+                return worker
+        worker.kill()
+        raise WorkerLostError("the rewarder was closed")
+
+    def _first_worker(self) -> WorkerProcess:
+        try:
+            worker = self._started()
+        except WorkerLostError as error:
+            raise RecipeError(
+                f"the rewards {', '.join(self._outside)} cannot be loaded: the worker {error}",
+                "import their modules in a Python of their own and see what happens there",
+            ) from error
+        if worker.gaps and worker.gaps not in _warned:
+            _warned.add(worker.gaps)
+            warnings.warn(
+                f"candidates of the reward code are not shut off as they should be: {'; '.join(worker.gaps)}. "
+                "docs/rewards.md says what that means and where the doors can be shut",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return worker
+
+    def _lost(self, worker: WorkerProcess) -> None:
+        with self._lock:
+            self._running.discard(worker)
+        worker.kill()
+
+
+def _judged_here(name: str, attempt: Attempt) -> float:
+    try:
+        return as_reward(find_checker(name)(attempt))
+    except Exception as error:
+        raise CheckerError(what_was_raised(error)) from error
+
+
+def _checked_terms(terms: Sequence[tuple[str, float]]) -> list[RewardTerm]:
+    checked = [RewardTerm(checked_name(name), weight) for name, weight in terms]
+    names = [term.checker for term in checked]
+    if not names:
+        raise RecipeError("there is no reward to learn from", "name at least one checker, as `arithmetic`")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"the rewards {twice} are named twice", "name each once and give it the sum of the weights")
+    for name, weight in checked:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise RecipeError(f"the weight of the reward {name!r} is {weight!r}", "give a finite number, as 1.0")
+    return checked
+
+
+def _check_numbers(timeout_s: float, workers: int) -> None:
+    if not (math.isfinite(timeout_s) and timeout_s > 0):
+        raise RecipeError(f"the time limit of the rewards is {timeout_s} s", "give a number of seconds above 0, as 10")
+    if workers < 1:
+        raise RecipeError(f"{workers} workers shall judge the rewards", "give at least 1")

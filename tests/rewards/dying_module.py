@@ -1,0 +1,4 @@
+import os
+
+print("I am leaving")
+os._exit(3)
