@@ -12,7 +12,7 @@ BIN := .venv/bin
 BENCHMARKS := benchmarks/train_step.py benchmarks/generate.py
 export TORCH_INSTALL
 
-.PHONY: run engines test test-slow bench bench-qualify bench-drill bench-handoff lint format clean venv-run venv-dev
+.PHONY: run engines test test-slow bench bench-qualify bench-drill bench-handoff bench-serve lint format clean venv-run venv-dev
 
 run: venv-run
 	$(BIN)/crosschip run $(RECIPE) $(ARGS)
@@ -37,6 +37,9 @@ bench-drill: venv-run
 
 bench-handoff: venv-run
 	$(BIN)/python benchmarks/handoff.py $(ARGS)
+
+bench-serve: venv-run
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .

@@ -20,19 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peer import arguments
 
 from crosschip.chips import choose_compute_dtype, find_chip, fingerprint, keep_freed_memory
-from crosschip.plan.hardware import Hardware
+from crosschip.plan.hardware import EAGER_CALLS, Hardware
 from crosschip.plan.host import host_cluster
 from crosschip.plan.planning import plan_run
 from crosschip.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "first.toml"
-STEPS = 16
+STEPS = 10
 # Rows, columns and depth of the recipe's commonest product, not of a cube: small products are slow on a CPU.
 PRODUCT = (4096, 384, 128)
-OPERATORS = 6  # calls of torch for what the planner counts as one operator; assumed
+STATES = (4096, 128)
+NUM_STATES = 64
+COLLECTIVE_BYTES = 1 << 20  # about what a layer of the recipe has
 
 
 def shortest_s(work: Any, repeats: int = 20) -> float:
@@ -44,19 +47,57 @@ def shortest_s(work: Any, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def passes_bytes_s(dtype: torch.dtype) -> float:
+    """Bytes a second of the passes that a layer makes, weighed by what a traced step of the recipe moves in each.
+
+    Each pass has states of its own that no cache holds any more, as in a step, whose activations are many.
+    """
+    wide = torch.randn(NUM_STATES, *STATES)
+    narrow, rows, each = wide.to(dtype), torch.randint(STATES[0], STATES[:1]), NUM_STATES * STATES[0] * STATES[1]
+    passes = [
+        (0.60, lambda: [state * state for state in wide], 12),
+        (0.20, lambda: [state.float() for state in narrow], narrow.element_size() + 4),
+        (0.13, lambda: [state[rows] for state in narrow], 2 * narrow.element_size()),
+        (0.07, lambda: [torch.nn.functional.silu(state) for state in narrow], 2 * narrow.element_size()),
+    ]
+    return 1.0 / sum(share * shortest_s(work, 5) / (num_bytes * each) for share, work, num_bytes in passes)
+
+
+def _time_gathers(rank: int, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    found = []
+    for size in (1024, COLLECTIVE_BYTES):
+        mine = torch.zeros(size // 8)
+        whole = torch.empty(2 * mine.numel())
+        found.append(shortest_s(lambda mine=mine, whole=whole: dist.all_gather_into_tensor(whole, mine)))
+    if rank == 0:
+        Path(directory, "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def gloo_link() -> tuple[float, float]:
+    """Bytes a second and latency in seconds of an all-gather between two processes of this machine."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(_time_gathers, (directory,), nprocs=2)
+        short, long = json.loads(Path(directory, "found.json").read_text())
+    return COLLECTIVE_BYTES / 2 / max(long - short, 1e-9), short
+
+
 def measured_hardware(hardware: Hardware, dtype: torch.dtype, num_processes: int) -> Hardware:
     """This machine as one of `num_processes` sees it: rates of torch on its share of the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
     m, n, k = PRODUCT
-    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    product = 2.0 * m * n * k / shortest_s(lambda: left @ right)
-    numbers = torch.randn(m, n).to(dtype)
-    stream = 3 * numbers.numel() * numbers.element_size() / shortest_s(lambda: numbers + numbers)
+    left, right, grad = (torch.randn(shape).to(dtype) for shape in ((m, k), (k, n), (m, n)))
+    # The three products of a layer's matrix: its output, and both gradients.
+    three_s = sum(map(shortest_s, (lambda: left @ right, lambda: grad @ right.T, lambda: left.T @ grad)))
+    product = 3 * 2.0 * m * n * k / three_s
     small = torch.randn(16)
-    launch = shortest_s(lambda: [small + small for _ in range(100)]) / 100
+    launch = shortest_s(lambda: [small * small for _ in range(100)]) / 100
+    link, latency = gloo_link() if num_processes > 1 else (hardware.link_bytes_s, hardware.link_latency_s)
     return replace(
-        hardware, bf16_flops=product, efficiency=1.0, memory_bytes_s=stream, memory_share=1.0,
-        launch_s=OPERATORS * launch, tile=1, node_size=num_processes,
+        hardware, bf16_flops=product, efficiency=1.0, memory_bytes_s=passes_bytes_s(dtype), memory_share=1.0,
+        launch_s=EAGER_CALLS * launch, tile=1, node_size=num_processes, link_bytes_s=link, link_latency_s=latency,
     )  # fmt: skip
 
 
@@ -72,14 +113,14 @@ def children_peak_bytes(command: list[str]) -> int:
     return int(ended.stdout.split()[-1])
 
 
-def trained(num_processes: int) -> tuple[float, int]:
+def trained(num_processes: int, **more: int) -> tuple[float, int]:
     """Median seconds of a step without the first ones, and the peak memory of a process."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         settings = {
             "train.steps": STEPS, "train.warmup_steps": 2, "train.validate_every": 1000, "train.sample_every": 1000,
             "train.checkpoint_every": 1000, "train.verify_checkpoints": "off", "sft.steps": 1, "sft.warmup_steps": 0,
-        }  # fmt: skip
+        } | {f"train.{key}": value for key, value in more.items()}  # fmt: skip
         command = [sys.executable, "-m", "crosschip", "train", str(RECIPE), "--out", str(out)]
         command += ["--nproc", str(num_processes)]
         command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
@@ -96,11 +137,11 @@ def main() -> None:
     keep_freed_memory()
     chip = find_chip("cpu")
     dtype, _ = choose_compute_dtype(chip, "auto")
-    nothing = "import crosschip.train, torch; torch.ones(8, 8) @ torch.ones(8, 8)"
-    empty = children_peak_bytes([sys.executable, "-c", nothing])
     recipe, result = load_recipe(RECIPE), []
     for num_processes in (1, 2):
         before = os.getloadavg()[0]
+        # What a process holds before it trains: torch, data, tokenizer, the arenas' padding. A run of next to nothing.
+        _, empty = trained(num_processes, batch_size=num_processes, seq_len=8)
         cluster = host_cluster(num_processes)
         hardware = measured_hardware(cluster.hardware, dtype, num_processes)
         cluster = replace(cluster, hardware=hardware, fixed_bytes=float(empty))

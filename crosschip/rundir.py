@@ -200,6 +200,10 @@ class RunDirectory:
         """The directory of a training stage: `pretrain`, `sft` (later `rl`)."""
         return self.path / "train" / stage
 
+    def distilled(self, name: str) -> Path:
+        """The rows that a stage of rejection sampling wrote."""
+        return self.path / "distilled" / f"{name}.jsonl"
+
     def qualification(self, chip: str, role: str) -> Path:
         """The report of a chip's examination for a role, `train` or `serve`."""
         return self.path / "qualify" / f"{re.sub(r'[^A-Za-z0-9._=-]+', '-', chip)}-{role}.json"

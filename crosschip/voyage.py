@@ -312,8 +312,7 @@ def _again(voyage: Voyage) -> str:
 
 
 def _is_trained(voyage: Voyage) -> bool:
-    stages = [name for name, stage in (("pretrain", voyage.recipe.train), ("sft", voyage.recipe.sft)) if stage]
-    return all(any(voyage.run.stage(name).glob("checkpoints/step-*")) for name in stages)
+    return all(any(voyage.run.stage(name).glob("checkpoints/step-*")) for name, _ in voyage.recipe.stages)
 
 
 def _evaluate(voyage: Voyage) -> str:

@@ -1,7 +1,7 @@
 """Make the environments of other serving engines, each apart from crosschip's, once. `make engines` calls it.
 
     python3 scripts/make_engines.py                    # all of them
-    python3 scripts/make_engines.py vllm llamacpp      # some
+    python3 scripts/make_engines.py vllm llamacpp      # some; trl, too, which is for a benchmark
 
 They are `.engines/NAME` (CROSSCHIP_ENGINES chooses another directory), with pinned versions: what these are decides an
 engine's numbers. A second call finds each environment's stamp and installs nothing; other pins, or an interrupted
@@ -39,8 +39,11 @@ SPECS = {
         "remove": ["torchvision", "torchaudio", "torchcodec"],
     },
     "llamacpp": {"install": ["xllamacpp==2026.10.11549", "gguf==0.19.0"], "torch": False, "remove": []},
+    # Not an engine, but what `benchmarks/rl.py` compares with; made only when asked for.
+    "trl": {"install": ["trl", "transformers==5.24.0"], "torch": True, "remove": []},
 }
-IMPORTED = {"transformers": "transformers", "vllm": "vllm", "llamacpp": "xllamacpp"}
+IMPORTED = {"transformers": "transformers", "vllm": "vllm", "llamacpp": "xllamacpp", "trl": "trl"}
+DEFAULT = ["transformers", "vllm", "llamacpp"]
 
 
 class SetupError(Exception):
@@ -151,7 +154,7 @@ def leave_virtual_environment():
 
 def main():
     """Make the environments that are asked for, or find them made."""
-    names = sys.argv[1:] or list(SPECS)
+    names = sys.argv[1:] or DEFAULT
     unknown = [name for name in names if name not in SPECS]
     if unknown:
         raise SetupError(f"{unknown[0]} is no engine that is known here.\n  what to do: {', '.join(SPECS)} are")

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "crosschip"
 
 # "": the package itself, for its version
-KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", "published", "certificate", ""}
+KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", "paired", "published", "certificate", ""}
 EVERYTHING = None
 
 # A room and the rooms it may know, besides itself and what is known to all. A dotted name opens one module only.
@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str] | None] = {
     "": set(),
     "errors": set(),
     "intervals": set(),
+    "paired": set(),
     "published": set(),
     "recipe": set(),
     "rundir": set(),
@@ -34,7 +35,8 @@ ARROWS: dict[str, set[str] | None] = {
     "torch_plugin": {"chips"},
     "model": {"chips"},
     "golden": {"chips", "model"},
-    "train": {"chips", "model", "data", "golden"},
+    "rewards": {"data"},
+    "train": {"chips", "model", "data", "golden", "rewards"},
     "handoff": {"chips", "model", "data", "golden", "engines"},
     "serve": {"chips", "model", "data", "golden"},
     # Qualify examines what really runs: the train step with its optimizer, the runner with what it is handed.
@@ -66,10 +68,12 @@ TORCH_FREE = (
     "doctor",
     "errors",
     "intervals",
+    "paired",
     "plan",
     "published",
     "recipe",
     "report",
+    "rewards",
     "rundir",
     "torch_plugin",
     "voyage",

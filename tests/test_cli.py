@@ -19,7 +19,10 @@ from crosschip.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT = Path(__file__).parent / "cli_options.txt"
-VERBS = ["run", "qualify", "train", "drill", "serve", "compare", "chat", "doctor", "handoff", "golden", "plan"]
+VERBS = [
+    *("run", "qualify", "train", "evaluate", "distill", "drill", "serve", "compare", "chat", "doctor"),
+    *("handoff", "golden", "plan"),
+]
 HEAVY = ["torch", "transformers", "numpy", "fastapi", "rich.table", "matplotlib"]
 
 REPORT_MODULES = """

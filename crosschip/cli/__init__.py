@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from crosschip import __version__
+from crosschip.cli.distilling import distill
 from crosschip.cli.drilling import drill
+from crosschip.cli.evaluating import evaluate
 from crosschip.cli.examining import compare, doctor
 from crosschip.cli.golden import golden
 from crosschip.cli.guard import guarded
@@ -49,7 +51,7 @@ def crosschip(
     """Hold the options that stand before a verb."""
 
 
-for verb in (run, qualify, train, drill, serve, compare, chat, doctor):
+for verb in (run, qualify, train, evaluate, distill, drill, serve, compare, chat, doctor):
     app.command()(guarded(verb))
 app.add_typer(handoff, name="handoff")
 app.add_typer(golden, name="golden")

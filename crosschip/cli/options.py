@@ -63,6 +63,6 @@ def overrides_of(recipe: Path, overrides: list[str] | None, skip_bad_rows: int |
     from crosschip.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    stages = {"train": resolved.train, "sft": resolved.sft}
+    stages = {"train": resolved.train, "sft": resolved.sft, "rl": resolved.rl}
     tables = ["data", *(f"{name}.data" for name, stage in stages.items() if stage is not None and stage.data)]
     return [*(overrides or []), *(f"{table}.skip_bad_rows={skip_bad_rows}" for table in tables)]

@@ -63,9 +63,20 @@ def serve(
     speculative: Annotated[
         bool, typer.Option("--speculative", help="Draft tokens with the model's multi-token-prediction module.")
     ] = False,
+    record_routes: Annotated[
+        bool, typer.Option("--record-routes", help="Keep which experts tokens take, for training to replay them.")
+    ] = False,
     model_name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The name in the API; else the directory's.", show_default=False),
+    ] = None,
+    tool_format: Annotated[
+        Literal["hermes", "deepseek-v3", "deepseek-v3.1", "llama-3.1"] | None,
+        typer.Option(
+            "--tool-format",
+            help="How the model writes tool calls; else found from its chat template.",
+            show_default=False,
+        ),
     ] = None,
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Refuse a model without a valid certificate.")
@@ -137,8 +148,9 @@ def serve(
         require_certificate=require_certificate,
         limits=_limits(limits),
         tls=tls,
-        engine_options=EngineOptions(cache_tokens, prefix_cache, deterministic, speculative),
+        engine_options=EngineOptions(cache_tokens, prefix_cache, deterministic, speculative, record_routes),
         drain_s=drain_s,
+        tool_format=tool_format,
     )
 
 

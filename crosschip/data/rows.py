@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from crosschip.errors import DataError
 
-__all__ = ["Message", "Role", "Row", "Split", "falls_below"]
+__all__ = ["Message", "Role", "Row", "Split", "ToolCall", "falls_below"]
 
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "validation"]
@@ -19,12 +19,27 @@ _NUMBER = re.compile(r"[-+]?[\d.,/]*\d")
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool that an assistant made; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `reasoning_content` is what an assistant thought before `content`."""
+    """One turn of a conversation; `reasoning_content` is what an assistant thought before `content`.
+
+    A turn of the role `tool` is what came of the call `tool_call_id`; `name` is then the tool's.
+    """
 
     role: str
     content: str
     reasoning_content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

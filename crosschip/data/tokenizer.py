@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from crosschip.data.answers import THINK_CLOSE, THINK_OPEN
-from crosschip.data.chat import CHAT_TEMPLATE, Guard, Segment, normalise, render_chat, split_trained
+from crosschip.data.chat import (
+    CHAT_TEMPLATE,
+    Document,
+    Guard,
+    Segment,
+    document_of,
+    normalise,
+    render_chat,
+    split_trained,
+)
 from crosschip.data.rows import Message, digest_of
+from crosschip.data.tool_support import ToolSupport, find_tool_support
 from crosschip.errors import DataError
 from crosschip.rundir import write_json, write_text
 
@@ -84,15 +95,31 @@ class ChatTokenizer:
         """The text of ids; `<think>` tags stay, other control tokens are dropped, broken UTF-8 becomes U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The conversation as text, as the chat template writes it; to be read, not to be encoded."""
-        normal = [normalise(message) for message in messages]
-        return render_chat(self._template(), normal, self._special_texts, add_generation_prompt)
+    @cached_property
+    def tool_support(self) -> ToolSupport:
+        """What the chat template does with tools; none, where there is no template."""
+        if self.chat_template is None:
+            return ToolSupport()
+        return find_tool_support(self.chat_template, self._special_texts)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """The ids of a conversation; control tokens come from the template alone, never from a message's content."""
-        guarded, mark = self._guard.protect([normalise(message) for message in messages])
-        text = render_chat(self._template(), guarded, self._special_texts, add_generation_prompt)
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Document] | None = None
+    ) -> str:
+        """The conversation as text, as the chat template writes it; to be read, not to be encoded."""
+        documents = self._documents(messages, tools)
+        return render_chat(self._template(), documents, self._special_texts, add_generation_prompt, tools)
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Document] | None = None
+    ) -> list[int]:
+        """The ids of a conversation; control tokens come from the template alone, never from messages or tools.
+
+        `tools` are those that the assistant may call, in OpenAI's form. Tools, calls or results that the template
+        would leave out are a `DataError`.
+        """
+        documents = self._documents(messages, tools)
+        guarded, mark = self._guard.protect([documents, list(tools or [])])
+        text = render_chat(self._template(), guarded[0], self._special_texts, add_generation_prompt, guarded[1])
         return self._encode_guarded(text, mark)
 
     def encode_example(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -104,7 +131,7 @@ class ChatTokenizer:
         template = self._template()
         segments: list[list[tuple[Segment, str | None]]] = []
         for messages in examples:
-            guarded, mark = self._guard.protect([normalise(message) for message in messages])
+            guarded, mark = self._guard.protect(self._documents(messages))
             segments.append([(part, mark) for part in split_trained(template, guarded, self._special_texts)])
         unmarked = [part.text for parts in segments for part, mark in parts if mark is None]
         encodings = iter(self._tokenizer.encode_batch_fast(unmarked, add_special_tokens=False))
@@ -137,6 +164,25 @@ class ChatTokenizer:
         if self.chat_template is not None:
             write_text(directory / _TEMPLATE_FILE, self.chat_template)
 
+    def _documents(self, messages: Sequence[Message], tools: Sequence[Document] | None = None) -> list[Document]:
+        """The messages for the template, which is asked first whether it knows what is unusual in them."""
+        has_calls = any(message.tool_calls for message in messages)
+        has_results = any(message.role == "tool" for message in messages)
+        if not (has_calls or has_results or tools):
+            return [document_of(normalise(message)) for message in messages]
+        support = self.tool_support
+        for is_there, is_known, what in (
+            (tools, support.shows_tools, "tools"),
+            (has_calls, support.calls, "an assistant's tool calls"),
+            (has_results, support.shows_results, "messages of the role tool"),
+        ):
+            if is_there and not is_known:
+                raise DataError(
+                    f"the chat template does not know {what}: the model would not see them",
+                    "leave them out, or take a model whose chat template writes them",
+                )
+        return [document_of(normalise(message), support.calls) for message in messages]
+
     def _template(self) -> str:
         if self.chat_template is None:
             raise DataError(
@@ -150,7 +196,7 @@ class ChatTokenizer:
             return self.encode_with_controls(text)
         ids: list[int] = []
         for piece, is_control in self._guard.cut(text):
-            ids += [self._controls[piece]] if is_control else self.encode(piece.replace(mark, ""))
+            ids += [self._controls[piece]] if is_control else self.encode(self._guard.unmark(piece, mark))
         return ids
 
     def _special_id(self, name: str) -> int | None:

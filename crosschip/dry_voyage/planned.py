@@ -164,7 +164,7 @@ def export_planned(planned: PlannedModel, directory: Path, seed: int) -> Path:
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
     )
-    stage = "sft" if planned.recipe.sft is not None else "pretrain"
+    stage = planned.recipe.stages[-1][0]
     with atomic_directory(run.stage(stage) / "checkpoints" / "step-00000000") as target:
         save_model(random_model(config, seed), target, torch.float32)
     write_json(run.resolved_recipe, planned.recipe.model_dump())

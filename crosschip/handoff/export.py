@@ -30,7 +30,7 @@ def export_hf(run: RunDirectory, recipe: Recipe, target: Path | None = None) -> 
     Raises:
         RunDirectoryError: the run has no complete checkpoint or tokenizer, or `target` holds something else.
     """
-    checkpoint = last_checkpoint(run.path, "sft" if recipe.sft is not None else "pretrain")
+    checkpoint = last_checkpoint(run.path, recipe.stages[-1][0])
     if not is_complete(run.tokenizer):
         raise RunDirectoryError(f"{run.tokenizer} is missing or incomplete", "train the run to its end first")
     source = open_source(checkpoint)

@@ -82,7 +82,7 @@ def last_checkpoint(path: Path, stage: str | None = None) -> Path:
     run = RunDirectory(path)
     if stage is None and run.resolved_recipe.is_file():
         recipe = parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe))
-        stage = "sft" if recipe.sft is not None else "pretrain"
+        stage = recipe.stages[-1][0]
     stages = (stage,) if stage is not None else _STAGES
     for each in stages:
         checkpoints = sorted((run.stage(each) / "checkpoints").glob("step-*"))

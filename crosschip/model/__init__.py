@@ -2,7 +2,7 @@
 
 from crosschip.model.config import ModelConfig, config_from_settings
 from crosschip.model.decoder import Decoder, LatentCache, generate
-from crosschip.model.transformer import LossParts, Transformer, init_weights
+from crosschip.model.transformer import LossParts, TokenLogprobs, Transformer, init_weights
 from crosschip.model.weights import load_model, load_multiplied_out, read_config, save_model
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "LatentCache",
     "LossParts",
     "ModelConfig",
+    "TokenLogprobs",
     "Transformer",
     "config_from_settings",
     "generate",

@@ -73,6 +73,11 @@ class ModelConfig:
         """Layers with routed experts, the multi-token-prediction modules included."""
         return sum(map(self.is_moe_layer, range(self.num_hidden_layers + self.num_nextn_predict_layers)))
 
+    @property
+    def num_main_moe_layers(self) -> int:
+        """Layers with routed experts, without those of the multi-token-prediction modules."""
+        return sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` has routed experts; the multi-token-prediction modules follow the last layer."""
         return layer >= self.first_k_dense_replace

@@ -24,6 +24,7 @@ from crosschip.model.latent_cache import BLOCK_TOKENS, LatentCache, Places, read
 from crosschip.model.layers import GatedMLP
 from crosschip.model.matrix import Matrix
 from crosschip.model.rope import attention_scale, rope_table, rotate
+from crosschip.model.route_record import RouteRecord
 from crosschip.model.transformer import Block, MultiTokenPrediction, Transformer
 
 __all__ = ["Decoder", "LatentCache", "generate"]
@@ -31,6 +32,9 @@ __all__ = ["Decoder", "LatentCache", "generate"]
 # Up to this many tokens a few experts are computed all at once: their weights are read once, and so would a loop.
 _DENSE_EXPERT_TOKENS = 32
 _DENSE_EXPERTS = 16
+# And more tokens, as long as what is computed in vain costs less than calling each expert: some 60 microseconds on a
+# CPU. 8 experts of 128 x 96, fp32: 0.57 ms against 0.84 for 64 tokens, 0.99 against 1.30 for 128.
+_FLOPS_OF_A_CALL = 7e6
 # On CPUs long rows are read faster one by one (16 rows of 2048 tokens, fp32: 4.8 ms a layer against 9.7 in one product,
 # and 18.1 where their blocks are scattered and gathered first).
 _BY_ROW_FROM = 1024
@@ -170,6 +174,10 @@ class _AllExperts:
             downs.append(moe.shared_experts.down_proj.weight.detach())
         self.gate_up = Matrix((torch.cat((*gates, *ups)) * norm).to(dtype))
         self.down = Matrix(torch.cat(downs, dim=1).to(dtype))
+        in_vain = moe.experts.gate_up_proj.shape[0] - moe.gate.config.num_experts_per_tok
+        in_vain_flops = 2 * in_vain * (moe.experts.gate_up_proj[0].numel() + moe.experts.down_proj[0].numel())
+        calls_flops = _FLOPS_OF_A_CALL * moe.experts.gate_up_proj.shape[0]
+        self.most_tokens = max(_DENSE_EXPERT_TOKENS, int(calls_flops / max(1, in_vain_flops)))
 
     def __call__(self, x_MD: Tensor, share_ME: Tensor) -> Tensor:
         gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
@@ -189,16 +197,24 @@ class _Experts:
         self.shared = None if moe.shared_experts is None else _DenseMLP.of(moe.shared_experts, norm, dtype)
         self.all = _AllExperts(moe, norm, dtype) if config.n_routed_experts <= _DENSE_EXPERTS else None
 
-    def __call__(self, x_MD: Tensor) -> Tensor:
+    def __call__(self, x_MD: Tensor, chosen: list[Tensor]) -> Tensor:
+        """[M, D] to [M, D]; the ids [M, K] of the experts that the tokens took are appended to `chosen`."""
         scores_ME = F.linear(x_MD.float(), self.router_weight).sigmoid_()
         ids_MK, weights_MK = route(scores_ME, self.router.e_score_correction_bias, self.config)
-        if self.all is not None and x_MD.shape[0] <= _DENSE_EXPERT_TOKENS:
+        chosen.append(ids_MK)
+        if self.all is not None and x_MD.shape[0] <= self.all.most_tokens:
             return self.all(x_MD, torch.zeros_like(scores_ME).scatter_(1, ids_MK, weights_MK).to(x_MD.dtype))
         place_P, split = places(ids_MK, torch.bincount(ids_MK.flatten(), minlength=len(self.each)))
         parts = dispatch(x_MD, place_P, sum(split)).split(split)
         out_RD = torch.cat([expert(rows) for expert, rows in zip(self.each, parts, strict=True) if len(rows)])
         out_MD = combine(out_RD[place_P].unflatten(0, ids_MK.shape), weights_MK)
         return out_MD if self.shared is None else out_MD.add_(self.shared(x_MD))
+
+
+def _fed_forward(feed_forward: _DenseMLP | _Experts, x_BTD: Tensor, chosen: list[Tensor]) -> Tensor:
+    x_MD = x_BTD.flatten(0, 1)
+    out_MD = feed_forward(x_MD, chosen) if isinstance(feed_forward, _Experts) else feed_forward(x_MD)
+    return out_MD.view_as(x_BTD)
 
 
 class _Draft:
@@ -218,7 +234,7 @@ class _Draft:
     def __call__(self, next_BTD: Tensor, state_BTD: Tensor, span: _Span, rows_PX: Tensor, eps: float) -> Tensor:
         x_BTD = self.join(torch.cat((_unit(next_BTD, eps), _unit(state_BTD, eps)), dim=-1))
         x_BTD += self.attention(x_BTD, span, rows_PX)
-        x_BTD += self.feed_forward(_unit(x_BTD, eps).flatten(0, 1)).view_as(x_BTD)
+        x_BTD += _fed_forward(self.feed_forward, _unit(x_BTD, eps), [])
         return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self.norm, eps)
 
 
@@ -240,7 +256,7 @@ class Decoder:
     def computes_all_experts(self, num_rows: int) -> bool:
         """Whether calls of so many tokens compute every expert for every token, or there are none to choose from."""
         experts = [feed_forward for _, feed_forward in self._layers if isinstance(feed_forward, _Experts)]
-        return not experts or (num_rows <= _DENSE_EXPERT_TOKENS and all(each.all is not None for each in experts))
+        return all(each.all is not None and num_rows <= each.all.most_tokens for each in experts)
 
     @property
     def can_draft(self) -> bool:
@@ -254,10 +270,16 @@ class Decoder:
         return _DenseMLP.of(block.mlp, norm, self.dtype)
 
     def new_cache(
-        self, num_slots: int, max_len: int, num_blocks: int | None = None, drafts: bool = False
+        self,
+        num_slots: int,
+        max_len: int,
+        num_blocks: int | None = None,
+        drafts: bool = False,
+        record_routes: bool = False,
     ) -> LatentCache:
         """Memory for `num_slots` sequences of up to `max_len` tokens, each whole; or for `num_blocks` blocks of
-        `BLOCK_TOKENS` tokens that they share (`LatentCache.set_blocks` says how). `draft` needs a layer more.
+        `BLOCK_TOKENS` tokens that they share (`LatentCache.set_blocks` says how). `draft` needs a layer more. With
+        `record_routes`, `extend` keeps which experts each token took.
         """
         if max_len > self.config.max_position_embeddings:
             raise ModelError(
@@ -267,7 +289,10 @@ class Decoder:
         width, layers = self.config.latent_dim, len(self._layers) + drafts
         # Padding may reach to the end of the last block.
         rope_P2r = rope_table(self.config, -(-max_len // BLOCK_TOKENS) * BLOCK_TOKENS, self.device)
-        return LatentCache(layers, width, rope_P2r, num_slots, max_len, num_blocks, self.dtype, self.device)
+        cache = LatentCache(layers, width, rope_P2r, num_slots, max_len, num_blocks, self.dtype, self.device)
+        if record_routes:
+            cache.routes = RouteRecord(self.config, cache.rows[0].shape[0], self.device)
+        return cache
 
     @torch.inference_mode()
     def extend(self, tokens_BT: Tensor, start_B: Tensor, slots_B: Tensor, cache: LatentCache) -> Tensor:
@@ -279,10 +304,12 @@ class Decoder:
         """
         span = self._span(start_B, slots_B, tokens_BT.shape[1], cache)
         x_BTD = F.embedding(tokens_BT.to(self.device), self._embedding)
-        eps = self.config.rms_norm_eps
+        eps, chosen = self.config.rms_norm_eps, list[Tensor]()
         for (attention, feed_forward), rows in zip(self._layers, cache.rows, strict=False):
             x_BTD += attention(x_BTD, span, rows)
-            x_BTD += feed_forward(_unit(x_BTD, eps).flatten(0, 1)).view_as(x_BTD)
+            x_BTD += _fed_forward(feed_forward, _unit(x_BTD, eps), chosen)
+        if cache.routes is not None:
+            cache.routes.write(span.places.written_M, chosen)
         return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self._norm, eps)
 
     @torch.inference_mode()
@@ -309,7 +336,7 @@ class Decoder:
             seen_BTS = torch.arange(num_cached, device=self.device) <= positions_BT[..., None]
             mask = torch.zeros(seen_BTS.shape, device=self.device).masked_fill_(~seen_BTS, -torch.inf)
         return _Span(
-            places=cache.places(slots_B.tolist(), host_positions_BT, num_cached),
+            places=cache.places(slots_B.tolist(), host_positions_BT, num_cached, by_row),
             cos_BT1r=rope_BT2r[:, :, :1],
             sin_BT1r=rope_BT2r[:, :, 1:],
             fresh=max(starts) == 0 and time > 1,

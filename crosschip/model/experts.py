@@ -28,12 +28,26 @@ __all__ = [
 ]
 
 
-def route(scores_ME: Tensor, bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+def route(
+    scores_ME: Tensor, bias_E: Tensor, config: ModelConfig, routes_MK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose K experts per token: (ids [M, K], weights [M, K] in fp32).
 
     The bias decides who is chosen and never how much a chosen expert counts. With groups, only the `topk_group` groups
-    with the best sum of their two best experts can be chosen from.
+    with the best sum of their two best experts can be chosen from. `routes_MK` (int64) are the ids to take instead, for
+    all tokens whose row holds no -1.
     """
+    ids_MK = _chosen(scores_ME, bias_E, config)
+    if routes_MK is not None:
+        ids_MK = torch.where((routes_MK >= 0).all(-1, keepdim=True), routes_MK, ids_MK)
+    weights_MK = scores_ME.gather(1, ids_MK)
+    if config.norm_topk_prob:
+        weights_MK = weights_MK / (weights_MK.sum(-1, keepdim=True) + 1e-20)
+    return ids_MK, weights_MK if config.routed_scaling_factor == 1.0 else weights_MK * config.routed_scaling_factor
+
+
+def _chosen(scores_ME: Tensor, bias_E: Tensor, config: ModelConfig) -> Tensor:
+    """The router's own choice, ids [M, K]."""
     choice_ME = scores_ME.detach() + bias_E
     if config.n_group > 1:
         choice_MGe = choice_ME.unflatten(-1, (config.n_group, -1))
@@ -42,11 +56,7 @@ def route(scores_ME: Tensor, bias_E: Tensor, config: ModelConfig) -> tuple[Tenso
         choice_ME = choice_MGe.scatter(1, dropped[..., None].expand(-1, -1, choice_MGe.shape[-1]), -torch.inf).flatten(
             1
         )
-    ids_MK = choice_ME.topk(config.num_experts_per_tok, dim=-1).indices
-    weights_MK = scores_ME.gather(1, ids_MK)
-    if config.norm_topk_prob:
-        weights_MK = weights_MK / (weights_MK.sum(-1, keepdim=True) + 1e-20)
-    return ids_MK, weights_MK if config.routed_scaling_factor == 1.0 else weights_MK * config.routed_scaling_factor
+    return choice_ME.topk(config.num_experts_per_tok, dim=-1).indices
 
 
 class Router(nn.Module):
@@ -59,10 +69,10 @@ class Router(nn.Module):
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids [M, K] and their weights [M, K] (fp32)."""
+    def forward(self, x_MD: Tensor, routes_MK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Expert ids [M, K] and their weights [M, K] (fp32); `routes_MK` as in `route`."""
         scores_ME = F.linear(x_MD.float(), self.weight.float()).sigmoid()
-        return route(scores_ME, self.e_score_correction_bias, self.config)
+        return route(scores_ME, self.e_score_correction_bias, self.config, routes_MK)
 
 
 class ExpertExchange(Protocol):
@@ -215,10 +225,10 @@ class MixtureOfExperts(nn.Module):
             else None
         )
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D], and the number of tokens each expert got [E]."""
+    def forward(self, x_BTD: Tensor, routes_MK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T, D] to [B, T, D], and the number of tokens each expert got [E]; `routes_MK` as in `route`."""
         x_MD = x_BTD.flatten(0, 1)
-        ids_MK, weights_MK = self.gate(x_MD)
+        ids_MK, weights_MK = self.gate(x_MD, routes_MK)
         out_MD, load_E = self.experts(x_MD, ids_MK, weights_MK)
         if self.shared_experts is not None:
             out_MD = out_MD + self.shared_experts(x_MD)

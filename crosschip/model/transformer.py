@@ -1,26 +1,27 @@
 """The DeepSeek-V3 transformer for training and scoring (arXiv 2412.19437, section 2). Serving decodes with `Decoder`.
 
-B batch, T positions, D hidden size, C vocabulary, L layers with experts, E experts.
+B batch, T positions, M = B * T, D hidden size, C vocabulary, L layers with experts, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosschip.errors import ModelError
 from crosschip.model.attention import LatentAttention
 from crosschip.model.config import ModelConfig
-from crosschip.model.cross_entropy import IGNORED, linear_cross_entropy
+from crosschip.model.cross_entropy import IGNORED, linear_cross_entropy, linear_logprobs
 from crosschip.model.experts import MixtureOfExperts, Router
 from crosschip.model.layers import GatedMLP, Linear, RMSNorm
 from crosschip.model.rope import rope_table
 
-__all__ = ["LossParts", "Transformer", "init_weights"]
+__all__ = ["LossParts", "TokenLogprobs", "Transformer", "init_weights"]
 
 
 class LossParts(NamedTuple):
@@ -34,6 +35,14 @@ class LossParts(NamedTuple):
     mtp_loss_sum: Tensor  # fp32 scalar over all multi-token-prediction modules; 0 without them
     mtp_num_tokens: Tensor  # int64 scalar
     expert_load_LE: Tensor  # int64 [L, E]: tokens each expert got; [0, E] in a dense model
+
+
+class TokenLogprobs(NamedTuple):
+    """What the model thinks of each label, in nats, fp32; 0 where the label is -100. A tuple as `LossParts` is."""
+
+    logprobs_BT: Tensor  # with gradient
+    entropy_BT: Tensor  # of the distribution that the label was drawn from; without gradient
+    expert_load_LE: Tensor  # int64, of the main model's layers alone
 
 
 class _Loads(list[Tensor]):
@@ -61,11 +70,13 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_T2r)
         return x_BTD, self.post_attention_layernorm(x_BTD)
 
-    def forward(self, x_BTD: Tensor, rope_T2r: Tensor, loads: list[Tensor]) -> Tensor:
-        """[B, T, D] to [B, T, D]; the load of the experts, if there are any, is appended to `loads`."""
+    def forward(self, x_BTD: Tensor, rope_T2r: Tensor, loads: list[Tensor], routes_MK: Tensor | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; the load of the experts, if there are any, is appended to `loads`. `routes_MK` are
+        the experts to take, as in `route`.
+        """
         x_BTD, normed_BTD = self.attend(x_BTD, rope_T2r)
         if isinstance(self.mlp, MixtureOfExperts):
-            out_BTD, load_E = self.mlp(normed_BTD)
+            out_BTD, load_E = self.mlp(normed_BTD, routes_MK)
             loads.append(load_E)
         else:
             out_BTD = self.mlp(normed_BTD)
@@ -111,6 +122,7 @@ class Transformer(nn.Module):
         )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.adapters: nn.Module | None = None  # of `train.adapters`: the weights hold what they have learnt
         self._rope_P2r = torch.empty(0)
 
     def _rope(self, num_positions: int, device: torch.device) -> Tensor:
@@ -119,11 +131,17 @@ class Transformer(nn.Module):
             self._rope_P2r = rope_table(self.config, num_positions, device)
         return self._rope_P2r[:num_positions]
 
-    def _hidden(self, input_ids_BT: Tensor, dtype: torch.dtype, loads: list[Tensor]) -> Tensor:
+    def _hidden(
+        self,
+        input_ids_BT: Tensor,
+        dtype: torch.dtype,
+        loads: list[Tensor],
+        routes_by_layer: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
         x_BTD = F.embedding(input_ids_BT, self.embed_tokens.weight).to(dtype)
         rope_T2r = self._rope(input_ids_BT.shape[1], x_BTD.device)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rope_T2r, loads)
+        for number, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, rope_T2r, loads, (routes_by_layer or {}).get(number))
         normed: Tensor = self.norm(x_BTD)
         return normed
 
@@ -147,14 +165,58 @@ class Transformer(nn.Module):
                 state_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten()
             )
             mtp_num_tokens = mtp_num_tokens + (labels_BT != IGNORED).sum()
-        no_load = input_ids_BT.new_zeros((0, self.config.n_routed_experts))
         return LossParts(
             loss_sum=loss_sum,
             num_tokens=num_tokens,
             mtp_loss_sum=mtp_loss_sum,
             mtp_num_tokens=mtp_num_tokens,
-            expert_load_LE=torch.stack(loads) if loads else no_load,
+            expert_load_LE=self._stacked(loads, input_ids_BT),
         )
+
+    def logprobs(
+        self,
+        input_ids_BT: Tensor,
+        labels_BT: Tensor,
+        compute_dtype: torch.dtype = torch.float32,
+        routes: Tensor | None = None,
+    ) -> TokenLogprobs:
+        """Each label's log-prob at temperature 1; labels as in `loss`. The multi-token-prediction modules are left out.
+
+        Args:
+            input_ids_BT: tokens.
+            labels_BT: the token after each, or -100.
+            compute_dtype: of all products but the router's.
+            routes: integers [B, T, L, K], the experts that each token took elsewhere, in the order of the main model's
+                layers with experts: they are taken here as well, weighted by this model's own scores. Where a token's
+                row in a layer holds a -1, the router chooses itself.
+
+        Raises:
+            ModelError: routes of another shape.
+        """
+        loads = _Loads()
+        by_layer = None if routes is None else self._routes_by_layer(routes, input_ids_BT)
+        state_BTD = self._hidden(input_ids_BT, compute_dtype, loads, by_layer)
+        own_M, entropy_M = linear_logprobs(state_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten())
+        return TokenLogprobs(
+            logprobs_BT=own_M.view_as(labels_BT),
+            entropy_BT=entropy_M.view_as(labels_BT),
+            expert_load_LE=self._stacked(loads, input_ids_BT),
+        )
+
+    def _routes_by_layer(self, routes: Tensor, input_ids_BT: Tensor) -> dict[int, Tensor]:
+        numbers = list(filter(self.config.is_moe_layer, range(self.config.num_hidden_layers)))
+        shape = (*input_ids_BT.shape, len(numbers), self.config.num_experts_per_tok)
+        if routes.shape != shape:
+            raise ModelError(
+                f"routes of shape {list(routes.shape)}, but these tokens and this model have {list(shape)} "
+                "[batch, positions, layers with experts, experts per token]",
+                "replay what this model's architecture recorded, padded with -1 as the tokens are padded",
+            )
+        routes_LMK = routes.to(torch.int64).flatten(0, 1).transpose(0, 1)
+        return dict(zip(numbers, routes_LMK, strict=True))
+
+    def _stacked(self, loads: list[Tensor], input_ids_BT: Tensor) -> Tensor:
+        return torch.stack(loads) if loads else input_ids_BT.new_zeros((0, self.config.n_routed_experts))
 
     def routers(self) -> list[Router]:
         """The routers, in the order of `LossParts.expert_load_LE`."""
@@ -162,8 +224,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, expert_load_LE: Tensor, rate: float) -> None:
-        """Push each expert's bias by `rate` against its over- or under-load (arXiv 2408.15664, algorithm 1)."""
-        for router, load_E in zip(self.routers(), expert_load_LE.float(), strict=True):
+        """Push each expert's bias by `rate` against its over- or under-load (arXiv 2408.15664, algorithm 1).
+
+        `TokenLogprobs` has no loads of the multi-token-prediction modules, the last routers: they stay as they are.
+        """
+        routers = self.routers()
+        assert len(expert_load_LE) in (len(routers), self.config.num_main_moe_layers)
+        for router, load_E in zip(routers, expert_load_LE.float(), strict=False):
             router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
 

@@ -33,6 +33,7 @@ from crosschip.model.transformer import Transformer
 from crosschip.rundir import read_json, write_json
 
 __all__ = [
+    "ADAPTERS",
     "DCP_DIRECTORY",
     "MODEL_PREFIX",
     "TensorView",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 DCP_DIRECTORY = "dcp"  # of a training checkpoint: its tensors, in our own names, as crosschip.model.dcp reads them
+ADAPTERS = "adapters."  # names of `train.adapters` within a model
 MODEL_PREFIX = "model."  # there, before the name of a parameter or buffer
 _SHARD_BYTES = 4 << 30
 _SCALES = ("_scale_inv", "_scale")  # after the name of a weight in 8 bits
@@ -130,11 +132,14 @@ def has_weights(directory: Path) -> bool:
 
 
 def own_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The model's parameters and buffers under our own names, each once: a tied output matrix is the embedding."""
+    """The model's parameters and buffers under our own names, each once: a tied output matrix is the embedding.
+
+    Adapters are left out: the weights hold what they have learnt.
+    """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and not name.startswith(ADAPTERS):
             seen.add(id(tensor))
             found[name] = tensor.detach()
     return found

@@ -109,6 +109,10 @@ class Architecture:
     embedding_norm: bool = False
     learned_positions: int = 0
     train_seq_len: int | None = None  # what it was pre-trained with, where published
+    train_batch: int | None = None  # sequences of a step of its pre-training, where published
+    train_layout: str = ""  # in the words of `validate.parallelism`, where published
+    interleaved: bool = True  # whether its trainers' pipeline could hold several chunks a stage: DeepSpeed's cannot
+    zero_bubble: bool = False  # whether weights' gradients filled its pipeline's bubble
     fused_attention: bool = True  # whether its trainers had it: not before the summer of 2022
     source: str = ""
     assumed: str = ""

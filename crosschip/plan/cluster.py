@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from crosschip.errors import RecipeError
+from crosschip.plan.calendar_tables import RecoveryTable, ScheduleTable, SeenTable
 from crosschip.plan.figures import Figure
-from crosschip.plan.hardware import CHIP_FIGURES, Hardware, kind_named
+from crosschip.plan.hardware import CHIP_FIGURES, EAGER_CALL_S, EAGER_CALLS, Hardware, kind_named, names_of_kind
+from crosschip.plan.strict_table import StrictTable
 
-__all__ = ["Cluster", "ClusterFile", "GivenFigure", "PriceTable", "parse_cluster", "read_cluster"]
+__all__ = ["KERNELS_SHARE", "Cluster", "ClusterFile", "GivenFigure", "PriceTable", "parse_cluster", "read_cluster"]
 
 _FIELDS = {
     "bf16_tflops": ("bf16_flops", 1e12),
@@ -31,14 +33,10 @@ _FIELDS = {
 _OPTIONAL = {"fp8_tflops", "product_share"}
 # Kernels other than one large product, and everything around them: about what published runs reach of their largest
 # product. Assumed, and rounded.
-_KERNELS_SHARE = 0.8
+KERNELS_SHARE = 0.8
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class GivenFigure(_Strict):
+class GivenFigure(StrictTable):
     """One number of the file."""
 
     value: Annotated[float, Field(gt=0.0)]
@@ -46,7 +44,7 @@ class GivenFigure(_Strict):
     source: Annotated[str, Field(min_length=1)]
 
 
-class PriceTable(_Strict):
+class PriceTable(StrictTable):
     """`[price]`: in one currency; `chip_kw` holds host and cooling. What is left out is not counted."""
 
     currency: str = "USD"
@@ -55,7 +53,7 @@ class PriceTable(_Strict):
     per_kwh: Annotated[float, Field(ge=0.0)] | None = None
 
 
-class ClusterFile(_Strict):
+class ClusterFile(StrictTable):
     """The whole file."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -65,11 +63,18 @@ class ClusterFile(_Strict):
     note: str = ""
     figures: dict[str, GivenFigure] = Field(default_factory=dict)
     price: PriceTable = PriceTable()
+    schedule: ScheduleTable = ScheduleTable()
+    recovery: RecoveryTable = RecoveryTable()
+    seen: Annotated[tuple[SeenTable, ...], Field(strict=False)] = ()
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster ready to plan on. `figures` has every number of the chip with its source."""
+    """A cluster ready to plan on. `figures` has every number of the chip with its source.
+
+    `matches` are regular expressions for the names under which a report speaks of this chip. `fixed_bytes` is what a
+    process takes before it trains, `allocator_factor` what the allocator holds over the activations that are there.
+    """
 
     name: str
     hardware: Hardware
@@ -77,6 +82,11 @@ class Cluster:
     price: PriceTable = field(default_factory=PriceTable)
     note: str = ""
     fixed_bytes: float = 3e9
+    allocator_factor: float = 1.0
+    schedule: ScheduleTable = field(default_factory=ScheduleTable)
+    recovery: RecoveryTable = field(default_factory=RecoveryTable)
+    seen: tuple[SeenTable, ...] = ()
+    matches: tuple[str, ...] = ()
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -110,7 +120,13 @@ def parse_cluster(document: dict[str, Any], origin: str) -> Cluster:
     unknown = [key for key in file.figures if key not in CHIP_FIGURES]
     if unknown:
         raise RecipeError(f"{origin}: figures.{unknown[0]} is no figure", f"these are: {', '.join(CHIP_FIGURES)}")
-    return Cluster(file.name, _hardware(file, origin), file.num_chips, file.price, file.note)
+    call = Figure(EAGER_CALL_S * 1e6, "µs for a call of torch", "assumed", "as measured on the host of one H100")
+    hardware = _hardware(file, origin)
+    hardware = replace(hardware, call_s=EAGER_CALLS * EAGER_CALL_S, sources=(*hardware.sources, ("call_us", call)))
+    return Cluster(
+        file.name, hardware, file.num_chips, file.price, file.note,
+        schedule=file.schedule, recovery=file.recovery, seen=file.seen, matches=names_of_kind(file.chip),
+    )  # fmt: skip
 
 
 def _hardware(file: ClusterFile, origin: str) -> Hardware:
@@ -128,7 +144,7 @@ def _hardware(file: ClusterFile, origin: str) -> Hardware:
         )
     figures.setdefault("product_share", Figure(0.7, CHIP_FIGURES["product_share"], "assumed", "as other chips"))
     values: dict[str, Any] = {_FIELDS[key][0]: figure.value * _FIELDS[key][1] for key, figure in figures.items()}
-    values["efficiency"] *= _KERNELS_SHARE
+    values["efficiency"] *= KERNELS_SHARE
     sources = tuple((key, figures[key]) for key in CHIP_FIGURES if key in figures)
     if base is None:
         assert file.node_size is not None

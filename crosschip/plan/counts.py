@@ -1,7 +1,7 @@
 """Exact counts of an architecture: parameters, floating point operations of a token, what serving keeps in memory.
 
 Operations are those of matrix products, a multiply-add as two; a backward pass is two forward passes (Chowdhery et al.
-2022, appendix B). Attention counts the causal half. What is recomputed counts apart.
+2022, appendix B). Attention counts the causal half.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crosschip.plan.architecture import Architecture, LatentAttention
-from crosschip.plan.step import Recompute
 
 __all__ = [
     "LayerParameters",
@@ -22,7 +21,6 @@ __all__ = [
     "layer_parameters",
     "mtp_parameters",
     "num_parameters",
-    "recomputed_flops_per_token",
     "train_flops_per_token",
 ]
 
@@ -173,23 +171,6 @@ def forward_flops_per_token(architecture: Architecture, seq_len: int, with_mtp: 
     block = layer_forward_flops(architecture, architecture.num_layers, seq_len)
     mtp = architecture.num_mtp * (4.0 * architecture.hidden_size**2 + block + head) if with_mtp else 0.0
     return layers + head + mtp
-
-
-def recomputed_flops_per_token(architecture: Architecture, seq_len: int, recompute: Recompute) -> float:
-    """Operations of one token that are done a second time in the backward pass. The output matrix never is."""
-    if recompute == "none":
-        return 0.0
-    depth = architecture.num_layers + architecture.num_mtp
-    per_token = attended_tokens(architecture, seq_len)
-    attention = architecture.attention
-    scores = 2.0 * attention.num_heads * (attention.qk_head_dim + attention.v_head_dim) * per_token
-    if recompute == "selective":
-        return depth * scores
-    layers = sum(
-        count * layer_forward_flops(architecture, layer, seq_len) for layer, count in layer_kinds(architecture)
-    )
-    layers += architecture.num_mtp * layer_forward_flops(architecture, architecture.num_layers, seq_len)
-    return layers if recompute == "full" else (layers - depth * scores) / 2
 
 
 def train_flops_per_token(architecture: Architecture, seq_len: int) -> float:

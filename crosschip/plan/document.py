@@ -2,120 +2,145 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from datetime import date
 from typing import Any
+
+import numpy as np
 
 from crosschip.errors import RecipeError
 from crosschip.plan.cluster import Cluster
-from crosschip.plan.dates import Calendar, Prices, Scenario, Schedule, bill, plan_dates, sensitivity, training
-from crosschip.plan.failures import failure_outlook, published_rates, usual_recovery
-from crosschip.plan.failures.outlook import outlook_document
+from crosschip.plan.dates import Effect, bill, on_other_chip, sensitivity
+from crosschip.plan.failures import failure_outlook, outlook_document
+from crosschip.plan.fall_backs import fall_backs
 from crosschip.plan.figures import Figure
-from crosschip.plan.page.document import dates_document, money_document, sensitivity_document
-from crosschip.plan.step import Layout, Loser, Plan, StepEstimate
+from crosschip.plan.page.document import dates_document, money_document, sensitivity_document, serving_document
+from crosschip.plan.serving import plan_serving, served_model, serving_chip
+from crosschip.plan.stage_document import computed, layout_document, stage_document, step_document
+from crosschip.plan.step import Loser, Plan
+from crosschip.plan.whole_run import WholeRun, prices_of
 
 __all__ = ["SCHEMA_VERSION", "explain", "plan_document"]
 
-SCHEMA_VERSION = 1
-
-
-def _figure(value: float, unit: str, source: str) -> dict[str, Any]:
-    return Figure(value, unit, "computed", source).document()
-
-
-def _layout(layout: Layout) -> dict[str, Any]:
-    return {"text": str(layout), **asdict(layout)}
-
-
-def _step(estimate: StepEstimate, hardware_flops: float) -> dict[str, Any]:
-    rate = estimate.model_flops_per_s_per_chip
-    return {
-        "layout": _layout(estimate.layout),
-        "step_s": _figure(estimate.step_s, "s", "sum of its parts"),
-        "parts_s": dict(estimate.parts),
-        "tokens_per_step": estimate.tokens_per_step,
-        "tokens_per_s": _figure(estimate.tokens_per_s, "tokens/s", "tokens of a step over its time"),
-        "tokens_per_s_per_chip": _figure(estimate.tokens_per_s_per_chip, "tokens/s", "the same, by chip"),
-        "model_flops_per_s_per_chip": _figure(rate, "FLOP/s", "operations the model needs, without recomputation"),
-        "mfu": _figure(rate / hardware_flops, "of the datasheet's bf16 rate", "operations over the datasheet's rate"),
-        "memory_bytes": _figure(estimate.memory_bytes, "bytes", "sum of its parts, on the fullest chip"),
-        "memory_parts_bytes": dict(estimate.memory_parts),
-        "num_chips": estimate.num_chips,
-        "num_nodes": estimate.num_nodes,
-    }
+SCHEMA_VERSION = 2
 
 
 def _loser(loser: Loser) -> dict[str, Any]:
-    return {"layout": _layout(loser.layout), "reason": loser.reason, "step_s": loser.step_s}
+    return {"layout": layout_document(loser.layout), "reason": loser.reason, "step_s": loser.step_s}
 
 
-def _schedule(plan: Plan, cluster: Cluster, start: date, num_trials: int) -> tuple[Schedule, dict[str, Any]]:
-    """The run lived through, and what stops do to it."""
-    hardware, estimate = cluster.hardware, plan.best
-    rates = published_rates()
-    recovery = usual_recovery(rates, estimate.num_chips, hardware.node_size, num_groups=estimate.layout.groups)
-    stage = training(
-        plan.stage_name,
-        plan.tokens,
-        estimate.tokens_per_step,
-        estimate.step_s,
-        estimate.num_chips,
-        recovery,
-        chip=hardware.kind,
-    )
-    calendar = Calendar.from_today(start, date.today())
-    schedule = plan_dates(Scenario((stage,), rates, calendar, num_trials=num_trials))
-    outlook = failure_outlook(rates, estimate.num_chips, recovery)
-    failures = outlook_document(outlook, rates, schedule.stages[0].ledger, schedule.end_days())
-    return schedule, failures
+def plan_document(run: WholeRun, notes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Put together the whole plan: model, stages, layout, step, failures, dates, serving and money.
 
-
-def plan_document(
-    plan: Plan,
-    cluster: Cluster,
-    start: date,
-    by: date | None = None,
-    notes: tuple[str, ...] = (),
-    num_trials: int = 1000,
-) -> dict[str, Any]:
-    """Put together the whole plan: model, layout, step, failures, dates and money.
+    `chip`, `role` and `ready` are what `compare` reads: `chip_matches` are regular expressions for the chip's names.
+    `step`, `counts` and `failures` are of the stage that takes longest, `stages` has all of them.
 
     Raises:
-        RecipeError: `by` is not after the start.
+        PlanError: a load that no number of chips serves as promised, prices in two currencies.
     """
-    if by is not None and by < start:
-        raise RecipeError(f"--by {by} is before the start, {start}", "give a later date")
-    schedule, failures = _schedule(plan, cluster, start, num_trials)
-    peak = cluster.hardware.bf16_flops
-    prices = Prices(**cluster.price.model_dump())
+    plan, peak = run.main.plan, run.cluster.hardware.bf16_flops
+    rules, rule_notes = fall_backs(run)
+    money = bill(run.schedule, prices_of(run), run.cluster.hardware.node_size)
+    return {
+        **_head(run),
+        "counts": _counts(plan),
+        "main_stage": run.main.name,
+        "stages": [stage_document(each, peak) for each in run.stages],
+        "step": {**step_document(plan.best, peak), "figures": _figures(run.cluster)},
+        "other_clusters": _other_clusters(run),
+        "others": [step_document(each, peak) for each in plan.others],
+        "losers": [_loser(each) for each in plan.losers],
+        "num_searched": plan.num_searched,
+        "failures": _failures(run),
+        "dates": dates_document(run.schedule, run.asked.by),
+        "sensitivity": sensitivity_document(_effects(run)),
+        "fall_backs": rules,
+        "serving": _serving(run),
+        "money": money_document(money),
+        "notes": [*_notes(run), *rule_notes, *notes],
+    }
+
+
+def _head(run: WholeRun) -> dict[str, Any]:
+    cluster, (_, middle, late) = run.cluster, run.schedule.end_dates()
+    kind = cluster.hardware.kind
     return {
         "schema_version": SCHEMA_VERSION,
         "document": "plan",
-        "model": plan.model_name,
+        "model": run.main.plan.model_name,
         "cluster": cluster.name,
-        "counts": _counts(plan),
-        "chips": {"chip": cluster.hardware.kind, "num_chips": cluster.num_chips, "note": cluster.note},
-        "step": {**_step(plan.best, peak), "figures": _figures(cluster)},
-        "others": [_step(each, peak) for each in plan.others],
-        "losers": [_loser(each) for each in plan.losers],
-        "num_searched": plan.num_searched,
-        "failures": failures,
-        "dates": dates_document(schedule, by),
-        "sensitivity": sensitivity_document(sensitivity(schedule.scenario)),
-        "money": money_document(bill(schedule, prices, cluster.hardware.node_size)),
-        "notes": [*plan.notes, *notes],
+        "chip": kind,
+        "chip_matches": list(cluster.matches),
+        "role": "train",
+        "ready": {"p50": str(middle), "p90": str(late)},
+        "chips": {"chip": kind, "num_chips": cluster.num_chips, "note": cluster.note},
     }
+
+
+def _other_clusters(run: WholeRun) -> dict[str, Any]:
+    """What is put in about clusters besides the one that is planned on, by name."""
+    choices, asked = run.asked.choices, run.asked
+    named = (choices.rollouts_on, *choices.joined_with, asked.serve_on, *asked.compared)
+    return {
+        each.name: {"chip": each.hardware.kind, "num_chips": each.num_chips, "figures": _figures(each)}
+        for each in named
+        if each is not None and each.name != run.cluster.name
+    }
+
+
+def _failures(run: WholeRun) -> dict[str, Any]:
+    dated = next(each for each in run.schedule.stages if each.stage.name == run.main.name)
+    outlook = failure_outlook(run.rates, run.main.num_chips, run.recovery(run.main.name))
+    document = outlook_document(outlook, run.rates, dated.ledger, float(np.median(dated.ledger.wall_s)) / 86400)
+    soak = run.asked.soak
+    return document if soak is None else {**document, "soak": soak.words(run.main.num_chips)}
+
+
+def _effects(run: WholeRun) -> list[Effect]:
+    """What moves the end, and where the same run would end on each compared cluster."""
+    scenario = run.schedule.scenario
+    found = sensitivity(scenario)
+    for name, other in run.others.items():
+        if isinstance(other, WholeRun):
+            found.append(on_other_chip(scenario, other.schedule.scenario, name))
+    return sorted(found, key=lambda effect: -abs(effect.days_p50))
+
+
+def _serving(run: WholeRun) -> dict[str, Any] | None:
+    load = run.asked.load
+    if load is None:
+        return None
+    cluster = run.asked.serve_on or run.cluster
+    chip, handoff = serving_chip(cluster.hardware), run.recipe.handoff
+    num_bytes = 1.0 if handoff.target != "hf" else 4.0 if handoff.dtype == "float32" else 2.0
+    found = plan_serving(served_model(run.architecture, num_bytes), chip, load)
+    document = serving_document(found, chip)
+    hourly = cluster.price.per_chip_hour
+    cost = None if hourly is None else {"per_day": 24 * hourly * found.num_chips, "currency": cluster.price.currency}
+    return {**document, "cluster": cluster.name, "there": cluster.num_chips, "cost": cost}
+
+
+def _notes(run: WholeRun) -> list[str]:
+    """Each once: what was assumed or searched for, and what does not fit together."""
+    notes = [note for stage in run.stages for note in (*stage.plan.notes, *stage.notes)]
+    ramp = run.cluster.schedule.ramps()
+    if ramp and ramp[-1].day > run.schedule.scenario.stages[0].work_s / 86400:
+        notes.append("the ramp-up is longer than the first stage, and later stages are planned on all chips")
+    serve_on = run.asked.serve_on
+    if run.asked.load is not None and serve_on is not None and serve_on.hardware.kind != run.cluster.hardware.kind:
+        notes.append(
+            f"trained on {run.cluster.hardware.kind} and served on {serve_on.hardware.kind}: what crosses is a "
+            "handoff, whose certificate says that it is the same model"
+        )
+    return list(dict.fromkeys(notes))
 
 
 def _counts(plan: Plan) -> dict[str, Any]:
     return {
-        "parameters": _figure(plan.num_parameters, "parameters", "the recipe's architecture, counted"),
-        "active_parameters": _figure(plan.num_active_parameters, "parameters", "those one token meets"),
-        "flops_per_token": _figure(plan.flops_per_token, "FLOP", "forward and backward, without recomputation"),
+        "parameters": computed(plan.num_parameters, "parameters", "the recipe's architecture, counted"),
+        "active_parameters": computed(plan.num_active_parameters, "parameters", "those one token meets"),
+        "flops_per_token": computed(plan.flops_per_token, "FLOP", "forward and backward, without recomputation"),
         "seq_len": plan.seq_len,
         "batch_size": plan.batch_size,
-        "tokens": _figure(plan.tokens, "tokens", "steps x batch x length, of the recipe"),
+        "tokens": computed(plan.tokens, "tokens", "steps x batch x length, of the recipe"),
         "steps": plan.steps,
     }
 

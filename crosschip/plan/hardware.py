@@ -16,7 +16,18 @@ from typing import Any
 
 from crosschip.plan.figures import Figure
 
-__all__ = ["CHIP_FIGURES", "Hardware", "Spread", "collective_s", "kind_named", "kinds", "spread_over"]
+__all__ = [
+    "CHIP_FIGURES",
+    "EAGER_CALLS",
+    "EAGER_CALL_S",
+    "Hardware",
+    "Spread",
+    "collective_s",
+    "kind_named",
+    "kinds",
+    "names_of_kind",
+    "spread_over",
+]
 
 CHIP_FIGURES = {
     "bf16_tflops": "TFLOP/s",
@@ -27,6 +38,10 @@ CHIP_FIGURES = {
     "network_gb_s": "GB/s one way per chip",
     "product_share": "of the datasheet's rate",
 }
+# Calls of torch for what is one operator here: a traced step of recipes/first.toml has 2,399 where 350 operators are
+# counted (docs/results/qualify-h100-train.json), and that step took 51.5 ms on an H100 with next to nothing to compute.
+EAGER_CALLS = 2399 / 350
+EAGER_CALL_S = 0.0515 / 2399
 _TABLE = Path(__file__).parent / "data" / "chips.toml"
 
 
@@ -35,7 +50,8 @@ class Hardware:
     """One kind of chip in its nodes. Rates in FLOP/s, bandwidths in bytes/s one way per chip, times in seconds.
 
     `efficiency` is the share of the datasheet's product rate that a large product reaches, `overlap` the share of the
-    collectives that could run beside computation and does. `launch_s` is what one more operator costs.
+    collectives that could run beside computation and does. `launch_s` is what one more operator costs, `call_s` how
+    long the host of an eager trainer takes to issue one: the chip waits where its own work is shorter.
     """
 
     kind: str
@@ -49,6 +65,7 @@ class Hardware:
     efficiency: float = 0.7
     overlap: float = 0.8
     launch_s: float = 5e-6
+    call_s: float = 0.0
     link_latency_s: float = 3e-6
     network_latency_s: float = 1e-5
     link_share: float = 0.8  # of the datasheet's bandwidth that collectives reach
@@ -142,6 +159,14 @@ def kinds() -> tuple[tuple[tuple[str, ...], Hardware], ...]:
 def kind_named(name: str) -> Hardware | None:
     """The kind that a chip's label names; the first pattern of the table that fits counts."""
     return next((each for patterns, each in kinds() if any(re.search(one, name, re.I) for one in patterns)), None)
+
+
+def names_of_kind(name: str) -> tuple[str, ...]:
+    """Regular expressions for the names of the kind that a chip's label names; of an unknown chip its label alone."""
+    for patterns, _ in kinds():
+        if any(re.search(one, name, re.I) for one in patterns):
+            return patterns
+    return (re.escape(name),)
 
 
 def with_rates(hardware: Hardware, efficiency: float, overlap: float) -> Hardware:

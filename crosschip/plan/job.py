@@ -37,12 +37,15 @@ class Job:
     batch_size: int
     fp8: bool = False
     fused_attention: bool = True
+    zero_bubble: bool = False  # weights' gradients fill most of a pipeline's bubble (arXiv 2401.10241)
     tensor_overlap: bool = False  # collectives of tensor parallelism run beside the products
     imbalance: float = 1.15
     weight_bytes: float = 2.0
     gradient_bytes: float = 4.0
     state_bytes: float = 12.0
     activation_bytes: float = 2.0
+    stream_factor: float = 1.0  # bytes that element-wise work passes over those of fused operators
+    kept_factor: float = 1.0  # activations that are kept over those that are counted
     fixed_bytes: float = 3e9  # the chip's runtime, collectives' buffers, fragmentation
     thin_link: ThinLink | None = None
 

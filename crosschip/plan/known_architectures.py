@@ -61,6 +61,10 @@ def _architecture(row: dict[str, Any]) -> Architecture:
         embedding_norm=row.get("embedding_norm", False),
         learned_positions=row.get("positions", 0),
         train_seq_len=row["seq_len"],
+        train_batch=row.get("batch"),
+        train_layout=row.get("layout", ""),
+        interleaved=row.get("interleaved", True),
+        zero_bubble=row.get("zero_bubble", False),
         fused_attention=row.get("fused", True),
         source=row["source"],
     )

@@ -88,13 +88,13 @@ def _activations(job: Job, layout: Layout, micro_batches: int) -> float:
     if layout.recompute == "full":  # one layer stands whole while it is recomputed
         whole = replace(layout, recompute="selective")
         held += tokens * activation_numbers_per_token(architecture, architecture.num_moe_layers > 0, whole, job)
-    return held * (_FP8_KEPT if job.fp8 else 1.0) * job.activation_bytes
+    return held * (_FP8_KEPT if job.fp8 else 1.0) * job.activation_bytes * job.kept_factor
 
 
 def _logits(job: Job, layout: Layout) -> float:
     """Logits in fp32 and their gradient, in chunks of at most 8,192 tokens as most trainers do."""
     tokens = min(8192.0, layout.micro_batch * job.seq_len / layout.context)
-    return 6.0 * tokens * job.architecture.vocab_size / layout.tensor
+    return 6.0 * tokens * job.architecture.vocab_size / layout.tensor * job.kept_factor
 
 
 def memory_parts(job: Job, layout: Layout) -> dict[str, int]:

@@ -18,19 +18,32 @@ from crosschip.plan.search import Found, find_layouts
 from crosschip.plan.step import Plan
 from crosschip.recipe import Recipe, StageSettings
 
-__all__ = ["architecture_of", "job_of", "plan_run"]
+__all__ = ["architecture_of", "plan_later_stage", "plan_run", "thin_link_of"]
 
 _HOST_BYTES = 4.0  # fp32
+# `crosschip train` is eager: each pass of an element-wise formula is one of its own, many in fp32. Counted by tracing a
+# step of recipes/first.toml and gsm8k.toml: 5.0 and 4.8 times the bytes that the planner counts for fused operators,
+# and 1.26 and 1.18 times the activations kept (docs/log.md).
+_EAGER_STREAM, _EAGER_KEPT = 4.9, 1.22
+_VOCAB_MULTIPLE = 64  # training rounds the embedding's rows up to this
+_MOST_NUMBERS = 12  # of chips that are tried for a stage that cannot use all
+_OTHER_TRAINER = "`crosschip train` shares a model by data and experts only: this layout needs another trainer"
 
 
 def architecture_of(recipe: Recipe) -> Architecture:
     """The recipe's model: from its `[model]` table, or from the directory that it starts from."""
     if recipe.model.directory is not None:
         return architecture_from_directory(Path(recipe.model.directory))
-    return architecture_from_settings(recipe.model, recipe.tokenizer.vocab_size, recipe.name)
+    rows = math.ceil(recipe.tokenizer.vocab_size / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    return architecture_from_settings(recipe.model, rows, recipe.name)
 
 
-def _thin_link(recipe: Recipe) -> ThinLink | None:
+def thin_link_of(recipe: Recipe) -> ThinLink | None:
+    """What joins the recipe's groups; None for one group alone.
+
+    Raises:
+        RecipeError: there are groups and no bandwidth between them.
+    """
     if recipe.groups.num_groups == 1:
         return None
     mbit_s = recipe.links.bandwidth_mbit_s
@@ -55,36 +68,86 @@ def job_of(recipe: Recipe, stage: StageSettings, cluster: Cluster) -> Job:
         gradient_bytes=_HOST_BYTES,
         state_bytes=8.0,
         activation_bytes=4.0 if stage.dtype == "float32" else 2.0,
+        stream_factor=_EAGER_STREAM,
+        kept_factor=_EAGER_KEPT * cluster.allocator_factor,
         fixed_bytes=cluster.fixed_bytes,
-        thin_link=_thin_link(recipe),
+        thin_link=thin_link_of(recipe),
     )
 
 
+def stage_named(recipe: Recipe, name: str | None) -> tuple[str, StageSettings]:
+    """A stage by the name of its directory; the first one without a name.
+
+    Raises:
+        RecipeError: the recipe has no such stage.
+    """
+    for found, settings in recipe.stages:
+        if name is None or found == name:
+            return found, settings
+    names = ", ".join(found for found, _ in recipe.stages)
+    raise RecipeError(f"the recipe has no stage {name!r} to plan", f"its stages are {names}")
+
+
 def plan_run(
-    recipe: Recipe, cluster: Cluster, stage_name: str = "train", fixed: Mapping[str, Any] | None = None
+    recipe: Recipe, cluster: Cluster, stage_name: str | None = None, fixed: Mapping[str, Any] | None = None
 ) -> Plan:
-    """Search the layouts of one stage of a recipe on a cluster.
+    """Search the layouts of one stage of a recipe on a cluster, on all of its chips.
 
     Raises:
         RecipeError: the stage is not there, nothing fits, or nothing divides; says what to change.
     """
-    stage: StageSettings | None = getattr(recipe, stage_name)
-    if stage is None:
-        raise RecipeError(f"the recipe has no [{stage_name}] stage to plan", "add it, or plan the other one")
+    name, stage = stage_named(recipe, stage_name)
     job = job_of(recipe, stage, cluster)
-    given = {"groups": recipe.groups.num_groups, **(fixed or {})}
+    given = _given(recipe, fixed)
+    key = "train" if name == "pretrain" else name
+    return _plan(name, stage, job, cluster, _search(job, cluster, given, key, stage), cluster.num_chips)
+
+
+def plan_later_stage(recipe: Recipe, cluster: Cluster, name: str, stage: StageSettings) -> tuple[Plan, list[str]]:
+    """As `plan_run`, on as many chips as its batch can be shared by, with notes: later stages are often too small.
+
+    Raises:
+        RecipeError: no number of chips will do.
+    """
+    job, given = job_of(recipe, stage, cluster), _given(recipe, None)
+    first: RecipeError | None = None
+    for num_chips in _numbers_of_chips(cluster, stage.batch_size):
+        try:
+            found = find_layouts(job, num_chips, cluster.hardware, given)
+        except RecipeError as error:
+            first = first or error
+            continue
+        left = cluster.num_chips - num_chips
+        notes = [f"{name}: {stage.batch_size} sequences use {num_chips:,} chips; {left:,} have nothing to do meanwhile"]
+        return _plan(name, stage, job, cluster, found, num_chips), notes if left else []
+    assert first is not None
+    raise first
+
+
+def _numbers_of_chips(cluster: Cluster, batch_size: int) -> list[int]:
+    """All chips first, then fewer that can share a batch, by data and by tensor parallelism; the largest first."""
+    shared = {data * tensor for data in range(1, batch_size + 1) if batch_size % data == 0 for tensor in (1, 2, 4, 8)}
+    fewer = sorted((each for each in shared if each < cluster.num_chips), reverse=True)
+    return [cluster.num_chips, *fewer[:_MOST_NUMBERS]]
+
+
+def _given(recipe: Recipe, fixed: Mapping[str, Any] | None) -> dict[str, Any]:
+    given: dict[str, Any] = {"groups": recipe.groups.num_groups, **(fixed or {})}
     if recipe.parallel.expert_parallel > 1:
         given.setdefault("expert", recipe.parallel.expert_parallel)
-    notes = [] if not job.architecture.assumed else [job.architecture.assumed]
-    found = _search(job, cluster, given, stage_name, stage)
-    chosen = found.best[0].layout
+    return given
+
+
+def _plan(name: str, stage: StageSettings, job: Job, cluster: Cluster, found: Found, num_chips: int) -> Plan:
+    architecture, chosen = job.architecture, found.best[0].layout
+    notes = [architecture.assumed] if architecture.assumed else []
     if chosen.tensor * chosen.pipeline * chosen.context > 1:
-        notes.append("`crosschip train` shares a model by data and experts only: this layout needs another trainer")
-    architecture = job.architecture
+        notes.append(_OTHER_TRAINER)
     return Plan(
         model_name=architecture.name,
         cluster_name=cluster.name,
-        stage_name={"train": "pre-training", "sft": "fine-tuning"}[stage_name],
+        stage_name=name,
+        num_chips=num_chips,
         num_parameters=num_parameters(architecture),
         num_active_parameters=active_parameters(architecture, with_mtp=True),
         flops_per_token=train_flops_per_token(architecture, stage.seq_len),

@@ -137,6 +137,7 @@ class Plan:
     model_name: str
     cluster_name: str
     stage_name: str
+    num_chips: int
     num_parameters: int
     num_active_parameters: int
     flops_per_token: float

@@ -22,6 +22,7 @@ __all__ = ["estimate_step"]
 
 _cached_layer_time = functools.lru_cache(maxsize=65536)(layer_time)
 _cached_head_time = functools.lru_cache(maxsize=16384)(head_time)
+_ZERO_BUBBLE = 1 / 3  # of the bubble is left at the same memory: schedule ZB-H1 of arXiv 2401.10241, section 2.3
 _STATE_PASSES_BYTES = 30.0  # AdamW per parameter: weights, moments and gradient read, the first three and bf16 written
 
 
@@ -34,6 +35,7 @@ def _shape(job: Job, layout: Layout) -> Shape:
         sequence_parallel=layout.sequence_parallel,
         fused_attention=job.fused_attention,
         fp8=job.fp8,
+        stream_factor=job.stream_factor,
         imbalance=job.imbalance if layout.expert_shards > 1 else 1.0,
     )
 
@@ -145,7 +147,7 @@ def _data_s(job: Job, layout: Layout, hardware: Hardware, micro_batches: int) ->
         return layers * (each + collective_s(routed * bytes_per_parameter / layers, routed_spread, hardware))
 
     if layout.zero == 3:  # gathered for each forward and backward pass, summed after it
-        gathers = 2 * of(job.weight_bytes) + of(job.weight_bytes)
+        gathers = 2 * of(job.weight_bytes) + of(job.gradient_bytes)
         across = members // layout.shard if layout.shard else 1
         copies = 2 * collective_s(
             (common + routed) * 4 / (layout.shard or 1),
@@ -186,7 +188,7 @@ def estimate_step(job: Job, layout: Layout, hardware: Hardware) -> StepEstimate:
     scale = micro_batches / stages
     parts = {name: value * scale for name, value in parts.items()}
     parts["uneven stages"] = micro_batches * (stage_s - whole_s / stages)
-    parts["pipeline bubble"] = (stages - 1) / chunks * stage_s
+    parts["pipeline bubble"] = (stages - 1) / chunks * stage_s * (_ZERO_BUBBLE if job.zero_bubble else 1.0)
     computation = sum(parts[name] for name in ("forward", "backward", "recomputation"))
     if stages > 1:
         rows = layout.micro_batch * job.seq_len / layout.context / layout.tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crosschip.plan.architecture import Architecture, LatentAttention
 from crosschip.plan.counts import attended_tokens
@@ -21,6 +21,11 @@ __all__ = ["LayerTime", "Shape", "Work", "head_time", "layer_time", "layer_work"
 # FlashAttention-2 (arXiv 2307.08691: 230 and 190 of about 270 TFLOP/s on A100).
 FUSED_FORWARD, FUSED_BACKWARD = 0.75, 0.65
 FP8_SHARE = 0.9  # of the bf16 share of the datasheet that fp8 products reach, assumed
+# Scales of the present values, as trainers in fp8 take them: each operand is read for its largest value and once more
+# for the cast (two bytes each), and written (one). Hopper's fp8 products want both operands along the summed dimension,
+# so the backward pass copies what it has turned (one byte read, one written). From the notes of torchao.float8 on
+# dynamic and of TransformerEngine on current scaling.
+_FP8_CAST_BYTES, _FP8_TURN_BYTES = 5.0, 2.0
 _FUSED_BACKWARD_PRODUCTS = 2.5  # scores are computed again
 _STREAM_BACKWARD = 1.5  # inputs and gradients are read, gradients written
 
@@ -37,6 +42,7 @@ class Shape:
     fused_attention: bool = True
     fp8: bool = False
     imbalance: float = 1.0  # rows of the fullest chip over the mean
+    stream_factor: float = 1.0  # bytes that element-wise work passes over those of fused operators
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,13 @@ def _product_s(m: float, n: float, k: float, count: float, hardware: Hardware, r
 
 
 def work_s(work: Work, hardware: Hardware, fp8: bool = False) -> tuple[float, float]:
-    """Seconds of an operator forward and backward."""
+    """Seconds of an operator forward and backward; never less than the host takes to issue it."""
+    forward, backward = _chip_s(work, hardware, fp8)
+    issued_s = work.launches * hardware.call_s
+    return max(forward, issued_s), max(backward, issued_s * (2 if work.m else 1))
+
+
+def _chip_s(work: Work, hardware: Hardware, fp8: bool) -> tuple[float, float]:
     bandwidth = hardware.memory_bytes_s * hardware.memory_share
     rate = hardware.bf16_flops * hardware.efficiency
     if work.fused_flops:
@@ -164,19 +176,21 @@ def work_s(work: Work, hardware: Hardware, fp8: bool = False) -> tuple[float, fl
         forward = work.stream_bytes / bandwidth
         return forward + hardware.launch_s, _STREAM_BACKWARD * forward + hardware.launch_s
     m, n, k, count = work.m, work.n, work.k, work.count
-    cast, launch_s = 0.0, work.launches * hardware.launch_s
+    cast, turn, launch_s = 0.0, 0.0, work.launches * hardware.launch_s
     if fp8 and work.linear and hardware.fp8_flops is not None:
         rate = hardware.fp8_flops * hardware.efficiency * FP8_SHARE
-        cast = 3.0 / bandwidth * count  # per number: two bytes read, one written
-    forward = _product_s(m, n, k, count, hardware, rate) + cast * m * k + launch_s
+        cast, turn = (each * count / bandwidth for each in (_FP8_CAST_BYTES, _FP8_TURN_BYTES))
+    forward = _product_s(m, n, k, count, hardware, rate) + cast * (m * k + n * k) + launch_s
     backward = _product_s(m, k, n, count, hardware, rate) + _product_s(k, n, m, count, hardware, rate)
-    return forward, backward + 2 * cast * m * n + 2 * launch_s
+    return forward, backward + cast * m * n + turn * (m * k + m * n + n * k) + 2 * launch_s
 
 
 def layer_time(architecture: Architecture, is_moe: bool, shape: Shape, hardware: Hardware) -> LayerTime:
     """One layer without its collectives."""
     forward = backward = core = linear = shared = 0.0
     for work in layer_work(architecture, is_moe, shape):
+        if work.stream_bytes and shape.stream_factor != 1.0:
+            work = replace(work, stream_bytes=work.stream_bytes * shape.stream_factor)
         ahead, back = work_s(work, hardware, shape.fp8)
         forward, backward = forward + ahead, backward + back
         core += ahead if work.core else 0.0
@@ -190,5 +204,5 @@ def head_time(architecture: Architecture, shape: Shape, hardware: Hardware) -> f
     columns = architecture.vocab_size / shape.tensor
     ahead, back = work_s(Work("output", shape.tokens, columns, architecture.hidden_size, linear=False), hardware)
     # Logits in fp32: written, and read for the loss and its gradient.
-    stream = 5 * 4 * shape.tokens * columns / (hardware.memory_bytes_s * hardware.memory_share)
+    stream = shape.stream_factor * 5 * 4 * shape.tokens * columns / (hardware.memory_bytes_s * hardware.memory_share)
     return ahead + back + stream

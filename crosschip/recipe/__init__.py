@@ -5,6 +5,14 @@ remedy. `--set train.steps=200` overrides a key before the check.
 """
 
 from crosschip.recipe.reading import Recipe, load_recipe, parse_recipe
+from crosschip.recipe.reinforcement import (
+    FurtherDistilling,
+    FurtherFineTuning,
+    FurtherReinforcement,
+    RewardSettings,
+    RlSettings,
+    RolloutSettings,
+)
 from crosschip.recipe.tables import (
     ChipSettings,
     DataSettings,
@@ -21,6 +29,9 @@ __all__ = [
     "ChipSettings",
     "DataSettings",
     "EvaluateSettings",
+    "FurtherDistilling",
+    "FurtherFineTuning",
+    "FurtherReinforcement",
     "GroupSettings",
     "GuardSettings",
     "HandoffSettings",
@@ -29,6 +40,9 @@ __all__ = [
     "ParallelSettings",
     "QualifySettings",
     "Recipe",
+    "RewardSettings",
+    "RlSettings",
+    "RolloutSettings",
     "ServeSettings",
     "StageSettings",
     "TokenizerSettings",

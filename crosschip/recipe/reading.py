@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from crosschip.errors import RecipeError
+from crosschip.recipe.reinforcement import FurtherDistilling, FurtherFineTuning, FurtherReinforcement, RlSettings
 from crosschip.recipe.settings import Settings
 from crosschip.recipe.tables import (
     ChipSettings,
@@ -26,6 +27,9 @@ from crosschip.recipe.training import GroupSettings, GuardSettings, LinkSettings
 __all__ = ["Recipe", "load_recipe", "parse_recipe"]
 
 
+_Further = Annotated[FurtherFineTuning | FurtherReinforcement | FurtherDistilling, Field(discriminator="kind")]
+
+
 class Recipe(Settings):
     """The whole file."""
 
@@ -39,6 +43,8 @@ class Recipe(Settings):
     data: DataSettings
     train: StageSettings | None = None
     sft: StageSettings | None = None
+    rl: RlSettings | None = None
+    then: list[_Further] = []  # noqa: RUF012  # pydantic copies it
     parallel: ParallelSettings = ParallelSettings()
     evaluate: EvaluateSettings | None = None
     groups: GroupSettings = GroupSettings()
@@ -46,22 +52,61 @@ class Recipe(Settings):
     handoff: HandoffSettings = HandoffSettings()
     serve: ServeSettings = ServeSettings()
 
+    @property
+    def stages(self) -> list[tuple[str, StageSettings]]:
+        """What is trained, in this order, each from where the one before ended, by the names of their directories."""
+        return [(name, settings) for name, settings in self.order if isinstance(settings, StageSettings)]
+
+    @property
+    def order(self) -> list[tuple[str, StageSettings | FurtherDistilling]]:
+        """What is done, in this order: the stages, and between them the making of data."""
+        first = (("pretrain", self.train), ("sft", self.sft), ("rl", self.rl))
+        named = [(name, settings) for name, settings in first if settings is not None]
+        return [*named, *((settings.name, settings) for settings in self.then)]
+
     @model_validator(mode="after")
-    def _stages(self) -> Recipe:
-        if self.train is None and self.sft is None:
-            raise ValueError("neither [train] nor [sft] is there; add at least one stage")
-        for name, stage in (("train", self.train), ("sft", self.sft)):
-            if stage is not None and stage.seq_len > self.model.max_position_embeddings:
-                raise ValueError(
-                    f"{name}.seq_len={stage.seq_len} is more than "
-                    f"model.max_position_embeddings={self.model.max_position_embeddings}; raise it"
-                )
-            if stage is not None and stage.batch_size % self.groups.num_groups:
-                raise ValueError(
-                    f"{name}.batch_size={stage.batch_size} is not a multiple of groups.num_groups="
-                    f"{self.groups.num_groups}; each group takes an equal share of a step"
-                )
+    def _stages_fit(self) -> Recipe:
+        stages = self.stages
+        if not stages:
+            raise ValueError("there is no [train], [sft] or [rl]; add at least one stage")
+        names = [name for name, _ in self.order]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two stages are called {doubled[0]}; give each of [[then]] another name")
+        if isinstance(self.order[0][1], FurtherDistilling):
+            raise ValueError(f"{names[0]} has no model to distil: there is no stage before it")
+        self._check_distilled(names)
+        for name, stage in stages:
+            self._check_stage("train" if name == "pretrain" else name, stage)
         return self
+
+    def _check_distilled(self, names: list[str]) -> None:
+        for settings in self.then:
+            if isinstance(settings, FurtherFineTuning) and settings.distilled is not None:
+                earlier = self.order[: names.index(settings.name)]
+                if settings.distilled not in {name for name, one in earlier if isinstance(one, FurtherDistilling)}:
+                    raise ValueError(
+                        f"{settings.name}.distilled={settings.distilled!r} names no stage of kind 'distill' before it"
+                    )
+                if settings.data is not None:
+                    raise ValueError(f"{settings.name} has both distilled and data; remove one of the two")
+
+    def _check_stage(self, name: str, stage: StageSettings) -> None:
+        if stage.seq_len > self.model.max_position_embeddings:
+            raise ValueError(
+                f"{name}.seq_len={stage.seq_len} is more than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; raise it"
+            )
+        num_groups = self.groups.num_groups
+        if stage.batch_size % num_groups:
+            raise ValueError(
+                f"{name}.batch_size={stage.batch_size} is not a multiple of groups.num_groups="
+                f"{num_groups}; each group takes an equal share of a step"
+            )
+        if isinstance(stage, RlSettings) and num_groups > 1:
+            raise ValueError(
+                f"{name} cannot be trained by groups.num_groups={num_groups}; reinforcement learning takes ranks "
+                "(--nproc) and any number of engines"
+            )
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -107,16 +152,24 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the table that holds `location`'s last part."""
-    settings: Any = Recipe
+    """The keys of the table that holds `location`'s last part. A number is a place in a list, and then comes a kind."""
+    tables: list[type[Settings]] = [Recipe]
     for part in location[:-1]:
-        annotation = settings.model_fields[part].annotation if part in settings.model_fields else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Settings)]
-        if not found:
-            return []
-        settings = found[0]
-    return list(settings.model_fields)
+        if isinstance(part, int):
+            continue
+        fields = [table.model_fields[part].annotation for table in tables if part in table.model_fields]
+        of_kind = [
+            table for table in tables if part in get_args(getattr(table.model_fields.get("kind"), "annotation", None))
+        ]
+        tables = of_kind or [table for annotation in fields for table in _tables_in(annotation)]
+    return list(dict.fromkeys(key for table in tables for key in table.model_fields))
+
+
+def _tables_in(annotation: Any) -> list[type[Settings]]:
+    """The tables that an annotation speaks of: `X`, `X | None`, `list[X | Y]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [table for inner in get_args(annotation) for table in _tables_in(inner)]
 
 
 def _explain(error: ValidationError, origin: str) -> RecipeError:

@@ -126,11 +126,28 @@ class QualifySettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """`[evaluate]`: held-out problems answered greedily after training. `level` is for the arithmetic generator."""
+    """`[evaluate]`: held-out problems answered after training, greedily. `level` is for the arithmetic generator.
+
+    With `samples` above 1 each problem is also answered so many times at temperature 1, and `pass_at` says for which
+    numbers of tries the chance of at least one right answer is estimated (arXiv 2107.03374).
+    """
 
     num_problems: PositiveInt = 200
     level: PositiveInt = 1
     max_new_tokens: PositiveInt = 160
+    samples: PositiveInt = 1
+    pass_at: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # noqa: RUF012  # pydantic copies it
+    checker: str | None = None  # what judges an answer, as in [rl] rewards; None: the final answer is the expected one
+    data: DataSettings | None = None  # what to ask from; None: what fine-tuning was trained on, its other split
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluateSettings:
+        if max(self.pass_at) > self.samples:
+            raise ValueError(
+                f"pass_at={self.pass_at} needs {max(self.pass_at)} answers to a problem, and samples={self.samples}; "
+                "raise samples (twice as many make the estimate much steadier)"
+            )
+        return self
 
 
 class HandoffSettings(Settings):

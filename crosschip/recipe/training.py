@@ -44,6 +44,8 @@ class StageSettings(Settings):
     keep_every: PositiveInt | None = None  # steps; checkpoints at multiples of it are never deleted
     verify_checkpoints: Literal["loss", "tensors", "off"] = "loss"  # how far each save is read back
     data: DataSettings | None = None  # another data set for this stage
+    lora_rank: PositiveInt | None = None  # train adapters of this rank on attention and experts instead of all weights
+    lora_alpha: Annotated[float, Field(gt=0.0)] | None = None  # their scale times the rank; None: twice the rank
 
     @model_validator(mode="after")
     def _parts(self) -> StageSettings:

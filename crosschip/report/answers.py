@@ -27,7 +27,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvaluationView:
-    """The score, its interval for the bar (in percent), examples, and the share by group of problems."""
+    """The score, its interval for the bar (in percent), examples, the share by group of problems, and `details`.
+
+    `details` are (what, value, note) of pass@k and lengths; a document of version 1 has none.
+    """
 
     sentence: str
     score_percent: float
@@ -40,6 +43,7 @@ class EvaluationView:
     num_right: int
     num_wrong: int
     groups: list[tuple[str, str, str]]
+    details: list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,22 @@ def _groups(rows: list[Document]) -> list[tuple[str, str, str]]:
     return []
 
 
+def _details(document: Document) -> list[tuple[str, str, str]]:
+    found = []
+    for each in objects(document, "pass_at_k") if "drawn" in document else []:
+        interval = f"95 % interval {percent(each['low_95'], 0)} to {percent(each['high_95'], 0)}"
+        found.append(
+            (f"pass@{each['k']}", percent(each["value"]), f"of {document['samples']} drawn answers; {interval}")
+        )
+    for what in ("reasoning", "answer"):
+        if f"mean_{what}_tokens" in document:
+            middle = f"median {document[f'median_{what}_tokens']:g}"
+            found.append((f"{what} length", f"{document[f'mean_{what}_tokens']:.0f} tokens", middle))
+    if found and "closed_reasoning_share" in document:
+        found.append(("reasoning closed", percent(document["closed_reasoning_share"]), "of greedy answers"))
+    return found
+
+
 def view_evaluation(document: Document | None) -> EvaluationView | None:
     """The view of evaluation.json, or `None` when there is none or it holds no problems."""
     rows = objects(document, "problems")
@@ -114,6 +134,7 @@ def view_evaluation(document: Document | None) -> EvaluationView | None:
         num_right=len(right),
         num_wrong=len(wrong),
         groups=_groups(rows),
+        details=_details(document or {}),
     )
 
 

@@ -6,11 +6,13 @@ is INCONCLUSIVE, with what the published figures would suggest beside it. A publ
 
 A measured speed is an entry `kind="speed"`, `what`, `value`, `unit`, with the bounds `lower` and `upper`; larger is
 better. Two chips are told apart by it only where the bounds do not overlap. A plan is a document `document="plan"`
-with `chip`, `role`, and `ready`: `{"p50": "YYYY-MM-DD", "p90": "YYYY-MM-DD"}`.
+with `chip`, `chip_matches` (regular expressions for the chip's names), `role`, and `ready`:
+`{"p50": "YYYY-MM-DD", "p90": "YYYY-MM-DD"}`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,16 +45,16 @@ def compare(reports: Mapping[str, Document], plans: Sequence[Document] = ()) -> 
         chip = chips.setdefault(title, _chip(title, report))
         chip["roles"][role] = _role(file, report)
         chip["measured"] += _measured(report)
-    for plan in plans:
-        _add_plan(chips, plan)
+    first = next(iter(reports.values()))
+    subject = str(next((each["subject"] for each in reports.values() if each.get("compute_dtype")), first["subject"]))
+    more_notes += [note for plan in plans for note in _add_plan(chips, plan, subject)]
     answers = {role: recommend(role, _candidates(chips, role)) for role in ROLES}
     titles = list(chips)
-    first = next(iter(reports.values()))
     return {
         "schema_version": SCHEMA_VERSION,
         "document": "comparison",
         "crosschip": __version__,
-        "subject": next((r["subject"] for r in reports.values() if r.get("compute_dtype")), first["subject"]),
+        "subject": subject,
         "chips": [chips[title] for title in titles],
         "recommendations": {role: answer.document() for role, answer in answers.items()},
         "summary": _summary(answers),
@@ -200,14 +202,37 @@ def _measured(report: Document) -> list[Document]:
     return found
 
 
-def _add_plan(chips: dict[str, Document], plan: Document) -> None:
-    """Put a plan to its chip; a plan for a chip that has no report is no evidence here."""
-    ready = plan.get("ready")
+def _add_plan(chips: dict[str, Document], plan: Document, subject: str) -> list[str]:
+    """Put a plan to its chip; a note where it cannot be: a plan for a chip that has no report is no evidence here."""
+    ready, name = plan.get("ready"), f"the plan of {plan.get('model', '?')} on {plan.get('cluster', plan.get('chip'))}"
     if not isinstance(ready, dict) or not all(isinstance(ready.get(key), str) for key in ("p50", "p90")):
-        return
-    for chip in chips.values():
-        if plan.get("chip") in (chip["chip"], chip["title"], chip["model_name"]):
-            chip["plans"][str(plan.get("role", "train"))] = {"p50": ready["p50"], "p90": ready["p90"]}
+        return [f"{name} has no dates under `ready`; make it again with this crosschip"]
+    if plan.get("model", subject) != subject:
+        return [f"{name} is left out: the reports are of {subject}"]
+    role = str(plan.get("role", "train"))
+    mine = [chip for chip in chips.values() if _is_planned(chip, plan)]
+    if not mine:
+        return [f"{name} is for {plan.get('chip')}, of which there is no report: it is left out"]
+    notes = []
+    for chip in mine:
+        if role in chip["plans"]:
+            notes.append(f"{chip['title']} has two plans; {name} is used")
+        chip["plans"][role] = {"p50": ready["p50"], "p90": ready["p90"], "cluster": plan.get("cluster")}
+    return notes
+
+
+def _is_planned(chip: Document, plan: Document) -> bool:
+    """A plan names its chip as torch does, by its title, or by expressions for what the chip calls itself."""
+    names = [str(chip[key]) for key in ("chip", "title", "model_name") if chip[key]]
+    if plan.get("chip") in names:
+        return True
+    expressions = plan.get("chip_matches")
+    if not isinstance(expressions, list):
+        return False
+    try:
+        return any(re.search(each, name, re.I) for each in expressions if isinstance(each, str) for name in names)
+    except re.error:  # of no use, like a name that fits nothing
+        return False
 
 
 def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:

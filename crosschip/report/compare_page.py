@@ -104,10 +104,13 @@ def _verdict_rows(chips: list[Document]) -> list[list[str]]:
         )
         dates = [chip["plans"].get(role) for chip in chips]
         if any(dates):
-            rows.append(
-                [f"{words}: ready, P50 and P90", *(f"{d['p50']}, {d['p90']}" if d else "no plan" for d in dates)]
-            )
+            rows.append([f"{words}: ready, P50 and P90", *(_dates(each) if each else "no plan" for each in dates)])
     return rows
+
+
+def _dates(plan: Document) -> str:
+    where = f" (planned on {plan['cluster']})" if plan.get("cluster") else ""
+    return f"{plan['p50']}, {plan['p90']}{where}"
 
 
 def _verdict(role: Document | None) -> str:

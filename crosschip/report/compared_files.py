@@ -8,7 +8,9 @@ from pathlib import Path
 from crosschip.report.documents import Document
 from crosschip.report.qualification import ReportError, checked_report, read_document
 
-__all__ = ["read_compared"]
+__all__ = ["NEWEST_PLAN", "read_compared"]
+
+NEWEST_PLAN = 2
 
 
 def read_compared(paths: Sequence[Path]) -> tuple[dict[str, Document], list[Document]]:
@@ -22,9 +24,19 @@ def read_compared(paths: Sequence[Path]) -> tuple[dict[str, Document], list[Docu
     for path in paths:
         document = read_document(path)
         if isinstance(document, dict) and document.get("document") == "plan":
-            plans.append(document)
+            plans.append(_checked_plan(document, path))
             continue
         if str(path) in reports:
             raise ReportError(f"{path} is given twice", "give the report of each chip once")
         reports[str(path)] = checked_report(document, str(path))
     return reports, plans
+
+
+def _checked_plan(document: Document, path: Path) -> Document:
+    version = document.get("schema_version")
+    if isinstance(version, int) and version > NEWEST_PLAN:
+        raise ReportError(
+            f"{path} is a plan of schema version {version}, this crosschip reads up to {NEWEST_PLAN}",
+            "update crosschip, or make the plan again with this version",
+        )
+    return document

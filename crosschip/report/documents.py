@@ -27,9 +27,9 @@ __all__ = [
 Document = dict[str, Any]
 
 # The newest schema version of each document that this code can read.
-KNOWN_SCHEMA = {"voyage.json": 1, "evaluation.json": 1}
+KNOWN_SCHEMA = {"voyage.json": 1, "evaluation.json": 2}
 
-# Stages in the order in which they are trained; directories of other names follow in alphabetical order.
+# Stages in the order in which they are trained; the recipe's further ones follow, then what else is found.
 STAGE_ORDER = ("pretrain", "sft", "rl")
 STAGE_OF_RECIPE_TABLE = {"train": "pretrain", "sft": "sft", "rl": "rl"}
 
@@ -154,13 +154,16 @@ def _read_stage(directory: Path, settings: Document) -> StageDocuments:
 
 def _stage_settings(recipe: Document | None) -> dict[str, Document]:
     tables = ((stage, (recipe or {}).get(table)) for table, stage in STAGE_OF_RECIPE_TABLE.items())
-    return {stage: table for stage, table in tables if isinstance(table, dict)}
+    further = [table for table in (recipe or {}).get("then") or [] if isinstance(table, dict)]
+    named = {str(table.get("name")): table for table in further}
+    return {stage: table for stage, table in tables if isinstance(table, dict)} | named
 
 
 def _read_stages(root: Path, recipe: Document | None) -> list[StageDocuments]:
     settings = _stage_settings(recipe)
     found = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} if root.is_dir() else set()
-    others = sorted((found | set(settings)) - set(STAGE_ORDER))
+    further = [name for name in settings if name not in STAGE_ORDER]
+    others = [*further, *sorted(found - set(STAGE_ORDER) - set(further))]
     names = [name for name in (*STAGE_ORDER, *others) if name in found or name in settings]
     return [_read_stage(root / name, settings.get(name, {})) for name in names]
 

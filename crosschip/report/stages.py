@@ -106,11 +106,17 @@ SMALL_PLOTS = (
     _SmallPlot("tokens_per_s", "Tokens per second", from_zero=True),
     _SmallPlot("mtp_loss", "Multi-token prediction loss"),
     _SmallPlot("router_imbalance", "Router imbalance"),
+    _SmallPlot("answer_tokens", "Tokens per sampled answer", from_zero=True),
+    _SmallPlot("entropy", "Entropy of the policy in nats", from_zero=True),
+    _SmallPlot("mismatch_k3", "KL from engine to trainer in nats per token", log_scale=True, from_zero=True),
+    _SmallPlot("truncated_share", "Share of tokens with a truncated weight", from_zero=True),
+    _SmallPlot("both_work_share", "Share of time in which engines and trainer work", from_zero=True),
 )
 
 
 def _figures(stage: StageDocuments, title: str) -> list[Figure]:
-    figures = [_loss_figure(stage, title)] if series(stage.metrics.rows, "loss").steps else []
+    figures = [_reward_figure(stage, title)] if series(stage.metrics.rows, "reward").steps else []
+    figures += [_loss_figure(stage, title)] if series(stage.metrics.rows, "loss").steps else []
     for small in SMALL_PLOTS:
         values = series(stage.metrics.rows, small.key)
         if not values.steps:
@@ -139,6 +145,16 @@ def _loss_figure(stage: StageDocuments, title: str) -> Figure:
         description += " " + _describe("Validation loss", validation)
     svg = draw(Plot(f"{stage.name}-loss", f"{title}: loss per token in nats", description, thin(loss), validation))
     return Figure("Loss", svg, keys)
+
+
+def _reward_figure(stage: StageDocuments, title: str) -> Figure:
+    reward, score = series(stage.metrics.rows, "reward"), series(stage.validation.rows, "score")
+    keys, description = [("key key-line", "mean reward of the sampled answers")], _describe("Mean reward", reward)
+    if score.steps:
+        keys.append(("key key-mark", "share of held-out problems answered right, greedily"))
+        description += " " + _describe("Held-out score", score)
+    plot = Plot(f"{stage.name}-reward", f"{title}: reward and score", description, thin(reward), score, from_zero=True)
+    return Figure("Reward and score", draw(plot), keys)
 
 
 def _figures_note(num_steps: int) -> str:

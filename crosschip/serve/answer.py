@@ -1,15 +1,17 @@
-"""From a stream of token ids to what a reader sees: whole characters, reasoning apart from the answer, stop strings.
+"""From a stream of token ids to what a reader sees: whole characters, reasoning and tool calls apart, stop strings.
 
 Each stage keeps back only what it cannot judge yet: bytes of an unfinished character, text that may become a stop
-string, text that may become a reasoning tag. Pure Python, one object per answer.
+string, a reasoning tag or a tool call. Pure Python, one object per answer.
 """
 
 from __future__ import annotations
 
 import codecs
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from crosschip.data import ToolCall
 from crosschip.serve.tokenizer import ServingTokenizer
+from crosschip.serve.tools.reading import CallReader, longest_overlap
 
 __all__ = ["AnswerWriter", "Detokenizer", "ReasoningSplitter", "StopStrings", "TextDelta", "starts_in_reasoning"]
 
@@ -19,10 +21,13 @@ REPLACEMENT = "�"
 
 
 class Detokenizer:
-    """Token ids to text, one at a time; a character split over tokens comes out whole, with its last token."""
+    """Token ids to text, one at a time; a character split over tokens comes out whole, with its last token.
 
-    def __init__(self, tokenizer: ServingTokenizer) -> None:
-        self._tokenizer = tokenizer
+    `shown_ids` are read although the directory calls them special: marks that a later stage looks for.
+    """
+
+    def __init__(self, tokenizer: ServingTokenizer, shown_ids: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._hidden_ids = tokenizer, tokenizer.hidden_ids - shown_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace") if tokenizer.byte_level else None
         self._ids: list[int] = []
         self._given = 0  # ids whose text was given out
@@ -30,7 +35,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
-        if token_id in self._tokenizer.hidden_ids:
+        if token_id in self._hidden_ids:
             return ""
         if self._utf8 is not None:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
@@ -39,8 +44,8 @@ class Detokenizer:
     def _push_by_context(self, token_id: int) -> str:
         # Without a byte for byte vocabulary only the tokenizer knows what a token looks like after another one.
         self._ids.append(token_id)
-        before = self._tokenizer.decode(self._ids[self._context : self._given])
-        after = self._tokenizer.decode(self._ids[self._context :])
+        before = self._tokenizer.decode(self._ids[self._context : self._given], self._hidden_ids)
+        after = self._tokenizer.decode(self._ids[self._context :], self._hidden_ids)
         unfinished = after.endswith(REPLACEMENT) and len(self._ids) - self._given < 4  # a character has 4 bytes at most
         if unfinished or len(after) <= len(before):
             return ""
@@ -56,6 +61,11 @@ class StopStrings:
         self._held = ""
         self.hit: str | None = None
 
+    @property
+    def any(self) -> bool:
+        """Whether there is one at all."""
+        return bool(self._stops)
+
     def push(self, text: str) -> str:
         """The text that is certainly before any stop string. After a hit nothing comes any more."""
         if not self._stops or not text:
@@ -67,7 +77,7 @@ class StopStrings:
         if found:
             position, self.hit = min(found)
             return text[:position]
-        keep = max(_longest_overlap(text, stop) for stop in self._stops)
+        keep = max(longest_overlap(text, stop) for stop in self._stops)
         if keep:
             text, self._held = text[:-keep], text[-keep:]
         return text
@@ -78,20 +88,19 @@ class StopStrings:
         return "" if self.hit is not None else held
 
 
-def _longest_overlap(text: str, mark: str) -> int:
-    """The length of the longest end of `text` that is a proper beginning of `mark`."""
-    for length in range(min(len(mark) - 1, len(text)), 0, -1):
-        if text.endswith(mark[:length]):
-            return length
-    return 0
-
-
 @dataclass(slots=True)
 class TextDelta:
-    """New text of an answer."""
+    """What is new of an answer: text, and whole tool calls."""
 
     reasoning: str = ""
     content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, more: TextDelta) -> None:
+        """Put more behind it."""
+        self.reasoning += more.reasoning
+        self.content += more.content
+        self.calls += more.calls
 
 
 class ReasoningSplitter:
@@ -145,7 +154,7 @@ class ReasoningSplitter:
         if tag:
             self._held, self._state, self._at_edge = after, "answer", True
             return before.rstrip("\n")
-        keep = _longest_overlap(before, THINK_CLOSE)
+        keep = longest_overlap(before, THINK_CLOSE)
         certain = before[: len(before) - keep].rstrip("\n")
         self._held = before[len(certain) :]
         self._at_edge = self._at_edge and not certain
@@ -165,21 +174,36 @@ def starts_in_reasoning(prompt: str) -> bool:
 
 
 class AnswerWriter:
-    """The three stages in a row, for one answer. `splits_reasoning` is for chats; completions give text as it is."""
+    """The stages in a row, for one answer. `splits_reasoning` is for chats; completions give text as it is.
+
+    `calls` reads tool calls from what is no reasoning; `shown_ids` are the tokens of its marks.
+    """
 
     def __init__(
-        self, tokenizer: ServingTokenizer, stops: list[str], splits_reasoning: bool, in_reasoning: bool = False
+        self,
+        tokenizer: ServingTokenizer,
+        stops: list[str],
+        splits_reasoning: bool,
+        in_reasoning: bool = False,
+        calls: CallReader | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, shown_ids)
         self._stops = StopStrings(stops)
         self._splitter = ReasoningSplitter(in_reasoning) if splits_reasoning else None
+        self._calls = calls
         self.num_reasoning_tokens = 0
         self.num_characters = 0  # of all text so far, kept back or not
 
     @property
+    def stops(self) -> bool:
+        """Whether there are stop strings, or one tool call is enough, so that text may end the answer."""
+        return self._stops.any or (self._calls is not None and self._calls.only_one)
+
+    @property
     def stopped(self) -> bool:
-        """Whether a stop string came: nothing more is wanted."""
-        return self._stops.hit is not None
+        """Whether a stop string came, or the one tool call that was wanted: nothing more is."""
+        return self._stops.hit is not None or (self._calls is not None and self._calls.is_done)
 
     def push(self, token_id: int) -> TextDelta:
         """The text that became certain with this token."""
@@ -192,6 +216,7 @@ class AnswerWriter:
         delta = self._splitter.push(text) if text else TextDelta()
         if was_reasoning or self._splitter.in_reasoning:  # the closing tag counts, as the opening one does
             self.num_reasoning_tokens += 1
+        self._read_calls(delta)
         return delta
 
     def finish(self) -> TextDelta:
@@ -199,6 +224,15 @@ class AnswerWriter:
         held = self._stops.flush()
         if self._splitter is None:
             return TextDelta(content=held)
-        first = self._splitter.push(held) if held else TextDelta()
-        last = self._splitter.flush()
-        return TextDelta(first.reasoning + last.reasoning, first.content + last.content)
+        delta = self._splitter.push(held) if held else TextDelta()
+        delta.add(self._splitter.flush())
+        self._read_calls(delta)
+        if self._calls is not None:
+            rest = self._calls.finish()
+            delta.add(TextDelta(content=rest.content, calls=rest.calls))
+        return delta
+
+    def _read_calls(self, delta: TextDelta) -> None:
+        if self._calls is not None and delta.content:
+            read = self._calls.push(delta.content)
+            delta.content, delta.calls = read.content, read.calls

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from crosschip.data import ChatTokenizer, Message, load_tokenizer
+from crosschip.data import ChatTokenizer, Message, ToolSupport, load_tokenizer
 from crosschip.errors import DataError, ServeError
 
 __all__ = ["EncodedText", "ServingTokenizer", "load_serving_tokenizer"]
@@ -63,6 +64,20 @@ class ServingTokenizer:
         return self._chat is not None and self._chat.chat_template is not None
 
     @property
+    def chat_template(self) -> str:
+        """The template's text; empty where there is none."""
+        return (self._chat.chat_template if self._chat is not None else None) or ""
+
+    @property
+    def tool_support(self) -> ToolSupport:
+        """What the chat template does with tools."""
+        return self._chat.tool_support if self._chat is not None else ToolSupport()
+
+    def token_id(self, text: str) -> int | None:
+        """The token that is exactly this text; None where no single one is."""
+        return self._backend.token_to_id(text)
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer, as far as the tokenizer's own files say."""
         return self._chat.stop_ids if self._chat is not None else frozenset()
@@ -75,21 +90,24 @@ class ServingTokenizer:
             ids, offsets = [self._bos_id, *ids], [0, *offsets]
         return EncodedText(ids, offsets)
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], str]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[list[int], str]:
         """A chat to the ids and the text of the prompt that asks for the assistant's next turn.
 
-        What users wrote stays text: a control token typed into a message does not become one.
+        What users wrote stays text: a control token typed into a message or a tool does not become one.
 
         Raises:
-            DataError: a template that refuses these messages.
+            DataError: a template that refuses these messages, or does not know tools.
         """
         assert self._chat is not None
-        text = self._chat.render(messages, add_generation_prompt=True)
-        return self._chat.encode_chat(messages, add_generation_prompt=True), text
+        text = self._chat.render(messages, add_generation_prompt=True, tools=tools)
+        return self._chat.encode_chat(messages, add_generation_prompt=True, tools=tools), text
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], hidden_ids: frozenset[int] | None = None) -> str:
         """Ids to text without the hidden tokens."""
-        return self._backend.decode([id_ for id_ in ids if id_ not in self.hidden_ids], skip_special_tokens=False)
+        hidden = self.hidden_ids if hidden_ids is None else hidden_ids
+        return self._backend.decode([id_ for id_ in ids if id_ not in hidden], skip_special_tokens=False)
 
     @cached_property
     def byte_level(self) -> bool:

@@ -70,6 +70,7 @@ def run_stage(job: StageJob) -> StageEnd:
             return _Stage(job, log, stop, saver).run()
     finally:
         job.progress.end()
+        job.hooks.close()
         job.groups.close()
 
 
@@ -101,6 +102,8 @@ class _Stage:
             self.log.event(self.first_step, event, detail, action)
         self.watch.remember(job.directory, self.first_step)
         job.progress.start(job.name, self.first_step, settings.steps)
+        if job.hooks.validate is not None and self.first_step == 0:
+            self._validate()  # where the stage begins from
         while position.step < settings.steps:
             try:
                 result, seconds = self._step()
@@ -119,6 +122,7 @@ class _Stage:
                 self._beat("save")
                 self.saver.save(self._state())
                 job.groups.save(job.directory, position.step)
+                job.hooks.after_save(position.step)
             self._tell_of_the_background()
         return self._end(None)
 
@@ -138,6 +142,8 @@ class _Stage:
         for happened in self.job.groups.new_events():
             step = self.job.position.step
             self._tell_event(Event(step, happened.event, happened.detail, happened.action))
+        for event, detail, action in self.job.hooks.new_events():
+            self._tell_event(Event(self.job.position.step, event, detail, action))
 
     def _step(self) -> tuple[StepResult, float]:
         """Train one step, as often as groups and guard want it; returns its result and its seconds, waiting included.
@@ -165,7 +171,8 @@ class _Stage:
         position.tokens += result.num_positions
         seconds = time.perf_counter() - started
         learning_rate = self._learning_rate(step, place)
-        self.log.step(step_record(step, result, seconds, learning_rate, place.num_participants))
+        record = step_record(step, result, seconds, learning_rate, place.num_participants)
+        self.log.step(record | job.hooks.measured())
         self.watch.after_step(step, job.settings.steps - step, seconds)
         self._beat("outer")
         job.groups.after_update(result.num_trained_tokens)
@@ -226,6 +233,7 @@ class _Stage:
                         self._learning_rate(step, place),
                         job.world,
                         self.hooks,
+                        job.objective,
                     )
             except ReplayStep:
                 continue
@@ -258,6 +266,7 @@ class _Stage:
         position.step, position.tokens = state.step, state.tokens_consumed
         position.sequences = past if order.past_the_data else state.sequences_consumed
         self.log.roll_back(state.step)
+        job.hooks.after_roll_back()
         job.progress.say(f"{job.name}: back after step {state.step}")
 
     def _tell(self, result: StepResult, seconds: float) -> None:
@@ -273,27 +282,39 @@ class _Stage:
 
     def _look(self, last: bool) -> None:
         """Validation and samples, where the step is due for them; the last step always is."""
-        job, settings, step = self.job, self.job.settings, self.job.position.step
+        settings, step = self.job.settings, self.job.position.step
         if last or step % settings.validate_every == 0:
-            self._beat("validation")
-            part = settings.batch_size // settings.gradient_accumulation // job.world.size
-            found = measure_validation(
-                job.model,
-                job.validation_stream,
-                job.tokenizer,
-                settings.validation_sequences,
-                part,
-                job.compute_dtype,
-                job.world,
-            )
-            self.log.validation(step, found.loss, found.bits_per_byte)
-            job.progress.say(
-                f"{job.name} step {step}: validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
-            )
+            self._validate()
         if last or step % settings.sample_every == 0:
             self._beat("sample")
             for prompt, text in self._samples():
                 self.log.sample(step, prompt, text)
+
+    def _validate(self) -> None:
+        job, step = self.job, self.job.position.step
+        self._beat("validation")
+        numbers, told = job.hooks.validate(step) if job.hooks.validate else self._validation()
+        if numbers:
+            self.log.validation(step, **numbers)
+            job.progress.say(f"{job.name} step {step}: {told}")
+
+    def _validation(self) -> tuple[dict[str, float], str]:
+        """The loss on held-out sequences, as numbers and in words."""
+        job, settings = self.job, self.job.settings
+        if job.validation_stream is None:
+            return {}, ""
+        part = settings.batch_size // settings.gradient_accumulation // job.world.size
+        found = measure_validation(
+            job.model,
+            job.validation_stream,
+            job.tokenizer,
+            settings.validation_sequences,
+            part,
+            job.compute_dtype,
+            job.world,
+        )
+        told = f"validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
+        return {"validation_loss": found.loss, "bits_per_byte": found.bits_per_byte}, told
 
     def _samples(self) -> list[tuple[str, str]]:
         """Samples of the whole model, on every rank; rank 0 writes them, and the others wait."""
@@ -328,6 +349,7 @@ class _Stage:
         self._beat("save")
         checkpoint = self.saver.finish(self._state())
         job.groups.save(job.directory, step)
+        job.hooks.after_save(step)
         self._tell_of_the_background()
         if interrupted_by is None:
             self.log.event(step, "finished", "the last step is done", f"saved {checkpoint.name}")

@@ -42,6 +42,7 @@ def step_record(
         record["groups"] = num_groups
     if result.router_imbalance is not None:
         record["router_imbalance"] = result.router_imbalance
+    record |= {name: _finite(number) for name, number in result.extra.items()}
     if not result.updated:
         record["skipped"] = True
     return record
@@ -78,8 +79,8 @@ class Log(Protocol):
     def step(self, record: dict[str, Any]) -> None:
         """A step is done (see `step_record`)."""
 
-    def validation(self, step: int, validation_loss: float, bits_per_byte: float) -> None:
-        """The model was validated."""
+    def validation(self, step: int, **measured: float) -> None:
+        """The model was validated: its loss and bits per byte, or its score."""
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """The model continued a prompt."""
@@ -103,7 +104,7 @@ class NoLog:
     def step(self, record: dict[str, Any]) -> None:
         """Nothing is written."""
 
-    def validation(self, step: int, validation_loss: float, bits_per_byte: float) -> None:
+    def validation(self, step: int, **measured: float) -> None:
         """Nothing is written."""
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -157,17 +158,12 @@ class StageLog:
         """Append a line to `metrics.jsonl` (see `step_record`)."""
         self._append(METRICS_FILE, record)
         self._draw("train", record, {"loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_s"})
-        self._draw("train", record, {"router_imbalance"})
+        self._draw("train", record, {"router_imbalance", "reward", "answer_tokens", "entropy", "mismatch_k3"})
 
-    def validation(self, step: int, validation_loss: float, bits_per_byte: float) -> None:
+    def validation(self, step: int, **measured: float) -> None:
         """Append a line to `validation.jsonl`."""
-        record = {
-            "step": step,
-            "validation_loss": _finite(validation_loss),
-            "bits_per_byte": _finite(bits_per_byte),
-        }
-        self._append(VALIDATION_FILE, record)
-        self._draw("validation", record, {"validation_loss", "bits_per_byte"})
+        self._append(VALIDATION_FILE, {"step": step} | {name: _finite(number) for name, number in measured.items()})
+        self._draw("validation", {"step": step, **measured}, set(measured))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append a line to `samples.jsonl`."""

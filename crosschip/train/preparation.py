@@ -87,8 +87,8 @@ def architecture(recipe: Recipe, tokenizer: ChatTokenizer) -> ModelConfig:
             f"{config.vocab_size}",
             "leave out tokenizer.directory to take the model's own tokenizer",
         )
-    for stage in (recipe.train, recipe.sft):
-        if stage is not None and stage.seq_len > config.max_position_embeddings:
+    for _, stage in recipe.stages:
+        if stage.seq_len > config.max_position_embeddings:
             raise ModelError(
                 f"seq_len={stage.seq_len} is more than the max_position_embeddings={config.max_position_embeddings} "
                 f"of the model in {recipe.model.directory}",

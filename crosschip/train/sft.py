@@ -13,7 +13,7 @@ from crosschip.train.validation import Prompt
 if TYPE_CHECKING:
     from crosschip.data import Source
 
-__all__ = ["fine_tuning_data"]
+__all__ = ["fine_tuning_data", "questions"]
 
 
 def fine_tuning_data(
@@ -23,11 +23,11 @@ def fine_tuning_data(
     train = prepare_chat(source, tokenizer, run.data, stage.seq_len, seed, "train", progress=tell)
     enough = stage.validation_sequences
     validation = prepare_chat(source, tokenizer, run.data, stage.seq_len, seed, "validation", max_examples=enough)
-    return StageData(train, validation, _questions(source, tokenizer, stage.seq_len // 2))
+    return StageData(train, validation, questions(source, tokenizer, stage.seq_len // 2))
 
 
-def _questions(source: Source, tokenizer: ChatTokenizer, longest: int) -> list[Prompt]:
-    """The first held-out questions of up to `longest` tokens, which leaves half of a sequence for the answer."""
+def questions(source: Source, tokenizer: ChatTokenizer, longest: int) -> list[Prompt]:
+    """The first held-out questions of up to `longest` tokens, for samples."""
     prompts = []
     for row in source.rows("validation"):
         messages = row.as_messages()

@@ -17,12 +17,12 @@ from crosschip.train.outer.alone import AloneGroup
 from crosschip.train.outer.groups import Groups
 from crosschip.train.outer.placement import OnDrop
 from crosschip.train.progress import StageProgress
-from crosschip.train.step import NO_HOOKS, StepHooks
+from crosschip.train.step import NO_HOOKS, Objective, StepHooks
 from crosschip.train.validation import Prompt
 
 if TYPE_CHECKING:
     from crosschip.chips import Chip
-    from crosschip.data import Batch, ChatStream, ChatTokenizer, PackedStream
+    from crosschip.data import Batch, ChatStream, ChatTokenizer, PackedStream, TrainStream
     from crosschip.model import Transformer
 
 __all__ = ["LoopHooks", "StageEnd", "StageJob", "StagePosition"]
@@ -41,6 +41,20 @@ def _nothing(step: int) -> None:
     """Nothing follows a step."""
 
 
+def _no_numbers() -> dict[str, float]:
+    """Nothing was measured besides."""
+    return {}
+
+
+def _no_events() -> list[tuple[str, str, str]]:
+    """Nothing happened."""
+    return []
+
+
+def _nothing_to_do() -> None:
+    """Nothing was begun."""
+
+
 def _as_it_is(batch: Batch) -> Batch:
     """The data of the stream."""
     return batch
@@ -48,26 +62,40 @@ def _as_it_is(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """What acts within the steps; `on_batch(batch)`, which may exchange a step's data on their way to the model, and
-    `after_update(step)`, after each step. Every rank calls them.
+    """What acts within a stage. Every rank calls it.
+
+    `on_batch(batch)` may exchange a step's data on their way to the model, `after_update(step)` follows each step, and
+    `measured()` are numbers for its line in the log. `validate(step)` takes the place of the loss on held-out
+    sequences: numbers, and what is said of them. `after_save(step)` follows a checkpoint that has begun,
+    `after_roll_back()` a return to an earlier one, `close()` the stage's end, however it ends. `new_events()` are those
+    of the background, as (event, detail, action).
     """
 
     step: StepHooks = NO_HOOKS
     on_batch: Callable[[Batch], Batch] = _as_it_is
     after_update: Callable[[int], None] = _nothing
+    measured: Callable[[], dict[str, float]] = _no_numbers
+    validate: Callable[[int], tuple[dict[str, float], str]] | None = None
+    after_save: Callable[[int], None] = _nothing
+    after_roll_back: Callable[[], None] = _nothing_to_do
+    new_events: Callable[[], list[tuple[str, str, str]]] = _no_events
+    close: Callable[[], None] = _nothing_to_do
 
 
 @dataclass
 class StageJob:
-    """All that a stage needs. `peak_flops` is the chip's measured rate of matrix products in FLOP/s, where measured."""
+    """All that a stage needs. `peak_flops` is the chip's measured rate of matrix products in FLOP/s, where measured.
+
+    Without a `validation_stream` it is not validated, unless `hooks` do it. `objective` None: the next tokens.
+    """
 
     name: str
     settings: StageSettings
     directory: Path
     model: Transformer
     optimizer: torch.optim.Optimizer
-    train_stream: PackedStream | ChatStream
-    validation_stream: PackedStream | ChatStream
+    train_stream: TrainStream
+    validation_stream: PackedStream | ChatStream | None
     prompts: list[Prompt]
     tokenizer: ChatTokenizer
     chip: Chip
@@ -79,6 +107,7 @@ class StageJob:
     opening_events: list[tuple[str, str, str]]  # (event, detail, action) from before the log was open
     world: World = ALONE
     hooks: LoopHooks = LoopHooks()
+    objective: Objective | None = None
     guard: GuardSettings = field(default_factory=GuardSettings)
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None, 0, 600.0))
     groups: Groups = field(default_factory=AloneGroup)

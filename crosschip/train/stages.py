@@ -1,45 +1,32 @@
-"""The stages of a recipe one after the other: pre-training, then fine-tuning from where it ended."""
+"""The stages of a recipe one after the other, each from where the one before ended."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from crosschip.chips import Chip, choose_compute_dtype, keep_freed_memory, product_rate
-from crosschip.data import ChatTokenizer, Source, open_source
-from crosschip.model import ModelConfig
-from crosschip.recipe import DataSettings, Recipe, StageSettings
+from crosschip.chips import keep_freed_memory
+from crosschip.recipe import FurtherDistilling, Recipe, StageSettings
 from crosschip.rundir import RunDirectory, write_json
-from crosschip.train.checkpoint import CheckpointState, find_newest, load_optimizer, read_state, set_damaged_aside
-from crosschip.train.drill import orders
-from crosschip.train.drill.injection import disturbed
+from crosschip.train.checkpoint import CheckpointState, find_newest, read_state, set_damaged_aside
+from crosschip.train.distil_stage import distil_stage
 from crosschip.train.group.device import find_rank_chip
 from crosschip.train.group.layout import check_experts, check_layout
-from crosschip.train.group.starting import starting_shards
-from crosschip.train.group.world import Ranks, World, join_world
+from crosschip.train.group.world import World, join_world
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
 from crosschip.train.identity import Identity, check_same_run, digest
-from crosschip.train.joining import estimate_step_s, join_groups
 from crosschip.train.loop import run_stage
-from crosschip.train.optimizer import build_optimizer
-from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer, starting_model
-from crosschip.train.pretrain import TokensTold, pretraining_data
+from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer
 from crosschip.train.progress import SilentProgress, StageProgress, open_progress
-from crosschip.train.sft import fine_tuning_data
-from crosschip.train.stage_job import StageEnd, StageJob, StagePosition
+from crosschip.train.stage_job import StageEnd, StagePosition
+from crosschip.train.stage_making import Event, Rank, StageRun, Start, make_job
+from crosschip.train.stage_sources import StageSources
 
 __all__ = ["TrainOutcome", "train_recipe"]
-
-Event = tuple[str, str, str]
-
-TELL_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,32 +46,6 @@ class TrainOutcome:
     def checkpoint(self) -> Path | None:
         """The last stage's checkpoint, which is a model directory; None when none was written."""
         return self.stages[-1].checkpoint if self.stages else None
-
-
-@dataclass(frozen=True)
-class _Rank:
-    """What this process is among those that train together. `group` is its replica group, where there are several."""
-
-    world: World
-    chip: Chip
-    progress: StageProgress
-    heartbeat: Heartbeat
-    group: int | None
-
-
-@dataclass
-class _Run:
-    """What the stages of one run share. `dtypes` remembers what each wanted dtype became, `peaks` what was measured."""
-
-    recipe: Recipe
-    directory: RunDirectory
-    resume: bool
-    rank: _Rank
-    tokenizer: ChatTokenizer
-    config: ModelConfig
-    sources: dict[str, Source]
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    peaks: dict[torch.dtype, float] = field(default_factory=dict)
 
 
 def train_recipe(
@@ -120,7 +81,7 @@ def train_recipe(
     chip = find_rank_chip(recipe.chips.train)
     with join_world(chip.device, recipe.parallel.timeout_s) as world:
         progress = SilentProgress() if world.rank > 0 else progress or open_progress()
-        rank = _Rank(world, chip, progress, heartbeat, group)
+        rank = Rank(world, chip, progress, heartbeat, group)
         if world.rank > 0:
             return _train_stages(recipe, run, resume, rank)
         check_directory(run, resume)
@@ -131,13 +92,19 @@ def train_recipe(
         return outcome
 
 
-def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: _Rank) -> TrainOutcome:
+def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -> TrainOutcome:
     ends: list[StageEnd] = []
     did_work = False
     try:
         prepared = _prepare(recipe, run, resume, rank)
-        for name, settings in _stages(recipe):
-            end, trained = _run_one(prepared, name, settings, ends[-1].checkpoint if ends else None)
+        for name, settings in recipe.order:
+            before = ends[-1].checkpoint if ends else None
+            if isinstance(settings, FurtherDistilling):
+                rank = prepared.rank
+                made = distil_stage(name, settings, before, recipe, run, prepared.tokenizer, rank.world, rank.progress)
+                did_work |= made
+                continue
+            end, trained = _run_one(prepared, name, settings, before)
             ends.append(end)
             did_work |= trained
             if end.interrupted_by is not None:
@@ -156,28 +123,20 @@ def _last_words(outcome: TrainOutcome, run: RunDirectory, resume_command: str) -
     return f"trained: {done}; weights in {outcome.checkpoint}"
 
 
-def _stages(recipe: Recipe) -> list[tuple[str, StageSettings]]:
-    named = (("pretrain", recipe.train), ("sft", recipe.sft))
-    return [(name, settings) for name, settings in named if settings is not None]
-
-
-def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, rank: _Rank) -> _Run:
+def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -> StageRun:
     keep_freed_memory()
     world, progress = rank.world, rank.progress
     progress.say(f"training on {rank.chip.name}" + _layout(recipe, world))
     check_layout(recipe, world.size)
-    sources: dict[str, Source] = {}
-    for _, settings in _stages(recipe):
-        data = settings.data or recipe.data
-        sources.setdefault(_key(data), open_source(data, recipe.seed))
+    sources = StageSources(recipe, run)
     if world.rank == 0:
         write_json(run.resolved_recipe, recipe.model_dump(mode="json"))
     with world.rank_zero_first():
         # What rank 0 has made is there for the others as it is for a resumed run.
-        tokenizer = obtain_tokenizer(recipe, run, list(sources.values()), resume or world.rank > 0, progress)
+        tokenizer = obtain_tokenizer(recipe, run, sources.from_the_start(), resume or world.rank > 0, progress)
     config = architecture(recipe, tokenizer)
     check_experts(recipe.parallel, config, world.size)
-    return _Run(recipe, run, resume, rank, tokenizer, config, sources)
+    return StageRun(recipe, run, resume, rank, tokenizer, config, sources)
 
 
 def _layout(recipe: Recipe, world: World) -> str:
@@ -190,20 +149,16 @@ def _layout(recipe: Recipe, world: World) -> str:
     return told if experts == 1 else f"{told}, {experts} of which hold one set of experts"
 
 
-def _key(data: DataSettings) -> str:
-    return data.model_dump_json()
-
-
-def _identity(run: _Run, settings: StageSettings) -> Identity:
+def _identity(run: StageRun, settings: StageSettings) -> Identity:
     """Fingerprints of everything a checkpoint of this stage belongs to."""
-    data = settings.data or run.recipe.data
+    data = run.sources.settings(settings)
     model = json.loads(json.dumps(asdict(run.config)))
     given = run.recipe.tokenizer.directory or run.recipe.model.directory
     vocab_size = None if given else run.recipe.tokenizer.vocab_size
-    stage = settings.model_dump(mode="json", exclude={"data"})
+    stage = settings.model_dump(mode="json", exclude={"data", "rollouts"})  # engines may change between two calls
     return Identity(
         fingerprints={
-            "data": digest([run.sources[_key(data)].fingerprint, run.recipe.seed, settings.seq_len]),
+            "data": digest([run.sources.of(settings).fingerprint, run.recipe.seed, settings.seq_len]),
             "tokenizer": digest([run.tokenizer.fingerprint, vocab_size]),
             "architecture": digest(model),
             "recipe_stage": digest(stage),
@@ -217,7 +172,7 @@ def _identity(run: _Run, settings: StageSettings) -> Identity:
     )
 
 
-def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None) -> tuple[StageEnd, bool]:
+def _run_one(run: StageRun, name: str, settings: StageSettings, before: Path | None) -> tuple[StageEnd, bool]:
     """Train one stage to its end, from its own checkpoint or `before`, the last one of the stage before.
 
     Returns how it ended, and whether there was anything to train.
@@ -242,17 +197,17 @@ def _run_one(run: _Run, name: str, settings: StageSettings, before: Path | None)
         step = state.step
         aside = run.rank.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
         events = _resumption(run, name, state, changed, aside)
-    job = _make_job(run, name, settings, checkpoint, before, state, identity, position, events)
+    job = make_job(run, name, settings, Start(checkpoint, before, state, identity, position, events))
     return run_stage(job), True
 
 
-def _beginning(run: _Run, name: str, before: Path | None) -> Event:
+def _beginning(run: StageRun, name: str, before: Path | None) -> Event:
     if run.resume:
         run.rank.progress.say(f"{name}: no checkpoint yet, so it begins at step 1")
     return "started", f"from {before or run.recipe.model.directory or 'new weights'}", "training"
 
 
-def _resumption(run: _Run, name: str, state: CheckpointState, changed: list[str], aside: list[Path]) -> list[Event]:
+def _resumption(run: StageRun, name: str, state: CheckpointState, changed: list[str], aside: list[Path]) -> list[Event]:
     """Tell what a resumed stage does not have in common with the run that was interrupted."""
     run.rank.progress.say(f"{name}: going on after step {state.step}")
     events = [("resumed", f"after step {state.step}", "training")]
@@ -270,111 +225,3 @@ def _resumption(run: _Run, name: str, state: CheckpointState, changed: list[str]
         )
         events.append(("changed-settings", told, "training with the new ones"))
     return events
-
-
-def _make_job(
-    run: _Run,
-    name: str,
-    settings: StageSettings,
-    checkpoint: Path | None,
-    before: Path | None,
-    state: CheckpointState | None,
-    identity: Identity,
-    position: StagePosition,
-    events: list[Event],
-) -> StageJob:
-    compute_dtype = _compute_dtype(run, settings, state)
-    prepare_data = pretraining_data if name == "pretrain" else fine_tuning_data
-    run.rank.progress.say(f"{name}: preparing the data")
-    source = run.sources[_key(settings.data or run.recipe.data)]
-    tell = _every_few_seconds(run.rank.progress, name)
-    with run.rank.world.rank_zero_first():  # it writes the token stores
-        data = prepare_data(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
-    for note in data.train.notes:
-        run.rank.progress.say(f"{name}: {note}")
-    if isinstance(run.rank.world, Ranks):
-        model = starting_shards(run.recipe, run.config, checkpoint or before, run.rank.world, run.rank.progress)
-    else:
-        model = starting_model(run.recipe, run.config, checkpoint or before, run.rank.chip.device, run.rank.progress)
-    optimizer = build_optimizer(model, settings)
-    if not optimizer.defaults["fused"]:
-        run.rank.progress.say(
-            f"AdamW: torch has no fused kernel for {run.rank.chip.device}, so one kernel per operation is used"
-        )
-    if checkpoint is not None:
-        load_optimizer(checkpoint, model, optimizer)
-    job = StageJob(
-        name=name,
-        settings=settings,
-        directory=run.directory.stage(name),
-        model=model,
-        optimizer=optimizer,
-        train_stream=data.train,
-        validation_stream=data.validation,
-        prompts=data.prompts,
-        tokenizer=run.tokenizer,
-        chip=run.rank.chip,
-        compute_dtype=compute_dtype,
-        identity=identity,
-        position=position,
-        progress=run.rank.progress,
-        peak_flops=_peak(run, compute_dtype),
-        opening_events=events,
-        world=run.rank.world,
-        guard=run.recipe.guard,
-        heartbeat=run.rank.heartbeat,
-        groups=join_groups(
-            run.recipe,
-            settings,
-            model,
-            optimizer,
-            position,
-            run.directory.stage(name),
-            run.rank.group,
-            run.rank.world,
-            lambda: estimate_step_s(model, settings, run.rank.chip, compute_dtype, run.rank.world),
-            run.rank.progress.say,
-        ),
-        group=run.rank.group or 0,
-        on_drop=run.recipe.groups.on_drop,
-    )
-    drilled = os.environ.get(orders.DIRECTORY)
-    return job if drilled is None else disturbed(job, Path(drilled), job.group)
-
-
-def _every_few_seconds(progress: StageProgress, name: str) -> TokensTold:
-    """A listener to the writing of a token store that says how far it is, a line every few seconds."""
-    last = time.monotonic()
-
-    def tell(num_tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= TELL_EVERY_S:
-            last = time.monotonic()
-            progress.say(f"{name}: {num_tokens:,} tokens prepared so far")
-
-    return tell
-
-
-def _compute_dtype(run: _Run, settings: StageSettings, state: CheckpointState | None) -> torch.dtype:
-    """The recorded dtype of a resumed stage; else what the chip is found to be fast in, once per run."""
-    if state is not None:
-        run.rank.progress.say(f"computing in {state.compute_dtype}, as recorded in the checkpoint")
-        recorded: torch.dtype = getattr(torch, state.compute_dtype)
-        return run.dtypes.setdefault(settings.dtype, recorded)
-    if settings.dtype not in run.dtypes:
-        choose = partial(choose_compute_dtype, run.rank.chip, settings.dtype)
-        run.dtypes[settings.dtype], reason = run.rank.world.from_rank_zero(
-            choose
-        )  # by measuring: one must speak for all
-        run.rank.progress.say(f"computing in {str(run.dtypes[settings.dtype]).removeprefix('torch.')}: {reason}")
-    return run.dtypes[settings.dtype]
-
-
-def _peak(run: _Run, dtype: torch.dtype) -> float | None:
-    """The chip's rate of matrix products in FLOP/s, where somebody looks at it."""
-    if not run.rank.progress.measures_peak:
-        return None
-    if dtype not in run.peaks:
-        run.peaks[dtype] = product_rate(run.rank.chip, dtype)
-        run.rank.progress.say(f"measured peak of matrix products: {run.peaks[dtype] / 1e12:.3f} TFLOP/s")
-    return run.peaks[dtype]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_HOOKS",
     "Judgement",
+    "NextToken",
     "NonFiniteError",
+    "Objective",
     "StepHooks",
     "StepResult",
     "StepSums",
@@ -49,7 +51,8 @@ class StepResult:
 
     `gradient_norm` is the norm before clipping. `router_imbalance` is the load of the fullest expert over the mean
     load, averaged over layers: 1 is even. `num_positions` counts the tokens computed, padding included. `updated` is
-    false where the step was judged not to touch the weights. With several ranks all of it is about all of them.
+    false where the step was judged not to touch the weights. `extra` is what the objective tells besides, as means per
+    trained token. With several ranks all of it is about all of them.
     """
 
     loss: float
@@ -59,6 +62,7 @@ class StepResult:
     num_positions: int
     router_imbalance: float | None
     updated: bool = True
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 def refuse_non_finite(step: int, result: StepResult) -> Judgement:
@@ -81,12 +85,52 @@ class StepSums:
     """What a step has summed over the parts of its batch and over the ranks.
 
     `numbers` is on the device: losses in nats of the main model and of multi-token prediction, the latter's number of
-    tokens, then the tokens that each expert of each layer got, [3 + L * E].
+    tokens, what the objective tells besides, X numbers, then the tokens that each expert of each layer got,
+    [3 + X + L * E].
     """
 
     num_trained_tokens: int
     num_positions: int
     numbers: torch.Tensor
+
+
+class Objective(Protocol):
+    """What a step minimises."""
+
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        """What it tells besides the losses."""
+
+    def __call__(
+        self, model: Transformer, part: Batch, compute_dtype: torch.dtype, total_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised of a part of the batch, a scalar, and the part's share of `StepSums.numbers`.
+
+        `total_tokens` are the trained ones of the whole batch, over which the step takes the mean.
+        """
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token, and of those after it with `mtp_weight` where the model predicts several."""
+
+    mtp_weight: float
+    extra_names: tuple[str, ...] = ()
+
+    def __call__(
+        self, model: Transformer, part: Batch, compute_dtype: torch.dtype, total_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Objective`."""
+        device = next(model.parameters()).device
+        found = model.loss(
+            part.input_ids_BT.to(device, non_blocking=True), part.labels_BT.to(device, non_blocking=True), compute_dtype
+        )
+        # The mean over prediction depths, each divided by the sequence's own length: DeepSeek-V3 paper, (24) and (25).
+        mtp_weight = self.mtp_weight / max(1, model.config.num_nextn_predict_layers)
+        minimised = (found.loss_sum + mtp_weight * found.mtp_loss_sum) / total_tokens
+        loss_sum, mtp_loss_sum = found.loss_sum.detach(), found.mtp_loss_sum.detach()
+        losses = torch.stack((loss_sum, mtp_loss_sum, found.mtp_num_tokens.to(loss_sum.dtype)))
+        return minimised, torch.cat((losses, found.expert_load_LE.flatten().to(losses.dtype)))
 
 
 def _nothing(model: Transformer, sums: StepSums) -> StepSums:
@@ -118,10 +162,12 @@ def train_step(
     learning_rate: float,
     world: World = ALONE,
     hooks: StepHooks = NO_HOOKS,
+    objective: Objective | None = None,
 ) -> StepResult:
     """Update the weights once with `batch`, this rank's share, computed in `stage.gradient_accumulation` parts.
 
     The gradient is that of the mean over all trained tokens of all ranks, however they fall on ranks and into parts.
+    `objective` None is the cross-entropy of the next tokens.
     The device is waited for once, to look at loss and gradient norm before the update.
 
     Raises:
@@ -136,12 +182,14 @@ def train_step(
             "look for examples whose prompt alone fills seq_len; raise seq_len or the batch size",
         )
     optimizer.zero_grad(set_to_none=True)
-    numbers = world.sum(_accumulate_gradients(model, batch, stage, compute_dtype, total_tokens))
+    objective = objective or NextToken(stage.mtp_loss_weight)
+    parts = batch.parts(stage.gradient_accumulation)
+    numbers = world.sum(_accumulate_gradients(model, parts, objective, compute_dtype, total_tokens))
     sums = hooks.after_backward(model, StepSums(total_tokens, num_positions, numbers))
     gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     norm = world.norm(torch.nn.utils.get_total_norm(gradients))
-    load_LE = sums.numbers[3:].view(-1, model.config.n_routed_experts)
-    result = _read_result(sums, norm, load_LE)
+    load_LE = sums.numbers[3 + len(objective.extra_names) :].view(-1, model.config.n_routed_experts)
+    result = _read_result(sums, norm, load_LE, objective.extra_names)
     if hooks.judge(step, result) == "skip":
         return dataclasses.replace(result, updated=False)
     _clip(gradients, stage.gradient_clip, norm)
@@ -159,37 +207,28 @@ def _clip(gradients: list[torch.Tensor], most: float, norm: torch.Tensor) -> Non
 
 
 def _accumulate_gradients(
-    model: Transformer, batch: Batch, stage: StageSettings, compute_dtype: torch.dtype, total_tokens: int
+    model: Transformer, parts: list[Batch], objective: Objective, compute_dtype: torch.dtype, total_tokens: int
 ) -> torch.Tensor:
     """Forward and backward over the parts; the sums as `StepSums.numbers` has them, left on the device."""
-    device = next(model.parameters()).device
-    # The mean over prediction depths, each divided by the sequence's own length: DeepSeek-V3 paper, equations 24-25.
-    mtp_weight = stage.mtp_loss_weight / max(1, model.config.num_nextn_predict_layers)
-    parts = zip(
-        batch.input_ids_BT.chunk(stage.gradient_accumulation),
-        batch.labels_BT.chunk(stage.gradient_accumulation),
-        strict=True,
-    )
     sums: torch.Tensor | None = None
-    for input_ids_BT, labels_BT in parts:
-        found = model.loss(
-            input_ids_BT.to(device, non_blocking=True), labels_BT.to(device, non_blocking=True), compute_dtype
-        )
-        ((found.loss_sum + mtp_weight * found.mtp_loss_sum) / total_tokens).backward()
-        loss_sum, mtp_loss_sum = found.loss_sum.detach(), found.mtp_loss_sum.detach()
-        losses = torch.stack((loss_sum, mtp_loss_sum, found.mtp_num_tokens.to(loss_sum.dtype)))
-        numbers = torch.cat((losses, found.expert_load_LE.flatten().to(losses.dtype)))
+    for part in parts:
+        minimised, numbers = objective(model, part, compute_dtype, total_tokens)
+        minimised.backward()
         sums = numbers if sums is None else sums + numbers
     assert sums is not None
     return sums
 
 
-def _read_result(sums: StepSums, norm: torch.Tensor, load_LE: torch.Tensor) -> StepResult:
+def _read_result(sums: StepSums, norm: torch.Tensor, load_LE: torch.Tensor, extra_names: tuple[str, ...]) -> StepResult:
     """Bring the step's numbers to the host in one transfer."""
-    numbers = [*sums.numbers[:3].unbind(), norm.to(sums.numbers.dtype)]
+    num_told = 3 + len(extra_names)
+    numbers = [*sums.numbers[:num_told].unbind(), norm.to(sums.numbers.dtype)]
     if len(load_LE):
-        numbers.append((load_LE.amax(dim=-1) / load_LE.mean(dim=-1)).mean())
-    loss, mtp_loss, mtp_num_tokens, gradient_norm, *imbalance = torch.stack(numbers).tolist()
+        mean_L = load_LE.mean(dim=-1)  # 0 in layers that were not computed
+        numbers.append((load_LE.amax(dim=-1) / mean_L).masked_fill(mean_L == 0, 0.0).sum() / (mean_L != 0).sum())
+    read = torch.stack(numbers).tolist()
+    (loss, mtp_loss, mtp_num_tokens), extra = read[:3], read[3:num_told]
+    gradient_norm, *imbalance = read[num_told:]
     return StepResult(
         loss=loss / sums.num_trained_tokens,
         mtp_loss=mtp_loss / mtp_num_tokens if mtp_num_tokens else None,
@@ -197,4 +236,5 @@ def _read_result(sums: StepSums, norm: torch.Tensor, load_LE: torch.Tensor) -> S
         num_trained_tokens=sums.num_trained_tokens,
         num_positions=sums.num_positions,
         router_imbalance=imbalance[0] if imbalance else None,
+        extra={name: number / sums.num_trained_tokens for name, number in zip(extra_names, extra, strict=True)},
     )

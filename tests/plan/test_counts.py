@@ -15,9 +15,7 @@ from crosschip.plan.counts import (
     active_parameters,
     attended_tokens,
     cache_bytes_per_token,
-    forward_flops_per_token,
     num_parameters,
-    recomputed_flops_per_token,
     train_flops_per_token,
 )
 from crosschip.plan.known_architectures import known_architecture, known_architectures, likely_architecture
@@ -131,14 +129,6 @@ def test_a_likely_shape_has_about_the_size(total: float, active: float | None) -
     shape = likely_architecture("unheard of", total, active)
     assert num_parameters(shape) == pytest.approx(total, rel=0.1)
     assert "unheard of" in shape.assumed
-
-
-def test_recomputation() -> None:
-    shape = counted(SMALL)
-    layers = forward_flops_per_token(shape, 64) - 2 * 48 * 97
-    assert recomputed_flops_per_token(shape, 64, "none") == 0
-    assert recomputed_flops_per_token(shape, 64, "full") == pytest.approx(layers)
-    assert 0 < recomputed_flops_per_token(shape, 64, "selective") < recomputed_flops_per_token(shape, 64, "alternate")
 
 
 def test_attended_tokens_by_counting() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from crosschip.plan.hardware import kind_named
 from crosschip.plan.host import host_cluster
 from crosschip.plan.job import Job
 from crosschip.plan.known_architectures import known_architecture
-from crosschip.plan.measured import with_report
 from crosschip.plan.planning import plan_run
 from crosschip.plan.search import check_layout, find_layouts
 from crosschip.plan.step import Layout
+from crosschip.plan.whole_run import Asked, plan_whole_run
 from crosschip.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,8 +102,8 @@ def test_what_cannot_be_is_told() -> None:
 
 
 def test_a_plan_of_this_machine_as_a_document() -> None:
-    cluster = host_cluster()
-    document = plan_document(plan_run(load_recipe(FIRST), cluster), cluster, date.today(), num_trials=50)
+    cluster, asked = host_cluster(), Asked(date.today(), num_trials=50)
+    document = plan_document(plan_whole_run(load_recipe(FIRST), cluster, asked))
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert sum(document["step"]["parts_s"].values()) == pytest.approx(document["step"]["step_s"]["value"])
     for figure in document["step"]["figures"].values():
@@ -112,25 +113,7 @@ def test_a_plan_of_this_machine_as_a_document() -> None:
     with pytest.raises(RecipeError, match="there is no 'nothing'"):
         explain(document, "step.nothing")
     with pytest.raises(CrosschipError, match="before"):
-        plan_document(plan_run(load_recipe(FIRST), cluster), cluster, date.today(), date.today() - timedelta(2))
-
-
-def test_a_report_counts_more_than_the_datasheet(tmp_path: Path) -> None:
-    cluster = read_cluster(CLUSTERS / "h200x8.toml")
-    links = {"plot": "bandwidth", "bandwidth_gb_s": 100.0, "latency_s": 2e-5}
-    product = {"kind": "product rate", "dtype": "bfloat16", "flop_per_s": 5e14}
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps({"exams": [{"measurements": [links, product]}]}))
-    found, notes = with_report(cluster, path)
-    assert notes == []
-    assert found.figures["product_share"].origin == "measured"
-    assert found.hardware.efficiency < cluster.hardware.efficiency
-    assert found.hardware.link_bytes_s * found.hardware.link_share == pytest.approx(100e9)
-    path.write_text(json.dumps({"exams": [{"measurements": [{**product, "flop_per_s": "fast"}]}]}))
-    assert len(with_report(cluster, path)[1]) == 2
-    path.write_text("[]")
-    with pytest.raises(RecipeError, match="no report"):
-        with_report(cluster, path)
+        plan_whole_run(load_recipe(FIRST), cluster, replace(asked, by=date.today() - timedelta(2)))
 
 
 def command_line() -> typer.Typer:

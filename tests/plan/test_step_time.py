@@ -15,7 +15,7 @@ from crosschip.plan.memory import memory_parts
 from crosschip.plan.search import layouts
 from crosschip.plan.step import Layout
 from crosschip.plan.step_time import estimate_step
-from crosschip.plan.work import Shape, layer_work, work_s
+from crosschip.plan.work import Shape, Work, layer_work, work_s
 from crosschip.published import published_chip
 
 
@@ -88,6 +88,28 @@ def test_the_pipeline_bubble_is_the_closed_form() -> None:
     found = estimate_step(job("Llama 3.1 8B", batch=128), layout, hardware())
     stage = sum(found.parts[name] for name in ("forward", "backward", "output and loss", "uneven stages")) / 32
     assert found.parts["pipeline bubble"] == pytest.approx(7 / 2 * stage)
+
+
+def test_a_zero_bubble_pipeline_keeps_a_third_of_the_bubble() -> None:
+    layout, case = Layout(data=4, pipeline=8), job("Llama 3.1 8B", batch=128)
+    plain, filled = (estimate_step(replace(case, zero_bubble=each), layout, hardware()) for each in (False, True))
+    assert filled.parts["pipeline bubble"] == pytest.approx(plain.parts["pipeline bubble"] / 3)
+    assert plain.step_s - filled.step_s == pytest.approx(2 / 3 * plain.parts["pipeline bubble"])
+
+
+def test_a_cast_to_fp8_counts_inputs_and_weights_so_that_few_rows_gain_little() -> None:
+    def gain(rows: float) -> float:
+        product = Work("x", rows, 8192, 8192)
+        return sum(work_s(product, hardware())) / sum(work_s(product, hardware(), fp8=True))
+
+    assert gain(512) < gain(4096) < gain(65536) < 1979 / 989
+
+
+def test_the_host_of_an_eager_trainer_is_waited_for_where_the_chip_has_little_to_do() -> None:
+    eager = replace(hardware(), call_s=1e-4)
+    small, large = Work("x", 64, 64, 64), Work("x", 65536, 8192, 8192)
+    assert work_s(small, eager) == (1e-4, 2e-4)
+    assert work_s(large, eager) == work_s(large, hardware())
 
 
 def test_sharding_saves_memory_stage_by_stage() -> None:

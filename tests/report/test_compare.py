@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from crosschip.cli import app
+from crosschip.plan.document import SCHEMA_VERSION
 from crosschip.report.compare import compare
 from crosschip.report.compare_page import compare_markdown, compare_page
+from crosschip.report.compared_files import NEWEST_PLAN, read_compared
 from crosschip.report.qualification import ReportError, read_report
 from tests.report.qualifications import MEASURED, finding, qualification, speed
 from tests.report.test_run_page import HOSTILE, PageReader
 
+ROOT = Path(__file__).parent.parent.parent
 ASCEND = {"chip": "npu:0", "model_name": "Ascend910B2"}
 H20 = {"chip": "cuda:0", "model_name": "NVIDIA H20"}
 H200 = {"chip": "cuda:0", "model_name": "NVIDIA H200"}
@@ -89,6 +94,55 @@ def test_dates_decide_training_where_they_are_apart() -> None:
     assert answer("train", *reports, plans=apart)["chip"] == "Ascend910B2 (npu:0)"
     close = plan("npu:0", "2027-03-01", "2027-05-02"), plan("NVIDIA H20", "2027-05-01", "2027-07-01")
     assert answer("train", *reports, plans=close)["chip"] is None
+
+
+def test_plans_that_the_command_made_are_dates_beside_the_reports(tmp_path: Path) -> None:
+    files = []
+    for chip, num_chips, about in (("H20", 2, H20), ("H200", 8, H200)):
+        cluster, planned, report = (tmp_path / f"{chip}.{end}" for end in ("toml", "plan.json", "json"))
+        cluster.write_text(f'name = "lab {chip}"\nchip = "{chip}"\nnum_chips = {num_chips}\n')
+        large = (
+            "train.steps=2000000",
+            "train.batch_size=1024",
+            "model.hidden_size=2048",
+            "model.intermediate_size=8192",
+        )
+        command = ["plan", str(ROOT / "recipes/first.toml"), "--cluster", str(cluster), "--json", str(planned)]
+        command += [part for each in large for part in ("--set", each)]
+        assert (ended := CliRunner().invoke(app, command)).exit_code == 0, ended.output
+        report.write_text(json.dumps(qualification(**about)))
+        files += [planned, report]
+    ended = CliRunner().invoke(app, ["compare", *map(str, files), "--json", str(tmp_path / "c.json")])
+    assert ended.exit_code == 0, ended.output
+    found = json.loads((tmp_path / "c.json").read_text())
+    for chip, planned in zip(found["chips"], files[::2], strict=True):
+        ready = json.loads(planned.read_text())["ready"]
+        assert chip["plans"]["train"] == ready | {"cluster": chip["plans"]["train"]["cluster"]}
+        assert f"{ready['p50']}, {ready['p90']}" in ended.output.replace("\\", "")
+    assert found["recommendations"]["train"]["chip"] == "NVIDIA H200 (cuda:0)"
+    assert "by plan NVIDIA H200 (cuda:0) is ready on" in found["recommendations"]["train"]["grounds"][1]
+
+
+def test_a_plan_that_speaks_of_nothing_here_is_left_out_and_that_is_said() -> None:
+    good = plan("NVIDIA H20", "2027-05-01", "2027-07-01")
+    bad = [
+        {**good, "model": "second"},
+        {**good, "chip": "H100", "chip_matches": ["H100", "("]},
+        {"document": "plan", "chip": "NVIDIA H20", "cluster": "lab"},
+        {**good, "cluster": "again"},
+    ]
+    document = compare({"a.json": qualification(**ASCEND), "b.json": qualification(**H20)}, [good, *bad])
+    notes = "; ".join(document["notes"])
+    for words in ("the reports are of first", "for H100, of which there is no report", "no dates", "has two plans"):
+        assert words in notes
+    assert document["chips"][1]["plans"]["train"]["p50"] == "2027-05-01"
+
+
+def test_a_plan_of_a_newer_crosschip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"document": "plan", "schema_version": NEWEST_PLAN + 1}))
+    with pytest.raises(ReportError, match="is a plan of schema version"):
+        read_compared([tmp_path / "p.json"])
+    assert NEWEST_PLAN == SCHEMA_VERSION
 
 
 def test_two_chips_for_two_roles_need_a_handoff() -> None:

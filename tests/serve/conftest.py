@@ -8,9 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -110,8 +112,13 @@ def teach(model: Transformer, tokenizer: ChatTokenizer) -> None:
     for question, reasoning, answer in CONVERSATIONS:
         messages = [Message("user", question), Message("assistant", answer, reasoning)]
         examples.append(tokenizer.encode_example(messages))
+    teach_by_heart(model, examples, tokenizer.pad_id)
+
+
+def teach_by_heart(model: Transformer, examples: Sequence[tuple[list[int], list[bool]]], pad_id: int) -> None:
+    """Train until each example's answer (its ids that are marked) is what the model says for sure."""
     longest = max(len(ids) for ids, _ in examples)
-    inputs = torch.full((len(examples), longest - 1), tokenizer.pad_id)
+    inputs = torch.full((len(examples), longest - 1), pad_id)
     labels = torch.full((len(examples), longest - 1), -100)
     for row, (ids, answered) in enumerate(examples):
         inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
@@ -140,11 +147,16 @@ def _is_sure(model: Transformer, inputs: torch.Tensor, labels: torch.Tensor) -> 
 
 @dataclass
 class RunningServer:
-    """A server process; `log` holds what it printed before it was ready."""
+    """A server process; what it prints goes to a file, which never fills up as a pipe does that nobody reads."""
 
     url: str
-    process: subprocess.Popen[str]
-    log: list[str] = field(default_factory=list)
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    @property
+    def log(self) -> list[str]:
+        """The lines that it printed so far."""
+        return self.log_path.read_text(errors="replace").splitlines(keepends=True)
 
     def end(self, signal_number: int = signal.SIGTERM) -> int:
         self.process.send_signal(signal_number)
@@ -161,24 +173,29 @@ def running_server(directory: Path, **options: object) -> Iterator[RunningServer
         "def run(directory, **options): serve(pathlib.Path(directory), port=0, device='cpu', **options)\n"
         f"run({arguments})\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    server = RunningServer("", process)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            server.log.append(line)
-            if found := re.search(r"chat: (http://\S+)", line):
-                server.url = found[1]
-                break
-        assert server.url, f"the server did not start:\n{''.join(server.log)}"
+    with logged_process([sys.executable, "-c", program], r"chat: (http://\S+)") as server:
         yield server
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+
+
+@contextmanager
+def logged_process(command: list[str], says_url: str) -> Iterator[RunningServer]:
+    """A program whose output goes to a file, once it has printed its address (the group of the pattern)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory(prefix="crosschip-server-") as place:
+        log_path = Path(place) / "log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        server = RunningServer("", process, log_path)
+        try:
+            while (found := re.search(says_url, "".join(server.log))) is None and process.poll() is None:
+                time.sleep(0.02)
+            assert found is not None, f"the server did not start:\n{''.join(server.log)}"
+            server.url = found[1]
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
 ServerFactory = Callable[..., AbstractContextManager[RunningServer]]

@@ -1,12 +1,25 @@
+import itertools
 import json
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from crosschip.cli import app
 from crosschip.data import Message
-from crosschip.errors import CheckpointError, DataError, RecipeError
+from crosschip.errors import CheckpointError, DataError, RecipeError, RunDirectoryError
+from crosschip.recipe import DataSettings
 from crosschip.rundir import RunDirectory
-from crosschip.train import evaluate
-from crosschip.train.evaluate import Question, evaluate_recipe, questions_of
+from crosschip.train.evaluate import (
+    Question,
+    evaluate_recipe,
+    evaluating,
+    file_questions,
+    find_subject,
+    questions_of,
+    weights_sha256,
+)
+from crosschip.train.evaluate.summary import pass_at_k
 from crosschip.train.progress import LineProgress
 
 
@@ -28,20 +41,67 @@ def test_answers_are_judged_by_what_follows_the_reasoning(tiny, uninterrupted, m
     """Known answers: right, wrong, reasoning without an end, the right number inside the reasoning only."""
     questions = [Question((Message("user", f"question {i}"),), "12") for i in range(4)]
     written = ["<think>5 + 7</think>12", "<think>5 + 7</think>13", "<think>12 12 12", "<think>12</think>no"]
-    monkeypatch.setattr(evaluate, "questions_of", lambda recipe, settings: questions)
+    monkeypatch.setattr(evaluating, "questions_of", lambda recipe, settings: questions)
 
-    def answers(decoder, prompts, max_new_tokens, stop_ids):  # type: ignore[no-untyped-def]
-        tokenizer = evaluate.load_tokenizer(RunDirectory(uninterrupted).tokenizer)
-        ended = [[tokenizer.eos_id] if "</think>" in text else [] for text in written]
-        return [tokenizer.encode_with_controls(text) + end for text, end in zip(written, ended, strict=True)]
+    def answers(decoder, askings, limits):  # type: ignore[no-untyped-def]
+        tokenizer = evaluating.load_tokenizer(RunDirectory(uninterrupted).tokenizer)
+        for number, text in enumerate(written):
+            yield number, tokenizer.encode_with_controls(text) + [tokenizer.eos_id] * ("</think>" in text)
 
-    monkeypatch.setattr(evaluate, "generate", answers)
+    monkeypatch.setattr(evaluating, "answer_all", answers)
     document = evaluate_recipe(tiny("evaluate.num_problems=4"), RunDirectory(uninterrupted), LineProgress(None))
-    assert [problem["right"] for problem in document["problems"]] == [True, False, False, False]
-    assert [problem["closed"] for problem in document["problems"]] == [True, True, False, True]
-    assert [problem["finished"] for problem in document["problems"]] == [True, True, False, True]
+    problems = document["problems"]
+    assert [problem["right"] for problem in problems] == [True, False, False, False]
+    assert [problem["closed"] for problem in problems] == [True, True, False, True]
+    assert [problem["finished"] for problem in problems] == [True, True, False, True]
     assert document["closed_reasoning_share"] == 0.75
-    assert document["problems"][0]["reasoning"] == "5 + 7"
+    assert problems[0]["reasoning"] == "5 + 7"
+    # the answer's tokens: its digits and the end; the rest is reasoning with its tags
+    assert [problem["num_tokens"] - problem["num_reasoning_tokens"] for problem in problems] == [3, 3, 0, 3]
+    assert document["median_answer_tokens"] == 3
+    assert document["pass_at_k"] == [{"k": 1, "value": 0.25, "low_95": 0.0, "high_95": 0.75}]
+
+
+def test_drawn_answers_do_not_depend_on_what_else_is_asked(tiny, uninterrupted) -> None:
+    run = RunDirectory(uninterrupted)
+    many = evaluate_recipe(tiny("evaluate.samples=4", "evaluate.pass_at=[1, 2, 4]"), run, LineProgress(None))
+    few = evaluate_recipe(tiny("evaluate.samples=2", "evaluate.num_problems=3"), run, LineProgress(None))
+    assert [each["k"] for each in many["pass_at_k"]] == [1, 2, 4]
+    assert many["drawn"]["num_answers"] == 24
+    assert many["pass_at_k"][0]["value"] == many["drawn"]["num_right"] / 24
+    for whole, part in zip(many["problems"], few["problems"], strict=False):
+        assert [each["text"] for each in whole["drawn"]][:2] == [each["text"] for each in part["drawn"]]
+        assert whole["text"] == part["text"]
+    assert len({each["text"] for each in many["problems"][0]["drawn"]}) > 1
+
+
+def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_right_answer() -> None:
+    for num, right, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if right > num or k > num:
+            continue
+        chosen = list(itertools.combinations([True] * right + [False] * (num - right), k))
+        assert pass_at_k(num, right, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+
+
+def test_more_tries_than_samples_are_refused(tiny) -> None:
+    with pytest.raises(RecipeError, match=r"pass_at=\[8\] needs 8 answers"):
+        tiny("evaluate.samples=4", "evaluate.pass_at=[8]")
+
+
+def test_a_checker_of_another_kind_decides(tiny, uninterrupted) -> None:
+    run = RunDirectory(uninterrupted)
+    document = evaluate_recipe(tiny('evaluate.checker="format"'), run, LineProgress(None))
+    assert (document["checker"], document["num_checker_errors"]) == ("format", 0)
+    assert document["num_right"] == sum(problem["closed"] and problem["finished"] for problem in document["problems"])
+    with pytest.raises(RecipeError, match="does not exist"):
+        evaluate_recipe(tiny('evaluate.checker="nonsense"'), run, LineProgress(None))
+
+
+def test_a_checker_that_fails_is_told_and_no_answer_is_right(tiny, uninterrupted) -> None:
+    run = RunDirectory(uninterrupted)
+    document = evaluate_recipe(tiny('evaluate.checker="json:loads"'), run, LineProgress(None))
+    assert (document["num_right"], document["num_checker_errors"]) == (0, 6)
+    assert "loads" in document["problems"][0]["error"]
 
 
 def test_file_data_is_asked_from_its_validation_split(tiny, tmp_path) -> None:
@@ -66,7 +126,7 @@ def test_plain_text_cannot_be_evaluated(tiny, tmp_path) -> None:
 
 def test_a_question_without_room_for_an_answer_counts_as_wrong(tiny, uninterrupted, monkeypatch) -> None:
     long = Question((Message("user", "much " * 300),), "1")
-    monkeypatch.setattr(evaluate, "questions_of", lambda recipe, settings: [long])
+    monkeypatch.setattr(evaluating, "questions_of", lambda recipe, settings: [long])
     document = evaluate_recipe(tiny("evaluate.num_problems=1"), RunDirectory(uninterrupted), LineProgress(None))
     assert document["num_problems"] == 1
     assert document["problems"][0]["num_tokens"] == 0
@@ -79,3 +139,63 @@ def test_nothing_trained_and_nothing_asked_are_told(tiny, tmp_path) -> None:
     recipe = tiny().model_copy(update={"evaluate": None})
     with pytest.raises(RecipeError, match=r"no \[evaluate\]"):
         evaluate_recipe(recipe, RunDirectory(tmp_path / "empty"), LineProgress(None))
+
+
+def test_any_checkpoint_of_a_run_is_found(uninterrupted) -> None:
+    newest, earlier = find_subject(uninterrupted), find_subject(uninterrupted, "pretrain", 8)
+    assert (newest.stage, newest.step, newest.recipe.name) == ("sft", 7, "tiny")
+    assert (earlier.stage, earlier.step) == ("pretrain", 8)
+    assert weights_sha256(newest.directory) != weights_sha256(earlier.directory)
+    itself = find_subject(newest.directory)
+    assert (itself.directory, itself.tokenizer, itself.stage) == (newest.directory, newest.tokenizer, "sft")
+    assert itself.recipe == newest.recipe
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
+        find_subject(uninterrupted, "sft", 5)
+    with pytest.raises(CheckpointError, match="stages with one are pretrain, sft"):
+        find_subject(uninterrupted, "rl")
+    with pytest.raises(RunDirectoryError, match="neither a run"):
+        find_subject(uninterrupted / "tokenizer")
+    with pytest.raises(RunDirectoryError, match="has no stages"):
+        find_subject(newest.directory, "sft")
+
+
+def test_every_row_of_a_file_can_be_asked(tmp_path) -> None:
+    path = tmp_path / "gsm.jsonl"
+    rows = [{"question": f"How many is {i} + 1?", "answer": f"{i} and one.\n#### {i + 1}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSettings(path=str(path))
+    assert [question.expected for question in file_questions(data, None)] == [str(i + 1) for i in range(20)]
+    assert len(file_questions(data, 3)) == 3
+    path.write_text('{"text": "plain"}\n')
+    with pytest.raises(DataError, match="no question with an answer"):
+        file_questions(data, None)
+
+
+def evaluated(*arguments: str | Path) -> str:
+    ended = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    assert ended.exit_code == 0, ended.output
+    return ended.stdout
+
+
+def test_the_verb_evaluates_checkpoints_and_compares_them(uninterrupted, tmp_path) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    text = evaluated(uninterrupted, "--num-problems", 12, "--samples", 2, "--json", one)
+    assert "pass@2" in text
+    assert "reasoning closed" in text
+    evaluated(uninterrupted, "--stage", "pretrain", "--step", 8, "--num-problems", 12, "--json", other)
+    assert json.loads(one.read_text())["stage"] == "sft"
+    assert json.loads(other.read_text())["step"] == 8
+    assert "12 problems in both" in evaluated(one, other)
+
+
+def test_the_verb_takes_files_and_levels(uninterrupted, tmp_path) -> None:
+    path, out = tmp_path / "qa.jsonl", tmp_path / "out.json"
+    path.write_text('{"question": "What is 1 + 1?", "answer": 2}\n')
+    evaluated(uninterrupted, "--data", path, "--json", out)
+    assert [row["expected"] for row in json.loads(out.read_text())["problems"]] == ["2"]
+    evaluated(uninterrupted, "--level", 2, "--num-problems", 3, "--json", out)
+    assert {row["level"] for row in json.loads(out.read_text())["problems"]} == {2}
+    both = CliRunner().invoke(app, ["evaluate", str(uninterrupted), "--data", str(path), "--level", "1"])
+    assert both.exit_code == 2
+    more = CliRunner().invoke(app, ["evaluate", str(uninterrupted), "--samples", "2", "--pass-at", "4"])
+    assert (more.exit_code, "needs 4 answers" in more.output) == (2, True)

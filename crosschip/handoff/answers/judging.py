@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from crosschip.handoff.answers.intervals import Interval, bootstrap_lengths, bootstrap_shares, score_interval
-from crosschip.handoff.answers.pairs import sign_test, table_of
-from crosschip.handoff.answers.power import (
+from crosschip.handoff.answers.questions import Task
+from crosschip.handoff.answers.scoring import LengthPair, Outcome
+from crosschip.handoff.answers.verdicts import Verdict, holm, verdict_of
+from crosschip.paired.intervals import Interval, bootstrap_lengths, bootstrap_shares, score_interval
+from crosschip.paired.pairs import sign_test, table_of
+from crosschip.paired.power import (
     LEAST_POWER,
     pairs_for_difference,
     pairs_for_margin,
     smallest_difference,
     smallest_length_difference,
 )
-from crosschip.handoff.answers.questions import Task
-from crosschip.handoff.answers.scoring import LengthPair, Outcome
-from crosschip.handoff.answers.verdicts import Verdict, holm, verdict_of
 
 __all__ = ["Levels", "TaskResult", "judge_lengths", "judge_shares", "with_verdicts"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from crosschip.handoff.answers.intervals import Interval
+from crosschip.paired.intervals import Interval
 
 __all__ = ["Verdict", "holm", "overall", "verdict_of"]
 

@@ -102,9 +102,9 @@ class Milestone:
     share: float
     planned: float
 
-    def words(self, unit: str, total: float) -> str:
-        """Such as `by 2027-03-01: 4.1 T tokens (28 %), planned 33 %`."""
-        return f"by {self.day}: {self.share * total:.3g} {unit} ({self.share:.0%}), planned {self.planned:.0%}"
+    def words(self, where: str) -> str:
+        """Such as `by 2027-03-01: 28 % of the work (pretrain, step 4,100 of 15,000), planned 33 %`."""
+        return f"by {self.day}: {self.share:.0%} of the work ({where}), planned {self.planned:.0%}"
 
 
 def fall_back(choice: FallBack, start: date, shares: Sequence[float] = (0.1, 0.25, 0.5, 0.75)) -> list[Milestone]:

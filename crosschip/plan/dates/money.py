@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crosschip.plan.dates.schedule import Schedule
+from crosschip.plan.dates.schedule import Schedule, StageDates
 from crosschip.plan.failures.problem import PlanError, at_least
 
 __all__ = ["Bill", "Prices", "bill"]
@@ -47,30 +47,41 @@ def bill(schedule: Schedule, prices: Prices | dict[str, Prices], chips_per_node:
         PlanError: a stage's chip has no prices, or two chips are priced in two currencies.
     """
     hours, energy, money = np.zeros((3, schedule.scenario.num_trials))
-    left_out, by_stage = [], [(each, _prices_of(each.stage.chip, prices)) for each in schedule.stages]
-    currencies = {price.currency for _, price in by_stage}
+    left_out, shares = [], [share for each in schedule.stages for share in _shares(each, prices, chips_per_node)]
+    currencies = {price.currency for _, price, _ in shares}
     if len(currencies) > 1:
         raise PlanError(f"the prices are in {', '.join(sorted(currencies))}", "give all prices in one currency")
-    for each, price in by_stage:
-        spares = each.stage.recovery.num_spares if each.stage.recovery else 0
-        stage_hours = each.chip_hours + each.ledger.wall_s / 3600 * spares * chips_per_node
-        hours += stage_hours
-        if each.stage.num_chips == 0:
-            continue
+    for what, price, share_hours in shares:
+        hours += share_hours
         if price.per_chip_hour is None and price.per_kwh is None:
-            left_out.append(f"{each.stage.name}: no price is given")
+            left_out.append(f"{what}: no price is given")
         if price.chip_kw is None:
-            left_out.append(f"{each.stage.name}: the chip's power is not given, so energy is not counted")
-        kwh = stage_hours * (price.chip_kw or 0.0)
+            left_out.append(f"{what}: the chip's power is not given, so energy is not counted")
+        kwh = share_hours * (price.chip_kw or 0.0)
         energy += kwh / 1000
-        money += stage_hours * (price.per_chip_hour or 0.0) + kwh * (price.per_kwh or 0.0)
+        money += share_hours * (price.per_chip_hour or 0.0) + kwh * (price.per_kwh or 0.0)
     return Bill(
         _quantiles(hours),
         _quantiles(energy) if energy.any() else None,
         _quantiles(money) if money.any() else None,
-        currencies.pop(),
+        currencies.pop() if currencies else Prices().currency,
         tuple(left_out),
     )
+
+
+def _shares(
+    dates: StageDates, prices: Prices | dict[str, Prices], chips_per_node: int
+) -> list[tuple[str, Prices, np.typing.NDArray[np.float64]]]:
+    """(stage and chip, prices, chip-hours) of each kind of chip in a stage; spare nodes are of its main kind."""
+    stage, wall_h = dates.stage, dates.ledger.wall_s / 3600
+    spares = stage.recovery.num_spares * chips_per_node if stage.recovery else 0
+    found = []
+    for place, (chip, number) in enumerate(stage.chips):
+        paid = number + (spares if place == 0 else 0)
+        if paid:
+            what = stage.name if place == 0 else f"{stage.name} on {chip}"
+            found.append((what, _prices_of(chip, prices), wall_h * paid))
+    return found
 
 
 def _prices_of(chip: str, prices: Prices | dict[str, Prices]) -> Prices:

@@ -12,23 +12,35 @@ from crosschip.plan.failures.recovery import Recovery
 __all__ = ["Effect", "on_other_chip", "sensitivity"]
 
 _DAY_H = 24.0
+_LEAST_SHARE = 0.001
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Days that one change adds to (or, negative, takes from) the P50 and the P90 of the end date."""
+    """Days that one change adds to (or, negative, takes from) the P50 and the P90 of the end date.
+
+    `of_days` is the plan's own P50: a change of less than a thousandth of it is told as none.
+    """
 
     change: str
     days_p50: float
     days_p90: float
+    of_days: float = 0.0
 
     def words(self) -> str:
         """Such as `stops twice as often: 11 days later`."""
         days = self.days_p50
-        if abs(days) < 0.05:
+        if abs(days) <= max(_LEAST_SHARE * self.of_days, 1e-6):
             return f"{self.change}: no difference"
-        size = f"{abs(days) / 7:.0f} weeks" if abs(days) >= 28 else f"{abs(days):.{0 if abs(days) >= 10 else 1}f} days"
-        return f"{self.change}: {size} {'later' if days > 0 else 'earlier'}"
+        return f"{self.change}: {_length(abs(days))} {'later' if days > 0 else 'earlier'}"
+
+
+def _length(days: float) -> str:
+    if days >= 28:
+        return f"{days / 7:.0f} weeks"
+    if days >= 1:
+        return f"{days:.{0 if days >= 10 else 1}f} days"
+    return f"{days * 24:.2g} h" if days >= 1 / 24 else f"{days * 1440:.2g} min"
 
 
 def sensitivity(scenario: Scenario) -> list[Effect]:
@@ -47,7 +59,7 @@ def on_other_chip(scenario: Scenario, other: Scenario, chip: str) -> Effect:
 
 
 def _effect(change: str, before: Callable[[float], float], after: Callable[[float], float]) -> Effect:
-    return Effect(change, after(0.5) - before(0.5), after(0.9) - before(0.9))
+    return Effect(change, after(0.5) - before(0.5), after(0.9) - before(0.9), before(0.5))
 
 
 def _questions(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:

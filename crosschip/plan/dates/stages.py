@@ -25,7 +25,10 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `work_s` are seconds on all its chips if nothing ever stopped; without `recovery` nothing stops it."""
+    """One stage. `work_s` are seconds on all its chips if nothing ever stopped; without `recovery` nothing stops it.
+
+    `num_chips` counts all of them, `beside` those among them that are not of the kind `chip`, as (chip, number).
+    """
 
     name: str
     work_s: float
@@ -33,6 +36,7 @@ class Stage:
     recovery: Recovery | None
     chip: str = ""
     ramp: tuple[Ramp, ...] = ()
+    beside: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         at_least(f"the work of {self.name}", self.work_s, 0.0)
@@ -42,6 +46,12 @@ class Stage:
             raise PlanError(f"the ramp-up of {self.name} names the days {days}", "begin at day 0 and let the days grow")
         if self.recovery is None and self.ramp:
             raise PlanError(f"{self.name} is a pause and has a ramp-up", "leave the ramp-up out")
+        assert sum(number for _, number in self.beside) <= self.num_chips
+
+    @property
+    def chips(self) -> tuple[tuple[str, int], ...]:
+        """How many chips of each kind, those of `chip` first."""
+        return ((self.chip, self.num_chips - sum(number for _, number in self.beside)), *self.beside)
 
 
 def training(

@@ -3,9 +3,7 @@
 from crosschip.plan.failures.corruption import Corruption, expected_corruption
 from crosschip.plan.failures.interval import (
     best_interval,
-    daly_interval,
     expected_goodput,
-    first_order_goodput,
     young_interval,
 )
 from crosschip.plan.failures.outlook import Outlook, failure_outlook, outlook_document, usual_recovery
@@ -28,11 +26,9 @@ __all__ = [
     "SampledRates",
     "Soak",
     "best_interval",
-    "daly_interval",
     "expected_corruption",
     "expected_goodput",
     "failure_outlook",
-    "first_order_goodput",
     "outlook_document",
     "published_rates",
     "read_soak",

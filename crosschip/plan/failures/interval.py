@@ -1,6 +1,6 @@
 """How often to save, and the goodput that is left: closed forms for stops that come at a constant rate.
 
-Young 1974; Daly 2006, "A higher order estimate of the optimum checkpoint interval". `expected_goodput` is exact for
+Young 1974 is the limit of short saves. `expected_goodput` is exact for
 exponential gaps, for stops that may also hit the saving and the restart; the event simulation must agree with it.
 """
 
@@ -12,7 +12,7 @@ from scipy.special import lambertw
 
 from crosschip.plan.failures.problem import at_least, positive
 
-__all__ = ["best_interval", "daly_interval", "expected_goodput", "first_order_goodput", "young_interval"]
+__all__ = ["best_interval", "expected_goodput", "young_interval"]
 
 
 def young_interval(save_blocking_s: float, between_stops_s: float) -> float:
@@ -20,15 +20,6 @@ def young_interval(save_blocking_s: float, between_stops_s: float) -> float:
     at_least("save_blocking_s", save_blocking_s, 0.0)
     positive("between_stops_s", between_stops_s)
     return math.sqrt(2 * save_blocking_s * between_stops_s)
-
-
-def daly_interval(save_blocking_s: float, between_stops_s: float) -> float:
-    """Daly's higher-order interval in seconds; the time between stops itself where a save takes over twice that."""
-    young_s = young_interval(save_blocking_s, between_stops_s)
-    if save_blocking_s >= 2 * between_stops_s:
-        return between_stops_s
-    ratio = save_blocking_s / (2 * between_stops_s)
-    return young_s * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_blocking_s
 
 
 def best_interval(save_blocking_s: float, between_stops_s: float, *, least_s: float = 0.0) -> float:
@@ -62,11 +53,3 @@ def expected_goodput(interval_s: float, save_blocking_s: float, stop_s: float, b
     if exponent + cycle > 700.0:  # exp would overflow: nothing is ever finished
         return 0.0
     return interval_s / (between_stops_s * math.exp(exponent) * math.expm1(cycle))
-
-
-def first_order_goodput(interval_s: float, save_blocking_s: float, stop_s: float, between_stops_s: float) -> float:
-    """Meta's formula (arXiv 2410.21680): (1 - (stop + interval / 2) / M) / (1 + save / interval), at least 0."""
-    positive("interval_s", interval_s)
-    positive("between_stops_s", between_stops_s)
-    lost = (stop_s + interval_s / 2) / between_stops_s
-    return max(0.0, 1.0 - lost) / (1.0 + save_blocking_s / interval_s)

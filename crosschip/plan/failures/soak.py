@@ -32,11 +32,6 @@ class Soak:
         """Stops a chip and day that the soak does not exclude (95 %)."""
         return upper_bound(self.stops, self.device_hours / 24)
 
-    @property
-    def corruption_bound(self) -> float:
-        """Silent corruptions a chip and day that the soak does not exclude (95 %)."""
-        return upper_bound(self.mismatches, self.device_hours / 24)
-
     def words(self, num_chips: int) -> str:
         """What the soak shows, and what it leaves open for a job of so many chips."""
         return (

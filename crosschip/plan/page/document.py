@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,14 @@ from crosschip.plan.figures import Figure
 from crosschip.plan.serving.capacity import ServingPlan
 from crosschip.plan.serving.model import ServingChip
 
-__all__ = ["dates_document", "fall_back_document", "money_document", "sensitivity_document", "serving_document"]
+__all__ = [
+    "dates_document",
+    "fall_back_document",
+    "money_document",
+    "sensitivity_document",
+    "serving_document",
+    "serving_figures",
+]
 
 _NAMES = ("p10", "p50", "p90")
 _BINS = 40
@@ -35,6 +42,7 @@ def dates_document(schedule: Schedule, by: Any = None) -> dict[str, Any]:
                 "name": each.stage.name,
                 "chip": each.stage.chip,
                 "chips": each.stage.num_chips,
+                "beside": [list(other) for other in each.stage.beside],
                 "begin": {name: str(calendar.day(value)) for name, value in zip(_NAMES, begin, strict=True)},
                 "end": {name: str(calendar.day(value)) for name, value in zip(_NAMES, end, strict=True)},
                 "begin_days": [value / 86400 for value in begin],
@@ -46,6 +54,7 @@ def dates_document(schedule: Schedule, by: Any = None) -> dict[str, Any]:
     return {
         "start": str(calendar.start),
         "end": {name: str(day) for name, day in zip(_NAMES, schedule.end_dates(), strict=True)},
+        "end_days": {name: float(np.quantile(end_days, share)) for name, share in zip(_NAMES, QUANTILES, strict=True)},
         "stages": stages,
         "blackouts": [
             {"first": str(each.first), "last": str(each.last), "why": each.why} for each in calendar.blackouts
@@ -74,25 +83,27 @@ def sensitivity_document(effects: Sequence[Effect]) -> list[dict[str, Any]]:
 
 
 def fall_back_document(
-    choice: FallBack, milestones: Sequence[Milestone], chip_a: str, chip_b: str, unit: str, total: float
+    choice: FallBack, milestones: Sequence[Milestone], chip_a: str, chip_b: str, where: Callable[[float], str]
 ) -> dict[str, Any]:
-    """The fall-back rule; `total` is the whole run's work in `unit` (such as tokens in T)."""
+    """The fall-back rule; `where` says in words where the run stands when a share of it is done."""
     return {
         "from": chip_a,
         "to": chip_b,
         "portable": choice.portable,
         "switch_days": choice.switch_days,
+        "days": {"from_p50": choice.days_a, "to_p90": choice.days_b},
         "milestones": [
             {
                 "day": str(each.day),
                 "share": each.share,
                 "planned": each.planned,
-                "amount": each.share * total,
-                "words": each.words(unit, total),
+                "where": where(each.share),
+                "words": each.words(where(each.share)),
             }
             for each in milestones
         ],
-        "unit": unit,
+        "by": None,
+        "last_switch": None,
     }
 
 
@@ -123,8 +134,21 @@ _CHIP_UNITS = {
 }
 
 
+def serving_figures(chip: ServingChip) -> dict[str, Any]:
+    """What serving on a chip rests on; its unchanged shares are assumed."""
+    return {
+        name: Figure(
+            getattr(chip, name),
+            unit,
+            "assumed" if getattr(chip, name) == chip.__dataclass_fields__[name].default else "given",
+            f"{chip.name}, for serving",
+        ).document()
+        for name, unit in _CHIP_UNITS.items()
+    }
+
+
 def serving_document(plan: ServingPlan, chip: ServingChip) -> dict[str, Any]:
-    """The chips for a load, prefill and decode apart, with the chip's figures; its unchanged shares are assumed."""
+    """The chips for a load, prefill and decode apart, with the chip's figures."""
     load, prefill, decode = plan.load, plan.prefill, plan.decode
     return {
         "chip": plan.chip,
@@ -149,15 +173,7 @@ def serving_document(plan: ServingPlan, chip: ServingChip) -> dict[str, Any]:
             "token_s": decode.token_s,
             "bound_by": decode.bound_by,
         },
-        "figures": {
-            name: Figure(
-                getattr(chip, name),
-                unit,
-                "assumed" if getattr(chip, name) == chip.__dataclass_fields__[name].default else "given",
-                f"{chip.name}, for serving",
-            ).document()
-            for name, unit in _CHIP_UNITS.items()
-        },
+        "figures": serving_figures(chip),
         "answer_s": plan.answer_s,
         "answer_tokens_per_s": plan.answer_tokens_per_s,
     }

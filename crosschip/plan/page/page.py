@@ -8,6 +8,7 @@ from typing import Any
 
 from crosschip import __version__
 from crosschip.plan.page.drawings import draw_end_dates, draw_gantt, draw_goodput, draw_tornado
+from crosschip.plan.page.parts import joined_rows, rollout_rows, serving_rows
 from crosschip.report.figures import NARROW_SPACE, count, duration, percent
 from crosschip.report.templating import TEMPLATES as REPORT_TEMPLATES
 
@@ -53,11 +54,16 @@ def _view(document: dict[str, Any]) -> dict[str, Any]:
         "by": _by(dates),
         "charts": _charts(dates, failures, effects),
         "stages": _stage_rows(dates),
+        "work": _work_rows(document.get("stages") or []),
+        "engines": [(each["name"], rollout_rows(each["rollouts"])) for each in _having(document, "rollouts")],
+        "groups": [(each["name"], joined_rows(each["joined"])) for each in _having(document, "joined")],
         "shares": _share_rows(failures),
         "effects": [each["words"] for each in effects],
-        "fall_back": document.get("fall_back"),
+        "fall_backs": document.get("fall_backs") or [],
         "corruption": failures["corruption"]["words"] if failures else "",
-        "serving": _serving_rows(serving),
+        "main_stage": str(document.get("main_stage", "")),
+        "soak": (failures or {}).get("soak", ""),
+        "serving": serving_rows(serving) if serving else [],
         "money": _money_rows(document.get("money")),
         "left_out": (document.get("money") or {}).get("left_out", []),
         "figures": _figure_rows(document),
@@ -92,7 +98,7 @@ def _tiles(document: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _short(number: float) -> str:
     """`5.09 M`: three digits for a tile."""
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if number >= factor:
             return f"{number / (1e3 if prefix == 'k' else factor):.3g}{NARROW_SPACE}{prefix}"
     return count(number)
@@ -128,7 +134,7 @@ def _stage_rows(dates: dict[str, Any] | None) -> list[list[str]]:
     return [
         [
             each["name"],
-            f"{count(each['chips'])} {each['chip']}".strip() if each["chips"] else "none",
+            _chips(each),
             each["begin"]["p50"],
             each["end"]["p50"],
             each["end"]["p90"],
@@ -137,6 +143,16 @@ def _stage_rows(dates: dict[str, Any] | None) -> list[list[str]]:
         ]
         for each in (dates or {}).get("stages", [])
     ]
+
+
+def _chips(stage: dict[str, Any]) -> str:
+    """Such as `512 H800 and 64 Ascend 910B`."""
+    beside = stage.get("beside", [])
+    mine = stage["chips"] - sum(number for _, number in beside)
+    return (
+        " and ".join(f"{count(number)} {chip}".strip() for chip, number in ((stage["chip"], mine), *beside) if number)
+        or "none"
+    )
 
 
 def _share_rows(failures: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -153,28 +169,21 @@ def _share_rows(failures: dict[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
-def _serving_rows(serving: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if not serving:
-        return []
-    load, prefill, decode = serving["load"], serving["prefill"], serving["decode"]
+def _having(document: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [each for each in document.get("stages") or [] if each.get(key)]
+
+
+def _work_rows(stages: list[dict[str, Any]]) -> list[list[str]]:
     return [
-        ("load (given)", f"{load['requests_per_s']:g} requests/s"),
-        ("tokens a request (given)", f"{load['prompt_tokens']:g} in, {load['answer_tokens']:g} out"),
-        (
-            "prefill (computed)",
-            f"{prefill['instances']} × {prefill['chips_per_instance']} chips, {percent(prefill['busy'])} busy; first "
-            f"token after {prefill['first_token_s']:.3g} s (P95; promised {load['first_token_s']:g} s)",
-        ),
-        (
-            "decode (computed)",
-            f"{decode['instances']} × {decode['chips_per_instance']} chips, {decode['batch']} sequences each; "
-            f"{1000 * decode['token_s']:.3g} ms a token (promised {1000 * load['token_s']:g} ms), "
-            f"bound by {decode['bound_by']}",
-        ),
-        (
-            "answers (computed)",
-            f"{serving['answer_s']:.3g} s each; {count(serving['answer_tokens_per_s'])} tokens/s in all",
-        ),
+        [
+            each["name"],
+            count(each["steps"]),
+            f"{_short(each['tokens']['value'])} tokens",
+            f"{each['step_s']['value']:.3g}{NARROW_SPACE}s",
+            each["update"]["layout"]["text"],
+            f"{each['update']['memory_bytes']['value'] / 1e9:.3g}{NARROW_SPACE}GB",
+        ]
+        for each in stages
     ]
 
 
@@ -193,10 +202,13 @@ def _money_rows(money: dict[str, Any] | None) -> list[list[str]]:
 
 def _figure_rows(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(name, value with unit, origin, source) of every figure in the document's sections, sorted by name."""
+    sections = [("", document.get(name)) for name in ("step", "failures", "dates", "serving", "money")]
+    sections += [(each["name"], each["rollouts"]) for each in _having(document, "rollouts")]
+    sections += list((document.get("other_clusters") or {}).items())
     rows = []
-    for section in ("step", "failures", "dates", "serving", "money"):
-        figures = (document.get(section) or {}).get("figures", {})
-        for name, each in sorted(figures.items()):
+    for where, section in sections:
+        for name, each in sorted((section or {}).get("figures", {}).items()):
             value = f"{each['value']:.6g}{NARROW_SPACE}{each['unit']}"
-            rows.append((name.replace("_", " "), value, each["origin"], each["source"]))
+            words = name.replace("_", " ")
+            rows.append((f"{words} ({where})" if where else words, value, each["origin"], each["source"]))
     return rows

@@ -141,7 +141,7 @@ def plan_serving(
 
 
 def _prompt_s(model: ServedModel, chip: ServingChip, load: Load, num_chips: int) -> float:
-    flops = model.flops(load.prompt_tokens, load.prompt_tokens / 2)  # causal: half the prompt on average
+    flops = model.prompt_flops(load.prompt_tokens, load.prompt_tokens / 2)  # causal: half the prompt on average
     return chip.pass_s(flops, model.bytes_read(load.prompt_tokens), num_chips)
 
 

@@ -24,6 +24,7 @@ class ServedModel:
         bytes_per_parameter: as stored, 2 for bf16.
         cache_bytes_per_token: keys and values, or the latent, of all layers.
         attention_flops_per_cached_token: of one new token, for each token before it, over all layers and heads.
+        prompt_flops_per_cached_token: the same for a prompt's tokens, where latent attention does less; None: as many.
     """
 
     num_parameters: float
@@ -34,6 +35,7 @@ class ServedModel:
     num_experts: int = 0
     experts_per_token: int = 0
     bytes_per_parameter: float = 2.0
+    prompt_flops_per_cached_token: float | None = None
 
     def __post_init__(self) -> None:
         positive("num_parameters", self.num_parameters)
@@ -64,12 +66,18 @@ class ServedModel:
         """
         if not self.num_experts:
             return self.weight_bytes
-        touched = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** num_tokens
+        touched: float = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** num_tokens
         return (self.num_parameters - self.num_expert * (1.0 - touched)) * self.bytes_per_parameter
 
     def flops(self, num_tokens: float, cached_tokens: float) -> float:
         """Operations of `num_tokens` new tokens, each of which attends to `cached_tokens` on average."""
         return num_tokens * (2 * self.num_active + self.attention_flops_per_cached_token * cached_tokens)
+
+    def prompt_flops(self, num_tokens: float, cached_tokens: float) -> float:
+        """The same for the tokens of prompts."""
+        each = self.prompt_flops_per_cached_token
+        per_cached = self.attention_flops_per_cached_token if each is None else each
+        return num_tokens * (2 * self.num_active + per_cached * cached_tokens)
 
 
 @dataclass(frozen=True)

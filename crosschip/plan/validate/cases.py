@@ -56,13 +56,18 @@ def _architecture(row: Row, notes: list[str]) -> Architecture:
     return found
 
 
-def _batch(row: Row, seq_len: int, num_chips: int, fixed: dict[str, Any], notes: list[str]) -> int:
-    """Sequences of a step, from `1024 seqs` or `4M tokens`."""
+def _batch(
+    row: Row, architecture: Architecture, seq_len: int, num_chips: int, fixed: dict[str, Any], notes: list[str]
+) -> int:
+    """Sequences of a step, from `1024 seqs` or `4M tokens`; of a whole run what its paper says, else a usual number."""
     found = re.search(r"([\d.]+)\s*([kKmM]?)\s*(seq|tok|sample)?", row.global_batch.replace(",", ""))
     if found and row.global_batch:
         size = float(found.group(1)) * {"": 1, "k": 1024, "m": 1024 * 1024}[found.group(2).lower()]
         is_tokens = found.group(3) == "tok" or (found.group(3) is None and size >= 100_000)
         return max(1, round(size / seq_len if is_tokens else size))
+    if row.kind == "full_run" and architecture.train_batch is not None:
+        notes.append(f"batch not given: {architecture.train_batch} sequences as published for {architecture.name}")
+        return architecture.train_batch
     wanted = _DEFAULT_BATCH_TOKENS / seq_len
     unit = max(1, num_chips // 8) if wanted < num_chips else num_chips
     batch = max(1, math.ceil(wanted / unit)) * unit
@@ -115,9 +120,12 @@ def case_of(row: Row) -> Case:
     num_chips = row.num_chips or _DEFAULT_CHIPS
     if row.num_chips is None:
         notes.append(f"number of chips not given: {num_chips} assumed")
-    words = layout_words(row.parallelism, num_chips)
+    is_run = row.kind == "full_run"
+    words = layout_words(row.parallelism or (architecture.train_layout if is_run else ""), num_chips)
     notes += words.notes
     fixed = dict(words.fixed)
+    if is_run and not architecture.interleaved:
+        fixed.setdefault("interleave", 1)
     per_replica = math.prod(fixed.get(name, 1) for name in ("tensor", "pipeline", "context"))
     if num_chips % per_replica:  # "about 6,000 chips"
         whole = max(1, num_chips // per_replica) * per_replica
@@ -132,10 +140,11 @@ def case_of(row: Row) -> Case:
     if "fp4" in row.precision:
         notes.append("fp4 is computed as fp8: no rate of fp4 is known here")
     job = Job(
-        architecture, seq_len, _batch(row, seq_len, num_chips, fixed, notes),
+        architecture, seq_len, _batch(row, architecture, seq_len, num_chips, fixed, notes),
         fp8=fp8, fused_attention=is_fused, tensor_overlap=words.tensor_overlap,
+        zero_bubble=is_run and architecture.zero_bubble,
         imbalance=1.0 if row.balanced else Job.imbalance,
-        gradient_bytes=2.0 if fixed.get("zero") == 3 else Job.gradient_bytes, thin_link=link,
+        gradient_bytes=2.0 if words.bf16_sums else Job.gradient_bytes, thin_link=link,
     )  # fmt: skip
     if (
         not is_fused

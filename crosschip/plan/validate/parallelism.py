@@ -20,20 +20,30 @@ _RECOMPUTE = (
 
 @dataclass
 class LayoutWords:
-    """Fields of `Layout` that are given, whether collectives of tensor parallelism are hidden, and notes."""
+    """Fields of `Layout` that are given, whether collectives of tensor parallelism are hidden, and notes.
+
+    `bf16_sums`: gradients are summed in bf16; most trainers sum them in fp32 (arXiv 2407.21783, section 3.3.2).
+    """
 
     fixed: dict[str, Any] = field(default_factory=dict)
     tensor_overlap: bool = False
+    bf16_sums: bool = False
     notes: list[str] = field(default_factory=list)
 
 
 def layout_words(text: str, num_chips: int) -> LayoutWords:
     """Read the words; sizes that are not named beside named ones are 1, and what is left over is data parallel."""
-    words = LayoutWords(tensor_overlap="asynctp" in text.lower().replace(" ", "").replace("-", ""))
+    plain = text.lower().replace(" ", "").replace("-", "")
+    words = LayoutWords(tensor_overlap="asynctp" in plain, bf16_sums="bf16sums" in plain)
     fixed = words.fixed
+    if found := re.search(r"micro-?batch (\d+)", text, re.I):
+        fixed["micro_batch"] = int(found.group(1))
     for short, name in _SIZES.items():
         if found := re.search(rf"(?<![A-Za-z]){short}\s?=?(\d+)", text):
             fixed[name] = int(found.group(1))
+    if "interleave" not in fixed and re.search(r"interleaved", text, re.I):
+        # What torch's own schedules take unless told (torchtitan, `generate_split_points`); Megatron names its number.
+        fixed["interleave"] = 2
     for pattern, recompute in _RECOMPUTE:
         if re.search(pattern, text, re.I):
             fixed["recompute"] = recompute

@@ -56,7 +56,7 @@ def value_of(case: Case, estimate: StepEstimate) -> float:
     if quantity == "mfu_pct_reported":
         return 100 * estimate.model_flops_per_s_per_chip / case.hardware.bf16_flops
     assert row.tokens is not None
-    goodput = 1.0 if case.job.thin_link is not None else GOODPUT
+    goodput = 1.0 if case.job.thin_link is not None or row.without_stops else GOODPUT
     hours = row.tokens / estimate.tokens_per_s_per_chip / 3600 / goodput
     return hours if quantity == "chip_hours" else hours / case.num_chips / 24
 

@@ -56,6 +56,7 @@ class Row:
     parallelism: str
     source: str
     balanced: bool
+    without_stops: bool  # its hours are what the run would have taken without a stop
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _row(cells: dict[str, str], where: str) -> tuple[Row, Outcome]:
         parallelism=text("parallelism"),
         source=text("source"),
         balanced="balanced routing" in text("notes").lower(),
+        without_stops="ideal continuous time" in text("notes").lower(),
     )
     return row, Outcome(number(quantity) if quantity in QUANTITIES else None)
 

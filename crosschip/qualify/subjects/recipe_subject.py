@@ -68,8 +68,7 @@ def load_recipe_subject(path: Path, origin: str) -> TransformerSubject:
         CrosschipError: the recipe or the model directory it names cannot be read.
     """
     recipe = load_recipe(path)
-    stage = recipe.train or recipe.sft
-    assert stage is not None, "a recipe has a stage"
+    stage = recipe.stages[0][1]
     directory = None if recipe.model.directory is None else Path(recipe.model.directory)
     config = _config(recipe) if directory is None else read_config(directory)[0]
     weights = directory if directory is not None and has_weights(directory) else None

@@ -32,6 +32,7 @@ def create_app(
     max_body_bytes: int | None = None,
     limits: Limits | None = None,
     find_certificate: CertificateFinder | None = None,
+    tool_format: str | None = None,
 ) -> FastAPI:
     """The API and the page over a running engine.
 
@@ -41,14 +42,15 @@ def create_app(
         max_body_bytes: longer request bodies are refused with 413; None leaves it to the limits.
         limits: keys, rates, lengths and times.
         find_certificate: of new weights, while the server runs.
+        tool_format: in which form the model writes tool calls (`crosschip.serve.tools.FORMATS`); None finds it.
 
     Raises:
-        ServeError: files beside the weights that cannot be read, or a file of keys.
+        ServeError: files beside the weights that cannot be read, a file of keys, or a format that is not known.
     """
     limits = limits or Limits()
     if max_body_bytes is not None:
         limits = limits.model_copy(update={"max_body_bytes": max_body_bytes})
-    served = describe_served(engine, model_name)
+    served = describe_served(engine, model_name, tool_format)
     # The framework's own documentation pages fetch scripts from elsewhere; /openapi.json remains.
     app = FastAPI(title="crosschip", version=crosschip.__version__, docs_url=None, redoc_url=None)
     app.state.served = served
@@ -142,6 +144,8 @@ def _model_card(served: ServedModel) -> dict[str, Any]:
         "max_batch_size": info.max_batch_size,
         "has_tokenizer": tokenizer is not None,
         "has_chat_template": tokenizer is not None and tokenizer.has_chat_template,
+        "shows_tools": tokenizer is not None and tokenizer.tool_support.shows_tools,
+        "tool_format": served.tool_format.name if served.tool_format else None,
         "default_sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k},
     }
     return {

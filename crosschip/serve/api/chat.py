@@ -1,33 +1,47 @@
-"""`POST /v1/chat/completions`: a conversation in, the assistant's next turn out, its reasoning apart."""
+"""`POST /v1/chat/completions`: a conversation in, the assistant's next turn out, its reasoning and tool calls apart."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from crosschip.data import Message
 from crosschip.errors import DataError
 from crosschip.serve.answer import AnswerWriter, starts_in_reasoning
-from crosschip.serve.api.constraints import grammar_of
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
 from crosschip.serve.api.logprobs import TokenNames, chat_logprobs
 from crosschip.serve.api.planning import check_request, choose_max_tokens, sampling_params
 from crosschip.serve.api.schemas import ChatRequest
 from crosschip.serve.api.served import ServedModel
+from crosschip.serve.api.tools import ToolPlan, call_document, plan_tools
 from crosschip.serve.tokenizer import ServingTokenizer
 
 __all__ = ["ChatCall"]
 
+# A tool call is given out whole. While it is written, empty parts of the stream show that the answer goes on.
+_SIGN_OF_LIFE_S = 5.0
 
-def _encode(tokenizer: ServingTokenizer, request: ChatRequest) -> tuple[list[int], str]:
+
+def _encode(tokenizer: ServingTokenizer, request: ChatRequest, plan: ToolPlan) -> tuple[list[int], str]:
     """The prompt as ids and as text."""
     try:
-        return tokenizer.encode_chat([message.as_message() for message in request.messages])
+        return tokenizer.encode_chat(_messages(request), plan.shown)
     except DataError as error:
         raise ApiError(400, str(error), param="messages") from error
+
+
+def _messages(request: ChatRequest) -> list[Message]:
+    """The messages; a tool's result has the tool's name, which some templates show, from the call that it answers."""
+    messages = [message.as_message() for message in request.messages]
+    names = {call.id: call.name for message in messages for call in message.tool_calls if call.id is not None}
+    return [
+        replace(m, name=names[m.tool_call_id]) if m.role == "tool" and m.name is None and m.tool_call_id in names else m
+        for m in messages
+    ]
 
 
 @dataclass
@@ -36,9 +50,18 @@ class _Answer:
 
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """The turn; one that only calls has no content, as with OpenAI."""
+        content, reasoning = "".join(self.content), "".join(self.reasoning)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self.calls:
+            message |= {"content": content or None, "tool_calls": self.calls}
+        return message | {"reasoning_content": reasoning or None}
 
 
 class ChatCall:
@@ -49,34 +72,17 @@ class ChatCall:
     """
 
     def __init__(self, served: ServedModel, request: ChatRequest) -> None:
-        check_request(served, request)
-        if served.tokenizer is None or not served.tokenizer.has_chat_template:
-            lacking = "tokenizer" if served.tokenizer is None else "chat template"
-            message = f"{served.name} has no {lacking}, so it cannot chat; use /v1/completions"
-            raise ApiError(400, message + (" with token ids" if served.tokenizer is None else ""), "messages")
-        if request.top_logprobs is not None and not request.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        tokenizer = _checked(served, request)
         self._served, self._request = served, request
-        self._names = TokenNames(served.tokenizer, bool(request.return_tokens_as_token_ids))
+        self._names = TokenNames(tokenizer, bool(request.return_tokens_as_token_ids))
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
-        self._prompt_ids, prompt = _encode(served.tokenizer, request)
-        wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-        if wanted == 0:
-            raise ApiError(400, "max_tokens = 0: a chat's answer has at least one token", param="max_tokens")
-        max_tokens = choose_max_tokens(served, len(self._prompt_ids), wanted, "messages")
-        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        in_reasoning = starts_in_reasoning(prompt)
-        grammar = grammar_of(served, request.response_format)
-        constraints = [grammar.constraint(in_reasoning) if grammar else None for _ in range(request.n or 1)]
-        self._constraints = constraints
-        self._choices = [
-            PlannedChoice(
-                self._prompt_ids,
-                sampling_params(served, request, index, max_tokens, num_logprobs, constraint=constraints[index]),
-                AnswerWriter(served.tokenizer, request.stop_strings, splits_reasoning=True, in_reasoning=in_reasoning),
-            )
-            for index in range(request.n or 1)
-        ]
+        self._tools = plan_tools(served, request)
+        self._prompt_ids, prompt = _encode(tokenizer, request, self._tools)
+        in_reasoning, grammar = starts_in_reasoning(prompt), self._tools.grammar
+        num_choices = request.n or 1
+        self._constraints = [grammar.constraint(in_reasoning) if grammar else None for _ in range(num_choices)]
+        self._choices = [self._plan(tokenizer, index, in_reasoning) for index in range(num_choices)]
+        self._num_calls = [0] * num_choices
 
     async def complete(self, generation: Generation) -> dict[str, Any]:
         """The whole answer as one document."""
@@ -87,8 +93,9 @@ class ChatCall:
                 answer = answers[update.index]
                 answer.reasoning.append(update.text.reasoning)
                 answer.content.append(update.text.content)
+                answer.calls += [call_document(call) for call in update.text.calls]
                 answer.token_ids += update.token_ids
-                answer.finish_reason = update.finish_reason
+                answer.finish_reason = self._finish_reason(update)
                 if self._request.logprobs:
                     answer.logprobs += chat_logprobs(self._names, update.token_ids, update.scores)["content"]
         return {
@@ -105,26 +112,54 @@ class ChatCall:
         counted = bool(options and options.continuous_usage_stats)
         for index in range(len(self._choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""}) | self._ids_of_prompt()
+        said_at_s = time.monotonic()
         async for updates in generation.updates():
-            for update in updates:
-                self._check_form(update)
-                for chunk in self._chunks_of(update):
-                    chunk["crosschip"] = self._status(generation)
-                    yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
+            chunks = [chunk for update in updates for chunk in self._chunks_of(update)]
+            if not chunks and time.monotonic() > said_at_s + _SIGN_OF_LIFE_S:
+                chunks = [self._chunk(updates[0].index, {})]
+            for chunk in chunks:
+                said_at_s = time.monotonic()
+                chunk["crosschip"] = self._status(generation)
+                yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
         if options and options.include_usage:
             last = self._chunk(None, {}) | {"crosschip": self._status(generation)}
             yield last | {"usage": generation.usage.as_dict()}
 
     def start(self) -> Generation:
         """Hand the requests to the engine; to be called where the event loop runs."""
-        return Generation(self._served.engine, self._choices, len(self._prompt_ids))
+        streams = bool(self._request.stream)
+        return Generation(self._served.engine, self._choices, len(self._prompt_ids), streams)
+
+    def _plan(self, tokenizer: ServingTokenizer, index: int, in_reasoning: bool) -> PlannedChoice:
+        request, plan = self._request, self._tools
+        wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        max_tokens = choose_max_tokens(self._served, len(self._prompt_ids), wanted, "messages")
+        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        constraint = self._constraints[index]
+        params = sampling_params(self._served, request, index, max_tokens, num_logprobs, constraint=constraint)
+        writer = AnswerWriter(
+            tokenizer,
+            request.stop_strings,
+            splits_reasoning=True,
+            in_reasoning=in_reasoning,
+            calls=plan.reader(),
+            shown_ids=plan.shown_ids,
+        )
+        return PlannedChoice(self._prompt_ids, params, writer)
 
     def _check_form(self, update: ChoiceUpdate) -> None:
         """An answer whose form could not be held to any longer was ended early; that is no answer."""
-        constraint = self._constraints[update.index]
+        constraint, grammar = self._constraints[update.index], self._tools.grammar
         if update.finish_reason is not None and constraint is not None and constraint.problem is not None:
-            problem = f"response_format could not be held to: {constraint.problem}"
-            raise ApiError(400, problem, "response_format", "response_format_failed")
+            assert grammar is not None
+            problem = f"{grammar.param} could not be held to: {constraint.problem}"
+            raise ApiError(400, problem, grammar.param, f"{grammar.param}_failed")
+
+    def _finish_reason(self, update: ChoiceUpdate) -> str | None:
+        """`tool_calls` where an answer that came to its end holds some."""
+        self._num_calls[update.index] += len(update.text.calls)
+        called = update.finish_reason == "stop" and self._num_calls[update.index] > 0
+        return "tool_calls" if called else update.finish_reason
 
     def _status(self, generation: Generation) -> dict[str, Any]:
         return self._served.status_of(generation.weights_version)
@@ -133,11 +168,9 @@ class ChatCall:
         return {"prompt_token_ids": self._prompt_ids} if self._request.return_token_ids else {}
 
     def _finished_choice(self, index: int, answer: _Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(answer.content), "refusal": None}
-        reasoning = "".join(answer.reasoning)
         choice: dict[str, Any] = {
             "index": index,
-            "message": message | {"reasoning_content": reasoning or None},
+            "message": answer.message(),
             "logprobs": {"content": answer.logprobs, "refusal": None} if self._request.logprobs else None,
             "finish_reason": answer.finish_reason,
         }
@@ -145,19 +178,24 @@ class ChatCall:
 
     def _chunks_of(self, update: ChoiceUpdate) -> list[dict[str, Any]]:
         """One chunk for what is new, and one for the end."""
-        delta = {}
+        self._check_form(update)
+        delta: dict[str, Any] = {}
         if update.text.reasoning:
             delta["reasoning_content"] = update.text.reasoning
         if update.text.content:
             delta["content"] = update.text.content
+        if update.text.calls:
+            first = self._num_calls[update.index]
+            delta["tool_calls"] = [call_document(call, place) for place, call in enumerate(update.text.calls, first)]
         extra: dict[str, Any] = {}
         if self._request.logprobs and update.token_ids:
             extra["logprobs"] = chat_logprobs(self._names, update.token_ids, update.scores)
         if self._request.return_token_ids and update.token_ids:
             extra["token_ids"] = update.token_ids
         chunks = [self._chunk(update.index, delta, **extra)] if delta or extra else []
-        if update.finish_reason is not None:
-            chunks.append(self._chunk(update.index, {}, finish_reason=update.finish_reason))
+        finish_reason = self._finish_reason(update)
+        if finish_reason is not None:
+            chunks.append(self._chunk(update.index, {}, finish_reason=finish_reason))
         return chunks
 
     def _chunk(self, index: int | None, delta: dict[str, Any], **extra: Any) -> dict[str, Any]:
@@ -165,3 +203,18 @@ class ChatCall:
         choices = [] if index is None else [choice]
         status = self._served.status
         return {**self._head, "object": "chat.completion.chunk", "choices": choices, "crosschip": status}
+
+
+def _checked(served: ServedModel, request: ChatRequest) -> ServingTokenizer:
+    """Refuse what no chat can be, and what this model cannot chat with; else its tokenizer."""
+    check_request(served, request)
+    tokenizer = served.tokenizer
+    if tokenizer is None or not tokenizer.has_chat_template:
+        lacking = "tokenizer" if tokenizer is None else "chat template"
+        message = f"{served.name} has no {lacking}, so it cannot chat; use /v1/completions"
+        raise ApiError(400, message + (" with token ids" if tokenizer is None else ""), "messages")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+    if request.max_tokens == 0 and request.max_completion_tokens is None:
+        raise ApiError(400, "max_tokens = 0: a chat's answer has at least one token", param="max_tokens")
+    return tokenizer

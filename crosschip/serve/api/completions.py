@@ -11,11 +11,14 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from crosschip.serve.answer import AnswerWriter
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
 from crosschip.serve.api.logprobs import LegacyLogprobs, TokenNames
 from crosschip.serve.api.planning import check_ids, check_request, choose_max_tokens, sampling_params
+from crosschip.serve.api.routed_experts import check_routed_experts, routed_experts
 from crosschip.serve.api.schemas import CompletionRequest
 from crosschip.serve.api.served import ServedModel
 from crosschip.serve.engine.request import TokenScore
@@ -43,6 +46,7 @@ class _Part:
     token_ids: list[int] = field(default_factory=list)
     logprobs: LegacyLogprobs | None = None
     finish_reason: str | None = None
+    routes: NDArray[Any] | None = None
 
 
 class CompletionCall:
@@ -54,6 +58,7 @@ class CompletionCall:
 
     def __init__(self, served: ServedModel, request: CompletionRequest) -> None:
         check_request(served, request)
+        check_routed_experts(served, request)
         self._served, self._request = served, request
         self._names = TokenNames(served.tokenizer, bool(request.return_tokens_as_token_ids))
         self._gives_ids = bool(request.return_token_ids) or served.tokenizer is None
@@ -75,7 +80,7 @@ class CompletionCall:
                 joined.text += part.text
                 joined.token_ids += part.token_ids
                 joined.logprobs = _joined(joined.logprobs, part.logprobs)
-                joined.finish_reason = part.finish_reason
+                joined.finish_reason, joined.routes = part.finish_reason, part.routes
         whole = self._document(list(enumerate(wholes)), generation)
         return whole | {"usage": generation.usage.as_dict()}
 
@@ -98,7 +103,7 @@ class CompletionCall:
     def start(self) -> Generation:
         """Hand the requests to the engine; to be called where the event loop runs."""
         num_prompt_tokens = sum(len(prompt.ids) for prompt in self._prompts)
-        return Generation(self._served.engine, self._choices, num_prompt_tokens)
+        return Generation(self._served.engine, self._choices, num_prompt_tokens, streams=bool(self._request.stream))
 
     def _read_prompt(self, prompt: str | list[int]) -> _Prompt:
         tokenizer = self._served.tokenizer
@@ -130,7 +135,13 @@ class CompletionCall:
         max_tokens = choose_max_tokens(self._served, len(prompt.ids), request.max_tokens, "prompt")
         num_prompt_logprobs = request.logprobs if request.echo else None
         params = sampling_params(
-            self._served, request, index, max_tokens, request.logprobs, num_prompt_logprobs=num_prompt_logprobs
+            self._served,
+            request,
+            index,
+            max_tokens,
+            request.logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
+            wants_routes=bool(request.return_routed_experts),
         )
         tokenizer = self._served.tokenizer
         writer = AnswerWriter(tokenizer, request.stop_strings, splits_reasoning=False) if tokenizer else None
@@ -143,7 +154,7 @@ class CompletionCall:
         return _Part(prompt.text, list(prompt.ids))
 
     def _part_of(self, update: ChoiceUpdate) -> _Part:
-        part = _Part(update.text.content, update.token_ids, None, update.finish_reason)
+        part = _Part(update.text.content, update.token_ids, None, update.finish_reason, update.routes)
         if self._request.logprobs is not None and (update.token_ids or update.prompt_scores):
             part.logprobs = LegacyLogprobs(self._names)
             if update.prompt_scores:
@@ -170,6 +181,10 @@ class CompletionCall:
                 "logprobs": part.logprobs.as_dict() if part.logprobs else None,
                 "finish_reason": part.finish_reason,
             }
+            if part.routes is not None:
+                choice["routed_experts"] = routed_experts(part.routes)
+            if part.finish_reason is not None:  # a choice that waited may be of other weights than the first one
+                choice["weights_version"] = generation.weights_version_of(index)
             choices.append(choice | self._ids_of(index, part))
         status = self._served.status_of(generation.weights_version)
         return {**self._head, "object": "text_completion", "choices": choices, "crosschip": status}

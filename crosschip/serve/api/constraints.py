@@ -1,4 +1,4 @@
-"""Answers in a form that a request prescribes: JSON by a schema, held to token by token (llguidance).
+"""Answers in a form that a request prescribes, JSON by a schema or tool calls, held to token by token (llguidance).
 
 The form is that of the answer, so reasoning before it is free. A constraint belongs to one choice of one request.
 """
@@ -22,22 +22,28 @@ from crosschip.serve.tokenizer import ServingTokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["AnswerConstraint", "Grammar", "grammar_of"]
+__all__ = ["JSON_OPTIONS", "AnswerConstraint", "Grammar", "grammar_of", "lark_grammar", "schema_of"]
 
 _PARAM = "response_format"
 # Whitespace between JSON's parts may be indentation, but must come to an end.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,32}"}
+JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,32}"}
 _LARGEST_SCHEMA = 64 * 1024
 
 
 class Grammar:
-    """A form that was understood, for one tokenizer. `constraint` begins an answer in it."""
+    """A form that was understood, for one tokenizer. `constraint` begins an answer in it.
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str, think_ids: tuple[int | None, int | None]) -> None:
+    `param` is the parameter of the request that prescribes it.
+    """
+
+    def __init__(
+        self, tokenizer: LLTokenizer, grammar: str, think_ids: tuple[int | None, int | None], param: str
+    ) -> None:
         self._tokenizer, self._grammar, self._think_ids = tokenizer, grammar, think_ids
+        self.param = param
         problem = self._matcher().get_error()
         if problem:
-            raise ApiError(400, f"response_format cannot be held to: {_one_line(problem)}", param=_PARAM)
+            raise ApiError(400, f"{param} cannot be held to: {_one_line(problem)}", param=param)
 
     def constraint(self, in_reasoning: bool) -> AnswerConstraint:
         """For one choice. `in_reasoning`: the prompt has opened the reasoning already."""
@@ -115,47 +121,82 @@ def grammar_of(served: ServedModel, response_format: ResponseFormat | None) -> G
     Raises:
         ApiError: a schema that cannot be held to, or nothing here that could hold to one.
     """
+    schema = schema_of(response_format)
+    if schema is None:
+        return None
+    tokenizer = _prepared(served, _PARAM)
+    from llguidance import LLMatcher
+
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ApiError(400, f"{_PARAM} cannot be held to: {_one_line(str(error))}", param=_PARAM) from None
+    return _grammar(served, tokenizer, grammar, _PARAM)
+
+
+def lark_grammar(served: ServedModel, lark: str, param: str) -> Grammar:
+    """A form in llguidance's dialect of Lark, which `param` prescribes.
+
+    Raises:
+        ApiError: it cannot be held to.
+    """
+    if len(lark) > _LARGEST_SCHEMA:
+        raise ApiError(400, f"the schemas have {len(lark)} characters, {_LARGEST_SCHEMA} are the most", param=param)
+    tokenizer = _prepared(served, param)
+    from llguidance import LLMatcher
+
+    return _grammar(served, tokenizer, LLMatcher.grammar_from_lark(lark), param)
+
+
+def _prepared(served: ServedModel, param: str) -> LLTokenizer:
+    """The library's view of the model's tokenizer."""
+    if not served.stop_ids:
+        raise ApiError(400, f"{param} needs a token that ends answers, and this model names none", param=param)
+    try:
+        import llguidance  # noqa: F401  (whether it is there)
+    except ImportError:
+        message = f"{param} needs the package llguidance, which is not installed beside the server"
+        raise ApiError(400, message, param=param, code="unsupported_parameter") from None
+    info = served.engine.info
+    try:
+        return _tokenizer(info.directory, info.vocab_size, tuple(sorted(served.stop_ids)))
+    except (OSError, ValueError) as error:
+        message = f"{param} cannot be used with this model's tokenizer: {_one_line(str(error))}"
+        raise ApiError(400, message, param=param, code="unsupported_parameter") from None
+
+
+def _grammar(served: ServedModel, tokenizer: LLTokenizer, grammar: str, param: str) -> Grammar:
+    assert served.tokenizer is not None
+    return Grammar(tokenizer, grammar, _think_ids(served.tokenizer, served.engine.info.vocab_size), param)
+
+
+def schema_of(response_format: ResponseFormat | None) -> dict[str, Any] | bool | None:
+    """The JSON schema of a `response_format`; None for free text.
+
+    Raises:
+        ApiError: there is none in it, or it is too long.
+    """
     if response_format is None or response_format.type == "text":
         return None
-    schema = _schema_of(response_format)
-    if not served.stop_ids:
-        raise ApiError(400, "response_format needs a token that ends answers, and this model names none", param=_PARAM)
-    try:
-        from llguidance import LLMatcher
-    except ImportError:
-        message = "response_format needs the package llguidance, which is not installed beside the server"
-        raise ApiError(400, message, param=_PARAM, code="unsupported_parameter") from None
-    tokenizer = _tokenizer(served.engine.info.directory, served.engine.info.vocab_size, tuple(sorted(served.stop_ids)))
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ApiError(400, f"response_format cannot be held to: {_one_line(str(error))}", param=_PARAM) from None
-    assert served.tokenizer is not None
-    return Grammar(tokenizer, grammar, _think_ids(served.tokenizer, served.engine.info.vocab_size))
-
-
-def _schema_of(response_format: ResponseFormat) -> str:
     if response_format.type == "json_object":
-        return '{"type": "object"}'
-    if response_format.json_schema is None:
+        schema = {"type": "object"} if response_format.value is None else response_format.value
+    elif response_format.json_schema is None:
         raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param=_PARAM)
-    text = json.dumps(response_format.json_schema.schema_)
-    if len(text) > _LARGEST_SCHEMA:
-        raise ApiError(400, f"the schema has {len(text)} characters, {_LARGEST_SCHEMA} are the most", param=_PARAM)
-    return text
+    else:
+        schema = response_format.json_schema.schema_
+    length = len(json.dumps(schema))
+    if length > _LARGEST_SCHEMA:
+        raise ApiError(400, f"the schema has {length} characters, {_LARGEST_SCHEMA} are the most", param=_PARAM)
+    return schema
 
 
 @lru_cache(maxsize=4)
 def _tokenizer(directory: Path, vocab_size: int, stop_ids: tuple[int, ...]) -> LLTokenizer:
     from llguidance import LLTokenizer
 
-    try:
-        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
-        slices: list[str] = LLTokenizer.json_slices()
-        return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids), slices=slices)
-    except (OSError, ValueError) as error:
-        message = f"response_format cannot be used with this model's tokenizer: {_one_line(str(error))}"
-        raise ApiError(400, message, param=_PARAM, code="unsupported_parameter") from None
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+    slices: list[str] = LLTokenizer.json_slices()
+    return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids), slices=slices)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
 
 from crosschip.errors import ServeError
 from crosschip.serve.answer import AnswerWriter, TextDelta
@@ -39,6 +42,7 @@ class ChoiceUpdate:
     scores: list[TokenScore | None] = field(default_factory=list)
     prompt_scores: list[TokenScore | None] | None = None
     finish_reason: str | None = None
+    routes: NDArray[Any] | None = None
 
 
 @dataclass
@@ -74,9 +78,14 @@ class Usage:
 
 
 class _Mailbox:
-    """Events from the engine's thread to one coroutine; however many arrive at once, the loop is woken once."""
+    """Events from the engine's thread to one coroutine; however many arrive at once, the loop is woken once.
 
-    def __init__(self) -> None:
+    Unless it `wakes_for_all`, only a request's last event wakes it: the engine's thread and the loop take turns in one
+    interpreter, and a loop that is woken at every step takes as much time as the step.
+    """
+
+    def __init__(self, wakes_for_all: bool) -> None:
+        self._wakes_for_all = wakes_for_all
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, TokenEvent, float]] = deque()
         self._woken = asyncio.Event()
@@ -85,7 +94,7 @@ class _Mailbox:
     def post(self, index: int, event: TokenEvent) -> None:
         """Called from the engine's thread."""
         self._events.append((index, event, time.perf_counter()))
-        if not self._wake_is_due:
+        if not self._wake_is_due and (self._wakes_for_all or event.finish_reason is not None):
             self._wake_is_due = True
             with suppress(RuntimeError):  # the loop was closed with the server: nobody reads any more
                 self._loop.call_soon_threadsafe(self._woken.set)
@@ -106,14 +115,20 @@ class _Mailbox:
 class Generation:
     """Submits all choices at once; `updates` then gives what becomes of them until every one has ended.
 
+    With `streams` updates come with every token; without, and where no text can end an answer, with an answer's end.
     `begun_at_s` is by `time.perf_counter`, as the usage's times are.
     """
 
-    def __init__(self, engine: Engine, choices: list[PlannedChoice], num_prompt_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, choices: list[PlannedChoice], num_prompt_tokens: int, streams: bool = True
+    ) -> None:
         self.usage = Usage(num_prompt_tokens)
         self.begun_at_s = time.perf_counter()
         self._choices = choices
-        self._mailbox = _Mailbox()
+        self._mailbox = _Mailbox(
+            streams or any(choice.writer is not None and choice.writer.stops for choice in choices)
+        )
+        self._handles: dict[int, Handle] = {}
         self._open: dict[int, Handle] = {}
         self._weights_version: str | None = None
         self._num_ended = 0
@@ -122,6 +137,7 @@ class Generation:
                 deliver = [partial(self._mailbox.post, index) for index in indices]
                 params = [choices[index].params for index in indices]
                 handles = engine.submit_all(choices[indices[0]].prompt_ids, params, deliver)
+                self._handles |= dict(zip(indices, handles, strict=True))
                 self._open |= dict(zip(indices, handles, strict=True))
         except ServeError as error:
             self.abort()
@@ -132,6 +148,10 @@ class Generation:
     def weights_version(self) -> str | None:
         """The version of the weights that answer; None before the first of the choices was begun."""
         return self._weights_version
+
+    def weights_version_of(self, index: int) -> str | None:
+        """The version of the weights that answer a choice; None before it was begun."""
+        return self._handles[index].weights_version
 
     @property
     def is_complete(self) -> bool:
@@ -177,7 +197,7 @@ class Generation:
             self.usage.count_token(at_s)
             if writer is not None and event.finish_reason != "stop":  # a stop id is no part of the text
                 self._write(writer, event.token_id, update)
-        update.finish_reason = event.finish_reason
+        update.finish_reason, update.routes = event.finish_reason, event.routes
         if writer is not None and writer.stopped:
             update.finish_reason = "stop"
             self._open[index].abort()
@@ -185,11 +205,11 @@ class Generation:
             del self._open[index]
             self._num_ended += 1
             if writer is not None:
-                _append(update.text, writer.finish())
+                update.text.add(writer.finish())
 
     def _write(self, writer: AnswerWriter, token_id: int, update: ChoiceUpdate) -> None:
         before = writer.num_reasoning_tokens
-        _append(update.text, writer.push(token_id))
+        update.text.add(writer.push(token_id))
         self.usage.reasoning_tokens += writer.num_reasoning_tokens - before
 
 
@@ -202,8 +222,3 @@ def _of_one_prompt(choices: list[PlannedChoice]) -> list[list[int]]:
         else:
             runs.append([index])
     return runs
-
-
-def _append(text: TextDelta, more: TextDelta) -> None:
-    text.reasoning += more.reasoning
-    text.content += more.content

@@ -69,6 +69,7 @@ def sampling_params(
     num_logprobs: int | None,
     num_prompt_logprobs: int | None = None,
     constraint: AnswerConstraint | None = None,
+    wants_routes: bool = False,
 ) -> SamplingParams:
     """The settings of one choice; choices of one seed differ by their number, and the first has the seed itself.
 
@@ -92,5 +93,6 @@ def sampling_params(
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         logit_bias=tuple(sorted((int(name), bias) for name, bias in (request.logit_bias or {}).items())),
-        **({} if constraint is None else {"constraint": constraint}),
+        constraint=constraint,
+        wants_routes=wants_routes,
     )

@@ -3,11 +3,12 @@ is refused by name."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from crosschip.data import Message
+from crosschip.data import Message, ToolCall
 from crosschip.serve.api.errors import ApiError
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "ChatRequest",
     "CommonRequest",
     "CompletionRequest",
+    "NamedTool",
     "ResponseFormat",
+    "Tool",
     "refuse_unsupported",
 ]
 
@@ -23,6 +26,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_BIASES = 1024
+MAX_TOOLS = 128
+_DEEPEST_SCHEMA = 64
 
 
 def _check_unicode(text: str) -> str:
@@ -34,11 +39,25 @@ def _check_unicode(text: str) -> str:
     return text
 
 
+def _check_json(value: Any, depth: int = 0) -> Any:
+    """What templates and grammars can write again: Unicode, finite numbers, not too deep."""
+    if depth > _DEEPEST_SCHEMA:
+        raise ValueError(f"nested deeper than {_DEEPEST_SCHEMA}")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        _check_json(each, depth + 1)
+    if depth == 0:
+        _check_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    return value
+
+
 TokenIds = list[StrictInt]
 Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
 BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
+ToolName = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_json)]
 
 
 class _Lenient(BaseModel):
@@ -64,7 +83,7 @@ class CommonRequest(_Lenient):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
-    # Much less than this, and logits divided by it leave fp32: found by fuzzing, with 3e-170.
+    # The engine refuses much less, by which logits would leave fp32: found by fuzzing, with 3e-170.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] | None = None
     logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -92,17 +111,77 @@ class TextPart(_Lenient):
     text: Text
 
 
+class CalledFunction(_Lenient):
+    """What a turn of the assistant called; `arguments` is the text of a JSON object."""
+
+    name: ToolName
+    arguments: Text = "{}"
+
+
+class MadeCall(_Lenient):
+    """A call in an earlier turn of the assistant."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Lenient):
     """One turn. `reasoning_content` of earlier answers is handed to the template, which may use it or not."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart] | None = None
     reasoning_content: Text | None = None
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Text | None = None
+    name: Text | None = None
 
     def as_message(self) -> Message:
         """The message as chat templates know it; `developer` is what templates call `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return Message("system" if self.role == "developer" else self.role, text, self.reasoning_content)
+        role = "system" if self.role == "developer" else self.role
+        calls = tuple(ToolCall(c.function.name, c.function.arguments, c.id) for c in self.tool_calls or [])
+        is_result = role == "tool"
+        return Message(
+            role,
+            text,
+            self.reasoning_content,
+            calls if role == "assistant" else (),
+            self.tool_call_id if is_result else None,
+            self.name if is_result else None,
+        )
+
+
+class ToolFunction(_Lenient):
+    """What a tool is called, what it is for, and the JSON schema of its arguments. None: it takes none.
+
+    `strict` changes nothing: where calls are prescribed, schemas are held to.
+    """
+
+    name: ToolName
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Tool(_Lenient):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ToolReference(_Lenient):
+    """A tool by its name."""
+
+    name: ToolName
+
+
+class NamedTool(_Lenient):
+    """The tool that the model has to call; Hugging Face's client leaves the type out."""
+
+    type: Literal["function"] = "function"
+    function: ToolReference
 
 
 class JsonSchema(_Lenient):
@@ -114,16 +193,20 @@ class JsonSchema(_Lenient):
 
 
 class ResponseFormat(_Lenient):
-    """The form of an answer."""
+    """The form of an answer. `value` is where Hugging Face's client puts the schema, under the type json_object."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    value: dict[str, Any] | bool | None = None
 
 
 class ChatRequest(CommonRequest):
     """`POST /v1/chat/completions`."""
 
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -132,11 +215,12 @@ class ChatRequest(CommonRequest):
 
 
 class CompletionRequest(CommonRequest):
-    """`POST /v1/completions`: text or token ids, one prompt or several."""
+    """`POST /v1/completions`: text or token ids, one prompt or several. `return_routed_experts` is ours."""
 
     prompt: Text | TokenIds | list[Text] | list[TokenIds]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
+    return_routed_experts: bool | None = None
 
 
 # Parameters that would change the answer and are not built, with the values that ask for nothing.
@@ -145,11 +229,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "tools": ([],),  # of completions
+    "tool_choice": ("none", "auto"),  # of completions
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),  # of completions
+    "return_routed_experts": (False,),  # of chats
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from crosschip.errors import ServeError
 from crosschip.serve.engine.engine import Engine
 from crosschip.serve.tokenizer import ServingTokenizer, load_serving_tokenizer
+from crosschip.serve.tools import FORMATS, ToolFormat, find_format
 
 __all__ = ["DefaultSampling", "ServedModel", "describe_served"]
 
@@ -26,13 +28,14 @@ class DefaultSampling:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """All that answering a request needs."""
+    """All that answering a request needs. `tool_format` is None where it is not known how the model writes calls."""
 
     engine: Engine
     tokenizer: ServingTokenizer | None
     name: str
     stop_ids: frozenset[int]
     sampling: DefaultSampling
+    tool_format: ToolFormat | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -45,7 +48,7 @@ class ServedModel:
             told["certificate_problem"] = info.certificate.problem.replace(str(info.directory), info.directory.name)
         return {
             **told,
-            "model_dir": str(info.directory),
+            "model_dir": _shown(info.directory),
             "chip": info.chip,
             "weights_version": info.weights_version,
         }
@@ -55,8 +58,17 @@ class ServedModel:
         return self.status if weights_version is None else self.status | {"weights_version": weights_version}
 
 
-def describe_served(engine: Engine, model_name: str | None = None) -> ServedModel:
-    """Read what is beside the weights: tokenizer, template, stop ids, default sampling."""
+def describe_served(engine: Engine, model_name: str | None = None, tool_format: str | None = None) -> ServedModel:
+    """Read what is beside the weights: tokenizer, template, stop ids, default sampling.
+
+    Args:
+        engine: what computes.
+        model_name: None takes the directory's name.
+        tool_format: in which form the model writes tool calls; None finds it from the chat template.
+
+    Raises:
+        ServeError: a file that cannot be read, or a format that is not known.
+    """
     directory = engine.info.directory
     tokenizer = load_serving_tokenizer(directory)
     generation = _read_config(directory / "generation_config.json")
@@ -71,7 +83,25 @@ def describe_served(engine: Engine, model_name: str | None = None) -> ServedMode
         name=model_name or directory.name or "model",
         stop_ids=frozenset(stop_ids),
         sampling=_default_sampling(generation),
+        tool_format=_tool_format(tokenizer, tool_format),
     )
+
+
+def _tool_format(tokenizer: ServingTokenizer | None, named: str | None) -> ToolFormat | None:
+    if named is None:
+        return None if tokenizer is None else find_format(tokenizer.chat_template)
+    if named not in FORMATS:
+        raise ServeError(f"the tool format {named!r} is not known here", f"choose among {', '.join(FORMATS)}")
+    return FORMATS[named]
+
+
+@lru_cache(maxsize=64)
+def _shown(directory: Path) -> str:
+    """The directory as clients are told it: its name, or its place in its run; not where that is on this machine."""
+    for parent in directory.parents:
+        if (parent / "resolved.json").is_file():
+            return directory.relative_to(parent.parent).as_posix()
+    return directory.name
 
 
 def _default_sampling(generation: dict[str, Any]) -> DefaultSampling:

@@ -31,6 +31,7 @@ from crosschip.serve.certificate import certified_or_refused, find_status
 from crosschip.serve.engine.engine import Engine
 from crosschip.serve.engine.loading import load_engine
 from crosschip.serve.limits import Limits, load_keys
+from crosschip.serve.tokenizer import ServingTokenizer
 
 __all__ = ["EngineOptions", "background_server", "bind", "serve"]
 
@@ -48,6 +49,7 @@ class EngineOptions:
     prefix_cache: bool = True
     deterministic: bool = False
     speculative: bool = False
+    record_routes: bool = False
 
 
 def serve(
@@ -65,14 +67,15 @@ def serve(
     tls: Tls | None = None,
     engine_options: EngineOptions | None = None,
     drain_s: float = SHUTDOWN_GRACE_S,
+    tool_format: str | None = None,
 ) -> None:
     """Serve a model directory until SIGTERM or SIGINT. Port 0 lets the system choose; the choice is printed.
 
-    Answers under way at the signal have `drain_s` to end.
+    Answers under way at the signal have `drain_s` to end. `tool_format` is found from the chat template unless named.
 
     Raises:
-        ServeError: a certificate was required, the port is taken, the limits cannot be met, or keys or TLS files
-            cannot be read.
+        ServeError: a certificate was required, the port is taken, the limits cannot be met, keys or TLS files cannot
+            be read, or the tool format is not known.
         ModelError: a directory this code cannot run.
     """
     limits = limits or Limits()
@@ -102,7 +105,13 @@ def serve(
         **vars(engine_options or EngineOptions()),
     )
     try:
-        app = create_app(engine, model_name=model_name, limits=limits, find_certificate=find_certificate)
+        app = create_app(
+            engine,
+            model_name=model_name,
+            limits=limits,
+            find_certificate=find_certificate,
+            tool_format=tool_format,
+        )
         _announce(app.state.served, url_of(host, listener, tls))
         _tell_if_open(host, limits)
         config = uvicorn_config(app, grace_s=drain_s + 5, tls=tls)
@@ -156,6 +165,8 @@ def _announce(served: ServedModel, url: str) -> None:
         print("no tokenizer in the directory: /v1/completions takes and gives token ids, chat is refused")
     elif not tokenizer.has_chat_template:
         print("no chat template in the directory: /v1/completions only, chat is refused")
+    else:
+        print(_told_tools(served, tokenizer))
     if info.certificate.is_certified:
         print("CERTIFIED: its files are the certified ones, for this engine, this kind of chip and this dtype")
     else:
@@ -165,6 +176,14 @@ def _announce(served: ServedModel, url: str) -> None:
         print(bar)
         logger.warning("UNCERTIFIED: %s", info.certificate.problem)
     print(f"chat: {url}   API: {url}/v1   (Ctrl-C ends)", flush=True)
+
+
+def _told_tools(served: ServedModel, tokenizer: ServingTokenizer) -> str:
+    if not tokenizer.tool_support.shows_tools:
+        return "no tools: the chat template does not know them, requests with tools are refused"
+    if served.tool_format is None:
+        return "no tools: how this model writes calls is not seen from its chat template (--tool-format names it)"
+    return f"tools: calls are read as {served.tool_format.name}"
 
 
 def _tell_if_open(host: str, limits: Limits) -> None:

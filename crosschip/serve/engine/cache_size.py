@@ -14,11 +14,12 @@ __all__ = ["blocks_that_fit"]
 _SHARE = 0.5  # of the free memory; activations, a second copy of the weights during an update and others need the rest
 
 
-def blocks_that_fit(decoder: Decoder, chip: Chip) -> int:
+def blocks_that_fit(decoder: Decoder, chip: Chip, record_routes: bool = False) -> int:
     """Blocks in half of the memory that is free now; very many where nobody can say how much that is."""
     config = decoder.config
     layers = config.num_hidden_layers
-    block_bytes = BLOCK_TOKENS * layers * config.latent_dim * torch.empty(0, dtype=decoder.dtype).element_size()
+    token_bytes = config.latent_dim * decoder.dtype.itemsize + 2 * config.num_experts_per_tok * record_routes
+    block_bytes = BLOCK_TOKENS * layers * token_bytes
     free_bytes = _free_bytes(chip.device)
     return 2**31 if free_bytes is None else max(1, int(_SHARE * free_bytes) // block_bytes)
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from crosschip.certificate import Status
 from crosschip.errors import ServeError
@@ -28,6 +28,9 @@ from crosschip.serve.engine.overwrite import probe_scores
 from crosschip.serve.engine.refusals import refuse_impossible
 from crosschip.serve.engine.request import Request, SamplingParams, TokenEvent, TokenScore
 from crosschip.serve.engine.scheduler import Scheduler, Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["NOT_LOOKED_FOR", "Engine", "EngineInfo", "EngineLoad", "Handle", "PreparedWeights"]
 
@@ -54,6 +57,7 @@ class _Runner(Protocol):
 
     def run(self, step: Step) -> Sequence[_Choice]: ...
     def clear(self, blocks: Sequence[int]) -> None: ...
+    def routes(self, request: Request) -> NDArray[Any]: ...
 
 
 class Handle:
@@ -326,11 +330,11 @@ class Engine:
             answered.add(request)
             request.output_ids.append(choice.token_id)
             reason = request.finish_reason_after(choice.token_id)
-            event = TokenEvent(choice.token_id, choice.score, reason)
             if reason is None:
-                self._handles[request].deliver(event)
+                self._handles[request].deliver(TokenEvent(choice.token_id, choice.score))
             else:
-                ended[request] = event
+                routes = self._routes_of(request)
+                ended[request] = TokenEvent(choice.token_id, choice.score, reason, routes=routes)
         if ended:
             self._finish(ended)
 
@@ -340,10 +344,15 @@ class Engine:
         for chunk in (chunk for group in step.prefill for chunk in group if chunk.completes_prompt):
             request = chunk.request
             if request.params.max_tokens == 0:
-                ended[request] = TokenEvent(finish_reason="length", prompt_scores=request.prompt_scores or None)
+                scores, routes = request.prompt_scores or None, self._routes_of(request)
+                ended[request] = TokenEvent(finish_reason="length", prompt_scores=scores, routes=routes)
             elif request.prompt_scores and not request.output_ids:
                 self._handles[request].deliver(TokenEvent(prompt_scores=request.prompt_scores))
         return ended
+
+    def _routes_of(self, request: Request) -> NDArray[Any] | None:
+        """To be asked while the request holds its blocks."""
+        return self._runner.routes(request) if request.params.wants_routes else None
 
     def _finish(self, last_events: dict[Request, TokenEvent]) -> None:
         """Free the slots, then tell: who sees the last event sees the slot free."""

@@ -39,6 +39,7 @@ class EngineInfo:
     certificate: Status = NOT_LOOKED_FOR
     weights_version: str = "1"
     deterministic: bool = False
+    records_routes: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def load_engine(
     prefix_cache: bool = True,
     deterministic: bool = False,
     speculative: bool = False,
+    record_routes: bool = False,
     weights_version: str = "1",
 ) -> Engine:
     """Load a directory in the published layout (config.json, safetensors) and start the engine on a chip.
@@ -55,6 +56,7 @@ def load_engine(
         prefix_cache: keep what was computed of prompts and answers and find it again when a prompt begins the same.
         deterministic: tokens and log-probs of a request depend on nothing but the request; slower.
         speculative: draft a second token with the model's multi-token-prediction module; answers stay what they are.
+        record_routes: keep which experts each token took, for requests that ask (`SamplingParams.wants_routes`).
         weights_version: what these weights are called in answers.
 
     Raises:
@@ -67,8 +69,11 @@ def load_engine(
     decoder = Decoder(model, dtype=dtype)
     if speculative:
         _check_speculation(decoder, directory, deterministic)
-    max_len, num_blocks = _limits(decoder, chip, max_batch_size, max_model_len, cache_tokens)
-    runner = _make_runner(decoder, max_batch_size, max_len, chip, num_blocks, deterministic, speculative)
+    if record_routes:
+        _check_routes(decoder, directory, speculative)
+    fitting = blocks_that_fit(decoder, chip, record_routes)
+    max_len, num_blocks = _limits(decoder, fitting, max_batch_size, max_model_len, cache_tokens)
+    runner = _make_runner(decoder, max_batch_size, max_len, chip, num_blocks, deterministic, speculative, record_routes)
     parameters = list(model.parameters())
     info = EngineInfo(
         directory=directory.resolve(),
@@ -81,6 +86,7 @@ def load_engine(
         certificate=certificate,
         weights_version=weights_version,
         deterministic=deterministic,
+        records_routes=record_routes,
     )
     blocks = BlockManager(num_blocks, prefix_cache)
     scheduler = Scheduler(max_batch_size, max_len, MAX_PREFILL_TOKENS, blocks, deterministic, speculative)
@@ -102,10 +108,20 @@ def _check_speculation(decoder: Decoder, directory: Path, deterministic: bool) -
         )
 
 
+def _check_routes(decoder: Decoder, directory: Path, speculative: bool) -> None:
+    if not decoder.config.num_main_moe_layers:
+        raise ServeError(f"{directory} is a dense model: no token takes experts", "serve without recording routes")
+    if speculative:
+        raise ServeError(
+            "recording routes and speculation exclude each other: a drafted token's experts would be recorded as well",
+            "choose one of them",
+        )
+
+
 def _limits(
-    decoder: Decoder, chip: Chip, max_batch_size: int, max_model_len: int | None, cache_tokens: int | None
+    decoder: Decoder, fitting: int, max_batch_size: int, max_model_len: int | None, cache_tokens: int | None
 ) -> tuple[int, int]:
-    """The longest request in tokens, and the blocks of the cache."""
+    """The longest request in tokens, and the blocks of the cache; `fitting` blocks fit into the memory."""
     own_len = decoder.config.max_position_embeddings
     if max_model_len is not None and max_model_len > own_len:
         raise ServeError(
@@ -114,7 +130,7 @@ def _limits(
         )
     max_len = max_model_len or own_len
     if cache_tokens is None:
-        num_blocks = min(max_batch_size * -(-max_len // BLOCK_TOKENS), blocks_that_fit(decoder, chip))
+        num_blocks = min(max_batch_size * -(-max_len // BLOCK_TOKENS), fitting)
     else:
         num_blocks = cache_tokens // BLOCK_TOKENS
     if num_blocks < 1:
@@ -141,9 +157,10 @@ def _make_runner(
     num_blocks: int,
     deterministic: bool,
     speculative: bool,
+    record_routes: bool,
 ) -> Runner:
     try:
-        return Runner(decoder, num_slots, max_len, chip.device, num_blocks, deterministic, speculative)
+        return Runner(decoder, num_slots, max_len, chip.device, num_blocks, deterministic, speculative, record_routes)
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ServeError(
             f"the cache of {num_blocks * BLOCK_TOKENS} tokens does not fit on {chip.name}: {error}",

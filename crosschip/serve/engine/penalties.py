@@ -39,7 +39,9 @@ class AdjustedRow:
             seen_U = torch.tensor(sorted(self._in_prompt | self._in_answer.keys()), device=logits_V.device)
             found_U = logits_V[seen_U]
             factor = params.repetition_penalty
-            logits_V[seen_U] = torch.where(found_U > 0, found_U / factor, found_U * factor)
+            penalised_U = torch.where(found_U > 0, found_U / factor, found_U * factor)
+            limits = torch.finfo(logits_V.dtype)  # a logit that overflows would make every probability NaN
+            logits_V[seen_U] = penalised_U.clamp(limits.min, limits.max)
         if self._in_answer and (params.presence_penalty or params.frequency_penalty):
             penalties = {
                 token: -params.presence_penalty - count * params.frequency_penalty

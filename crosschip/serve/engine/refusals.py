@@ -18,6 +18,8 @@ def refuse_impossible(prompt_ids: list[int], params: SamplingParams, info: Engin
     _refuse_ids(prompt_ids, "", info)
     _refuse_ids([token for token, _ in params.logit_bias], "logit_bias names ", info)
     _refuse_settings(params)
+    if params.wants_routes and not info.records_routes:
+        raise ServeError("this engine does not record the experts that tokens take", "start it with record_routes")
     num_tokens = len(prompt_ids) + params.max_tokens
     asked = f"{len(prompt_ids)} prompt tokens and max_tokens={params.max_tokens} are more than"
     if num_tokens > info.max_model_len:
@@ -48,7 +50,8 @@ def _refuse_settings(params: SamplingParams) -> None:
         ("top_p", 0 < params.top_p <= 1, "above 0, at most 1"),
         ("min_p", 0 <= params.min_p <= 1, "0 to 1"),
         ("top_k", params.top_k >= 0, "0 (all) or more"),
-        ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "above 0"),
+        # Logits are divided and multiplied by it: beyond these bounds they would leave fp32.
+        ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "0.01 to 100"),
         ("presence_penalty", math.isfinite(params.presence_penalty), "a number"),
         ("frequency_penalty", math.isfinite(params.frequency_penalty), "a number"),
         ("logit_bias", all(math.isfinite(bias) for _, bias in params.logit_bias), "finite numbers"),

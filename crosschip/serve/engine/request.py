@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Constraint", "FinishReason", "Request", "SamplingParams", "TokenEvent", "TokenScore"]
 
@@ -32,7 +35,7 @@ class SamplingParams:
     multiplies negative logits of what stands in prompt or answer (arXiv 1909.05858); `presence_penalty` is taken off
     once, and `frequency_penalty` as often as the token stands in the answer (OpenAI's). `logit_bias` holds pairs of
     token id and what is added. `constraint` belongs to one request alone and leaves out what it does not allow.
-    Log-probs are the model's own, before any of these.
+    Log-probs are the model's own, before any of these. `wants_routes` asks for the experts that each token took.
     """
 
     max_tokens: int
@@ -49,6 +52,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     constraint: Constraint | None = None
+    wants_routes: bool = False
 
     @property
     def adjusts_logits(self) -> bool:
@@ -83,6 +87,9 @@ class TokenEvent:
     """What happened to a request in one step. The last event, and only that, has a `finish_reason`.
 
     `prompt_scores` comes once, before or with the first token: one entry per prompt token, None for the first.
+    `routes` comes with the last one where it was asked for: the experts that the token at each computed position took,
+    [positions, layers with experts, experts per token]. The last sampled token was never computed: of a prompt of P
+    tokens and an answer of A > 0 these are P + A - 1 positions.
     """
 
     token_id: int | None = None
@@ -90,6 +97,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt_scores: list[TokenScore | None] | None = None
     error: str | None = None
+    routes: NDArray[Any] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +134,13 @@ class Request:
     def num_prefill_left(self) -> int:
         """Tokens that are not in the cache yet and must be before the next token is chosen."""
         return max(0, self.prefill_end - self.num_computed)
+
+    @property
+    def next_input(self) -> int:
+        """The first token that is not in the cache."""
+        num_prompt = len(self.prompt_ids)
+        at = self.num_computed
+        return self.prompt_ids[at] if at < num_prompt else self.output_ids[at - num_prompt]
 
     @property
     def wants_prompt_scores(self) -> bool:

@@ -7,8 +7,10 @@ log-probs, K most likely tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from crosschip.model import Decoder
 from crosschip.model.latent_cache import BLOCK_TOKENS
@@ -38,6 +40,7 @@ class Runner:
             fixed size; or one by one, where a row's place in a call was found to change its bits. So the shapes of a
             request's calls, and with them the order of every sum, depend on nothing but the request.
         speculative: the model's module for a second token is kept up to date, for steps with drafted rows.
+        record_routes: the cache keeps which experts each token took.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Runner:
         num_blocks: int | None = None,
         deterministic: bool = False,
         speculative: bool = False,
+        record_routes: bool = False,
     ) -> None:
         self._decoder = decoder
         self._device = device
         self._deterministic = deterministic
         self._idle_slot = num_slots  # its blocks are nobody's
-        self._cache = decoder.new_cache(num_slots + deterministic, max_len, num_blocks, drafts=speculative)
+        slots = num_slots + deterministic
+        self._cache = decoder.new_cache(slots, max_len, num_blocks, drafts=speculative, record_routes=record_routes)
         self._rows_a_call = 1
         if deterministic:
             self._cache.by_row = True
@@ -87,6 +92,12 @@ class Runner:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that a request left something not finite in."""
         self._cache.clear_blocks(blocks)
+
+    @torch.inference_mode()
+    def routes(self, request: Request) -> NDArray[Any]:
+        """The experts that the token at each computed position of a request took, [positions, layers, K]."""
+        assert self._cache.routes is not None
+        return self._cache.routes.read(request.blocks, request.num_computed).numpy()
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[ChosenToken]:
@@ -168,7 +179,7 @@ class Runner:
             tokens_N = self._last_ids_N
             self._start_B += 1
         else:
-            tokens_N = torch.tensor([request.output_ids[-1] for request in requests])
+            tokens_N = torch.tensor([request.next_input for request in requests])
             self._start_B = torch.tensor([request.num_computed for request in requests])
             self._slots_B = torch.tensor([request.slot for request in requests])
         self._last_decode = requests

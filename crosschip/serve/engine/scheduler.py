@@ -40,7 +40,7 @@ class PrefillChunk:
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step: first the `copies` of blocks (source, target) in order, then each group of chunks as one padded call,
-    then all of `decode` as one call with one token a row.
+    then all of `decode` as one call with one token a row: the first one that is not computed yet.
 
     `decode` is the same object as in the step before when its rows are the same. Rows of `drafted` get one token or
     two: the second was drafted, and is computed together with the first.
@@ -114,8 +114,11 @@ class Scheduler:
 
     @property
     def begun(self) -> list[Request]:
-        """Requests that are under way: active, or preempted and waiting to be computed again."""
-        return [*self._running, *(request for request in self._waiting if request.weights_version is not None)]
+        """Requests that are under way: active, preempted and waiting to be computed again, or siblings of one that is:
+        all answers to one prompt are by the same weights.
+        """
+        waiting = (*self._waiting, *self._leader_of)
+        return [*self._running, *(request for request in waiting if request.weights_version is not None)]
 
     def add(self, request: Request) -> None:
         """Queue a request, first come first served; its siblings come with it."""
@@ -128,6 +131,7 @@ class Scheduler:
             if request in self._running and request.num_prefill_left == 0:
                 self._make_room(request, 2 if self._is_drafted(request) else 1)
         copies = self._admit()
+        self._join_decoding()
         chunks = self._next_chunks() if self._prefilling else []
         groups = [[chunk] for chunk in chunks] if self.deterministic else self._group(chunks)
         if not self.speculative:
@@ -147,14 +151,32 @@ class Scheduler:
             self._prefilling = [request for request in self._prefilling if request.num_prefill_left > 0]
             for request in ready:
                 self._let_siblings_begin(request)
-            if ready:
-                # The decoder reads the cache without a copy when the blocks of a call's rows are evenly apart in
-                # order; the lowest free slot is taken first for the same reason.
-                self._decoding = tuple(sorted((*self._decoding, *ready), key=lambda request: request.slot))
+            self._decode_also(ready)
 
     def advance_drafted(self, request: Request) -> None:
         """Record that a request's drafted token was right: it is in its answer, and in the cache already."""
         self._holdings.computed(request, 1)
+
+    def _join_decoding(self) -> None:
+        """Whose prompt is computed but for its last token, siblings and finders of a prefix, needs no call of its own:
+        that token goes with those that decode, unless somebody who came first must wait for the next step.
+        """
+        if self.deterministic or self.speculative or not self._prefilling:
+            return
+        ahead, joining = 0, []
+        for request in self._prefilling:
+            if _needs_no_call(request) and ahead <= self.max_prefill_tokens:
+                joining.append(request)
+            else:
+                ahead += request.num_prefill_left
+        self._prefilling = [request for request in self._prefilling if request not in joining]
+        self._decode_also(joining)
+
+    def _decode_also(self, requests: list[Request]) -> None:
+        if requests:
+            # The decoder reads the cache without a copy when the blocks of a call's rows are evenly apart in order; the
+            # lowest free slot is taken first for the same reason.
+            self._decoding = tuple(sorted((*self._decoding, *requests), key=lambda request: request.slot))
 
     def _is_drafted(self, request: Request) -> bool:
         """Whether a second token is worth a try: one must be left, and not depend on the first but by the model."""
@@ -230,6 +252,8 @@ class Scheduler:
             self._waiting.remove(request)  # it is the first one, but for the time before new weights
             request.slot = heapq.heappop(self._free_slots)
             request.weights_version = request.weights_version or self.weights_version
+            for sibling in request.siblings:
+                sibling.weights_version = request.weights_version
             self._running[request] = None
             self._prefilling.append(request)
             if (copy := self._holdings.take_copy(request)) is not None:
@@ -294,3 +318,10 @@ class Scheduler:
     def _may_join(self, chunk: PrefillChunk, longest: PrefillChunk) -> bool:
         similar = chunk.length >= _SHORTEST_SHARE * longest.length and (chunk.start > 0) == (longest.start > 0)
         return similar and chunk.start + longest.length <= self.max_len
+
+
+def _needs_no_call(request: Request) -> bool:
+    """Whether one more token of the prompt is all. A prompt's scores and siblings hang on a call of its own."""
+    is_last_token = request.num_computed > 0 and request.num_prefill_left == 1
+    wants_more = request.siblings or request.params.num_prompt_logprobs is not None
+    return is_last_token and not wants_more and request.params.max_tokens > 0

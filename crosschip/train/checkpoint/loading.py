@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from crosschip.errors import CheckpointError, ModelError
 from crosschip.model.weights import MODEL_PREFIX, is_training_checkpoint, own_tensors
-from crosschip.train.checkpoint.state import OLD_OPTIMIZER_FILE, OPTIMIZER_PREFIX
+from crosschip.train.checkpoint.staging import adapter_tensors
+from crosschip.train.checkpoint.state import ADAPTER_PREFIX, OLD_OPTIMIZER_FILE, OPTIMIZER_PREFIX
 from crosschip.train.optimizer import empty_optimizer_tensors, load_optimizer_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from crosschip.model import Transformer
+    from crosschip.train.adapters import Adapters
 
 __all__ = ["load_optimizer", "load_weights"]
 
@@ -35,7 +37,11 @@ def load_weights(path: Path, model: Transformer) -> None:
 
 
 def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state from the checkpoint at `path`; a `CheckpointError` names a parameter that differs."""
+    """Load the optimizer's state, and adapters where there are some, from the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: names a parameter that differs.
+    """
     if not is_training_checkpoint(path):
         _load_old_optimizer(path, model, optimizer)
         return
@@ -46,6 +52,9 @@ def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimi
         for name, entry in read_index(path).items()
         if name.startswith(OPTIMIZER_PREFIX)
     }
+    if adapters := adapter_tensors(model):
+        _read_into(path, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in adapters.items()})
+        cast("Adapters", model.adapters).remember()
     tensors = empty_optimizer_tensors(model, shapes, str(path))
     _read_into(path, {f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     load_optimizer_tensors(model, optimizer, tensors, str(path))

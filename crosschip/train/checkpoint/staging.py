@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from crosschip.model.weights import MODEL_PREFIX, own_tensors
+from crosschip.model.weights import ADAPTERS, MODEL_PREFIX, own_tensors
 from crosschip.train.checkpoint.checksum import Sums, checksums
-from crosschip.train.checkpoint.state import OPTIMIZER_PREFIX
+from crosschip.train.checkpoint.state import ADAPTER_PREFIX, OPTIMIZER_PREFIX
 from crosschip.train.optimizer import optimizer_tensors
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from crosschip.model import Transformer
 
-__all__ = ["ShardSums", "Staged", "StagingBuffers", "tensors_to_save"]
+__all__ = ["ShardSums", "Staged", "StagingBuffers", "adapter_tensors", "tensors_to_save"]
 
 
 def tensors_to_save(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -31,7 +31,13 @@ def tensors_to_save(model: Transformer, optimizer: torch.optim.Optimizer) -> dic
     # Weights first: asking for them makes FSDP let go of gathered parameters, which the optimizer does not know.
     found = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in own_tensors(model).items()}
     state = optimizer_tensors(model, optimizer)
+    found |= {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in adapter_tensors(model).items()}
     return found | {f"{OPTIMIZER_PREFIX}{name}": tensor for name, tensor in state.items()}
+
+
+def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
+    """A model's adapters by name; nothing where it has none."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if name.startswith(ADAPTERS)}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ STATE_FILE = "state.json"
 CHECKSUM_FILE = "checksums.json"
 VERDICT_FILE = "verified.json"
 OPTIMIZER_PREFIX = "optimizer."  # before PARAMETER/KEY in the DCP files
+ADAPTER_PREFIX = "adapter."  # before the names of low-rank adapters
 OLD_OPTIMIZER_FILE = "optimizer/state.safetensors"
 
 

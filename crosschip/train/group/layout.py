@@ -32,9 +32,8 @@ def check_layout(recipe: Recipe, num_ranks: int) -> None:
     Raises:
         RecipeError: names the key, and says which values can be.
     """
-    for name, stage in (("train", recipe.train), ("sft", recipe.sft)):
-        if stage is not None:
-            check_batch_size(name, stage, num_ranks)
+    for name, stage in recipe.stages:
+        check_batch_size("train" if name == "pretrain" else name, stage, num_ranks)
     if recipe.model.directory is None:  # else the directory tells, where it is read
         check_experts(recipe.parallel, recipe.model, num_ranks)
 

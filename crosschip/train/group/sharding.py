@@ -30,7 +30,7 @@ def shard_model(model: Transformer, world: World, parallel: ParallelSettings) ->
     """Spread the model over the ranks in place, on their devices; a model of one process stays as it is.
 
     Every rank must hold the same whole model, on the CPU or its device, or one without memory (`meta`). Afterwards
-    parameters are DTensors, and `loss` and `forward` compute with all of them on each rank's own tokens.
+    parameters are DTensors, and `loss`, `logprobs` and `forward` compute with all of them on each rank's own tokens.
 
     Raises:
         RecipeError: the layout cannot be (see `check_experts`).
@@ -57,6 +57,7 @@ def shard_model(model: Transformer, world: World, parallel: ParallelSettings) ->
         model.lm_head.weight = model.embed_tokens.weight  # some plug-ins' tensors make moving tear the two apart
     fully_shard(model, mesh=ranks)
     register_fsdp_forward_method(model, "loss")
+    register_fsdp_forward_method(model, "logprobs")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-
-from crosschip.data import NOT_TRAINED, Batch
 from crosschip.train.group.world import World
 
 if TYPE_CHECKING:
-    from crosschip.data import ChatStream, PackedStream
+    from crosschip.data import Batch, TrainStream
 
 __all__ = ["share_of_batch"]
 
 
-def share_of_batch(
-    stream: PackedStream | ChatStream, first_sequence: int, batch_size: int, pad_id: int, world: World
-) -> Batch:
+def share_of_batch(stream: TrainStream, first_sequence: int, batch_size: int, pad_id: int, world: World) -> Batch:
     """This rank's sequences of the batch that begins at `first_sequence`.
 
     They are as wide as the whole batch would be, so that the padding, which goes through the routers as well, is the
@@ -32,7 +27,4 @@ def share_of_batch(
     missing = world.largest(batch.input_ids_BT.shape[1]) - batch.input_ids_BT.shape[1]
     if not missing:
         return batch
-    return Batch(
-        F.pad(batch.input_ids_BT, (0, missing), value=pad_id),
-        F.pad(batch.labels_BT, (0, missing), value=NOT_TRAINED),
-    )
+    return batch.widened(missing, pad_id)

@@ -34,6 +34,12 @@ class Allowances:
         self._phase: tuple[str, float] | None = None  # which one is going on, and since when
         self._step: tuple[int, float] | None = None
 
+    def forget(self) -> None:
+        """Another stage begins, with other steps: nothing was seen of it."""
+        self._phases.clear()
+        self._steps.clear()
+        self._phase = self._step = None
+
     def begin(self, phase: str, step: int, now: float) -> float:
         """A phase begins at `now`, in seconds of any clock; returns the seconds until the next has to begin."""
         if self._phase is not None:

@@ -20,6 +20,7 @@ from crosschip.train.guard.heartbeat import DIRECTORY, TRACED_STEPS, Beat, read_
 from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.processes import DeathWatch, end_all, num_oom_kills, process_state, start_marked
 from crosschip.train.guard.restarts import INTERRUPTED, Ended, classify_death, first_failure
+from crosschip.train.guard.starved import CoreWaits
 
 __all__ = ["Attempt", "Launch"]
 
@@ -51,6 +52,7 @@ class Attempt:
         self._beats: list[Beat] = []
         self._is_handed_on = False
         self._failed_at: float | None = None
+        self._core_waits = CoreWaits()
         self._oom_kills = num_oom_kills()
 
     def run(self, traced_steps: int) -> Ended:
@@ -139,7 +141,9 @@ class Attempt:
         if missing and running_s > self._start_allowance_s:
             detail = f"it has not begun within {self._start_allowance_s:.0f} s"
             return Ended("hang", detail, EXIT_FAIL, False, rank=min(missing), phase="start")
-        if not any(beat.is_overdue(now) for beat in self._beats):
+        self._core_waits.look(self._beats, now)
+        overdue = [beat for beat in self._beats if beat.is_overdue(now)]
+        if not any(beat.is_overdue(now - self._core_waits.since(beat)) for beat in overdue):
             return None
         culprit = blame([self._look_at(beat, now) for beat in self._beats])
         beat = next(each for each in self._beats if each.rank == culprit.rank)

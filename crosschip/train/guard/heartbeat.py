@@ -89,8 +89,9 @@ class Heartbeat:
         _HEAD.pack_into(self._map, 0, _MAGIC, rank, pid, process_start(pid) or 0)
 
     def stage(self, name: str) -> None:
-        """Name the stage that the beats from now on belong to."""
+        """Name the stage that the beats from now on belong to; how long its phases take is not known yet."""
         self._stage = name.encode()
+        self._allowances.forget()
 
     def beat(self, phase: str, step: int) -> None:
         """A phase of a step begins: `data`, `forward-backward`, `averaging`, `update`, `validation`, `save`, ..."""

@@ -11,7 +11,7 @@ import typer
 from crosschip.cli.comparing_answers import compare_sides
 from crosschip.handoff.answers import TASKS
 from crosschip.handoff.answers.judging import Levels
-from crosschip.handoff.answers.power import pairs_for_difference, pairs_for_margin, smallest_difference
+from crosschip.paired.power import pairs_for_difference, pairs_for_margin, smallest_difference
 
 TEXT = (Path(__file__).parents[3] / "docs" / "answers.md").read_text(encoding="utf-8")
 

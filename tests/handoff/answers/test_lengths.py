@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crosschip.handoff.answers import intervals
-from crosschip.handoff.answers.intervals import bootstrap_lengths
 from crosschip.handoff.answers.judging import Levels, judge_lengths, with_verdicts
 from crosschip.handoff.answers.scoring import LengthPair
+from crosschip.paired import intervals
+from crosschip.paired.intervals import bootstrap_lengths
 
 
 def pairs(num: int, seed: int, factor: float, noise: float = 3.0) -> list[LengthPair]:

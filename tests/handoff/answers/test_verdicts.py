@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from crosschip.handoff.answers.intervals import Interval
 from crosschip.handoff.answers.judging import Levels, judge_shares, with_verdicts
 from crosschip.handoff.answers.scoring import Outcome
 from crosschip.handoff.answers.verdicts import holm, overall, verdict_of
+from crosschip.paired.intervals import Interval
 
 
 def outcomes(both: int, only_a: int, only_b: int, neither: int, task: str = "answers") -> list[Outcome]:

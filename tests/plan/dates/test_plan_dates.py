@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from crosschip.plan.dates import (
     Blackout,
     Calendar,
+    Effect,
     FallBack,
     Group,
     Prices,
@@ -129,7 +130,7 @@ def test_milestones_rise_and_a_dearer_switch_asks_for_less() -> None:
     milestones = fall_back(CHOICE, START)
     assert [each.share for each in milestones] == sorted(each.share for each in milestones)
     assert replace(CHOICE, switch_cost=1e8).milestone(30) < CHOICE.milestone(30)
-    assert "T tokens" in milestones[0].words("T tokens", 14.8)
+    assert "(pretrain, step 9), planned 10%" in milestones[0].words("pretrain, step 9")
     assert replace(CHOICE, portable=False).last_switch_day(100) == pytest.approx(26)
     assert replace(CHOICE, portable=False).last_switch_day(70) is None
     with pytest.raises(PlanError, match="no switch can ever be cheaper"):
@@ -166,6 +167,21 @@ def test_the_bill_adds_spares_energy_and_says_what_it_left_out() -> None:
     assert len(nothing.left_out) == 2
     with pytest.raises(PlanError, match="'A' has no prices"):
         bill(schedule, {"B": Prices()})
+
+
+def test_chips_of_two_kinds_in_one_stage_are_each_paid_at_their_price() -> None:
+    mixed = replace(TEN_DAYS, num_chips=1024, beside=(("B", 24),), recovery=replace(RECOVERY, num_spares=0))
+    schedule = plan_dates(scenario(mixed, rates=NEVER, speed_spread=0.0))
+    found = bill(schedule, {"A": Prices(per_chip_hour=1.0), "B": Prices(per_chip_hour=3.0)})
+    assert found.money is not None
+    assert found.money[1] == pytest.approx(schedule.end_days() * 24 * (1000 + 3 * 24))
+    assert mixed.chips == (("A", 1000), ("B", 24))
+
+
+def test_a_change_that_moves_a_long_run_by_minutes_is_none_and_a_short_run_by_minutes_is_told() -> None:
+    assert Effect("x", 0.01, 0.0, 100.0).words() == "x: no difference"
+    assert Effect("x", 0.01, 0.0, 0.1).words() == "x: 14 min later"
+    assert Effect("x", -0.5, 0.0, 2.0).words() == "x: 12 h earlier"
 
 
 def test_groups_of_two_vendors_add_up_and_a_thin_link_takes_its_share() -> None:

@@ -12,15 +12,24 @@ from crosschip.plan.failures import (
     PlanError,
     Recovery,
     best_interval,
-    daly_interval,
     expected_goodput,
-    first_order_goodput,
     save_time,
     young_interval,
 )
 
 SAVES = st.floats(0.1, 600.0)
 BETWEEN = st.floats(600.0, 1e6)
+
+
+def daly_interval(save_s: float, between_s: float) -> float:
+    """Daly 2006, "A higher order estimate of the optimum checkpoint interval"."""
+    ratio = save_s / (2 * between_s)
+    return math.sqrt(2 * save_s * between_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_s
+
+
+def first_order_goodput(interval_s: float, save_s: float, stop_s: float, between_s: float) -> float:
+    """Meta's formula (arXiv 2410.21680)."""
+    return max(0.0, 1.0 - (stop_s + interval_s / 2) / between_s) / (1.0 + save_s / interval_s)
 
 
 @given(save=SAVES, between=BETWEEN, stop=st.floats(0.0, 3600.0))

@@ -59,7 +59,9 @@ def plan_document(num_trials: int = 200) -> dict[str, Any]:
         "failures": outlook_document(outlook, rates, first.ledger, 60.0),
         "dates": dates_document(schedule, date(2027, 3, 20)),
         "sensitivity": sensitivity_document(sensitivity(scenario)),
-        "fall_back": fall_back_document(choice, fall_back(choice, START), "Ascend", "H800", "T tokens", 14.8),
+        "fall_backs": [
+            fall_back_document(choice, fall_back(choice, START), "Ascend", "H800", lambda share: f"step {share:.3f}")
+        ],
         "money": money_document(bill(schedule, Prices(per_chip_hour=2.0))),
         "serving": serving_document(plan_serving(EXPERTS, chip, load), chip),
         "notes": ["The time of a step was given."],

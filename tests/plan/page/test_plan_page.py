@@ -20,7 +20,7 @@ def test_the_document_is_json_and_the_page_shows_its_dates() -> None:
     page = plan_page(document)
     for name in ("p10", "p50", "p90"):
         assert document["dates"]["end"][name] in page
-    for each in document["fall_back"]["milestones"]:
+    for each in document["fall_backs"][0]["milestones"]:
         assert each["words"] in page
     assert page.count("<svg") == 4
 
@@ -57,7 +57,7 @@ def test_shares_of_time_add_up_on_the_page() -> None:
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("section", ["failures", "dates", "sensitivity", "fall_back", "money", "serving", "notes"])
+@pytest.mark.parametrize("section", ["failures", "dates", "sensitivity", "fall_backs", "money", "serving", "notes"])
 def test_a_section_that_is_missing_is_left_out(section: str) -> None:
     document = {key: value for key, value in plan_document().items() if key != section}
     assert "DeepSeek-V3" in plan_page(document)

@@ -12,6 +12,7 @@ import pytest
 
 from crosschip.errors import RecipeError
 from crosschip.plan.validate import Row, read_rows, validate_rows
+from crosschip.plan.validate.cases import case_of
 from crosschip.plan.validate.parallelism import layout_words
 from crosschip.plan.validate.rows import OUTCOMES, SHIPPED_ROWS
 
@@ -100,6 +101,22 @@ def test_a_wrong_cell_is_named(tmp_path: Path, change: dict[str, str], words: st
         read_rows(written(tmp_path / "a.csv", [{**rows[0], **change}]))
 
 
+def test_what_is_published_of_a_run_stands_in_for_what_its_row_leaves_out() -> None:
+    rows = {row.id: row for row, _ in read_rows()}
+    for row, batch, fixed in (
+        ("dsv2", 9216, {"pipeline": 16}),
+        ("opt175b", 1024, {"tensor": 8, "zero": 3}),
+        ("bloom176b", 2048, {"interleave": 1}),
+    ):
+        case = case_of(rows[row])
+        assert case.job.batch_size == batch
+        assert fixed.items() <= dict(case.fixed).items()
+    assert case_of(rows["dsv2"]).job.zero_bubble
+    assert not case_of(rows["ds67b_per_T"]).job.zero_bubble
+    assert rows["opt175b"].without_stops
+    assert case_of(rows["titan_8b_8_bf16"]).job.batch_size == 512  # no whole run: a usual number
+
+
 def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no file"):
         read_rows(tmp_path / "none.csv")
@@ -140,6 +157,8 @@ def test_what_cannot_be_predicted_is_skipped_with_its_reason(tmp_path: Path) -> 
         ("TP8 + PP; sequence-parallel + selective recompute", 280, {"pipeline": 35, "recompute": "selective"}),
         ("FSDP + compile, selective AC", 8, {"zero": 3, "recompute": "alternate", "tensor": 1}),
         ("PP2 VP24 EP8", 16, {"interleave": 24, "pipeline": 2}),
+        ("FSDP8 TP8 PP8 interleaved, full AC", 512, {"interleave": 2, "pipeline": 8, "zero": 2}),
+        ("FSDP FULL_SHARD, micro-batch 14, bf16 sums", 32, {"micro_batch": 14, "zero": 3}),
         ("", 16, {}),
     ],
 )

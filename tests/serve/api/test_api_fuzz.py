@@ -22,7 +22,27 @@ ANYTHING = st.recursive(
 )
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool", ""]) | ANYTHING},
-    optional={"content": st.text(max_size=30) | ANYTHING, "reasoning_content": ANYTHING},
+    optional={
+        "content": st.text(max_size=30) | ANYTHING,
+        "reasoning_content": ANYTHING,
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {"function": st.fixed_dictionaries({"name": st.text(max_size=5), "arguments": st.text(max_size=9)})}
+            )
+            | ANYTHING,
+            max_size=2,
+        ),
+        "tool_call_id": ANYTHING,
+    },
+)
+TOOL = st.fixed_dictionaries(
+    {
+        "type": st.just("function"),
+        "function": st.fixed_dictionaries(
+            {"name": st.text("ab-", min_size=1, max_size=4)},
+            optional={"description": st.text(max_size=9) | ANYTHING, "parameters": ANYTHING},
+        ),
+    }
 )
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.text(max_size=30) | st.lists(st.integers(-2, 500), max_size=10) | ANYTHING,
@@ -44,7 +64,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "repetition_penalty": st.floats(0, 3) | ANYTHING,
     "logit_bias": st.dictionaries(st.integers(0, 500).map(str), st.floats(-100, 100), max_size=3) | ANYTHING,
     "return_token_ids": st.booleans() | ANYTHING,
-    "tools": ANYTHING,
+    "tools": st.lists(TOOL, max_size=2) | ANYTHING,
+    "tool_choice": st.sampled_from(["none", "auto", "required"]) | ANYTHING,
+    "parallel_tool_calls": st.booleans() | ANYTHING,
 }
 MEANT = {"prompt", "messages"}
 BODIES = st.fixed_dictionaries({}, optional=FIELDS).map(lambda body: body | {"max_tokens": 2})

@@ -48,7 +48,8 @@ def test_the_model_is_listed_with_its_certificate(taught: openai.OpenAI, taught_
     models = taught.models.list().data
     assert [model.id for model in models] == ["taught-tiny"]
     assert models[0].crosschip["certificate"] == "UNCERTIFIED"  # type: ignore[attr-defined]
-    assert models[0].crosschip["model_dir"] == str(taught_dir)  # type: ignore[attr-defined]
+    told = models[0].crosschip["model_dir"]  # type: ignore[attr-defined]
+    assert told == taught_dir.name, "where it is on the server is nobody's business"
     assert taught.models.retrieve("taught-tiny").id == "taught-tiny"
     with pytest.raises(openai.NotFoundError):
         taught.models.retrieve("other")

@@ -11,6 +11,23 @@ import pytest
 from tests.serve.conftest import RunningServer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def tool_with(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "look", "parameters": parameters}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": nested(depth - 1)}} if depth else {"type": "string"}
+
+
+TOOL, DEEP = tool_with({"type": "object", "properties": {}}), nested(40)
+NAMED = {"type": "function", "function": {"name": "other"}}
+CALLING = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}],
+}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -28,7 +45,19 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"max_tokens": 100_000}, "max_tokens", "2048"),
         (CHAT, {"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools", "not supported"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools", "function is missing"),
+        (CHAT, {"tools": [{"type": "retrieval"}]}, "tools", "retrieval"),
+        (CHAT, {"tools": [TOOL]}, "tools", "does not know tools"),
+        (CHAT, {"tools": [TOOL, TOOL]}, "tools", "two tools are called look"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "a b"),
+        (CHAT, {"tools": [tool_with({"type": "array"})]}, "tools", "array"),
+        (CHAT, {"tools": [tool_with(DEEP)]}, "tools", "nested deeper than 64"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice", "sometimes"),
+        (CHAT, {"tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "other, which is no tool"),
+        (CHAT, {"messages": [*MESSAGES, CALLING]}, "messages", "does not know an assistant's tool calls"),
+        (CHAT, {"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}, "messages", "role tool"),
+        (TEXT, {"tools": [TOOL]}, "tools", "not supported"),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format", "xml"),
         (TEXT, {"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         (CHAT, {"presence_penalty": 2.5}, "presence_penalty", "2.5"),

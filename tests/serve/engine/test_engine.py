@@ -184,6 +184,8 @@ def test_settings_that_make_no_sense_are_refused_by_name(engine: Engine) -> None
         ("min_p", 1.5),
         ("top_k", -1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 3e-170),
+        ("repetition_penalty", 1e30),
         ("presence_penalty", float("inf")),
         ("frequency_penalty", float("nan")),
         ("logit_bias", ((5, float("-inf")),)),

@@ -38,6 +38,14 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     assert chosen(request(prompt, answer, repetition_penalty=5.0)) != int(LOGITS.argmax()), "it does something"
 
 
+def test_a_penalty_never_makes_a_logit_infinite() -> None:
+    """The engine refuses such values (`refuse_impossible`); what gets past it must still not end in NaN."""
+    logits = torch.tensor([[3e38, 2.0, -3e38, 0.0]])
+    for penalty in (0.01, 100.0, 1e-30, 1e30, 3e-170):
+        drawn = request([0, 2], [], repetition_penalty=penalty, temperature=1.0, seed=1)
+        assert chosen(drawn, logits) in (0, 1, 3)
+
+
 def test_presence_and_frequency_count_the_answer_and_not_the_prompt() -> None:
     best, second = LOGITS[0].topk(2).indices.tolist()
     gap = float(LOGITS[0, best] - LOGITS[0, second])

@@ -104,8 +104,8 @@ def test_any_traffic_is_served_completely(prompts: list[tuple[int, int]], num_sl
         assert len({each.slot for each in rows}) == len(rows)
         assert all(chunk.start == chunk.request.num_computed for chunk in chunks)
         assert all(chunk.start + group[0].length <= 70 for group in step.prefill for chunk in group)
-        for chunk in chunks:
-            started.setdefault(chunk.request, number)
+        for each in rows:  # who found all but its last token in a known prefix begins among those that decode
+            started.setdefault(each, number)
         scheduler.advance(step)
         tokened = [chunk.request for chunk in chunks if chunk.completes_prompt] + list(step.decode)
         for each in tokened:
@@ -249,7 +249,9 @@ def test_siblings_share_blocks_and_copy_the_last_one() -> None:
     assert lengths(first) == [[40]], "the sibling waits"
     scheduler.advance(first)
     step = scheduler.schedule()
-    assert lengths(step) == [[1]]
+    assert step.prefill == []
+    assert list(step.decode) == [leader, sibling], "its last token needs no call of its own"
+    assert sibling.next_input == 39
     assert step.copies == [(leader.blocks[1], sibling.blocks[1])]
     assert sibling.blocks[0] == leader.blocks[0]
     assert scheduler.blocks.references(leader.blocks[0]) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import ssl
@@ -17,30 +16,17 @@ import httpx
 import pytest
 
 from crosschip.serve.limits import new_key
+from tests.serve.conftest import RunningServer, logged_process
 from tests.serve.gateway.conftest import DONE, HEAD, LAST, QUESTION, ScriptedEngine, delta, event, scripted, wait_until
 
 TOKEN = event(delta("one"))
 
 
 @contextmanager
-def gateway_process(file: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def gateway_process(file: Path, *options: str) -> Iterator[tuple[RunningServer, str]]:
     command = [sys.executable, "-m", "crosschip", "serve", "--gateway", str(file), "--port", "0", *options]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        log = ""
-        for line in process.stdout:
-            log += line
-            if found := re.search(r"gateway: (https?://\S+)", line):
-                yield process, found[1]
-                break
-        else:
-            raise AssertionError(f"the gateway did not start:\n{log}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    with logged_process(command, r"gateway: (https?://\S+)") as running:
+        yield running, running.url
 
 
 def write(path: Path, url: str, more: str = "") -> Path:
@@ -55,16 +41,15 @@ def wait_until_ready(url: str, **options: object) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_end(tmp_path: Path, number: int) -> None:
     engine = ScriptedEngine(play=[HEAD, TOKEN, 1.5, TOKEN, LAST, DONE])
-    with scripted(engine) as [engine_url], gateway_process(write(tmp_path / "g.toml", engine_url)) as (process, url):
+    with scripted(engine) as [engine_url], gateway_process(write(tmp_path / "g.toml", engine_url)) as (gateway, url):
         wait_until_ready(url)
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
             parts = response.iter_raw()
             first = next(parts)
-            process.send_signal(number)
+            gateway.process.send_signal(number)
             assert first + b"".join(parts) == b"".join(part for part in engine.play if isinstance(part, bytes))
-        assert process.wait(20) == 0
-        assert process.stdout is not None
-        rest = process.stdout.read()
+        assert gateway.process.wait(20) == 0
+        rest = "".join(gateway.log)
         assert "Traceback" not in rest, rest
         assert rest.endswith("ended\n")
 
@@ -74,15 +59,15 @@ def test_what_does_not_end_in_time_is_told(tmp_path: Path) -> None:
     file = "[forwarding]\ndrain_s = 0.5\n"
     with (
         scripted(engine) as [engine_url],
-        gateway_process(write(tmp_path / "g.toml", engine_url, file)) as (process, url),
+        gateway_process(write(tmp_path / "g.toml", engine_url, file)) as (gateway, url),
     ):
         wait_until_ready(url)
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
             parts = response.iter_raw()
             next(parts)
-            process.send_signal(signal.SIGTERM)
+            gateway.process.send_signal(signal.SIGTERM)
             assert b"gateway_ended" in b"".join(parts)
-        assert process.wait(20) == 0
+        assert gateway.process.wait(20) == 0
         wait_until(lambda: engine.cancelled == 1, "the engine is told, too")
 
 
@@ -193,7 +178,7 @@ def test_a_hung_client_does_not_keep_the_gateway_from_ending(tmp_path: Path) -> 
     file = "[forwarding]\ndrain_s = 0.5\nslow_client_s = 1.0\n"
     with (
         scripted(engine) as [engine_url],
-        gateway_process(write(tmp_path / "g.toml", engine_url, file)) as (process, url),
+        gateway_process(write(tmp_path / "g.toml", engine_url, file)) as (gateway, url),
     ):
         wait_until_ready(url)
         begun, end = threading.Event(), threading.Event()
@@ -207,7 +192,7 @@ def test_a_hung_client_does_not_keep_the_gateway_from_ending(tmp_path: Path) -> 
         thread = threading.Thread(target=read_a_little, daemon=True)
         thread.start()
         assert begun.wait(20)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(30) == 0
         end.set()
         thread.join(10)

@@ -113,7 +113,7 @@ def test_what_cannot_be_scored_is_counted(random_server: RunningServer, second_r
 
 
 def test_a_reference_that_is_gone_hurts_nobody(random_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
-    dead = RunningServer("http://127.0.0.1:9", random_server.process)
+    dead = RunningServer("http://127.0.0.1:9", random_server.process, random_server.log_path)
     with running_gateway(watched(random_server, dead)) as gateway:
         body = {"model": "random-tiny", "prompt": "zebra", "max_tokens": 1}
         assert httpx.post(f"{gateway.url}/v1/completions", json=body).status_code == 200

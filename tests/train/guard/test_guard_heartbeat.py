@@ -122,6 +122,18 @@ def test_one_slow_step_does_not_stretch_the_allowance() -> None:
     assert allowed == pytest.approx(7.0)
 
 
+def test_another_stage_begins_with_the_allowance_of_what_was_never_seen() -> None:
+    allowances = Allowances(600.0)
+    now = 0.0
+    for step in range(1, 6):
+        for phase in ("data", "forward-backward"):
+            learnt = allowances.begin(phase, step, now)
+            now += 0.1
+    assert learnt < 10.0
+    allowances.forget()
+    assert allowances.begin("forward-backward", 1, now) == 600.0
+
+
 def test_what_has_time_outs_of_its_own_gets_at_least_them() -> None:
     allowances = Allowances(600.0, least_s={"averaging": 90.0})
     now, _ = steps_of(allowances, 1, 5, 0.0)

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from crosschip.handoff.answers.intervals import bootstrap_shares, score_interval
-from crosschip.handoff.answers.pairs import PairTable, sign_test, table_of
-from crosschip.handoff.answers.power import (
+from crosschip.handoff.answers.verdicts import verdict_of
+from crosschip.paired.intervals import bootstrap_shares, score_interval
+from crosschip.paired.pairs import PairTable, sign_test, table_of
+from crosschip.paired.power import (
     pairs_for_difference,
     pairs_for_margin,
     power_of_test,
     smallest_difference,
     smallest_length_difference,
 )
-from crosschip.handoff.answers.verdicts import verdict_of
 
 ALPHA = 0.05
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from crosschip.handoff.answers.pairs import PairTable
+from crosschip.paired.pairs import PairTable
 
 __all__ = ["Interval", "LengthInterval", "bootstrap_lengths", "bootstrap_shares", "score_interval", "score_statistic"]
 

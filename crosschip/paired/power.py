@@ -11,7 +11,7 @@ import math
 import numpy as np
 from scipy import optimize, stats
 
-from crosschip.handoff.answers.intervals import score_statistic
+from crosschip.paired.intervals import score_statistic
 
 __all__ = [
     "LEAST_POWER",

@@ -1,0 +1,1 @@
+"""Paired tests: the same problems answered by A and by B. Pure statistics, known to all rooms: no torch, no I/O."""

@@ -1,0 +1,143 @@
+"""A whole run: every stage planned, dated, lived through with its stops; and the same on other chips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import date
+
+from crosschip.errors import CrosschipError, RecipeError
+from crosschip.plan.architecture import Architecture
+from crosschip.plan.cluster import Cluster
+from crosschip.plan.counts import num_parameters
+from crosschip.plan.dates import Calendar, Prices, Ramp, Scenario, Schedule, Stage, pause, plan_dates
+from crosschip.plan.failures import FailureRates, Recovery, Soak, published_rates, usual_recovery, with_soak
+from crosschip.plan.planning import architecture_of
+from crosschip.plan.serving import Load
+from crosschip.plan.stages import PlannedStage, StageChoices, plan_stages
+from crosschip.recipe import Recipe
+
+__all__ = ["Asked", "Switch", "WholeRun", "plan_whole_run", "prices_of"]
+
+_SAVED_BYTES = 12.0  # of each parameter in a checkpoint: fp32 weights and two moments
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What a switch to other chips takes, and what a later end costs; money in the clusters' currency."""
+
+    days: float = 14.0
+    cost: float = 0.0
+    delay_per_day: float = 0.0
+    portable: bool = True
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is asked for beside a recipe and a cluster."""
+
+    start: date
+    by: date | None = None
+    choices: StageChoices = field(default_factory=StageChoices)
+    serve_on: Cluster | None = None
+    load: Load | None = None
+    compared: tuple[Cluster, ...] = ()
+    switch: Switch = Switch()
+    soak: Soak | None = None
+    num_trials: int = 1000
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """A run planned on a cluster. `others` is the same recipe on each compared cluster, or why it cannot be there."""
+
+    recipe: Recipe
+    cluster: Cluster
+    asked: Asked
+    architecture: Architecture
+    stages: tuple[PlannedStage, ...]
+    rates: FailureRates
+    schedule: Schedule
+    others: dict[str, WholeRun | CrosschipError] = field(default_factory=dict)
+
+    @property
+    def main(self) -> PlannedStage:
+        """The stage that takes longest."""
+        return max(self.stages, key=lambda each: each.work_s)
+
+    def recovery(self, name: str) -> Recovery:
+        """How a stage comes back from its stops."""
+        found = next(each.stage.recovery for each in self.schedule.stages if each.stage.name == name)
+        assert found is not None
+        return found
+
+
+def plan_whole_run(recipe: Recipe, cluster: Cluster, asked: Asked) -> WholeRun:
+    """Plan every stage and date it, then do the same on the compared clusters.
+
+    Raises:
+        RecipeError: a stage fits nowhere or divides nothing, or `by` is not after the start.
+        PlanError: the start is over, or the schedule of the cluster cannot be.
+    """
+    if asked.by is not None and asked.by < asked.start:
+        raise RecipeError(f"--by {asked.by} is before the start, {asked.start}", "give a later date")
+    calendar = Calendar.from_today(asked.start, date.today(), cluster.schedule.windows())
+    stages = plan_stages(recipe, cluster, asked.choices)
+    architecture = architecture_of(recipe)
+    rates = published_rates().with_seen(*(each.observation() for each in cluster.seen))
+    if asked.soak is not None:
+        rates = with_soak(rates, asked.soak)
+    dated = _dated(stages, cluster, asked.choices, rates, num_parameters(architecture))
+    restart_s = max(each.recovery.restart_s for each in dated if each.recovery is not None)
+    scenario = Scenario(dated, rates, replace(calendar, restart_s=restart_s), num_trials=asked.num_trials)
+    others: dict[str, WholeRun | CrosschipError] = {}
+    for other in asked.compared:
+        others[other.name] = _on(recipe, other, asked)
+    return WholeRun(recipe, cluster, asked, architecture, stages, rates, plan_dates(scenario), others)
+
+
+def _on(recipe: Recipe, other: Cluster, asked: Asked) -> WholeRun | CrosschipError:
+    """The same recipe on another cluster alone; where it cannot be, why: an answer, too."""
+    alone = replace(
+        asked, by=None, compared=(), soak=None, load=None, choices=replace(asked.choices, joined_with=())
+    )  # fmt: skip
+    try:
+        return plan_whole_run(recipe, other, alone)
+    except CrosschipError as error:
+        return error
+
+
+def _dated(
+    stages: tuple[PlannedStage, ...], cluster: Cluster, choices: StageChoices, rates: FailureRates, parameters: int
+) -> tuple[Stage, ...]:
+    """The stages with their recovery, the ramp-up on the first and the pauses behind those that they name."""
+    label = choices.labels(cluster)[cluster.name]
+    names = [each.name for each in stages]
+    unknown = [each.after for each in cluster.schedule.pauses if each.after not in names]
+    if unknown:
+        raise RecipeError(
+            f"schedule.pauses: there is no stage {unknown[0]!r}", f"the recipe's stages are {', '.join(names)}"
+        )
+    found: list[Stage] = []
+    for place, each in enumerate(stages):
+        ramp: tuple[Ramp, ...] = cluster.schedule.ramps() if place == 0 else ()
+        recovery = _recovery(each, cluster, rates, parameters)
+        found.append(Stage(each.name, each.work_s, each.num_chips, recovery, label, ramp, each.beside))
+        found += [pause(rest.why, rest.days) for rest in cluster.schedule.pauses if rest.after == each.name]
+    return tuple(found)
+
+
+def _recovery(stage: PlannedStage, cluster: Cluster, rates: FailureRates, parameters: int) -> Recovery:
+    given = cluster.recovery
+    saved = _SAVED_BYTES * parameters if given.store_gb_s is not None else None
+    return usual_recovery(
+        rates, stage.num_chips, cluster.hardware.node_size, save_bytes=saved, store_gb_s=given.store_gb_s,
+        blocking=given.blocking_save, num_spares=given.num_spares, num_groups=stage.num_groups, **given.given(),
+    )  # fmt: skip
+
+
+def prices_of(run: WholeRun) -> dict[str, Prices]:
+    """The prices of every chip that trains, by its label."""
+    choices = run.asked.choices
+    labels = choices.labels(run.cluster)
+    clusters = [run.cluster, *([choices.rollouts_on] if choices.rollouts_on else []), *choices.joined_with]
+    return {labels[each.name]: Prices(**each.price.model_dump()) for each in clusters}

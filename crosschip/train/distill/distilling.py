@@ -1,0 +1,210 @@
+"""The whole distillation: ask, judge, keep, write the rows and the manifest beside them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosschip.data import ChatTokenizer
+from crosschip.data.rows import digest_of
+from crosschip.errors import DataError, RunDirectoryError
+from crosschip.recipe.distilling import DistillSettings
+from crosschip.rundir import sha256_of, write_json, write_text
+from crosschip.train.distill.journal import Journal
+from crosschip.train.distill.sampling import Answers, Here, Manner, Place
+from crosschip.train.distill.selecting import REASONS, Sampled, as_row, select
+from crosschip.train.evaluate.checking import opened_checker
+from crosschip.train.evaluate.questions import Question
+from crosschip.train.evaluate.subject import weights_sha256
+from crosschip.train.evaluate.telling import AnswersTold, Tell
+
+__all__ = ["DistillReport", "distill", "manifest_path"]
+
+MANIFEST_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Answers of one level, or of all. `right` and `closed` count every answer, `kept` those that were written."""
+
+    num_problems: int = 0
+    num_problems_kept: int = 0  # with at least one answer that was kept
+    asked: int = 0
+    right: int = 0
+    closed: int = 0
+    finished: int = 0
+    kept: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # what became of every answer; adds up to `asked`
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What came out: the file of rows, its manifest, and the counts over everything and by level."""
+
+    path: Path
+    manifest: Path
+    counts: Counts
+    by_level: dict[str, Counts]
+
+
+def manifest_path(out: Path) -> Path:
+    """The manifest of the rows in `out`: `NAME.manifest.json` beside it."""
+    return out.with_name(f"{out.stem}.manifest.json")
+
+
+def distill(
+    model_directory: Path,
+    tokenizer: ChatTokenizer,
+    problems: Sequence[Question],
+    settings: DistillSettings,
+    out: Path,
+    tell: Tell,
+    *,
+    seed: int = 0,
+    answers: Answers | None = None,
+    chip: str = "auto",
+    force: bool = False,
+) -> DistillReport:
+    """Answer `problems` with the model, and write the right answers to `out` as chats with their reasoning.
+
+    The rows are what `[data] source = "files"` reads, in the problems' order. Rows and manifest are written whole or
+    not at all, the manifest last; an interrupted call goes on from its journal when it is made again.
+
+    Args:
+        answers: what answers; None is the model of `model_directory` in this process, on `chip`.
+        force: replace what an earlier call wrote.
+
+    Raises:
+        RunDirectoryError: `out` is there already.
+        DataError: no answer could be kept.
+        RecipeError: the checker is not known.
+        EngineError: the engine that was to answer is gone.
+    """
+    if out.exists() and not force:
+        raise RunDirectoryError(f"{out} is there already", "give another --out, or --force to replace it")
+    if out.suffix != ".jsonl":
+        raise DataError(f"{out} does not end in .jsonl", "name it so: the rows are read by their ending")
+    answers = answers or Here(model_directory, tokenizer, chip)
+    identity = _identity(model_directory, answers, problems, settings, seed)
+    with Journal(out.with_name(f".{out.name}.journal"), identity) as journal:
+        _ask_all(journal, answers, problems, settings, seed, tell)
+        rows, report = _chosen(journal.answered, problems, settings, out, seed)
+        if not rows:
+            journal.remove()  # nothing can be chosen from these answers, whatever `keep` is
+            raise DataError(
+                f"none of {report.counts.asked} answers is right and whole: {_told(report.counts)}",
+                "take a model that solves some of the problems, easier ones, more samples or a larger max_new_tokens",
+            )
+        manifest_path(out).unlink(missing_ok=True)  # never an old one beside new rows
+        write_text(out, "".join(f"{row}\n" for row in rows))
+        write_json(report.manifest, _manifest(identity, report, settings))
+        journal.remove()
+    tell(f"{report.counts.kept} rows in {out}; {_told(report.counts)}")
+    return report
+
+
+def _identity(
+    directory: Path, answers: Answers, problems: Sequence[Question], settings: DistillSettings, seed: int
+) -> dict[str, Any]:
+    """What the answers follow from. `keep` and `choose` are not among it: they choose from the same answers."""
+    asked = [(problem.expected, *(message.content for message in problem.messages)) for problem in problems]
+    return {
+        "model": {"directory": str(directory), "weights_sha256": weights_sha256(directory)},
+        "answers": answers.told,
+        "problems_sha256": digest_of(asked),
+        "num_problems": len(problems),
+        "samples": settings.samples,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "checker": settings.checker,
+        "seed": seed,
+    }
+
+
+def _ask_all(
+    journal: Journal,
+    answers: Answers,
+    problems: Sequence[Question],
+    settings: DistillSettings,
+    seed: int,
+    tell: Tell,
+) -> None:
+    """Ask what the journal does not hold yet, and add each problem to it when all its answers are there."""
+    missing = [number for number in range(len(problems)) if number not in journal.answered]
+    if len(missing) < len(problems):
+        tell(f"going on after {len(problems) - len(missing)} of {len(problems)} problems")
+    places: list[Place] = [(number, sample) for number in missing for sample in range(settings.samples)]
+    partly: dict[int, dict[int, Sampled]] = {}
+    told = AnswersTold(len(places), tell)
+    with opened_checker(settings.checker) as checker:
+        manner = Manner(settings.max_new_tokens, settings.temperature, seed, checker)
+        for (number, sample), sampled in answers.ask(problems, places, manner):
+            partly.setdefault(number, {})[sample] = sampled
+            told.count(sampled.right)
+            if len(partly[number]) == settings.samples:
+                of_problem = partly.pop(number)
+                journal.add(number, [of_problem[place] for place in range(settings.samples)])
+
+
+def _chosen(
+    answered: dict[int, list[Sampled]],
+    problems: Sequence[Question],
+    settings: DistillSettings,
+    out: Path,
+    seed: int,
+) -> tuple[list[str], DistillReport]:
+    """The rows to write, and the report about them."""
+    rows: list[str] = []
+    outcomes: list[tuple[Question, list[Sampled], list[str]]] = []
+    for number, problem in enumerate(problems):
+        samples = answered[number]
+        reasons = select(samples, settings.keep, settings.choose, ("distill", seed, problem.text))
+        outcomes.append((problem, samples, list(reasons)))
+        rows += [
+            json.dumps(as_row(problem, sample), ensure_ascii=False)
+            for sample, reason in zip(samples, reasons, strict=True)
+            if reason == "kept"
+        ]
+    levels = sorted({problem.level for problem in problems if problem.level is not None})
+    by_level = {
+        str(level): _counted([outcome for outcome in outcomes if outcome[0].level == level]) for level in levels
+    }
+    return rows, DistillReport(out, manifest_path(out), _counted(outcomes), by_level)
+
+
+def _counted(outcomes: Sequence[tuple[Question, list[Sampled], list[str]]]) -> Counts:
+    samples = [sample for _, of_problem, _ in outcomes for sample in of_problem]
+    reasons = Counter(reason for _, _, of_problem in outcomes for reason in of_problem)
+    return Counts(
+        num_problems=len(outcomes),
+        num_problems_kept=sum("kept" in of_problem for _, _, of_problem in outcomes),
+        asked=len(samples),
+        right=sum(sample.right for sample in samples),
+        closed=sum(sample.closed for sample in samples),
+        finished=sum(sample.finished for sample in samples),
+        kept=reasons["kept"],
+        reasons={reason: reasons[reason] for reason in REASONS},
+    )
+
+
+def _manifest(identity: dict[str, Any], report: DistillReport, settings: DistillSettings) -> dict[str, Any]:
+    return {
+        "schema_version": MANIFEST_SCHEMA,
+        "kind": "distillation",
+        "rows": {"file": report.path.name, "sha256": sha256_of(report.path), "num_rows": report.counts.kept},
+        **identity,
+        "keep": settings.keep,
+        "choose": settings.choose,
+        "counts": asdict(report.counts),
+        "by_level": {level: asdict(counts) for level, counts in report.by_level.items()},
+    }
+
+
+def _told(counts: Counts) -> str:
+    reasons = ", ".join(f"{name} {number}" for name, number in counts.reasons.items() if number)
+    problems = f"{counts.num_problems_kept} of {counts.num_problems} problems have a row"
+    return f"{counts.right} of {counts.asked} answers right, {problems} ({reasons})"

@@ -1,0 +1,51 @@
+"""Ranks that are silent because they get no core: time in the kernel's run queue is no sign of a hang. No torch here.
+
+A machine that is busy with other work lets a rank wait for a core, and three times a step's usual length is over soon.
+Linux counts for each thread how long it was ready to run and did not (`/proc/PID/task/TID/schedstat`). A rank that is
+stopped, waits for a lock, a device or another rank is not in that queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from crosschip.train.guard.heartbeat import Beat
+
+__all__ = ["CoreWaits", "core_waits_s"]
+
+_LOOK_AFTER_S = 0.5  # of silence: a rank that beats is not looked at
+
+
+def core_waits_s(pid: int) -> dict[str, float]:
+    """Seconds that each thread of a process has waited for a core so far; empty where the system does not tell."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            found[path.parent.name] = int(path.read_text().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):
+            continue  # the thread has ended
+    return found
+
+
+class CoreWaits:
+    """How long each rank has waited for a core since its last beat, or nearly since then."""
+
+    def __init__(self) -> None:
+        self._at_beat: dict[int, tuple[int, dict[str, float]]] = {}  # rank to its beat's number and its threads' waits
+
+    def look(self, beats: Iterable[Beat], now: float) -> None:
+        """Take note of where the waits of silent ranks begin; to be called every now and then."""
+        for beat in beats:
+            noted = self._at_beat.get(beat.rank)
+            if beat.silent_s(now) > _LOOK_AFTER_S and (noted is None or noted[0] != beat.num_beats):
+                self._at_beat[beat.rank] = beat.num_beats, core_waits_s(beat.pid)
+
+    def since(self, beat: Beat) -> float:
+        """Seconds that the thread which waited most has waited since the beat."""
+        noted = self._at_beat.get(beat.rank)
+        if noted is None or noted[0] != beat.num_beats:
+            return 0.0
+        return max(
+            (waited - noted[1].get(thread, waited) for thread, waited in core_waits_s(beat.pid).items()), default=0.0
+        )

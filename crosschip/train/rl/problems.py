@@ -1,0 +1,71 @@
+"""The problems of a reinforcement-learning stage, by number: epoch after epoch, each in an order of its own."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from crosschip.data.answers import THINK_OPEN
+from crosschip.data.order import permutation
+from crosschip.errors import DataError
+from crosschip.train.rl.sample import Problem
+
+if TYPE_CHECKING:
+    from crosschip.data import ChatTokenizer, Row, Source
+
+__all__ = ["Problems"]
+
+_LAST_TOKENS = 8  # of a prompt: more than an opening tag and a line break have
+
+
+class Problems:
+    """Questions of a source's training split whose prompts have at most `longest_prompt` tokens.
+
+    Raises:
+        DataError: a row has no question with an answer, or no prompt is short enough.
+    """
+
+    def __init__(self, source: Source, tokenizer: ChatTokenizer, longest_prompt: int, seed: int) -> None:
+        self._tokenizer, self._seed = tokenizer, seed
+        rows = [_checked(row) for row in source.rows("train")]
+        self._rows = [row for row in rows if len(self._prompt_ids(row)) <= longest_prompt]
+        self.num_too_long = len(rows) - len(self._rows)
+        if not self._rows:
+            raise DataError(
+                f"none of the {len(rows)} prompts has at most {longest_prompt} tokens, which seq_len leaves beside "
+                "max_new_tokens",
+                "raise rl.seq_len or lower rl.max_new_tokens",
+            )
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, number: int) -> Problem:
+        """The problem at a place of the endless row of epochs."""
+        epoch, place = divmod(number, len(self._rows))
+        row = self._rows[int(self._order(epoch)[place])]
+        messages = row.as_messages()
+        prompt_ids = self._prompt_ids(row)
+        opens = self._tokenizer.decode(prompt_ids[-_LAST_TOKENS:]).rstrip().endswith(THINK_OPEN)
+        return Problem(number, messages[-2].content, messages[-1].content, prompt_ids, THINK_OPEN if opens else "")
+
+    def _prompt_ids(self, row: Row) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode_chat(row.as_messages()[:-1], add_generation_prompt=True))
+
+    def _make_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        return permutation(len(self._rows), "problems", self._seed, epoch)
+
+
+def _checked(row: Row) -> Row:
+    messages = row.messages or ()
+    if len(messages) < 2 or messages[-1].role != "assistant" or not messages[-1].content.strip():
+        start = (row.text or "".join(message.content for message in messages))[:60]
+        raise DataError(
+            f"reinforcement learning needs questions with answers, and the row {start!r}... is none",
+            "give rows with a question and an answer (data.question_field, data.answer_field)",
+        )
+    return row

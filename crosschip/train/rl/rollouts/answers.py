@@ -1,0 +1,179 @@
+"""What is asked of `POST /v1/completions`, and what an answer must look like to be believed. No I/O.
+
+Our engine and vLLM's OpenAI server (`vllm/entrypoints/openai/completion/protocol.py`, read in 0.32) understand the same
+request. They differ in how experts come back: ours as shape, dtype and bytes, vLLM's as an `.npy` file in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from crosschip.train.rl.rollouts.errors import BadAnswer
+from crosschip.train.rl.rollouts.publishing import ModelFacts
+
+__all__ = ["Answer", "Ask", "answer_chip", "read_answers", "request_body"]
+
+# Rounding may lift the log of a probability near 1 above 0 by some units in the last place of the logits.
+_MOST_LOGPROB = 1e-3
+_NO_LOGPROB = -9999.0  # what vLLM writes in place of minus infinity: nobody can have sampled that token
+_FINISHED = {"stop": True, "length": False}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: `num_samples` answers to one prompt, sampled at temperature 1 from the whole vocabulary."""
+
+    prompt_ids: tuple[int, ...]
+    num_samples: int
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer that was checked. `weights_name` is what the engine calls its weights, None where it does not say."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+    weights_name: str | None
+    routes: npt.NDArray[np.integer] | None
+
+
+def request_body(ask: Ask, model: str, wants_routes: bool) -> dict[str, Any]:
+    """The JSON of a request. Every setting that an engine might take from elsewhere is named, so none is."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(ask.prompt_ids),
+        "n": ask.num_samples,
+        "max_tokens": ask.max_new_tokens,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,  # all, in vLLM and here
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logprobs": 0,  # of the chosen token alone
+        "seed": ask.seed,
+        "stop_token_ids": sorted(ask.stop_ids),
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "stream": False,
+    }
+    return body | ({"return_routed_experts": True} if wants_routes else {})
+
+
+def read_answers(document: Any, ask: Ask, facts: ModelFacts) -> list[Answer]:
+    """The answers in a response's document, in the order of their index.
+
+    Raises:
+        BadAnswer: anything that cannot be true.
+    """
+    choices = document.get("choices") if isinstance(document, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise BadAnswer("garbage", "the response has no list of choices")
+    indices = [choice.get("index") for choice in choices]
+    if indices != list(range(ask.num_samples)):
+        if sorted(map(repr, indices)) != sorted(map(repr, range(ask.num_samples))):
+            raise BadAnswer("garbage", f"choices {_short(indices)} came back, and {ask.num_samples} were asked for")
+        choices = sorted(choices, key=lambda choice: int(choice["index"]))
+    name = _weights_name(document.get("crosschip"))
+    return [_read_choice(choice, ask, facts, name) for choice in choices]
+
+
+def answer_chip(document: Any) -> str | None:
+    """The chip that a response or a list of models says it comes from."""
+    status = document.get("crosschip") if isinstance(document, dict) else None
+    chip = status.get("chip") if isinstance(status, dict) else None
+    return chip if isinstance(chip, str) else None
+
+
+def _weights_name(status: Any) -> str | None:
+    name = status.get("weights_version") if isinstance(status, dict) else None
+    return str(name) if name is not None else None
+
+
+def _read_choice(choice: dict[str, Any], ask: Ask, facts: ModelFacts, name: str | None) -> Answer:
+    token_ids = _token_ids(choice.get("token_ids"), ask, facts)
+    logprobs = _logprobs(choice.get("logprobs"), len(token_ids))
+    told_prompt = choice.get("prompt_token_ids")
+    if told_prompt is not None and told_prompt != list(ask.prompt_ids):
+        raise BadAnswer("garbage", f"it answers the prompt {_short(told_prompt)}, not {_short(list(ask.prompt_ids))}")
+    reason = choice.get("finish_reason")
+    if reason not in _FINISHED:
+        raise BadAnswer("garbage", f"finish_reason is {reason!r}, neither 'stop' nor 'length'")
+    own_name = choice.get("weights_version")  # a choice that waited may be of other weights than the first one
+    routes = _routes(choice.get("routed_experts"), len(ask.prompt_ids) + len(token_ids) - 1, facts)
+    return Answer(token_ids, logprobs, _FINISHED[reason], str(own_name) if own_name is not None else name, routes)
+
+
+def _token_ids(ids: Any, ask: Ask, facts: ModelFacts) -> tuple[int, ...]:
+    if not isinstance(ids, list) or not ids or not all(type(id_) is int for id_ in ids):
+        raise BadAnswer("garbage", f"token_ids is {_short(ids)}, not a list of ids (does it know return_token_ids?)")
+    if len(ids) > ask.max_new_tokens:
+        raise BadAnswer("garbage", f"{len(ids)} tokens came back, and at most {ask.max_new_tokens} were asked for")
+    most = facts.vocab_size if facts.vocab_size is not None else 2**31
+    outside = [id_ for id_ in ids if not 0 <= id_ < most]
+    if outside:
+        raise BadAnswer("garbage", f"token id {outside[0]} is outside the vocabulary of 0 to {most - 1}")
+    if any(id_ in ask.stop_ids for id_ in ids[:-1]):
+        raise BadAnswer("garbage", "it went on after a stop token (does it know stop_token_ids?)")
+    return tuple(ids)
+
+
+def _logprobs(told: Any, num_tokens: int) -> tuple[float, ...]:
+    values = told.get("token_logprobs") if isinstance(told, dict) else None
+    if not isinstance(values, list) or len(values) != num_tokens:
+        found = len(values) if isinstance(values, list) else "no"
+        raise BadAnswer("garbage", f"{found} log-probs came back with {num_tokens} tokens")
+    for value in values:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not _NO_LOGPROB < value <= _MOST_LOGPROB:
+            raise BadAnswer("garbage", f"the log-prob {value!r} is not that of a token that was sampled")
+    return tuple(float(value) for value in values)
+
+
+def _routes(told: Any, num_positions: int, facts: ModelFacts) -> npt.NDArray[np.integer] | None:
+    if told is None:
+        return None
+    routes = _decoded_routes(told)
+    if routes.ndim != 3 or not np.issubdtype(routes.dtype, np.integer) or len(routes) != num_positions:
+        raise BadAnswer(
+            "garbage", f"routed experts are {routes.dtype} {list(routes.shape)}, of {num_positions} positions"
+        )
+    if facts.num_layers is not None:
+        if facts.num_dense_layers and routes.shape[1] == facts.num_layers:  # vLLM counts layers without experts, too
+            routes = routes[:, facts.num_dense_layers :]
+        expected = facts.num_layers - facts.num_dense_layers, facts.experts_per_token
+        if routes.shape[1:] != expected:
+            raise BadAnswer("garbage", f"experts of {list(routes.shape[1:])} layers and choices, not {list(expected)}")
+    if routes.size and (routes.min() < 0 or (facts.num_experts is not None and routes.max() >= facts.num_experts)):
+        raise BadAnswer("garbage", f"experts {routes.min()} to {routes.max()}, of {facts.num_experts}")
+    return routes
+
+
+def _decoded_routes(told: Any) -> npt.NDArray[Any]:
+    try:
+        if isinstance(told, str):
+            return np.asarray(np.load(io.BytesIO(base64.b64decode(told, validate=True)), allow_pickle=False))
+        data = base64.b64decode(told["data"], validate=True)
+        dtype = np.dtype(str(told["dtype"])).newbyteorder("<")
+        array = np.frombuffer(data, dtype).reshape([int(size) for size in told["shape"]])
+        return array.astype(dtype.newbyteorder("="))  # our own copy
+    except (binascii.Error, ValueError, TypeError, KeyError, EOFError) as error:
+        raise BadAnswer("garbage", f"routed experts cannot be read: {error}") from None
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

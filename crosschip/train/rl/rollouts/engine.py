@@ -1,0 +1,183 @@
+"""One engine behind HTTP: who it is, other weights, sampled answers. Ours and vLLM's OpenAI server.
+
+Which of the two it is, its list of models says. An API key is taken from the environment, `CROSSCHIP_API_KEY`, and goes
+with every request; our engine lets only an administrator's key change weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, read_answers, request_body
+from crosschip.train.rl.rollouts.errors import BadAnswer, Fault
+from crosschip.train.rl.rollouts.publishing import ModelFacts, Publication
+from crosschip.train.rl.rollouts.vllm import load_into_vllm
+
+__all__ = ["KEY_VARIABLE", "EngineIdentity", "HttpEngine"]
+
+KEY_VARIABLE = "CROSSCHIP_API_KEY"
+_CONNECT_S = 10.0
+_ASK_WHO_S = 5.0
+_BUSY_S = 1.0
+_OTHER_UPDATE = "another update of the weights is under way"
+_KINDS: dict[Any, Literal["crosschip", "vllm"]] = {"crosschip": "crosschip", "vllm": "vllm"}
+_FAULTS: dict[int, Fault] = {429: "busy", 500: "failed", 502: "failed", 503: "failed", 504: "slow"}
+
+
+@dataclass(frozen=True)
+class EngineIdentity:
+    """What an engine says of itself. `max_batch_size` is None where it does not say."""
+
+    kind: Literal["crosschip", "vllm"]
+    model: str
+    chip: str
+    max_batch_size: int | None = None
+
+
+class HttpEngine:
+    """A connection to an engine, kept open. To be made and used in one event loop.
+
+    Args:
+        url: its address, without `/v1`.
+        key: an API key; None takes the environment's, if there is one.
+        timeout_s: of one request.
+        wants_routes: ask for the experts of each position, where the engine can tell them.
+    """
+
+    def __init__(self, url: str, key: str | None, timeout_s: float, wants_routes: bool) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout_s = timeout_s
+        self.no_routes_because = ""  # what it said when it was asked for experts and could not tell them
+        self._wants_routes = wants_routes
+        self.identity: EngineIdentity | None = None
+        secret = key or os.environ.get(KEY_VARIABLE)
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"authorization": f"Bearer {secret}"} if secret else {},
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,  # a proxy of the environment is not for machines of the cluster
+        )
+
+    async def identify(self, timeout_s: float = _ASK_WHO_S) -> EngineIdentity:
+        """Ask who it is.
+
+        Raises:
+            BadAnswer: it does not answer, or is neither of the engines known here.
+        """
+        document = _json_of(await self._send("GET", "/v1/models", timeout_s))
+        cards = document.get("data") if isinstance(document, dict) else None
+        card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
+        kind = _KINDS.get(card.get("owned_by"))
+        if kind is None or not isinstance(card.get("id"), str):
+            raise BadAnswer("refused", f"/v1/models says owned_by={card.get('owned_by')!r}, not crosschip or vllm")
+        size = card.get("crosschip", {}).get("max_batch_size") if kind == "crosschip" else None
+        self.identity = EngineIdentity(
+            kind, card["id"], answer_chip(document) or "unknown", size if isinstance(size, int) else None
+        )
+        return self.identity
+
+    async def is_well(self) -> bool:
+        """Whether it answers a small question soon."""
+        try:
+            return (await self._send("GET", "/v1/models", _ASK_WHO_S)).status_code == 200
+        except BadAnswer:
+            return False
+
+    async def load(self, publication: Publication, timeout_s: float) -> None:
+        """Have it answer with these weights; returns when it does. vLLM must have no request of ours under way.
+
+        Raises:
+            BadAnswer: it did not take them, in time.
+        """
+        identity = self.identity or await self.identify()
+
+        async def post(path: str, body: dict[str, Any], query: dict[str, str]) -> httpx.Response:
+            return await self._send("POST", path, timeout_s, body, query)
+
+        if identity.kind == "vllm":
+            await load_into_vllm(post, publication)
+            return
+        body = {
+            "path": str(publication.path),
+            "version": publication.name,
+            "in_flight": "finish",
+            "timeout_s": timeout_s,
+        }
+        response = await post("/v1/weights", body, {})
+        ends = time.monotonic() + timeout_s
+        while _OTHER_UPDATE in response.text and time.monotonic() < ends:  # one of ours, whose answer was not awaited
+            await asyncio.sleep(_BUSY_S)
+            response = await post("/v1/weights", body, {})
+        if response.status_code == 400 and f"version {publication.name!r} is what is served already" in response.text:
+            return  # the name holds a hash of the content, so it is the same
+        document = _json_of(response)
+        told = document.get("weights_version") if isinstance(document, dict) else None
+        if told != publication.name:
+            raise BadAnswer("wrong version", f"it was given {publication.name} and says {told!r}")
+
+    async def sample(self, ask: Ask, facts: ModelFacts) -> list[Answer]:
+        """Sampled answers, checked.
+
+        Raises:
+            BadAnswer: an answer that cannot be used, or none in time.
+        """
+        assert self.identity is not None, "identify first"
+        wants_routes = self._wants_routes and not self.no_routes_because and self.identity.kind == "crosschip"
+        wants_routes = wants_routes and facts.has_experts
+        body = request_body(ask, self.identity.model, wants_routes)
+        response = await self._send("POST", "/v1/completions", self.timeout_s, body)
+        if wants_routes and response.status_code == 400 and "return_routed_experts" in response.text:
+            self.no_routes_because = _words_of(response)
+            return await self.sample(ask, facts)
+        return await asyncio.to_thread(_read, response, ask, facts)
+
+    async def close(self) -> None:
+        """Close the connections; what is under way breaks off."""
+        await self._client.aclose()
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        timeout_s: float,
+        body: dict[str, Any] | None = None,
+        query: dict[str, str] | None = None,
+    ) -> httpx.Response:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._client.request(method, path, json=body, params=query)
+        except TimeoutError:
+            raise BadAnswer("slow", f"{path}: no answer within {timeout_s:g} s") from None
+        except httpx.HTTPError as error:
+            raise BadAnswer("unreachable", f"{path}: {type(error).__name__}: {error}") from None
+
+
+def _read(response: httpx.Response, ask: Ask, facts: ModelFacts) -> list[Answer]:
+    return read_answers(_json_of(response), ask, facts)
+
+
+def _json_of(response: httpx.Response) -> Any:
+    """The document of a good response."""
+    if response.status_code != 200:
+        default: Fault = "failed" if response.status_code >= 500 else "refused"
+        raise BadAnswer(_FAULTS.get(response.status_code, default), _words_of(response))
+    try:
+        return response.json()
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadAnswer("garbage", f"the response is not JSON: {error}") from None
+
+
+def _words_of(response: httpx.Response) -> str:
+    try:
+        words = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        words = response.text
+    return f"{response.request.url.path}: HTTP {response.status_code} {str(words)[:300]}"

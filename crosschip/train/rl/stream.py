@@ -1,0 +1,55 @@
+"""The data of a reinforcement-learning stage: batches of rollouts, cut into the batches of its steps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from crosschip.data.order import permutation
+from crosschip.recipe import RlSettings
+from crosschip.train.rl.batch import RlBatch
+
+__all__ = ["RolloutStream"]
+
+_REMEMBERED = 2  # batches of rollouts, for whoever asks for a step's data again
+
+
+class RolloutStream:
+    """Sequences by their place; a new batch of rollouts is `collect`ed where a place is in none that is remembered.
+
+    A batch of rollouts is dealt out to its steps in a seeded order, so that no step gets the answers to a few problems
+    alone. Every rank asks at the same steps, because `collect` brings the batch to all of them.
+    """
+
+    def __init__(self, settings: RlSettings, seed: int, collect: Callable[[], RlBatch]) -> None:
+        self._settings, self._seed, self._collect = settings, seed, collect
+        self._batches: OrderedDict[int, RlBatch] = OrderedDict()
+
+    def batch(self, first_sequence: int, count: int) -> RlBatch:
+        """[count, T] the answers at places from `first_sequence` on."""
+        begin, batch = self._around(first_sequence)
+        first = first_sequence - begin
+        return batch.rows(torch.arange(first, first + count))
+
+    def forget(self) -> None:
+        """Let go of what is remembered: the next batch is collected anew."""
+        self._batches.clear()
+
+    def _around(self, place: int) -> tuple[int, RlBatch]:
+        for begin, batch in self._batches.items():
+            if begin <= place < begin + len(batch):
+                return begin, batch
+        size = self._settings.batch_size
+        begin = place // size * size  # where a step's batch begins: ranks ask for places within it
+        batch = self._collect()
+        if self._settings.updates_per_batch > 1:
+            batch = batch.rows(torch.from_numpy(permutation(len(batch), "answers", self._seed, begin)))
+        # What was remembered beyond this place is of a time before the stage was rolled back.
+        for other in [other for other in self._batches if other >= begin]:
+            del self._batches[other]
+        self._batches[begin] = batch
+        while len(self._batches) > _REMEMBERED:
+            self._batches.popitem(last=False)
+        return begin, batch

@@ -1,0 +1,127 @@
+"""What is believed of an engine's answer, and what is not."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crosschip.train.rl.rollouts.answers import Ask, read_answers, request_body
+from crosschip.train.rl.rollouts.errors import BadAnswer
+from crosschip.train.rl.rollouts.publishing import ModelFacts
+from tests.train.rl.rollouts.scripted_engine import STOP_ID, VOCAB_SIZE, ScriptedEngine
+
+ASK = Ask((5, 6, 7), 2, 8, frozenset({STOP_ID}), seed=11)
+FACTS = ModelFacts(VOCAB_SIZE, num_layers=3, num_dense_layers=1, num_experts=4, experts_per_token=2)
+GOOD = ScriptedEngine(names=["12-0123456789ab"]).document(request_body(ASK, "m", wants_routes=False))
+
+
+def ours(routes: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(routes.shape), "dtype": routes.dtype.name, "data": base64.b64encode(routes).decode()}
+
+
+def npy(routes: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, routes)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_good_answer_is_read_whole() -> None:
+    document = copy.deepcopy(GOOD)
+    document["choices"].reverse()
+    answers = read_answers(document, ASK, FACTS)
+    assert [list(answer.token_ids) for answer in answers] == [choice["token_ids"] for choice in GOOD["choices"]]
+    assert [list(a.logprobs) for a in answers] == [c["logprobs"]["token_logprobs"] for c in GOOD["choices"]]
+    assert all(answer.finished and answer.weights_name == "12-0123456789ab" for answer in answers)
+    assert all(answer.routes is None for answer in answers)
+
+
+def test_the_request_leaves_nothing_to_an_engines_own_settings() -> None:
+    body = request_body(ASK, "m", wants_routes=True)
+    assert body["prompt"] == [5, 6, 7]
+    assert (body["n"], body["max_tokens"], body["seed"], body["stop_token_ids"]) == (2, 8, 11, [STOP_ID])
+    assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (1.0, 1.0, -1, 0.0)
+    assert body["return_routed_experts"]
+    assert "return_routed_experts" not in request_body(ASK, "m", wants_routes=False)
+
+
+@pytest.mark.parametrize("encode", [ours, npy])
+def test_experts_are_read_as_our_engine_and_as_vllm_send_them(encode: Callable[[np.ndarray], Any]) -> None:
+    routes = np.arange(5 * 2 * 2, dtype=np.uint8).reshape(5, 2, 2) % 4
+    document = copy.deepcopy(GOOD)
+    document["choices"][1]["routed_experts"] = encode(routes)
+    first, second = read_answers(document, ASK, FACTS)
+    assert first.routes is None
+    assert second.routes is not None
+    assert np.array_equal(second.routes, routes)
+    of_all_layers = np.concatenate([np.zeros_like(routes[:, :1]), routes], axis=1)  # vLLM counts dense layers
+    document["choices"][1]["routed_experts"] = encode(of_all_layers)
+    assert np.array_equal(read_answers(document, ASK, FACTS)[1].routes, routes)  # type: ignore[arg-type]
+
+
+def choice(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["choices"][1].update(changes)
+
+
+def logprobs(*values: Any) -> Callable[[dict[str, Any]], None]:
+    return choice(logprobs={"token_logprobs": list(values)})
+
+
+def routes(shape: tuple[int, ...], value: int = 0, dtype: Any = np.int16) -> Callable[[dict[str, Any]], None]:
+    return choice(routed_experts=ours(np.full(shape, value, dtype)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda d: d.pop("choices"), "no list of choices"),
+        (lambda d: d["choices"].pop(), "choices [0] came back, and 2"),
+        (lambda d: d["choices"].append(d["choices"][0]), "choices [0, 1, 0]"),
+        (choice(index="1"), "choices [0, '1']"),
+        (choice(token_ids=None), "does it know return_token_ids"),
+        (choice(token_ids=[]), "not a list of ids"),
+        (choice(token_ids=[2, True, 1]), "not a list of ids"),
+        (choice(token_ids=[2] * 9), "9 tokens came back, and at most 8"),
+        (choice(token_ids=[2, VOCAB_SIZE, 1]), f"token id {VOCAB_SIZE} is outside"),
+        (choice(token_ids=[2, -1, 1]), "token id -1 is outside"),
+        (choice(token_ids=[2, STOP_ID, 3]), "went on after a stop token"),
+        (choice(logprobs=None), "no log-probs"),
+        (logprobs(-1.0, -1.0), "2 log-probs came back with 3 tokens"),
+        (logprobs(-1.0, float("nan"), -1.0), "nan"),
+        (logprobs(-1.0, float("-inf"), -1.0), "inf"),
+        (logprobs(-1.0, -9999.0, -1.0), "-9999"),  # what vLLM writes for minus infinity
+        (logprobs(-1.0, 0.5, -1.0), "0.5"),
+        (logprobs(-1.0, None, -1.0), "None"),
+        (logprobs(-1.0, "-1", -1.0), "'-1'"),
+        (choice(prompt_token_ids=[5, 6, 8]), "it answers the prompt [5, 6, 8]"),
+        (choice(finish_reason=None), "finish_reason is None"),
+        (choice(finish_reason="abort"), "finish_reason is 'abort'"),
+        (routes((4, 2, 2)), "of 5 positions"),
+        (routes((5, 2)), "of 5 positions"),
+        (routes((5, 2, 2), dtype=np.float32), "float32"),
+        (routes((5, 2, 3)), "[2, 3] layers and choices"),
+        (routes((5, 2, 2), 4), "experts 4 to 4, of 4"),
+        (routes((5, 2, 2), -1), "experts -1"),
+        (choice(routed_experts={"shape": [5, 2, 2], "dtype": "int16", "data": "AAAA"}), "cannot be read"),
+        (choice(routed_experts={"shape": [5, 2, 2]}), "cannot be read"),
+        (choice(routed_experts="AAAA"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_true_is_garbage(spoil: Callable[[dict[str, Any]], Any], reason: str) -> None:
+    document = copy.deepcopy(GOOD)
+    spoil(document)
+    with pytest.raises(BadAnswer) as raised:
+        read_answers(document, ASK, FACTS)
+    assert raised.value.fault == "garbage"
+    assert reason in raised.value.reason
+
+
+@pytest.mark.parametrize("document", [None, [], "x", {"choices": [1]}, {"choices": {}}])
+def test_other_documents_are_garbage(document: Any) -> None:
+    with pytest.raises(BadAnswer):
+        read_answers(document, ASK, FACTS)

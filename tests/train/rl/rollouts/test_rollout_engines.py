@@ -1,0 +1,424 @@
+"""Rollouts from real HTTP servers that misbehave: everything is told, nothing is lost, bad engines are dropped."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosschip.train.rl.rollouts import RolloutError, Rollouts, TakenBatch
+from crosschip.train.rl.rollouts.engine import KEY_VARIABLE
+from tests.train.rl.rollouts.rollout_parts import FirstIsEven, Told, rollouts_of, settings_of, wait_until, write_nothing
+from tests.train.rl.rollouts.scripted_engine import ScriptedEngine, served
+
+
+def take_all(rollouts: Rollouts, num: int, first: int = 0) -> list[TakenBatch]:
+    taken = []
+    for version in range(first, first + num):
+        rollouts.publish(version, write_nothing)
+        taken.append(rollouts.take(version))
+    return taken
+
+
+def numbers_of(batch: TakenBatch) -> list[int]:
+    return [group.problem.number for group in batch.groups]
+
+
+def versions_of(batch: TakenBatch) -> set[int]:
+    return {version for group in batch.groups for sample in group.samples for version in sample.versions}
+
+
+def bits_of(batch: TakenBatch) -> Any:
+    return [
+        (g.problem.number, [(s.token_ids, s.logprobs, s.versions, s.text, s.reward, s.parts) for s in g.samples])
+        for g in batch.groups
+    ]
+
+
+def test_on_policy_batches_are_of_the_published_weights_and_repeat_bit_for_bit(tmp_path: Path) -> None:
+    def run(name: str, delays: float) -> list[Any]:
+        engine = ScriptedEngine(play=lambda number: delays * (number * 7 % 3))
+        with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path / name) as rollouts:
+            taken = take_all(rollouts, 3)
+        for version, batch in enumerate(taken):
+            assert batch.is_full
+            assert versions_of(batch) == {version}
+            assert len(batch.groups) == 4
+            assert all(group.has_signal for group in batch.groups)
+            assert batch.num_asked == 4 + batch.num_without_signal
+            assert (batch.num_garbage, batch.num_stale, batch.num_errors) == (0, 0, 0)
+        return [bits_of(batch) for batch in taken]
+
+    assert run("first", 0.0) == run("second", 0.03)
+
+
+def test_samples_are_judged_on_their_text_without_the_stop_token(tmp_path: Path) -> None:
+    rewarder = FirstIsEven()
+    with served(ScriptedEngine()) as urls, rollouts_of(settings_of(), urls, tmp_path, rewarder) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    sample = batch.groups[0].samples[0]
+    assert sample.text == f"{sample.token_ids[0]} {sample.token_ids[1]}"
+    assert sample.reward == float(sample.token_ids[0] % 2 == 0)
+    assert (sample.engine, sample.chip, sample.parts) == ("engine-0", "scripted", {"first_is_even": sample.reward})
+    assert rewarder.seen[0].num_tokens == 3
+    assert rewarder.closed
+    assert batch.tokens_by_engine == {"engine-0": 3 * 4 * batch.num_asked}
+    assert batch.mean_answer_tokens == 3.0
+    assert 0.0 < batch.shares.waited_s <= batch.shares.wall_s
+
+
+def test_with_staleness_the_next_batch_is_made_while_the_trainer_works(tmp_path: Path) -> None:
+    engine = ScriptedEngine(play=lambda number: 0.05, max_batch_size=16)
+    with served(engine) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
+        taken = []
+        for version in range(5):
+            rollouts.publish(version, write_nothing)
+            taken.append(rollouts.take(version))
+            time.sleep(0.4)  # the trainer works
+    for version, batch in enumerate(taken):
+        assert batch.is_full
+        assert versions_of(batch) <= {version - 1, version}
+        assert batch.num_stale == 0
+    assert taken[3].shares.waited_s < taken[3].shares.wall_s / 2
+    assert taken[3].shares.both_s > 0.0
+    used = [number for batch in taken for number in numbers_of(batch)]
+    assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("play", ["length", "nan", "vocabulary", "no json", "500"])
+def test_garbage_is_counted_told_and_asked_again(tmp_path: Path, play: str) -> None:
+    told = Told()
+    engine = ScriptedEngine(play=lambda number: play if number % 3 == 1 else "good")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(batch.groups) == 4
+    assert batch.num_retried > 0
+    assert batch.num_garbage == (0 if play == "500" else batch.num_retried)
+    lines = told.of("bad answer")
+    assert lines
+    assert all("engine-0" in line for line in lines)
+    assert not told.of("ENGINE DROPPED")
+    assert told.threads == {threading.get_ident()}
+
+
+def test_an_engine_of_garbage_is_dropped_loudly_and_the_other_one_goes_on(tmp_path: Path) -> None:
+    told = Told()
+    bad, good = ScriptedEngine(play=lambda number: "nan"), ScriptedEngine()
+    with served(bad, good) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        taken = take_all(rollouts, 2)
+    assert all(len(batch.groups) == 4 for batch in taken)
+    assert {sample.engine for batch in taken for group in batch.groups for sample in group.samples} == {"engine-1"}
+    (line,) = told.of("ENGINE DROPPED")
+    assert "engine-0" in line
+    assert "nan" in line
+    assert len(bad.loads) == 1  # it does not get the second version
+    assert taken[0].num_garbage >= 3
+
+
+def test_with_no_engine_left_the_error_says_what_each_said(tmp_path: Path) -> None:
+    garbage, failing = ScriptedEngine(play=lambda number: "length"), ScriptedEngine(refuse_weights=True)
+    with served(garbage, failing) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(RolloutError) as raised:
+            rollouts.take(0)
+    assert "engine-0: too many bad answers in a row" in raised.value.problem
+    assert "engine-1: weights of version 0" in raised.value.problem
+    assert "these weights have a NaN" in raised.value.problem
+
+
+def test_an_engine_that_is_not_there_is_told_at_the_first_publication(tmp_path: Path) -> None:
+    with (
+        rollouts_of(settings_of(), ["http://127.0.0.1:9"], tmp_path) as rollouts,
+        pytest.raises(RolloutError, match="ConnectError"),
+    ):
+        rollouts.publish(0, write_nothing)
+
+
+def test_wrong_weights_are_loaded_again_and_then_the_engine_is_dropped(tmp_path: Path) -> None:
+    told = Told()
+    once = ScriptedEngine(play=lambda number: "wrong version" if number == 0 else "good")
+    with served(once) as urls, rollouts_of(settings_of(), urls, tmp_path / "a", told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(once.loads) == 2
+    assert batch.num_garbage == 1
+    assert not told.of("ENGINE DROPPED")
+    always, good = ScriptedEngine(play=lambda number: "wrong version"), ScriptedEngine()
+    with served(always, good) as urls, rollouts_of(settings_of(), urls, tmp_path / "b", told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(always.loads) == 2
+    assert "0-000000000000" in told.of("ENGINE DROPPED")[0]
+    assert versions_of(batch) == {0}
+
+
+def test_an_engine_that_hangs_is_passed_over(tmp_path: Path) -> None:
+    told = Told()
+    hanging, good = ScriptedEngine(play=lambda number: "hang"), ScriptedEngine()
+    settings = settings_of(rollouts_timeout_s=0.5)
+    with served(hanging, good) as urls, rollouts_of(settings, urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+        assert len(batch.groups) == 4
+        assert batch.num_retried >= 1
+        wait_until(lambda: hanging.at_once == 0, "its requests were cancelled")
+    assert "no answer within 0.5 s" in told.of("bad answer")[0]
+
+
+def test_connections_that_break_are_asked_again(tmp_path: Path) -> None:
+    engine = ScriptedEngine(play=lambda number: "close" if number in (0, 3) else "good")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(batch.groups) == 4
+    assert batch.num_retried >= 2
+
+
+def test_an_engine_that_has_too_much_to_do_is_asked_later(tmp_path: Path) -> None:
+    told = Told()
+    engine = ScriptedEngine(play=lambda number: "429" if number < 5 else "good")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(batch.groups) == 4
+    assert told.lines == []
+
+
+def test_a_request_that_all_refuse_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    engines = ScriptedEngine(play=lambda number: "400"), ScriptedEngine(play=lambda number: "400")
+    with served(*engines) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(RolloutError, match="the prompt is too long"):
+            rollouts.take(0)
+
+
+def test_a_slow_engine_takes_less_and_none_more_than_it_can_hold(tmp_path: Path) -> None:
+    slow, fast = ScriptedEngine(play=lambda number: 0.4), ScriptedEngine(play=lambda number: 0.02)
+    settings = settings_of(1, prompts=12)
+    with served(slow, fast) as urls, rollouts_of(settings, urls, tmp_path) as rollouts:
+        taken = take_all(rollouts, 2)
+    tokens = {name: sum(batch.tokens_by_engine.get(name, 0) for batch in taken) for name in ("engine-0", "engine-1")}
+    assert tokens["engine-1"] > 2 * tokens["engine-0"] > 0
+    assert max(slow.most_at_once, fast.most_at_once) <= 3  # two groups of four fill a batch of eight, and one waits
+
+
+def test_engines_load_at_the_same_time(tmp_path: Path) -> None:
+    engines = [ScriptedEngine(load_s=2.0) for _ in range(3)]
+    with served(*engines) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        rollouts.publish(0, write_nothing)
+        times = [engine.load_times[0] for engine in engines]  # all have loaded when it returns
+    assert max(begun for begun, _ in times) < min(ended for _, ended in times)
+    body = engines[0].loads[0]
+    assert body["path"] == str(tmp_path / "version-00000000")
+    assert body["in_flight"] == "finish"
+
+
+def test_with_staleness_publishing_does_not_wait_for_a_slow_load(tmp_path: Path) -> None:
+    slow, good = ScriptedEngine(), ScriptedEngine()
+    with served(slow, good) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
+        take_all(rollouts, 1)
+        slow.load_s = 8.0
+        begun = time.monotonic()
+        for version in range(1, 5):
+            rollouts.publish(version, write_nothing)
+            batch = rollouts.take(version)
+            assert versions_of(batch) <= {version - 1, version}
+        assert time.monotonic() - begun < 8.0
+        wait_until(lambda: slow.names[-1].startswith("4-"), "the newest is loaded, and those between are skipped")
+        assert len(slow.loads) == 3
+
+
+def test_groups_without_signal_are_dropped_until_too_many_were_tried(tmp_path: Path) -> None:
+    told = Told()
+    with (
+        served(ScriptedEngine(never_signal=True)) as urls,
+        rollouts_of(settings_of(max_groups_tried=3), urls, tmp_path, told=told) as rollouts,
+    ):
+        (batch,) = take_all(rollouts, 1)
+    assert numbers_of(batch) == [0, 1, 2, 3]
+    assert not batch.is_full
+    assert (batch.num_asked, batch.num_without_signal) == (12, 12)
+    assert "0 of 4 groups have a signal" in told.of("batch without signal")[0]
+
+
+def test_rewards_that_fail_are_counted_and_too_many_end_the_run(tmp_path: Path) -> None:
+    told, few = Told(), FirstIsEven(fails=lambda attempt: attempt.question == "question 1")
+    with served(ScriptedEngine()) as urls:
+        settings = settings_of(max_error_share=0.6, drop_without_signal=False)
+        with rollouts_of(settings, urls, tmp_path / "a", few, told) as rollouts:
+            (batch,) = take_all(rollouts, 1)
+        assert batch.num_errors == 4
+        failed = batch.groups[1].samples[0]
+        assert failed.reward is None
+        assert failed.error is not None
+        assert "first_is_even" in told.of("rewards failed")[0]
+        with rollouts_of(settings_of(), urls, tmp_path / "b", FirstIsEven(fails=lambda _: True)) as rollouts:
+            rollouts.publish(0, write_nothing)
+            with pytest.raises(RolloutError, match="first_is_even") as raised:
+                rollouts.take(0)
+    assert raised.value.problem.count("first_is_even") == 3
+
+
+def test_a_checker_that_breaks_the_contract_is_a_defect_and_no_hang(tmp_path: Path) -> None:
+    class Broken(FirstIsEven):
+        def judge(self, attempts: Any, /) -> Any:
+            return []
+
+    with served(ScriptedEngine()) as urls, rollouts_of(settings_of(), urls, tmp_path, Broken()) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(RuntimeError):
+            rollouts.take(0)
+
+
+def test_problems_that_cannot_be_made_end_the_run(tmp_path: Path) -> None:
+    def fail(number: int) -> Any:
+        raise ValueError(f"no problem {number}")
+
+    with served(ScriptedEngine()) as urls, rollouts_of(settings_of(), urls, tmp_path, problems=fail) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(ValueError, match="no problem 0"):
+            rollouts.take(0)
+
+
+def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    with served(engine) as urls:
+        with rollouts_of(settings_of(), urls, tmp_path / "a") as rollouts:
+            take_all(rollouts, 2)
+            state = json.loads(json.dumps(rollouts.state()))
+            expected = [bits_of(batch) for batch in take_all(rollouts, 2, first=2)]
+        with rollouts_of(settings_of(), urls, tmp_path / "b") as rollouts:
+            rollouts.restore(state)
+            assert [bits_of(batch) for batch in take_all(rollouts, 2, first=2)] == expected
+            rollouts.restore(state)  # training was rolled back
+            assert [bits_of(batch) for batch in take_all(rollouts, 2, first=2)] == expected
+    assert (state["finished"], state["ask_again"]) == ([], [])
+
+
+def test_finished_groups_and_those_under_way_go_over_to_the_resumed_run(tmp_path: Path) -> None:
+    engine = ScriptedEngine(play=lambda number: 0.0 if number < 6 else "hang")
+    settings = settings_of(1, drop_without_signal=False)
+    with served(engine) as urls:
+        with rollouts_of(settings, urls, tmp_path / "a") as rollouts:
+            (first,) = take_all(rollouts, 1)
+            wait_until(lambda: len(rollouts.state()["finished"]) == 2, "two more are there")
+            state = json.loads(json.dumps(rollouts.state()))
+        assert state["version"] == 0
+        assert len(state["ask_again"]) == 2
+        engine.play = lambda number: "good"
+        with rollouts_of(settings, urls, tmp_path / "b") as rollouts:
+            rollouts.restore(state)
+            (second,) = take_all(rollouts, 1, first=1)
+    assert not set(numbers_of(first)) & set(numbers_of(second))
+    assert {group["problem"]["number"] for group in state["finished"]} <= set(numbers_of(second))
+    assert versions_of(second) == {0, 1}
+
+
+def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    with served(engine) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
+        take_all(rollouts, 1)
+        wait_until(lambda: len(rollouts.state()["finished"]) == 4, "the next batch is there")
+        rollouts.publish(3, write_nothing)  # the trainer went on without them
+        batch = rollouts.take(3)
+    assert versions_of(batch) <= {3}
+    assert batch.num_stale >= 4
+
+
+def test_a_dropped_engine_gets_nothing_and_its_answers_are_not_used(tmp_path: Path) -> None:
+    engines = ScriptedEngine(play=lambda number: 0.02), ScriptedEngine(play=lambda number: 0.02)
+    with served(*engines) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
+        take_all(rollouts, 1)
+        rollouts.drop_engine("engine-0", "its log-probs are not those of the trainer")
+        num_asked = len(engines[0].bodies)
+        taken = take_all(rollouts, 2, first=1)
+        assert len(engines[0].bodies) == num_asked
+    for batch in taken:
+        assert {sample.engine for group in batch.groups for sample in group.samples} == {"engine-1"}
+
+
+def test_an_engine_that_comes_back_is_taken_back_at_the_next_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
+    told = Told()
+    away, good = ScriptedEngine(play=lambda number: "hang"), ScriptedEngine()
+    settings = settings_of(rollouts_timeout_s=0.5)
+    with served(away, good) as urls, rollouts_of(settings, urls, tmp_path, told=told) as rollouts:
+        rollouts.publish(0, write_nothing)
+        away.is_well = False
+        rollouts.take(0)
+        wait_until(lambda: bool(rollouts.state()) and bool(told.of("ENGINE DROPPED")), "it was dropped")
+        away.is_well, away.play = True, lambda number: "good"
+        take_all(rollouts, 1, first=1)
+        wait_until(lambda: bool(rollouts.state()) and bool(told.of("engine back")), "it is back")
+        batch = take_all(rollouts, 1, first=2)[0]
+    assert "engine-0" in batch.tokens_by_engine
+
+
+def test_vllm_is_paused_reloaded_and_resumed_and_its_version_is_known_by_order(tmp_path: Path) -> None:
+    engine = ScriptedEngine(kind="vllm", play=lambda number: 0.02)
+    with served(engine) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
+        taken = take_all(rollouts, 3)
+    for version, batch in enumerate(taken):
+        assert versions_of(batch) <= {version - 1, version}
+    steps = ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+    assert engine.steps[:5] == steps
+    assert engine.loads[0]["kwargs"] == {"weights_path": str(tmp_path / "version-00000000")}
+    assert taken[0].groups[0].samples[0].chip == "unknown"
+
+
+def test_an_older_vllm_without_pause_is_reloaded_all_the_same(tmp_path: Path) -> None:
+    engine = ScriptedEngine(kind="vllm", lacks=("/pause", "/resume", "/update_weight_version"))
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        take_all(rollouts, 2)
+    assert engine.steps == ["/collective_rpc", "/reset_prefix_cache"] * 2
+
+
+def test_vllm_without_its_development_mode_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    engine = ScriptedEngine(kind="vllm", lacks=("/pause", "/resume", "/collective_rpc"))
+    with (
+        served(engine) as urls,
+        rollouts_of(settings_of(), urls, tmp_path) as rollouts,
+        pytest.raises(RolloutError, match="VLLM_SERVER_DEV_MODE=1"),
+    ):
+        rollouts.publish(0, write_nothing)
+
+
+def test_the_key_of_the_environment_goes_with_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "csk-secret")
+    engine = ScriptedEngine()
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        rollouts.publish(0, write_nothing)
+    assert engine.keys == {"Bearer csk-secret"}
+
+
+def test_other_servers_are_refused_by_name(tmp_path: Path) -> None:
+    with (
+        served(ScriptedEngine(kind="llamacpp")) as urls,
+        rollouts_of(settings_of(), urls, tmp_path) as rollouts,
+        pytest.raises(RolloutError, match="owned_by='llamacpp'"),
+    ):
+        rollouts.publish(0, write_nothing)
+
+
+def test_closing_ends_what_waits_and_can_be_done_twice(tmp_path: Path) -> None:
+    engine = ScriptedEngine(play=lambda number: "hang")
+    errors: list[BaseException] = []
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        rollouts.publish(0, write_nothing)
+
+        def wait() -> None:
+            try:
+                rollouts.take(0)
+            except BaseException as error:
+                errors.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        wait_until(lambda: engine.at_once == 3, "requests are under way")
+        rollouts.close()
+        waiting.join(10)
+        assert not waiting.is_alive()
+        rollouts.close()
+        wait_until(lambda: engine.at_once == 0, "its requests were cancelled")
+    assert isinstance(errors[0], RolloutError)

@@ -1,0 +1,60 @@
+"""Batches of rollouts cut into the batches of steps."""
+
+from __future__ import annotations
+
+import torch
+
+from crosschip.train.rl.batch import RlBatch, batch_of_groups
+from crosschip.train.rl.stream import RolloutStream
+from tests.train.rl.made import group, settings
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.num_collected = 0
+
+    def __call__(self) -> RlBatch:
+        self.num_collected += 1
+        groups = [group(1.0, 0.0, 0.0, 1.0, logprobs=(-0.1 * self.num_collected,) * 3, number=n) for n in range(2)]
+        return batch_of_groups(groups, ["a"], settings(), 0)
+
+
+def test_a_batch_of_rollouts_is_dealt_out_once_and_can_be_had_again() -> None:
+    collect = Collector()
+    stream = RolloutStream(settings(updates_per_batch=2), 0, collect)
+    first, second = stream.batch(0, 4), stream.batch(4, 4)
+    assert collect.num_collected == 1
+    assert torch.equal(stream.batch(0, 4).behaviour_BT, first.behaviour_BT)
+    third = stream.batch(8, 4)
+    assert collect.num_collected == 2
+    assert third.behaviour_BT.min() < first.behaviour_BT.min()
+    advantages = torch.cat((first.advantage_B, second.advantage_B)).sort().values
+    assert advantages.tolist() == [-1.0] * 4 + [1.0] * 4  # every answer once
+
+
+def test_ranks_get_their_shares_of_one_batch() -> None:
+    collect = Collector()
+    stream = RolloutStream(settings(), 0, collect)
+    parts = [stream.batch(rank * 4, 4) for rank in (1, 0)]  # whichever rank comes first
+    assert collect.num_collected == 1
+    assert sum(len(part) for part in parts) == 8
+
+
+def test_after_a_roll_back_the_place_gets_new_rollouts() -> None:
+    collect = Collector()
+    stream = RolloutStream(settings(), 0, collect)
+    for place in (0, 8, 16, 24):
+        stream.batch(place, 8)
+    stream.batch(0, 8)  # forgotten by now
+    assert collect.num_collected == 5
+    stream.batch(8, 8)
+    assert collect.num_collected == 6
+
+
+def test_what_is_forgotten_is_collected_anew() -> None:
+    collect = Collector()
+    stream = RolloutStream(settings(), 0, collect)
+    stream.batch(0, 8)
+    stream.forget()
+    stream.batch(0, 8)
+    assert collect.num_collected == 2
