@@ -123,7 +123,8 @@ def _draw_series(axes: Any, plot: Plot) -> None:
     if plot.marks is not None and plot.marks.steps:
         axes.plot(plot.marks.steps, plot.marks.values, color=MARK, linewidth=1.2, marker="o", markersize=3.5)
     if plot.from_zero and not plot.log_scale:
-        axes.set_ylim(bottom=min(0.0, *curve.low), top=max(curve.high) * 1.06 or 1.0)
+        marked = plot.marks.values if plot.marks is not None else []
+        axes.set_ylim(bottom=min(0.0, *curve.low, *marked), top=max(*curve.high, *marked, 0.0) * 1.06 or 1.0)
 
 
 def _fit_into_page(svg: str, name: str, title: str, description: str) -> str:
