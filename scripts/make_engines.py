@@ -40,7 +40,7 @@ SPECS = {
     },
     "llamacpp": {"install": ["xllamacpp==2026.10.11549", "gguf==0.19.0"], "torch": False, "remove": []},
     # Not an engine, but what `benchmarks/rl.py` compares with; made only when asked for.
-    "trl": {"install": ["trl", "transformers==5.24.0"], "torch": True, "remove": []},
+    "trl": {"install": ["trl==1.16.0", "transformers==5.24.0"], "torch": True, "remove": []},
 }
 IMPORTED = {"transformers": "transformers", "vllm": "vllm", "llamacpp": "xllamacpp", "trl": "trl"}
 DEFAULT = ["transformers", "vllm", "llamacpp"]
