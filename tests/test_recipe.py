@@ -158,3 +158,27 @@ def test_every_key_has_a_place_in_the_error_of_its_table(smallest: Path) -> None
     with pytest.raises(RecipeError) as caught:
         load_recipe(smallest, ["serve.qqqqqqqq=1"])
     assert re.search(r"the keys here are max_batch_size, max_model_len", str(caught.value))
+
+
+def test_the_stages_of_r1_are_in_order() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "r1.toml")
+    assert [name for name, _ in recipe.order] == ["pretrain", "sft", "rl", "distil", "sft-again", "rl-again"]
+    assert [name for name, _ in recipe.stages] == ["pretrain", "sft", "rl", "sft-again", "rl-again"]
+
+
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        ({"kind": "sft", "name": "again", "steps": 30, "distilled": "nothing"}, "names no stage of kind 'distill'"),
+        ({"kind": "sft", "name": "pretrain", "steps": 30}, "two stages are called pretrain"),
+        ({"kind": "sft", "name": "again", "stepz": 30}, "did you mean 'steps'?"),
+        ({"kind": "rl", "name": "again", "steps": 30, "batch_size": 7}, "leave it out"),
+        ({"kind": "rl", "name": "again", "steps": 30, "rollouts": {"engines": ["vllm"]}}, "is no engine"),
+        ({"kind": "rl", "name": "again", "steps": 30, "verify_checkpoints": "loss"}, "tensors"),
+        ({"kind": "rl", "name": "again", "steps": 30, "max_new_tokens": 256}, "leaves no room for a prompt"),
+    ],
+)
+def test_further_stages_that_cannot_be(further: dict[str, object], words: str) -> None:
+    document = {"name": "x", "data": {"source": "arithmetic"}, "train": {"steps": 30}, "then": [further]}
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        parse_recipe(document, "x")
