@@ -27,8 +27,8 @@ def test_lines_after_the_resumed_step_are_cut_and_events_are_not(tmp_path) -> No
     with StageLog(tmp_path, 0) as log:
         for step in range(1, 6):
             log.step(step_record(step, RESULT, 0.5, 1e-3))
-        log.validation(3, 2.0, 1.0)
-        log.validation(5, 2.0, 1.0)
+        log.validation(3, validation_loss=2.0, bits_per_byte=1.0)
+        log.validation(5, validation_loss=2.0, bits_per_byte=1.0)
         log.sample(5, "a", "b")
         log.event(5, "resumed", "detail", "action")
     with StageLog(tmp_path, 3) as log:
