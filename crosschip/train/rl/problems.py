@@ -31,9 +31,10 @@ class Problems:
     def __init__(self, source: Source, tokenizer: ChatTokenizer, longest_prompt: int, seed: int) -> None:
         self._tokenizer, self._seed = tokenizer, seed
         rows = [_checked(row) for row in source.rows("train")]
-        self._rows = [row for row in rows if len(self._prompt_ids(row)) <= longest_prompt]
-        self.num_too_long = len(rows) - len(self._rows)
-        if not self._rows:
+        asked = [(row, self._prompt_ids(row)) for row in rows]
+        self._asked = [(row, prompt_ids) for row, prompt_ids in asked if len(prompt_ids) <= longest_prompt]
+        self.num_too_long = len(rows) - len(self._asked)
+        if not self._asked:
             raise DataError(
                 f"none of the {len(rows)} prompts has at most {longest_prompt} tokens, which seq_len leaves beside "
                 "max_new_tokens",
@@ -42,14 +43,13 @@ class Problems:
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._asked)
 
     def __call__(self, number: int) -> Problem:
         """The problem at a place of the endless row of epochs."""
-        epoch, place = divmod(number, len(self._rows))
-        row = self._rows[int(self._order(epoch)[place])]
+        epoch, place = divmod(number, len(self._asked))
+        row, prompt_ids = self._asked[int(self._order(epoch)[place])]
         messages = row.as_messages()
-        prompt_ids = self._prompt_ids(row)
         opens = self._tokenizer.decode(prompt_ids[-_LAST_TOKENS:]).rstrip().endswith(THINK_OPEN)
         return Problem(number, messages[-2].content, messages[-1].content, prompt_ids, THINK_OPEN if opens else "")
 
@@ -57,7 +57,7 @@ class Problems:
         return tuple(self._tokenizer.encode_chat(row.as_messages()[:-1], add_generation_prompt=True))
 
     def _make_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        return permutation(len(self._rows), "problems", self._seed, epoch)
+        return permutation(len(self._asked), "problems", self._seed, epoch)
 
 
 def _checked(row: Row) -> Row:
