@@ -144,6 +144,7 @@ class Attempt:
                 await self._head(response, None)
             await self._send(b"".join(held))
             held.clear()
+            self.call.is_through = self.reader.done
         complete = self.reader.done or self.reader.finished or self.reader.error is not None
         if not complete:
             raise httpx.RemoteProtocolError("the stream ended before the answer did")

@@ -31,6 +31,7 @@ class Call:
     request_id: str
     is_stream: bool
     begun: bool = field(default=False)  # whether a part of the answer was sent to the client
+    is_through: bool = field(default=False)  # whether the client was sent the last of it
 
     def body_for(self, table: EngineTable) -> bytes:
         """The body as it came, or with the name that the engine has for the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -47,7 +48,7 @@ class Forwarder:
         """Answer one request; a client that leaves or does not read ends what was begun for it (ASGI)."""
         call = await read_call(Request(scope, receive), self._fleet.models)
         try:
-            if await first_of(self._answer(call, send), receive) is None:
+            if await first_of(self._answer(call, send), receive) is None and not call.is_through:
                 self._count(None, "client_left")
         except SlowClient:
             self._count(None, "client_slow")
@@ -88,6 +89,10 @@ class Forwarder:
             attempt.break_off()
         try:
             outcome = await attempt.run()
+        except asyncio.CancelledError:
+            if not call.is_through:
+                raise
+            outcome = "ok"  # the client closed as soon as it had read [DONE]
         finally:
             self._attempts.discard(attempt)
         self._note_answer(attempt, outcome, begun_at_s)

@@ -174,6 +174,21 @@ def test_a_client_that_leaves_ends_its_request_on_the_engine() -> None:
         wait_until(lambda: engine.cancelled == 2, "before the first token, too")
 
 
+@pytest.mark.parametrize(("play", "outcome"), [([DONE, 30.0], "ok"), ([30.0], "client_left")])
+def test_a_client_that_closes_at_done_had_its_answer(play: list[Any], outcome: str) -> None:
+    engine = ScriptedEngine(play=[HEAD, event(delta("hello")), LAST, *play])
+    with scripted(engine) as (url,), running_gateway(settings_of(table("e", url))) as gateway:
+        with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
+            for line in response.iter_lines():
+                if "[DONE]" in line or ("finish_reason" in line and outcome != "ok"):
+                    break
+        count = "crosschip_gateway_requests_total"
+        named = {"engine": "e" if outcome == "ok" else "", "outcome": outcome}
+        wait_until(lambda: gateway.metric(count, **named) == 1, "it is counted")
+        other = {"engine": "", "outcome": "client_left"} if outcome == "ok" else {"engine": "e", "outcome": "ok"}
+        assert not gateway.metric(count, **other)
+
+
 def test_a_client_that_does_not_read_ends_its_request_on_the_engine() -> None:
     engine = ScriptedEngine(play=[HEAD, *[event(delta("x" * 2**20))] * 64, 60])
     forwarding = {"slow_client_s": 0.5}
