@@ -1,7 +1,8 @@
 """What `qualify` catches: each fault of the catalogue planted, honest variants over many seeds, the judge's power.
 
     python benchmarks/qualify.py                     # all; over an hour on two cores
-    python benchmarks/qualify.py --part faults       # or honest; the other part stays as it was
+    python benchmarks/qualify.py --part faults       # or honest; the other parts stay as they were
+    python benchmarks/qualify.py --part honest-links # links, stability, golden on honest variants; goes on if cut off
     python benchmarks/qualify.py --only N21 W1       # these faults again: their rows are replaced
 
 Each row is a run of the command's own machinery (`crosschip.qualify.qualify`) in child processes. Writes
@@ -42,9 +43,10 @@ SEEDED = ("sim:noisy", "sim:reordered")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=None, help="catalogue ids; then honest variants are left out")
-    parser.add_argument("--part", choices=("all", "faults", "honest"), default="all")
+    parser.add_argument("--part", choices=("all", "faults", "honest", "honest-links"), default="all")
     parser.add_argument("--seeds", type=int, default=20, help="seeds of each honest variant")
     parser.add_argument("--honest-time", type=float, default=40.0, help="seconds of one honest qualification")
+    parser.add_argument("--links-time", type=float, default=220.0, help="seconds of one of --part honest-links")
     parser.add_argument("--workers", type=int, default=2, help="qualifications at a time, a core each")
     parser.add_argument("--subject", default=FIRST)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "qualify-faults")
@@ -59,11 +61,12 @@ def examine(
     time_s: float | None = None,
     exams: tuple[Exam, ...] | None = None,
     part_limit_s: float = PART_LIMIT_S,
+    golden: Path | None = None,
 ) -> dict[str, Any]:
     """One qualification in the smoke tier."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.json"
-        return qualify(Request(subject, chip, role, "smoke", report, seed, exams, time_s, part_limit_s))
+        return qualify(Request(subject, chip, role, "smoke", report, seed, exams, time_s, part_limit_s, golden))
 
 
 def catch(row: Any, subject: str) -> dict[str, Any]:
@@ -100,10 +103,16 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
 
 def _programme_for(row: Any) -> dict[str, Any]:
     """The smoke tier leaves out links and stability: rows that only those catch get them, and the time they need."""
-    beyond = [exam for exam in named_exams(row.caught_by) if exam.weight_in("smoke") == 0]
-    if len(beyond) < len(row.caught_by):
+    exams = named_exams(_exams_of(row))
+    beyond = [exam for exam in exams if exam.weight_in("smoke") == 0]
+    if len(beyond) < len(exams):
         return {}
     return {"exams": tuple(beyond), "time_s": 120.0, "part_limit_s": 20.0}
+
+
+def _exams_of(row: Any) -> list[str]:
+    """The exams of a chip that have to name the fault; those of a server are not taken here."""
+    return [name for name in row.caught_by if not name.startswith("serving_")]
 
 
 def calls_changed(subject: str, fault: str, role: Role) -> tuple[int | None, int]:
@@ -137,11 +146,11 @@ def count(subject: str, fault: str, role: Role) -> None:
     print(json.dumps([sum(each.num_affected for each in counting), sum(sum(each.calls.values()) for each in counting)]))
 
 
-def clear(variant: str, seed: int, time_s: float) -> dict[str, Any]:
+def clear(variant: str, seed: int, time_s: float, subject: str = TINY, **programme: Any) -> dict[str, Any]:
     """Qualify an honest variant; the findings that accuse it."""
     chip = f"{variant},seed={seed}" if variant in SEEDED else variant
     role: Role = "train" if seed % 2 == 0 else "serve"
-    report = examine(TINY, chip, role, seed, time_s)
+    report = examine(subject, chip, role, seed, time_s, **programme)
     accused = [
         finding
         for finding in report["findings"]
@@ -157,6 +166,47 @@ def clear(variant: str, seed: int, time_s: float) -> dict[str, Any]:
     }
 
 
+def clear_links(options: argparse.Namespace, document: dict[str, Any], head: dict[str, Any], path: Path) -> None:
+    """Links, stability and a golden bundle on the honest variants; rows that `document` has already stay.
+
+    The document is written after each row, so that the part goes on where it was cut off.
+    """
+    part = document.setdefault("honest-links", {"time_s": 0.0, "rows": []})
+    part |= head
+    done = {(row["variant"], row["seed"]) for row in part["rows"]}
+    cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST if (variant, seed) not in done]
+    with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        model, bundle = small_bundle(Path(name))
+        programme = {"exams": named_exams(["links", "stability"]), "golden": bundle}
+        began, before_s = time.monotonic(), part["time_s"]
+        asked = [pool.submit(clear, *case, options.links_time, str(model), **programme) for case in cases]
+        for row in _shown(each.result() for each in concurrent.futures.as_completed(asked)):
+            part["rows"].append(row)
+            part["time_s"] = round(before_s + time.monotonic() - began, 1)
+            write_json(path, document)
+
+
+def small_bundle(directory: Path) -> tuple[Path, Path]:
+    """A small model of the whole architecture with random weights, and its golden bundle from the CPU."""
+    from crosschip.chips import find_chip
+    from crosschip.golden.record import RecordPlan, record
+    from crosschip.golden.training_curve import CurvePlan
+    from crosschip.model import ModelConfig, Transformer, init_weights, save_model
+
+    config = ModelConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2, first_k_dense_replace=1,
+        kv_lora_rank=32, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+        max_position_embeddings=130,
+    )  # fmt: skip
+    model = Transformer(config)
+    init_weights(model, 0)
+    save_model(model, directory / "model")
+    plan = RecordPlan(reorderings=2, curve=CurvePlan(num_steps=6, length=32))
+    record(directory / "model", find_chip("cpu"), directory / "bundle", plan=plan)
+    return directory / "model", directory / "bundle"
+
+
 def table(document: dict[str, Any]) -> str:
     """The document as Markdown."""
     lines = [
@@ -166,7 +216,7 @@ def table(document: dict[str, Any]) -> str:
         "accelerator was used.",
         "",
     ]
-    for part, tell in (("faults", _faults_table), ("honest", _honest_table)):
+    for part, tell in (("faults", _faults_table), ("honest", _honest_table), ("honest-links", _links_table)):
         if part in document:
             lines += tell(document[part])
     return "\n".join(lines)
@@ -215,11 +265,25 @@ def _is_foreign(row: dict[str, Any]) -> bool:
 
 
 def _honest_table(part: dict[str, Any]) -> list[str]:
+    subject = f"Subject: `{TINY}`, half of the seeds as a chip to train on, half to serve on."
+    lines = _variants_table("Honest variants", subject, part)
+    return [*lines, "## Power", "", part["power"], ""]
+
+
+def _links_table(part: dict[str, Any]) -> list[str]:
+    subject = (
+        "Subject: a small model with random weights, half of the seeds as a chip to train on, half to serve on. Exams: "
+        "links, stability, and a golden bundle that the CPU recorded."
+    )
+    return _variants_table("Honest variants: links, stability, golden", subject, part)
+
+
+def _variants_table(title: str, subject: str, part: dict[str, Any]) -> list[str]:
     runs = part["rows"]
     lines = [
-        "## Honest variants",
+        f"## {title}",
         "",
-        f"Subject: `{TINY}`, half of the seeds as a chip to train on, half to serve on.",
+        subject,
         "",
         _machine(part),
         "",
@@ -234,7 +298,7 @@ def _honest_table(part: dict[str, Any]) -> list[str]:
         checks = sum(run["num_checks"] for run in mine)
         cut = sum(run["verdict"] == "INCONCLUSIVE" for run in mine)
         lines.append(f"| `{variant}` | {len(mine)} | {cut} | {checks:,} | {len(alarms)} |")
-    return [*lines, "", "## Power", "", part["power"], ""]
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -248,7 +312,8 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; several run at a time
     path = options.out.with_suffix(".json")
     document: dict[str, Any] = read_json(path) if path.exists() else {}
-    on_chips = [row for row in CATALOGUE.values() if not row.acts_on_files]  # the others are for benchmarks/handoff.py
+    # The others are for benchmarks/handoff.py, and for the serving exam, which asks a server.
+    on_chips = [row for row in CATALOGUE.values() if not row.acts_on_files and _exams_of(row)]
     rows = [row for row in on_chips if options.only is None or row.id in options.only]
     cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST]
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
@@ -256,17 +321,19 @@ def main() -> None:
             "command": " ".join(["python", "benchmarks/qualify.py", *sys.argv[1:]]),
             "fingerprint": fingerprint(find_chip("cpu")),
         }
-        if options.part != "honest":
+        if options.part in ("all", "faults"):
             began = time.monotonic()
             found = list(_shown(pool.map(lambda row: catch(row, options.subject), rows)))
             time_s = round(time.monotonic() - began, 1)
             part = {**head, "subject": Path(options.subject).name, "time_s": time_s, "rows": found}
             document["faults"] = part if options.only is None else _replaced(document.get("faults"), part)
-        if options.part != "faults" and options.only is None:
+        if options.part in ("all", "honest") and options.only is None:
             began = time.monotonic()
             found = list(_shown(pool.map(lambda case: clear(*case, options.honest_time), cases)))
             time_s = round(time.monotonic() - began, 1)
             document["honest"] = {**head, "time_s": time_s, "rows": found, "power": power_sentence()}
+        if options.part in ("all", "honest-links") and options.only is None:
+            clear_links(options, document, head, path)
     write_json(path, document)
     write_text(path.with_suffix(".md"), table(document) + "\n")
     print(f"{path} and {path.with_suffix('.md')}")

@@ -4,7 +4,8 @@ python benchmarks/thin_links.py --json docs/results/thin_links.json        (as r
 
 For each link the way to train is chosen as `mode = "auto"` does, from the link and the measured time of a step; beside
 it stand a few steps that average each step over the same link. `--loss-steps` compares the validation loss at equal
-tokens between averaging each step and DiLoCo, over the loopback interface.
+tokens between averaging each step and DiLoCo, over the loopback interface. `--slow-drill` trains a recipe with
+`crosschip train` over such a link, which really becomes slow meanwhile, in both ways: how soon that is told.
 """
 
 from __future__ import annotations
@@ -32,10 +33,16 @@ from crosschip.recipe import GroupSettings  # noqa: E402
 from crosschip.train.outer.choice import Choice, Link, choose  # noqa: E402
 from crosschip.train.outer.lighthouse import Lighthouse  # noqa: E402
 from tests.qualify.exams.links.namespaces import ADDRESS_A, MASTER_PORT, shaped_link, why_not  # noqa: E402
+from tests.train.outer.slow_link_drill import DELAY_MS, RATE_MBIT, drill_slow_link  # noqa: E402
 
 LINKS = ((1000, 0.5), (100, 25.0), (10, 25.0))  # Mbit/s, and milliseconds one way
 EACH_STEP = Choice("every-step", "none", "each step")
 LIMIT_S = 3600
+SLOW_DRILL_SETTINGS = (
+    "train.steps=1000000", "train.batch_size=8", "train.checkpoint_every=1000", "train.validate_every=1000000",
+    "train.sample_every=1000000", f"links.bandwidth_mbit_s={RATE_MBIT}", f"links.latency_ms={DELAY_MS}",
+)  # fmt: skip
+SLOW_DRILLS = {"every-step": ("groups.mode=every-step",), "diloco": ("groups.mode=diloco", "groups.sync_every=10")}
 
 
 def run_groups(all_options: Sequence[Options], nodes: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -181,6 +188,20 @@ def loss_of(arguments: argparse.Namespace, num_groups: int, choice: Choice) -> d
     }
 
 
+def slow_link_drills(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A link of 100 Mbit/s that becomes slow while two groups train over it, averaging each step and with DiLoCo."""
+    results = []
+    for name, way in SLOW_DRILLS.items():
+        with tempfile.TemporaryDirectory(prefix="crosschip-thin-") as directory:
+            settings = (*SLOW_DRILL_SETTINGS, *way)
+            found = drill_slow_link(
+                ROOT / "recipes" / "first.toml", Path(directory), settings, arguments.slow_mbit, arguments.steps
+            )
+        results.append({"way": name, "slow_mbit_s": arguments.slow_mbit, **asdict(found)})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="replica groups over thin links")
     parser.add_argument("--steps", type=int, default=60, help="over each link, in the way that is chosen for it")
@@ -199,6 +220,8 @@ def main() -> None:
     parser.add_argument("--compressions", nargs="*", default=["none", "int8", "int4"], help="for the loss")
     parser.add_argument("--at-once", type=int, default=1, help="ways to train whose loss is compared at a time")
     parser.add_argument("--no-links", action="store_true", help="only the loss")
+    parser.add_argument("--slow-drill", action="store_true", help="let a link become slow under a running training")
+    parser.add_argument("--slow-mbit", type=float, default=20.0, help="what it becomes; a drill's messages take 1.5 s")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     result: dict[str, Any] = {
@@ -216,6 +239,10 @@ def main() -> None:
             result["links"].append(
                 over_a_link(arguments, rate_mbit, delay_ms, result["step_s"], result["num_parameters"])
             )
+    if arguments.slow_drill:
+        if (reason := why_not()) is not None:
+            raise SystemExit(reason)
+        result["slow_drills"] = slow_link_drills(arguments)
     if arguments.loss_steps:
         result["losses"] = losses(arguments)
     if arguments.json:

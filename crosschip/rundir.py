@@ -159,6 +159,25 @@ def _read_holder(lock: Path) -> dict[str, Any] | None:
     return holder
 
 
+def _is_held_above(lock: Path) -> bool:
+    """Whether the lock's holder is one of the processes that this one was started by."""
+    holder = _read_holder(lock)
+    if holder is None or holder["pid"] == os.getpid() or not _holder_is_alive(holder):
+        return False
+    return holder.get("host") == socket.gethostname() and int(holder["pid"]) in _processes_above()
+
+
+def _processes_above() -> list[int]:
+    """Parent, its parent, and so on (Linux); elsewhere the parent alone."""
+    found = [os.getppid()]
+    while found[-1] > 1:
+        try:
+            found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
+        except (OSError, IndexError):
+            break
+    return found
+
+
 class RunDirectory:
     """Paths inside `runs/NAME/` and the lock over it."""
 
@@ -216,8 +235,12 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; a second launcher gets a `RunDirectoryError` that names the holder.
 
-        The object that holds the lock may take it again, so that a verb can call another verb on the same run.
+        The object that holds the lock may take it again, so that a verb can call another verb on the same run; and so
+        may a process that the holder has started, so that a verb can start another one there.
         """
+        if self._lock_depth == 0 and _is_held_above(self.path / "lock.json"):
+            yield
+            return
         if self._lock_depth:
             self._lock_depth += 1
             try:

@@ -32,6 +32,8 @@ class Voyage:
     """A voyage under way. `document` is what voyage.json holds: steps, chips, agreement."""
 
     recipe: Recipe
+    recipe_path: Path
+    overrides: list[str]
     run: RunDirectory
     command: list[str]  # what follows `crosschip run`, to say how to go on
     steps: tuple[Step, ...]
@@ -90,7 +92,7 @@ def run_voyage(
     run = RunDirectory(out or Path("runs") / recipe.name)
     command = [str(recipe_path), *(["--out", str(out)] if out else [])]
     command += [part for override in overrides or [] for part in ("--set", override)]
-    voyage = Voyage(recipe, run, command, STEPS)
+    voyage = Voyage(recipe, recipe_path, overrides or [], run, command, STEPS)
     with run.lock():
         _open(voyage, recipe_path)
         _take_steps(voyage)
@@ -297,14 +299,20 @@ def _is_qualified(voyage: Voyage) -> bool:
 
 
 def _train(voyage: Voyage) -> str:
-    from crosschip.train import train_recipe
+    """Train as `crosschip train` does, watched by a supervisor: what hangs or dies is started again."""
+    from crosschip.train.launching import TrainCommand, train_to_the_end
 
     # Whatever an earlier call trained is gone on with; without anything trained there is nothing to resume.
     resume = (voyage.run.path / "train").is_dir()
-    outcome = train_recipe(voyage.recipe, voyage.run, resume=resume, resume_command=_again(voyage))
-    if outcome.interrupted_by is not None:
-        raise KeyboardInterrupt
-    return ", ".join(f"{end.stage} {end.step} steps" for end in outcome.stages)
+    overrides = [part for override in voyage.overrides for part in ("--set", override)]
+    arguments = ["train", str(voyage.recipe_path), "--out", str(voyage.run.path), *overrides]
+    train_to_the_end(TrainCommand(voyage.recipe, voyage.run, arguments, resume, 1, None, go_on_with=_again(voyage)))
+    return ", ".join(f"{name} {_trained_steps(voyage, name)} steps" for name, _ in voyage.recipe.stages)
+
+
+def _trained_steps(voyage: Voyage, stage: str) -> int:
+    """The step of a stage's newest checkpoint."""
+    return max(int(path.name.removeprefix("step-")) for path in voyage.run.stage(stage).glob("checkpoints/step-*"))
 
 
 def _again(voyage: Voyage) -> str:

@@ -47,6 +47,8 @@ ARROWS: dict[str, set[str] | None] = {
         "golden",
         "train.step",
         "train.optimizer",
+        "train.group.sharding",
+        "train.group.world",
         "serve.engine.runner",
         "serve.engine.request",
         "serve.engine.sampling",

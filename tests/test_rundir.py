@@ -226,6 +226,16 @@ def test_a_damaged_lock_is_never_taken_for_none(tmp_path: Path, damage: str) -> 
         pass
 
 
+def test_a_process_that_the_holder_started_may_work_there_and_leaves_the_lock(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from crosschip.rundir import RunDirectory\n"
+    code += "with RunDirectory(Path(sys.argv[1])).lock(): print('in')"
+    shell = f'{sys.executable} -c "$CODE" {tmp_path / "run"}; true'  # a grandchild, as ranks are
+    with RunDirectory(tmp_path / "run").lock():
+        child = subprocess.run(["sh", "-c", shell], env={**os.environ, "CODE": code}, capture_output=True, text=True)
+        assert child.stdout == "in\n", child.stderr
+        assert read_json(tmp_path / "run" / "lock.json")["pid"] == os.getpid()
+
+
 def test_of_many_launchers_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
     for attempt in range(2):
         run, signal_file = tmp_path / f"run-{attempt}", tmp_path / f"go-{attempt}"

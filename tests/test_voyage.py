@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -18,6 +19,8 @@ from crosschip.agreement import compare_answers
 from crosschip.errors import ChipError, RecipeError, RunDirectoryError, ServeError, UnfitChipError
 from crosschip.recipe import load_recipe
 from crosschip.rundir import RunDirectory, read_json, write_json
+from crosschip.train.guard.heartbeat import read_beats
+from crosschip.train.launching import TrainingFailedError
 from crosschip.voyage import Step, Voyage, run_voyage
 
 RECIPE = """
@@ -313,3 +316,38 @@ def test_interrupted_training_goes_on_from_its_checkpoint(recipe: Path, tmp_path
     assert "left out: the recipe has no [evaluate]" in again.stdout
     lines = (tmp_path / "run" / "train" / "pretrain" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 121))
+
+
+def test_a_killed_trainer_is_named_and_the_voyage_goes_on(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.partition("[sft]")[0])
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "crosschip", "run", str(recipe), "--out", str(run), "--set", "train.steps=60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        printed, victims = "", []
+        for line in process.stdout:
+            if "pretrain step 6:" in line and not victims:
+                victims = [beat.pid for beat in read_beats(run / "heartbeats")]
+                os.kill(victims[0], signal.SIGKILL)
+            printed += line
+        status = process.wait(timeout=300)
+    assert status == 0, printed
+    assert victims != [process.pid], "what trains is not what supervises"
+    events = [json.loads(line) for line in (run / "train/pretrain/events.jsonl").read_text().splitlines()]
+    (killed,) = [event for event in events if event["event"] == "killed"]
+    assert killed["detail"].startswith("rank 0 in ")
+    assert killed["action"].startswith("restarting after committed step")
+    lines = (run / "train/pretrain/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
+    assert read_json(run / "voyage.json")["finished"]
+
+
+def test_training_that_is_refused_ends_the_voyage_with_its_exit_code(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.partition("[sft]")[0])
+    out = tmp_path / "run"
+    overrides = [f"tokenizer.directory={tmp_path / 'none'}"]  # which only the process that trains looks into
+    with pytest.raises(TrainingFailedError, match="ended with exit code 2") as caught:
+        run_voyage(recipe, out, overrides)
+    assert caught.value.exit_code == 2
+    (step,) = [one for one in read_json(out / "voyage.json")["steps"] if one["name"] == "train"]
+    assert step["state"] == "failed"

@@ -50,14 +50,16 @@ def status_of(
     directory: Path,
     serving: Callable[[Certificate], Serving],
     tell: Callable[[str], None] = lambda line: None,
+    public_key: bytes | None = None,
 ) -> Status:
     """Verify the directory and hold its certificate's replays against what is about to be served.
 
-    `serving` is asked only for a certificate that is valid as such; it is given the certificate.
+    `serving` is asked only for a certificate that is valid as such; it is given the certificate. With `public_key` (32
+    bytes, ed25519) only a certificate that this key signed is valid; without, anybody's is, signed or not.
     """
     if not (directory / CERTIFICATE_FILE).exists():
         return Status(UNCERTIFIED, f"no certificate: {directory} has no {CERTIFICATE_FILE}")
-    verification = verify(directory, tell=tell)
+    verification = verify(directory, public_key, tell)
     certificate = verification.certificate
     if certificate is None or not verification.is_intact:
         others = f" (and {len(verification.problems) - 1} more)" if len(verification.problems) > 1 else ""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from crosschip.cli.reports import end_with
+from crosschip.cli.reports import end_with, report_place
 from crosschip.errors import QualifyError
 
 __all__ = [
@@ -84,7 +84,7 @@ def qualify_engine(
     probes = tuple(PROBES) if exams is None else tuple(name.strip() for name in exams.split(","))
     request = EngineRequest(
         url,
-        json_path or _report_path(url),
+        report_place(json_path or _report_path(url)),
         model=directory,
         golden=golden,
         tier=tier,  # type: ignore[arg-type]  # the option's choices are the tiers
@@ -121,7 +121,7 @@ def qualify_dry_voyage(
     request = DryVoyageRequest(
         origin,
         engine,
-        json_path or _report_path(f"dry-voyage-{engine}"),
+        report_place(json_path or _report_path(f"dry-voyage-{engine}")),
         engine_python=engine_python,
         engine_command=engine_command,
         chip=chip,

@@ -1,4 +1,4 @@
-"""`crosschip handoff`: model files for an engine with a certificate; verify, certify, keygen, compare.
+"""`crosschip handoff`: files for an engine with a certificate; verify, certify, keygen, compare, overwrite.
 
 `crosschip handoff RUN --to TARGET` is the command itself: a first word that is none of the others is its source.
 """
@@ -15,6 +15,7 @@ from crosschip.cli.comparing_answers import compare_sides
 from crosschip.cli.default_command import DefaultCommandGroup
 from crosschip.cli.guard import guarded
 from crosschip.cli.options import ExaminedChipOption
+from crosschip.cli.overwriting import overwrite
 from crosschip.cli.reports import tell
 from crosschip.errors import HandoffError
 
@@ -215,4 +216,5 @@ handoff.command(_SourceOrCommand.default)(guarded(make))
 handoff.command()(guarded(certify))
 handoff.command()(guarded(verify))
 handoff.command()(guarded(keygen))
+handoff.command()(guarded(overwrite))
 handoff.command("compare")(guarded(compare_sides))

@@ -95,6 +95,7 @@ def _train_as_rank(recipe_file: Path, command: TrainCommand) -> int:
     from crosschip.train.group.rank import as_rank
     from crosschip.train.guard.heartbeat import open_heartbeat
     from crosschip.train.guard.hook import GuardError
+    from crosschip.train.launching import GO_ON_WITH
 
     run, resume = command.run, command.resume
     with as_rank() as rank:
@@ -105,7 +106,7 @@ def _train_as_rank(recipe_file: Path, command: TrainCommand) -> int:
             write_text(run.recipe, recipe_file.read_text(encoding="utf-8"))
         again = list(command.arguments)
         again += ["--nproc", os.environ[NUM_RANKS]] if NUM_RANKS in os.environ else []
-        resume_command = shlex.join(["crosschip", *again, "--resume"])
+        resume_command = os.environ.get(GO_ON_WITH) or shlex.join(["crosschip", *again, "--resume"])
         try:
             outcome = train_recipe(
                 command.recipe,

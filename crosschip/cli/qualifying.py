@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,8 +19,8 @@ from crosschip.cli.engines import (
     qualify_engine,
 )
 from crosschip.cli.options import ExaminedChipOption
-from crosschip.cli.reports import end_with, tell
-from crosschip.errors import QualifyError
+from crosschip.cli.reports import end_with, report_place, tell
+from crosschip.errors import CrosschipError, QualifyError
 
 if TYPE_CHECKING:
     from crosschip.qualify.programme import Request
@@ -99,6 +101,8 @@ def qualify(
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise QualifyError(f"{' and '.join(chosen)} are different examinations", "give one of them at a time")
+    if minutes is not None and not math.isfinite(minutes):
+        raise QualifyError(f"--minutes {minutes} is no time", "give a number of minutes, such as 2 or 0.5")
     if engine is not None:
         qualify_engine(
             engine, model=model, golden=golden, json_path=json_path, tier=tier, seed=seed, exams=exams,
@@ -143,7 +147,7 @@ def _request(
         chip,
         role,
         tier,
-        json_path or RunDirectory(Path()).qualification(chip, role),
+        report_place(json_path or RunDirectory(Path()).qualification(chip, role)),
         seed,
         None if exams is None else named_exams([name.strip() for name in exams.split(",")]),
         None if minutes is None else 60.0 * minutes,
@@ -167,12 +171,16 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
     from dataclasses import replace
 
     from crosschip.qualify.offline import check_offline
+    from crosschip.qualify.offline.download import download_wheel
+    from crosschip.qualify.offline.lists import read_operator_list
     from crosschip.qualify.qualification import record_trace_document
     from crosschip.report.offline_table import print_offline_check
     from crosschip.rundir import write_json
 
+    path = source if source is not None else download_wheel(download or "", None)
+    read_operator_list(path)  # a broken one is told before the subject is recorded, which takes its time
     trace = record_trace_document(replace(request, chip="cpu" if request.chip == "auto" else request.chip), tell)
-    document = check_offline(trace, source, download=download)
+    document = check_offline(trace, path)
     if json_path is not None:
         write_json(json_path, document)
     print_offline_check(document)
@@ -185,6 +193,7 @@ def _examine(request: Request) -> None:
     try:
         report = examine(request, tell)
     except BaseException:  # an interrupted examination leaves its report, and a page of it
-        write_qualification_page(request.report)
+        with contextlib.suppress(CrosschipError):  # what lay there before may be no report
+            write_qualification_page(request.report)
         raise
     end_with(report, request.report)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
-__all__ = ["end_with", "tell"]
+from crosschip.errors import QualifyError
+
+__all__ = ["end_with", "report_place", "tell"]
+
+
+def report_place(path: Path) -> Path:
+    """`path`, once it is known that a report can be written there: an examination takes minutes.
+
+    Raises:
+        QualifyError: it is a directory, where the page goes, or in a place that cannot be written to.
+    """
+    remedy = "name a file for the report with --json"
+    if path.is_dir():
+        raise QualifyError(f"the report cannot be written to {path}: it is a directory", remedy)
+    if path.suffix == ".html":
+        raise QualifyError(f"the report cannot be written to {path}: its page goes there", f"{remedy}: OUT.json")
+    above = next(each for each in path.absolute().parents if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            return path
+    except OSError as error:
+        raise QualifyError(f"the report cannot be written to {path}: {above}: {error.strerror}", remedy) from None
 
 
 def end_with(report: dict[str, Any], path: Path) -> NoReturn:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat", "serve"]
 
-_FOR_GATEWAY = ("gateway", "host", "port", "require_certificate", "tls_cert", "tls_key")
+_FOR_GATEWAY = ("gateway", "host", "port", "require_certificate", "public_key", "tls_cert", "tls_key")
 
 
 def serve(
@@ -81,6 +81,15 @@ def serve(
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Refuse a model without a valid certificate.")
     ] = False,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key",
+            metavar="FILE",
+            help="Believe only certificates that this key signed (PEM, FILE.pub).",
+            show_default=False,
+        ),
+    ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Ask for API keys: the file of their hashes.", show_default=False),
@@ -129,7 +138,7 @@ def serve(
         _refuse_beside_gateway(context)
         from crosschip.serve.gateway.server import serve_gateway
 
-        serve_gateway(gateway, host, port, require_certificate=require_certificate, tls=tls)
+        serve_gateway(gateway, host, port, require_certificate=require_certificate, public_key=public_key, tls=tls)
         return
     if directory is None:
         raise ServeError("nothing to serve was named", "give a model directory, or --gateway FILE")
@@ -146,6 +155,7 @@ def serve(
         device=chip,
         model_name=model_name,
         require_certificate=require_certificate,
+        public_key=public_key,
         limits=_limits(limits),
         tls=tls,
         engine_options=EngineOptions(cache_tokens, prefix_cache, deterministic, speculative, record_routes),

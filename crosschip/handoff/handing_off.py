@@ -23,11 +23,13 @@ from crosschip.handoff.certificate.engines import Trial, check_engine, default_e
 from crosschip.handoff.certificate.fields import fields_gate
 from crosschip.handoff.certificate.gate import Gate
 from crosschip.handoff.certificate.making import GoldenUsed, Made, certify, earlier_certificate, gates_before
+from crosschip.handoff.certificate.overwriting import overwrite_gate
 from crosschip.handoff.certificate.replays import Replayed
 from crosschip.handoff.certificate.reproducer import write_reproducers
 from crosschip.handoff.certificate.taken_over import answer_gates, write_read_gate
 from crosschip.handoff.certificate.tensors import manifest_gate, unreadable
 from crosschip.handoff.certificate.tokenizers import both, tokenizer_gate
+from crosschip.handoff.conversion.rotary_pairs import FIELD
 from crosschip.handoff.export import export_model
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS, Target
@@ -183,6 +185,9 @@ def _examine(
         (each.engine.partition("://")[0], each.comparison) for each in replays if each.judgement.verdict not in PASSED
     ]
     write_reproducers(directory, bundle, gates, failed)
+    native = next((each for each in replays if each.engine == "native"), None)
+    if native is not None and native.judgement.verdict in PASSED:
+        gates.append(overwrite_gate(directory, bundle.rows, wishes.chip.name, target["computed_in"], tell))
     write_read = None if source is None else write_read_gate(source.directory)
     gates += [*answer_gates(wishes.answers), *([write_read] if write_read is not None else [])]
     return certify(
@@ -212,7 +217,7 @@ def _file_gates(
     """The gates that need no engine, how the files differ for the replays to know, and the files as they are read."""
     tokenizer = tokenizer_gate([] if source is None else source.tokenizer_files, directory)
     try:
-        arrived = open_arrived(directory, None if source is None else source.config)
+        arrived = open_arrived(directory, _recorded_form(bundle) if source is None else source.config)
     except CrosschipError as error:
         return [unreadable(error), tokenizer], FileCheck([], [], None), None
     is_gguf = _is_gguf(directory)
@@ -241,6 +246,12 @@ def _known_manifest(earlier: Certificate, bundle: Bundle) -> Gate | None:
     gate = gates_before(earlier).get("tensor manifest")
     same = earlier.document["golden"].get("seal") == bundle.manifest["seal"]
     return gate if gate is not None and same and gate.verdict == "PASS" else None
+
+
+def _recorded_form(bundle: Bundle) -> dict[str, Any]:
+    """The fields of the recorded configuration that say how tensors lie, and not what is computed."""
+    recorded = bundle.manifest["config"]
+    return {FIELD: recorded[FIELD]} if FIELD in recorded else {}
 
 
 def _prediction_layers(bundle: Bundle) -> list[str]:

@@ -29,14 +29,17 @@ def linear_cross_entropy(hidden_MD: Tensor, weight_CD: Tensor, labels_M: Tensor)
     return loss
 
 
-def linear_logprobs(hidden_MD: Tensor, weight_CD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+def linear_logprobs(
+    hidden_MD: Tensor, weight_CD: Tensor, labels_M: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Each label's log-prob [M], and the entropy [M] of its distribution, which has no gradient; in nats, fp32.
 
-    Both are 0 where the label is `IGNORED`. Dtypes as in `linear_cross_entropy`; the backward pass computes the logits
-    once more, because the gradient of the matrix needs every token's factor.
+    The distribution is that of the logits, in fp32, over the temperature. Both are 0 where the label is `IGNORED`.
+    Dtypes as in `linear_cross_entropy`; the backward pass computes the logits once more, because the gradient of the
+    matrix needs every token's factor.
     """
     found: tuple[Tensor, Tensor] = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_MD, weight_CD.to(hidden_MD.dtype), labels_M
+        hidden_MD, weight_CD.to(hidden_MD.dtype), labels_M, temperature
     )
     return found
 
@@ -69,16 +72,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_CD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_CD: Tensor, labels_M: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         own_M = hidden_MD.new_zeros(labels_M.shape, dtype=torch.float32)
         entropy_M = torch.zeros_like(own_M)
         for rows in _chunks(hidden_MD, weight_CD):
             trained_m = labels_M[rows] != IGNORED
-            logprobs_mC = _log_softmax(hidden_MD[rows], weight_CD)
+            logprobs_mC = _log_softmax(hidden_MD[rows], weight_CD, temperature)
             own_M[rows] = logprobs_mC.gather(1, labels_M[rows].clamp(min=0)[:, None]).squeeze(1) * trained_m
             entropy_M[rows] = (logprobs_mC.exp() * logprobs_mC).sum(-1).neg_() * trained_m
         ctx.save_for_backward(hidden_MD, weight_CD, labels_M)
         ctx.mark_non_differentiable(entropy_M)
+        ctx.temperature = temperature
         return own_M, entropy_M
 
     @staticmethod
@@ -87,13 +93,13 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden_MD = torch.empty_like(hidden_MD)
         grad_weight_CD = torch.zeros_like(weight_CD, dtype=torch.float32)
         # `_grad_logits` is of the loss, which is minus the log-prob.
-        factor_M1 = (grad_M * (labels_M != IGNORED)).neg_()[:, None]
+        factor_M1 = (grad_M * (labels_M != IGNORED)).neg_().div_(ctx.temperature)[:, None]
         for rows in _chunks(hidden_MD, weight_CD):
-            logprobs_mC = _log_softmax(hidden_MD[rows], weight_CD)
+            logprobs_mC = _log_softmax(hidden_MD[rows], weight_CD, ctx.temperature)
             grad_logits_mC = _grad_logits(logprobs_mC, labels_M[rows].clamp(min=0)[:, None], factor_M1[rows])
             grad_logits_mC = grad_logits_mC.to(hidden_MD.dtype)
             _add_gradients(grad_logits_mC, hidden_MD[rows], weight_CD, grad_hidden_MD[rows], grad_weight_CD)
-        return grad_hidden_MD, grad_weight_CD.to(weight_CD.dtype), None
+        return grad_hidden_MD, grad_weight_CD.to(weight_CD.dtype), None, None
 
 
 def _chunks(hidden_MD: Tensor, weight_CD: Tensor) -> Iterator[slice]:
@@ -103,9 +109,12 @@ def _chunks(hidden_MD: Tensor, weight_CD: Tensor) -> Iterator[slice]:
         yield slice(first, first + size)
 
 
-def _log_softmax(hidden_mD: Tensor, weight_CD: Tensor) -> Tensor:
+def _log_softmax(hidden_mD: Tensor, weight_CD: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of all tokens [m, C], in fp32."""
-    return torch.log_softmax(hidden_mD @ weight_CD.t(), dim=-1, dtype=torch.float32)
+    logits_mC = hidden_mD @ weight_CD.t()
+    if temperature != 1.0:
+        logits_mC = logits_mC.float() / temperature
+    return torch.log_softmax(logits_mC, dim=-1, dtype=torch.float32)
 
 
 def _grad_logits(logprobs_mC: Tensor, targets_m1: Tensor, factor_m1: Tensor) -> Tensor:

@@ -179,8 +179,9 @@ class Transformer(nn.Module):
         labels_BT: Tensor,
         compute_dtype: torch.dtype = torch.float32,
         routes: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Each label's log-prob at temperature 1; labels as in `loss`. The multi-token-prediction modules are left out.
+        """Each label's log-prob; labels as in `loss`. The multi-token-prediction modules are left out.
 
         Args:
             input_ids_BT: tokens.
@@ -189,6 +190,7 @@ class Transformer(nn.Module):
             routes: integers [B, T, L, K], the experts that each token took elsewhere, in the order of the main model's
                 layers with experts: they are taken here as well, weighted by this model's own scores. Where a token's
                 row in a layer holds a -1, the router chooses itself.
+            temperature: what the logits are divided by.
 
         Raises:
             ModelError: routes of another shape.
@@ -196,7 +198,8 @@ class Transformer(nn.Module):
         loads = _Loads()
         by_layer = None if routes is None else self._routes_by_layer(routes, input_ids_BT)
         state_BTD = self._hidden(input_ids_BT, compute_dtype, loads, by_layer)
-        own_M, entropy_M = linear_logprobs(state_BTD.flatten(0, 1), self.lm_head.weight, labels_BT.flatten())
+        states_MD, labels_M = state_BTD.flatten(0, 1), labels_BT.flatten()
+        own_M, entropy_M = linear_logprobs(states_MD, self.lm_head.weight, labels_M, temperature)
         return TokenLogprobs(
             logprobs_BT=own_M.view_as(labels_BT),
             entropy_BT=entropy_M.view_as(labels_BT),

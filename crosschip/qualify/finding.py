@@ -6,6 +6,7 @@ operator or a whole exam is; otherwise PASS or PASS WITH LIMITS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -158,6 +159,7 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     """Findings by verdict, critical ones first within one, then by severity."""
 
     def order(finding: Finding) -> tuple[int, bool, float]:
-        return _RANK[finding.verdict], not finding.critical, -finding.severity
+        severity = math.inf if math.isnan(finding.severity) else finding.severity
+        return _RANK[finding.verdict], not finding.critical, -severity
 
     return sorted(findings, key=order)

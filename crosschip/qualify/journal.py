@@ -6,6 +6,7 @@ a name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -24,7 +25,11 @@ class Journal:
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
 
     def begun(self) -> None:
-        """Mark that a process begins: what an earlier one was about to run is no longer running."""
+        """Mark that a process begins: what an earlier one was about to run is no longer running.
+
+        A line in which that one was killed is ended.
+        """
+        self._file.write("\n")
         self._write({"begun": time.time()})
 
     def now(self, what: str) -> None:
@@ -89,7 +94,8 @@ class JournalReader:
         whole = written[: written.rfind(b"\n") + 1]
         self._position += len(whole)
         for line in whole.splitlines():
-            _take(self.state, json.loads(line))
+            with contextlib.suppress(ValueError):  # cut off when its writer was killed, or empty
+                _take(self.state, json.loads(line))
         return self.state
 
 

@@ -77,6 +77,11 @@ class _Qualification:
         limit = self.request.time_s or TIER_S[self.request.tier]
         return limit - (time.monotonic() - self.started)
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the time was up longer ago than a part may take that does not come back."""
+        return self.remaining_s < -self.request.part_limit_s
+
 
 def qualify(request: Request, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Examine and write the report to `request.report`; reproducers go beside it. Returns the report.
@@ -129,24 +134,35 @@ def _examine_all(going: _Qualification) -> None:
     going.prepare(programme[0][0])
     _trace(going)
     for place, (exam, weight) in enumerate(programme):
+        if going.is_overdue:
+            going.records.append(ExamRecord(exam.name, not_covered=["everything: the time was up"], ended="not run"))
+            continue
         share_s = going.remaining_s * weight / sum(each for _, each in programme[place:])
         then = programme[place + 1][0] if place + 1 < len(programme) else None
         _take_exam(going, exam, max(_LEAST_BUDGET_S, share_s), then)
         write_json(going.request.report, _document(going))
 
 
-def _identify(going: _Qualification) -> Ended:
-    request = going.request
-    going.tell(f"finding the chip {request.chip}")
-    job = {
+def _identify_job(request: Request, chip: str) -> dict[str, Any]:
+    return {
         "task": "identify",
         "origin": request.origin,
-        "chip_spec": request.chip,
+        "chip_spec": chip,
         "role": request.role,
         "golden": None if request.golden is None else str(request.golden),
     }
+
+
+def _identify_cpu(going: _Qualification) -> Ended:
+    """The same for the CPU, as a control."""
+    return going.run(_identify_job(going.request, "cpu"), _IDENTIFY_LIMIT_S, alone=True)
+
+
+def _identify(going: _Qualification) -> Ended:
+    request = going.request
+    going.tell(f"finding the chip {request.chip}")
     going.prepare(None, alone=True)
-    ended = going.run(job, _IDENTIFY_LIMIT_S)
+    ended = going.run(_identify_job(request, request.chip), _IDENTIFY_LIMIT_S)
     refused = ended.result.get("refused")
     if refused is not None and refused["type"] not in ("ChipError", MISSING):
         raise QualifyError(refused["problem"], refused["remedy"])
@@ -178,9 +194,17 @@ def _remedy(ended: Ended) -> str:
 
 
 def _report_unusable_chip(going: _Qualification, ended: Ended) -> None:
-    """The chip could not even be found: missing is inconclusive, dying on the first tensor is a failure."""
+    """The chip could not even be found: missing is inconclusive, dying on the first tensor is a failure.
+
+    What goes wrong with the CPU as well is no chip's failure: a machine too busy to tell, or a subject that is broken.
+    """
+    control = Ended("complete") if ended.how == "refused" else _identify_cpu(going)
+    if control.how not in ("complete", "budget"):
+        raise QualifyError(
+            f"{going.request.origin} cannot be loaded: {control.detail}", "run the subject by itself on the CPU first"
+        )
     missing = ended.result.get("refused", {}).get("type") == MISSING
-    verdict: Verdict = "INCONCLUSIVE" if missing else "FAIL"
+    verdict: Verdict = "INCONCLUSIVE" if missing or control.how == "budget" else "FAIL"
     finding = Finding(
         exam="software",
         kind="software" if ended.how in ("refused", "raised") else "stability",
@@ -239,7 +263,7 @@ def _try_exam(
             going.defects.append(f"the exam {exam.name}, in {ended.now or 'its beginning'}: {ours}")
         else:
             losses.append(_loss(going, exam, ended))
-        if ended.now is None or ended.how in ("budget", "refused"):
+        if ended.now is None or ended.how in ("budget", "refused") or going.is_overdue:
             break
         died_in.add(ended.now)
     return "defect" if is_ours else ended.how

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,12 +37,15 @@ class ReportHead:
 def report_document(
     head: ReportHead, records: Sequence[ExamRecord], time_s: float, complete: bool = True
 ) -> dict[str, Any]:
-    """The report; before all exams are done it says so, and its verdict is at best inconclusive."""
+    """The report; before all exams are done it says so, and its verdict is at best inconclusive.
+
+    NaN and infinities, which JSON does not have, are words in it: "nan", "inf", "-inf".
+    """
     findings = [finding for record in records for finding in record.findings]
     verdict = roll_up(findings, records)
     if not complete and verdict != "FAIL":
         verdict = "INCONCLUSIVE"
-    return {
+    document = {
         "schema_version": SCHEMA_VERSION,
         "document": "qualification",
         "crosschip": __version__,
@@ -61,6 +65,16 @@ def report_document(
         "trace": _trace_summary(head.trace),
         "fingerprint": head.fingerprint,
     }
+    return {key: _in_words(value) for key, value in document.items()}
+
+
+def _in_words(value: Any) -> Any:
+    """The value with words for numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _in_words(each) for key, each in value.items()}
+    return [_in_words(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def reproducers_of(report: Path) -> Path:

@@ -75,13 +75,16 @@ class RlSettings(StageSettings):
     A batch of rollouts is `prompts` problems with `samples` answers each; `updates_per_batch` optimizer steps are
     taken with it, so `batch_size` follows from the three. An answer's advantage is its reward minus the mean of its
     group, divided by the group's deviation if `divide_by_deviation`. `kl_weight` pulls towards the weights that the
-    stage began with. `seq_len` bounds prompt and answer together, in tokens.
+    stage began with. `seq_len` bounds prompt and answer together, in tokens. The policy is the model at `temperature`:
+    answers are sampled at it, and log-probs computed. Below 1 less is explored, and what is learned is nearer to the
+    greedy answer.
     """
 
     prompts: PositiveInt = 16
     samples: Annotated[int, Field(ge=2)] = 16
     updates_per_batch: PositiveInt = 1
     max_new_tokens: PositiveInt = 128
+    temperature: Annotated[float, Field(ge=0.05, le=2.0)] = 1.0
     rewards: Annotated[list[RewardSettings], Field(min_length=1)] = [  # noqa: RUF012  # pydantic copies it
         RewardSettings(checker="arithmetic")
     ]

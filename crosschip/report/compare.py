@@ -193,6 +193,12 @@ def _measured(report: Document) -> list[Document]:
             found.append(
                 {"what": entry.get("what"), "value": entry["value"], "unit": entry.get("unit", ""), "role": role}
             )
+        elif entry.get("kind") == "product rate" and isinstance(entry.get("flop_per_s"), int | float):
+            what = f"products in {entry.get('dtype', '?')}, {entry.get('of', '?')}"
+            found.append({"what": what, "value": entry["flop_per_s"] / 1e12, "unit": "TFLOP/s", "role": role})
+        elif entry.get("kind") == "memory rate" and isinstance(entry.get("bytes_per_s"), int | float):
+            what = f"copies in {entry.get('dtype', '?')}"
+            found.append({"what": what, "value": entry["bytes_per_s"] / 1e9, "unit": "GB/s", "role": role})
         elif entry.get("plot") == "bandwidth" and isinstance(entry.get("bandwidth_gb_s"), int | float):
             what = f"{entry.get('collective', '?')}, bandwidth"
             found.append({"what": what, "value": entry["bandwidth_gb_s"], "unit": "GB/s", "role": role})

@@ -19,7 +19,11 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 
 
 def find_status(
-    directory: Path, device: str, dtype: str | None, tell: Callable[[str], None] = lambda line: None
+    directory: Path,
+    device: str,
+    dtype: str | None,
+    tell: Callable[[str], None] = lambda line: None,
+    public_key: bytes | None = None,
 ) -> Status:
     """Hash the files, check the certificate, and whether it speaks about this engine on this chip in this dtype.
 
@@ -28,6 +32,7 @@ def find_status(
         device: the chip, as `crosschip.chips.find_chip` names it.
         dtype: of the arithmetic; None for the files' own.
         tell: hears how far the hashing is.
+        public_key: the 32 bytes of the key that must have signed; None believes every certificate.
     """
 
     def serving(certificate: Certificate) -> Serving:
@@ -35,7 +40,7 @@ def find_status(
         computed = dtype or _dtype_of(directory) or "an unknown dtype"
         return Serving(ENGINE, chip_kind(chip.name, chip.vendor, chip.model_name), computed)
 
-    return status_of(directory.resolve(), serving, tell)
+    return status_of(directory.resolve(), serving, tell, public_key)
 
 
 def certified_or_refused(directory: Path, status: Status) -> None:

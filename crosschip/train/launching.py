@@ -26,18 +26,32 @@ from crosschip.train.guard.heartbeat import DIRECTORY
 from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.processes import process_state
+from crosschip.train.guard.restarts import INTERRUPTED
 from crosschip.train.guard.run_files import EventLog, committed_steps, logged_steps, newest_stage
 from crosschip.train.guard.supervisor import Launch, SupervisedRun, supervise
 from crosschip.train.outer.lighthouse import Lighthouse
 
-__all__ = ["TrainCommand", "group_directory", "is_rank", "train_from_outside"]
+__all__ = [
+    "GO_ON_WITH",
+    "TrainCommand",
+    "TrainingFailedError",
+    "group_directory",
+    "is_rank",
+    "train_from_outside",
+    "train_to_the_end",
+]
 
 _POLL_S = 0.2
+
+GO_ON_WITH = "CROSSCHIP_GO_ON_WITH"  # the environment's name for the command that goes on with an interrupted training
 
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """What the user has asked for: `arguments` are those of `crosschip train` without --resume, --nproc and --group."""
+    """What the user has asked for: `arguments` are those of `crosschip train` without --resume, --nproc and --group.
+
+    `go_on_with` is the command that an interrupted training names, where it is another one than `crosschip train`.
+    """
 
     recipe: Recipe
     run: RunDirectory
@@ -45,6 +59,11 @@ class TrainCommand:
     resume: bool
     num_ranks: int
     group: int | None
+    go_on_with: str | None = None
+
+    def environment(self) -> dict[str, str]:
+        """That of the processes it starts."""
+        return {**os.environ, **({GO_ON_WITH: self.go_on_with} if self.go_on_with else {})}
 
 
 def is_rank() -> bool:
@@ -74,6 +93,12 @@ def train_from_outside(command: TrainCommand) -> int:
             f"--group {command.group} is none of the {settings.num_groups} groups that [groups] num_groups plans",
             f"number them from 0 to {settings.num_groups - 1}",
         )
+    if command.group is not None and settings.num_groups > 1 and settings.lighthouse is None:
+        raise CrosschipError(
+            f"--group {command.group} is one of {settings.num_groups} groups, and nothing says where they meet",
+            "set groups.lighthouse = 'http://HOST:PORT' (python -m crosschip.train.outer.lighthouse starts one), or "
+            "leave --group out to start all groups on this machine",
+        )
     if settings.num_groups == 1 or command.group is not None:
         return _supervise_group(command)
     if settings.lighthouse is not None:
@@ -83,6 +108,29 @@ def train_from_outside(command: TrainCommand) -> int:
             "groups on this machine",
         )
     return _train_groups_here(command)
+
+
+class TrainingFailedError(CrosschipError):
+    """The processes that train have ended with an error, which they have told; the exit code is theirs."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the training ended with exit code {exit_code}", "do what it says above")
+        self.exit_code = exit_code
+
+
+def train_to_the_end(command: TrainCommand) -> None:
+    """As `train_from_outside`, for a verb that goes on afterwards.
+
+    Raises:
+        KeyboardInterrupt: it was ended by a signal, and has saved.
+        TrainingFailedError: it ended with an error.
+        CrosschipError, NoProgressError: see `train_from_outside`.
+    """
+    code = train_from_outside(command)
+    if code in INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise TrainingFailedError(code)
 
 
 def _say(text: str) -> None:
@@ -98,9 +146,9 @@ def _supervise_group(command: TrainCommand) -> int:
         if command.group is not None:
             arguments += ["--group", str(command.group)]
         if command.num_ranks > 1:
-            environment = rank_environment(command.num_ranks, os.environ)
+            environment = rank_environment(command.num_ranks, command.environment())
             return Launch(agent_command(command.num_ranks, arguments), environment, command.num_ranks)
-        return Launch([sys.executable, "-m", "crosschip", *arguments], os.environ)
+        return Launch([sys.executable, "-m", "crosschip", *arguments], command.environment())
 
     return supervise(
         SupervisedRun(
@@ -149,7 +197,7 @@ class _Groups:
         num_processes = self._settings.num_groups * command.num_ranks
         return subprocess.Popen(
             [sys.executable, "-m", "crosschip", *arguments],
-            env=share_of_cores(num_processes, os.environ),
+            env=share_of_cores(num_processes, command.environment()),
             start_new_session=True,  # a terminal's Ctrl-C comes here, and is handed on once
             preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )

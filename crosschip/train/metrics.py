@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from crosschip.errors import RunDirectoryError
+from crosschip.train.guard.run_files import cut_torn_line
 from crosschip.train.step import StepResult
 
 __all__ = ["METRICS_FILE", "Log", "NoLog", "StageLog", "cut_after_step", "step_record"]
@@ -128,6 +129,7 @@ class StageLog:
     def _open(self, last_step: int) -> None:
         for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE):
             cut_after_step(self._directory / name, last_step)
+        cut_torn_line(self._directory / EVENTS_FILE)
         self._files: dict[str, IO[str]] = {
             name: (self._directory / name).open("a", encoding="utf-8")
             for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE, EVENTS_FILE)

@@ -18,8 +18,10 @@ from crosschip.train.group.device import find_rank_chip
 from crosschip.train.group.layout import check_experts, check_layout
 from crosschip.train.group.world import World, join_world
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
+from crosschip.train.guard.run_files import last_logged_step
 from crosschip.train.identity import Identity, check_same_run, digest
 from crosschip.train.loop import run_stage
+from crosschip.train.metrics import METRICS_FILE
 from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer
 from crosschip.train.progress import SilentProgress, StageProgress, open_progress
 from crosschip.train.stage_job import StageEnd, StagePosition
@@ -207,10 +209,18 @@ def _beginning(run: StageRun, name: str, before: Path | None) -> Event:
     return "started", f"from {before or run.recipe.model.directory or 'new weights'}", "training"
 
 
+def _lost(num_steps: int) -> str:
+    """What a resume has to do again, as the log tells: steps after the checkpoint."""
+    if num_steps <= 0:
+        return "nothing was lost"
+    return f"{num_steps} step{'s' if num_steps > 1 else ''} after it {'were' if num_steps > 1 else 'was'} lost"
+
+
 def _resumption(run: StageRun, name: str, state: CheckpointState, changed: list[str], aside: list[Path]) -> list[Event]:
     """Tell what a resumed stage does not have in common with the run that was interrupted."""
-    run.rank.progress.say(f"{name}: going on after step {state.step}")
-    events = [("resumed", f"after step {state.step}", "training")]
+    lost = _lost(last_logged_step(run.directory.stage(name) / METRICS_FILE) - state.step)
+    run.rank.progress.say(f"{name}: going on after step {state.step}; {lost}")
+    events = [("resumed", f"after step {state.step}; {lost}", "training")]
     events += [("damaged-checkpoint", str(path), "renamed and passed over") for path in aside]
     if state.num_threads != torch.get_num_threads():
         changed = [*changed, f"threads was {state.num_threads} and is now {torch.get_num_threads()}"]

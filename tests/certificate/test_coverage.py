@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from crosschip.certificate import Serving, Status, chip_kind, status_of
+from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.certificate.verifying import verify
 from tests.certificate.conftest import CHIP, Certified
 
@@ -60,6 +61,20 @@ def test_a_changed_file_takes_the_certificate_away(certified: Certified) -> None
     assert str(status(directory).problem) == (
         "the certificate does not hold: config.json holds other bytes than the certified ones"
     )
+
+
+def test_with_a_public_key_only_what_its_owner_signed_is_certified(
+    certified: Certified, key: Path, tmp_path: Path
+) -> None:
+    team, forger = read_public_key(Path(f"{key}.pub")), make_key(tmp_path / "forger").with_suffix("")
+
+    def word(signed_with: Path | None) -> str:
+        found = status_of(certified(signed_with), lambda _: NATIVE, public_key=team)
+        return f"{found.word}: {found.problem}"
+
+    assert word(key) == "CERTIFIED: None"
+    assert "UNCERTIFIED: the certificate does not hold: certificate.json: it is not signed" in word(None)
+    assert "it is signed with another key" in word(forger)
 
 
 def test_without_a_certificate_the_chip_is_not_asked_for(tmp_path: Path) -> None:

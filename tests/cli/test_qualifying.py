@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from crosschip.cli import app
+from crosschip.qualify import qualification
 from crosschip.rundir import read_json
 
 TINY = "tests.qualify.tiny:subject"
@@ -25,12 +26,32 @@ def run(*arguments: object) -> tuple[int, str, str]:
         (["--model", TINY, "--trace-only", "--offline", "x.whl"], "--offline and --trace-only are different"),
         (["--engine", "http://127.0.0.1:1", "--dry-voyage", "native"], "--engine and --dry-voyage are different"),
         (["--model", TINY, "--exams", "softwear"], "there is no exam 'softwear'"),
+        (["--model", TINY, "--minutes", "inf"], "--minutes inf is no time"),
+        (["--model", TINY, "--json", "."], "it is a directory"),
+        (["--model", TINY, "--json", "report.html"], "its page goes there"),
+        (["--engine", "http://127.0.0.1:1", "--json", "."], "it is a directory"),
+        (["--model", TINY, "--dry-voyage", "native", "--json", "."], "it is a directory"),
     ],
 )
 def test_what_does_not_fit_together_is_said(arguments: list[str], said: str) -> None:
     code, _, error = run(*arguments)
     assert code == 2
     assert said in error
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_the_examination(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, error = run("--model", TINY, "--json", tmp_path / "file" / "new" / "report.json")
+    assert code == 2
+    assert f"{tmp_path / 'file'}: Not a directory" in error
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_another_document_in_the_report_s_place_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, _, error = run("--model", tmp_path / "nothing", "--chip", "cpu", "--json", tmp_path / "config.json")
+    assert code == 2
+    assert f"there is no {tmp_path / 'nothing'}" in error
 
 
 def test_a_golden_bundle_reaches_the_examination(tmp_path: Path) -> None:
@@ -49,7 +70,10 @@ def test_an_operator_list_is_held_against_the_trace(tmp_path: Path) -> None:
     assert read_json(document)["document"] == "offline check"
 
 
-def test_an_operator_list_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_operator_list_that_is_none_is_refused_before_the_subject_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qualification, "record_trace_document", lambda *_: pytest.fail("recorded"))
     wrong = tmp_path / "torch_npu.whl"
     wrong.write_bytes(b"PK not a wheel")
     code, output, error = run("--model", TINY, "--offline", wrong)

@@ -48,19 +48,21 @@ def own_routes(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(chosen, dim=1).unflatten(0, ids.shape)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 300])
-def test_logprobs_and_entropy_are_those_of_a_plain_log_softmax(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "temperature"), [(1, 1.0), (5, 1.0), (300, 1.0), (300, 0.6), (5, 2.0)])
+def test_logprobs_and_entropy_are_those_of_a_plain_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, temperature: float
+) -> None:
     monkeypatch.setattr("crosschip.model.cross_entropy._CHUNK_LOGITS", 97 * 64)  # several chunks
     hidden = torch.randn(tokens, 16, requires_grad=True)
     weight = torch.randn(97, 16, requires_grad=True)
     labels = torch.randint(0, 97, (tokens,))
     labels[::3] = -100
     upstream = torch.randn(tokens)  # another factor for each token, as advantages and ratios give
-    plain = (hidden @ weight.t()).log_softmax(-1)
+    plain = (hidden @ weight.t() / temperature).log_softmax(-1)
     trained = labels != -100
     expected = torch.where(trained, plain.gather(1, labels.clamp(min=0)[:, None]).squeeze(1), 0.0)
     wanted = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
-    found, entropy = linear_logprobs(hidden, weight, labels)
+    found, entropy = linear_logprobs(hidden, weight, labels, temperature)
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(entropy, torch.where(trained, -(plain.exp() * plain).sum(-1), 0.0), atol=1e-5)
     assert not entropy.requires_grad

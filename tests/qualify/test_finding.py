@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crosschip.qualify.finding import EXIT_CODES, Coverage, ExamRecord, Finding, roll_up, worst_first
+from crosschip.qualify.report_document import ReportHead, report_document
 
 
 def finding(verdict: Any, critical: bool = False, severity: float = 1.0, subject: str = "aten.mm") -> Finding:
@@ -58,6 +62,22 @@ def test_order() -> None:
         ]
     )
     assert [each.subject for each in ordered] == ["first", "second", "third", "fourth"]
+
+
+def test_a_severity_that_is_no_number_comes_first_and_parts_no_order() -> None:
+    severities = [1.0, float("nan"), 3.0, 2.0]
+    ordered = worst_first([finding("FAIL", severity=each, subject=str(each)) for each in severities])
+    assert [each.subject for each in ordered] == ["nan", "3.0", "2.0", "1.0"]
+
+
+def test_a_report_is_json_whatever_was_measured() -> None:
+    nan, infinity = float("nan"), float("inf")
+    record = ExamRecord("operators", [replace(finding("FAIL", severity=infinity), measured=nan)], {"made": 1})
+    record.measurements.append({"series": [[0.0, -infinity], (1.0, 2.0)]})
+    head = ReportHead("sim", "train", "smoke", "tiny", "tiny", Path("report.json"), 0.0)
+    report = json.loads(json.dumps(report_document(head, [record], 1.0), allow_nan=False))
+    assert (report["findings"][0]["measured"], report["findings"][0]["severity"]) == ("nan", "inf")
+    assert report["exams"][0]["measurements"] == [{"series": [[0.0, "-inf"], [1.0, 2.0]]}]
 
 
 def test_documents_go_both_ways() -> None:

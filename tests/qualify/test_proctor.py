@@ -137,6 +137,17 @@ def test_a_journal_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_p
     assert read_journal(path, "any").record.num_checks == {"whole": 1}
 
 
+def test_a_line_in_which_a_process_was_killed_does_not_spoil_the_next_one_s(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path).checked("before")
+    with path.open("a") as file:
+        file.write('{"measured": {"series": [1.0, 2.')
+    again = Journal(path)
+    again.begun()
+    again.checked("after")
+    assert read_journal(path, "any").record.num_checks == {"before": 1, "after": 1}
+
+
 _WRITES_IN_PIECES = """
 import json, sys
 line = json.dumps({"checked": "a" * 30_000, "number": 1}).encode() + b"\\n"

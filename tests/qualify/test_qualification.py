@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from crosschip.errors import QualifyError
+from crosschip.qualify import qualification
 from crosschip.qualify.finding import EXIT_CODES
+from crosschip.qualify.proctor import Ended
 from crosschip.qualify.programme import EXAMS, Exam, Request, named_exams
 from crosschip.qualify.qualification import DefectError, qualify
 from tests.qualify.dying_exams import WAYS
@@ -73,6 +76,51 @@ def test_a_chip_that_fails_its_first_tensor_is_a_failure(tmp_path: Path) -> None
     report = qualify(request(tmp_path, "sim:tests.qualify.faulty:Raise,operators=aten::mul"))
     assert report["verdict"] == "FAIL"
     assert "not implemented" in report["findings"][0]["message"]
+
+
+@pytest.mark.parametrize(("cpu_ends", "verdict"), [("budget", "INCONCLUSIVE"), ("complete", "FAIL")])
+def test_a_chip_that_does_not_come_back_fails_unless_the_cpu_does_not_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_ends: Any, verdict: str
+) -> None:
+    monkeypatch.setattr(qualification, "_IDENTIFY_LIMIT_S", 0.01)
+    if cpu_ends == "complete":
+        monkeypatch.setattr(qualification, "_identify_cpu", lambda going: Ended("complete"))
+    report = qualify(request(tmp_path, "sim"))
+    assert report["verdict"] == verdict
+    assert "did not come back" in report["findings"][0]["message"]
+
+
+def test_a_subject_that_takes_the_process_down_is_no_failure_of_the_chip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends_at_once.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(QualifyError, match="ends_at_once:subject cannot be loaded: ended the process with exit code 3"):
+        qualify(replace(request(tmp_path, "sim"), origin="ends_at_once:subject"))
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_no_exam_begins_long_after_the_time_was_up(tmp_path: Path) -> None:
+    report = qualify(request(tmp_path, "cpu", time_s=0.001, part_limit_s=0.001))
+    assert [(exam["ended"], exam["not_covered"]) for exam in report["exams"]] == [
+        ("not run", ["everything: the time was up"])
+    ]
+    assert report["verdict"] == "INCONCLUSIVE"
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(("spent_s", "tries"), [(0.0, 3), (46.0, 1)])  # the time is 30 s, a part's 15 s
+def test_an_exam_is_not_tried_again_long_after_the_time_was_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spent_s: float, tries: int
+) -> None:
+    going = qualification._Qualification(request(tmp_path, "sim"), tmp_path, print, time.monotonic() - spent_s)
+    going.identity = {"chip": "sim"}
+    jobs: list[Any] = []
+    monkeypatch.setattr(going, "run", lambda job, *_, **__: jobs.append(job) or Ended("hang", "", f"part {len(jobs)}"))
+    monkeypatch.setattr(qualification, "_fails_on_cpu", lambda *_: None)
+    losses: list[Any] = []
+    how = qualification._try_exam(going, SOFTWARE[0], tmp_path / "journal.jsonl", 5.0, losses, None)
+    assert (how, len(jobs), len(losses)) == ("hang", tries, tries)
 
 
 def test_what_only_the_chip_raises_is_its_failure_and_what_the_cpu_raises_too_is_our_defect(tmp_path: Path) -> None:

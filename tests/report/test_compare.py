@@ -84,6 +84,20 @@ def test_speeds_that_do_not_tell_them_apart(left: list[dict[str, Any]], right: l
     assert answer("serve", serving(*left, **H20), serving(*right, **H200))["answer"] == "INCONCLUSIVE"
 
 
+def test_rates_of_the_chips_stand_side_by_side() -> None:
+    rates = [
+        {"kind": "product rate", "dtype": "bfloat16", "flop_per_s": 5e14, "of": "a cube"},
+        {"kind": "product rate", "dtype": "float32", "flop_per_s": "nan", "of": "a cube"},
+        {"kind": "memory rate", "dtype": "bfloat16", "bytes_per_s": 3e12},
+    ]
+    reports = {"0.json": qualification(measured={"software": rates}, **H20), "1.json": qualification(**H200)}
+    measured = compare(reports)["chips"][0]["measured"]
+    found = {each["what"]: (each["value"], each["unit"]) for each in measured}
+    assert found["products in bfloat16, a cube"] == (500.0, "TFLOP/s")
+    assert found["copies in bfloat16"] == (3000.0, "GB/s")
+    assert "products in float32, a cube" not in found
+
+
 def plan(chip: str, p50: str, p90: str) -> dict[str, Any]:
     return {"document": "plan", "chip": chip, "role": "train", "ready": {"p50": p50, "p90": p90}}
 

@@ -12,20 +12,22 @@ from typing import Any
 import httpx
 import pytest
 
-from crosschip.certificate import CERTIFICATE_FILE, chip_kind
+from crosschip.certificate import CERTIFICATE_FILE, Status, chip_kind
 from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.certificate.files import files_of, hash_files
+from crosschip.certificate.signing import make_key, read_public_key, sign
 from crosschip.chips import find_chip
 from crosschip.errors import ServeError
 from crosschip.serve import serve
 from crosschip.serve.api.served import describe_served
 from crosschip.serve.certificate import find_status
 from crosschip.serve.engine.loading import load_engine
-from tests.certificate.conftest import document_of
+from crosschip.serve.gateway.server import serve_gateway
+from tests.certificate.conftest import CHIP, document_of
 from tests.serve.conftest import RunningServer, running_server
 
 
-def certify(directory: Path, **changes: Any) -> Path:
+def certify(directory: Path, key: Path | None = None, **changes: Any) -> Path:
     """A certificate of this machine's CPU in fp32, as a handoff would write it; keywords change the replay."""
     chip = find_chip("cpu")
     replay = {
@@ -38,6 +40,8 @@ def certify(directory: Path, **changes: Any) -> Path:
     (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
     files = [asdict(each) for each in hash_files(directory, files_of(directory))]
     document = document_of(directory, files=files, replays=[replay])
+    if key is not None:
+        document["signature"] = sign(document, key)
     document["seal"] = seal_of(document)
     write_certificate(directory, document)
     return directory
@@ -130,6 +134,38 @@ def test_the_dtype_that_is_asked_for_counts(certified_dir: Path) -> None:
     assert find_status(certified_dir, "cpu", None).is_certified
     assert find_status(certified_dir, "cpu", "float32").is_certified
     assert "not in bfloat16" in str(find_status(certified_dir, "cpu", "bfloat16").problem)
+
+
+def test_a_certificate_that_anybody_could_write_is_refused_where_the_signer_is_named(
+    certified_dir: Path, tmp_path: Path
+) -> None:
+    public = make_key(tmp_path / "team")
+    with pytest.raises(ServeError, match="it is not signed, and a public key was given"):
+        serve(certified_dir, port=0, device="cpu", require_certificate=True, public_key=public)
+    certify(certified_dir, key=tmp_path / "team")
+    assert find_status(certified_dir, "cpu", None, public_key=read_public_key(public)).is_certified
+
+
+def test_the_gateway_believes_the_named_signer_alone(
+    certified_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, public, told = tmp_path / "GATEWAY.toml", make_key(tmp_path / "team"), []
+    engine = {"name": "a", "kind": "vllm", "model": "m", "url": "http://127.0.0.1:9", "chip": "cpu"}
+    certified = {"directory": str(certified_dir), "chip_kind": CHIP, "dtype": "float32"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in engine.items()]
+    lines += ["[engines.certified]", *(f"{key} = {json.dumps(value)}" for key, value in certified.items())]
+    file.write_text("\n".join(["[[engines]]", *lines]))
+
+    def stop(settings: Any, certificates: dict[str, Status], required: bool) -> None:
+        told.append(certificates["a"])
+        raise ServeError("stopped by the test", "")
+
+    monkeypatch.setattr("crosschip.serve.gateway.server.create_gateway", stop)
+    for key in (None, tmp_path / "team"):
+        certify(certified_dir, key=key, engine={"name": "vllm"}, chip_kind=CHIP)
+        with pytest.raises(ServeError, match="stopped by the test"):
+            serve_gateway(file, port=0, public_key=public)
+    assert [each.word for each in told] == ["UNCERTIFIED", "CERTIFIED"]
 
 
 def test_a_simulated_chip_with_a_fault_is_another_chip(certified_dir: Path) -> None:

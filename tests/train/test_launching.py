@@ -163,5 +163,7 @@ def test_what_makes_no_sense_is_said_before_anything_starts(pretraining, tmp_pat
     assert not (tmp_path / "none").exists()
     with pytest.raises(CrosschipError, match="--group 2 is none of the 2 groups"):
         train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, group=2))
+    with pytest.raises(CrosschipError, match="--group 1 is one of 2 groups, and nothing says where they meet"):
+        train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, group=1))
     with pytest.raises(CrosschipError, match="which of the 2 is this"):
         train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, "groups.lighthouse=http://127.0.0.1:1"))

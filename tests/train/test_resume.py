@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     train(tiny(), "stopped", resume=True)
     told = capsys.readouterr().err
     assert named in told
-    assert "going on after step 8" in told
+    assert "going on after step 8; 1 step after it was lost" in told
     assert (checkpoints / "damaged-step-00000009").is_dir(), "renamed, so that it never counts as the newest"
     same_runs("stopped", "uninterrupted")
 

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from crosschip.errors import RunDirectoryError
+from crosschip.train.guard.observed import Event
+from crosschip.train.guard.run_files import EventLog, cut_torn_line
 from crosschip.train.metrics import StageLog, cut_after_step, step_record
 from crosschip.train.step import StepResult
 
@@ -44,6 +46,27 @@ def test_a_line_torn_by_a_crash_is_cut(tmp_path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     cut_after_step(path, 5)
     assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("writer", ["the rank that resumes", "the supervisor"])
+@pytest.mark.parametrize("torn", ['{"step": 2, "ev', "\0" * 5000, ""])
+def test_an_event_torn_by_a_full_disk_is_cut_before_the_next_is_written(tmp_path, writer, torn) -> None:
+    path = tmp_path / "pretrain" / "events.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "event": "started"}\n' + torn)
+    if writer == "the supervisor":
+        EventLog(tmp_path, lambda text: None)("pretrain", Event(2, "killed", "detail", "action"))
+    else:
+        with StageLog(path.parent, 1) as log:
+            log.event(2, "killed", "detail", "action")
+    assert [line["event"] for line in lines(path)] == ["started", "killed"]
+
+
+def test_a_log_of_one_torn_line_is_empty(tmp_path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text("x" * 10_000)
+    cut_torn_line(path)
+    assert path.read_text() == ""
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from crosschip.chips.faults.answers import KeysLostBeyond, TokenSuppressed, UnsteadyResults
 from crosschip.chips.faults.arithmetic import Bias, Float64AsFloat32, Saturation
 from crosschip.chips.faults.attention import MaskDropped, MaskIgnoredBeyond, UnequalHeadSizesRejected, UniformWeights
 from crosschip.chips.faults.coarse import BatchDependentOrder, CoarseProducts
@@ -22,9 +23,10 @@ from crosschip.chips.faults.collectives import (
 )
 from crosschip.chips.faults.files import DialectSwapped, FieldDiffers, RowsPermuted, ScalesDropped, TensorMissing
 from crosschip.chips.faults.missing import Float64Missing, OperatorMissing, SilentFallback
+from crosschip.chips.faults.sharding import ShardingRuleMissing
 from crosschip.chips.faults.stability import BitFlip, CrashOnLongPrompts, HangAfter, LeakPerCall
 
-__all__ = ["CATALOGUE", "NOT_YET", "PLANTED_ELSEWHERE", "FaultRow"]
+__all__ = ["CATALOGUE", "PLANTED_ELSEWHERE", "FaultRow"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,13 @@ CATALOGUE: dict[str, FaultRow] = _by_id(
     ),
     FaultRow("W3", "an operator is missing: a hard error", "vllm-omni PR#755", OperatorMissing, ("software",)),
     FaultRow(
+        "W4",
+        "no sharding rule for an operator under DTensor",
+        "ms-swift#7871",
+        ShardingRuleMissing,
+        ("rehearsal",),
+    ),
+    FaultRow(
         "W5", "there is no float64: float64 RoPE tables fail", "diffusers PR#10123", Float64Missing, ("software",)
     ),
     FaultRow(
@@ -225,6 +234,27 @@ CATALOGUE: dict[str, FaultRow] = _by_id(
         FieldDiffers,
         ("configuration fields", "golden replay"),
     ),
+    FaultRow(
+        "V2",
+        "output is corrupt beyond a position: keys from there on are lost",
+        "vllm-ascend#14464",
+        KeysLostBeyond,
+        ("attention", "serving_ladder"),
+    ),
+    FaultRow(
+        "V3",
+        "a stop token is suppressed: answers loop and never end",
+        "vllm-ascend#16116",
+        TokenSuppressed,
+        ("serving_reasoning",),
+    ),
+    FaultRow(
+        "V13",
+        "greedy answers differ from run to run",
+        "xllm#814",
+        UnsteadyResults,
+        ("determinism", "serving_determinism"),
+    ),
 )
 
 # Rows of the catalogue that something else plants, not the simulated chip: what happens, and what plants it.
@@ -234,18 +264,13 @@ PLANTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "S9": ("one dead rank blocks all others", "crosschip drill --faults kill,stop"),
     "S12": ("a silent wedge", "crosschip drill --faults collective-hang"),
     "S16": ("one slow node", "crosschip drill --faults slow"),
-    "H17": (
-        "a checkpoint saved before communication has ended",
-        "tests/train/checkpoint/test_verification.py, into the tensors on their way to the files",
+    "H2": (
+        "a cached transposed copy stays old after a weight update",
+        "tests/serve/engine/test_weights_update.py, into an engine whose weights are replaced",
     ),
-}
-
-# Rows of the catalogue that cannot be planted yet.
-NOT_YET: dict[str, str] = {
-    "W4": "no sharding rule for an operator",
-    "H2": "a stale copy after a weight update",
-    "H3": "expert weights transposed twice",
-    "V2": "output corrupt beyond a position",
-    "V3": "a stop token suppressed",
-    "V13": "greedy answers differ from run to run",
+    "H3": (
+        "expert weights are transposed twice after a wake-up",
+        "tests/serve/engine/test_weights_update.py, into an engine whose weights are replaced",
+    ),
+    "H17": ("a checkpoint saved before communication has ended", "crosschip drill --faults wrong-save"),
 }

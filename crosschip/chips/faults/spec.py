@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from crosschip.chips.faults.catalogue import CATALOGUE, NOT_YET, PLANTED_ELSEWHERE
+from crosschip.chips.faults.catalogue import CATALOGUE, PLANTED_ELSEWHERE
 from crosschip.chips.faults.variants import VARIANTS
 from crosschip.errors import ChipError
 
@@ -71,11 +71,6 @@ def _unknown(name: str) -> ChipError:
         return ChipError(
             f"the fault {name} is in the catalogue ({what}) but is not planted in a chip or in files",
             f"it is planted by {where}; here plant one of {', '.join(CATALOGUE)}",
-        )
-    if name in NOT_YET:
-        return ChipError(
-            f"the fault {name} is in the catalogue ({NOT_YET[name]}) but cannot be planted yet",
-            f"plant one of {', '.join(CATALOGUE)}, or write it yourself: docs/simulated-chip.md shows how",
         )
     known = [*CATALOGUE, *VARIANTS]
     near = difflib.get_close_matches(name.lower(), [each.lower() for each in known], 1, cutoff=0.5)
@@ -160,6 +155,8 @@ def _made(name: str, make: Callable[..., Any], texts: dict[str, str]) -> Any:
         return make(**values)
     except (TypeError, ValueError) as error:
         raise ChipError(f"the fault {name} cannot be made: {error}", _describe(name, known)) from error
+    except Exception as error:  # its own failure, of whatever kind
+        raise ChipError(f"the fault {name} cannot be made: {type(error).__name__}: {error}", "mend it") from error
 
 
 def _hints(make: Callable[..., Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from crosschip.errors import HandoffError
 from crosschip.handoff.conversion.layout import TensorSource
+from crosschip.handoff.conversion.rotary_pairs import FIELD, in_halves, lies_in_pairs
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS
 
@@ -25,8 +26,11 @@ class Arrived:
 
 
 def open_arrived(directory: Path, like: dict[str, Any] | None = None) -> Arrived:
-    """Open a directory in Hugging Face layout, or one with a GGUF file, whose tensors then lie as `like` says: the
-    config.json of what was exported.
+    """Open a directory in Hugging Face layout, or one with a GGUF file.
+
+    Tensors are seen as they lie in the model that was exported or recorded, of whose configuration `like` holds all or
+    some fields: where it has rotary parts in halves, and the files have them in pairs, as exports do, they are turned
+    back.
 
     Raises:
         HandoffError: there is no model in it, or it cannot be read back.
@@ -35,13 +39,19 @@ def open_arrived(directory: Path, like: dict[str, Any] | None = None) -> Arrived
     files = sorted(directory.glob("*.gguf"))
     if not files:
         opened = open_source(directory)
-        return Arrived(opened.tensors, opened.config, directory, opened.quantised is None)
+        plain = opened.quantised is None
+        if like is None or like.get(FIELD) is not False or not lies_in_pairs(opened.config):
+            return Arrived(opened.tensors, opened.config, directory, plain)
+        config = {**opened.config, FIELD: False}
+        return Arrived(in_halves(opened.tensors, config), config, directory, plain)
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise HandoffError(f"{directory} has {len(files)} GGUF files: {names}", "keep one in each directory")
     from crosschip.handoff.gguf.reading import imported
 
     tensors, config = imported(files[0], like)
+    if like is not None and FIELD in like and FIELD in config:
+        config[FIELD] = like[FIELD]
     return Arrived(tensors, config, directory, False)
 
 

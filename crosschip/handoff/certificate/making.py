@@ -29,7 +29,7 @@ _EXIT_CODES = {"FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE}
 _WHY_NOT = {
     "answer-level scores": "no comparison of answers was given (`crosschip handoff compare A B`)",
     "generation health": "no answers were generated and examined",
-    "overwrite": "loading another checkpoint into a running server was not tried",
+    "overwrite": "loading another checkpoint into a running engine is tried with our own, where its replay passes",
     "write-read": "that the saving chip reads its checkpoint back to the same loss was not given",
     "tokenizer and chat template": "not compared",
 }

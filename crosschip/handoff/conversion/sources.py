@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from crosschip.errors import HandoffError, RunDirectoryError
 from crosschip.handoff.conversion.layout import Layout, TensorSource, run
 from crosschip.handoff.conversion.operators import Tensors
-from crosschip.model.weights import MODEL_PREFIX
+from crosschip.model.weights import DCP_DIRECTORY, MODEL_PREFIX
 from crosschip.rundir import read_json
 
 __all__ = ["DTYPE_NAMES", "CheckpointSource", "LayoutSource", "SafetensorsSource"]
@@ -123,14 +123,23 @@ class CheckpointSource:
     """The model's tensors of a training checkpoint, under our own names."""
 
     def __init__(self, directory: Path) -> None:
-        from crosschip.model.dcp import read_index  # takes a second
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        from crosschip.model.dcp import IndexReader  # takes a second
 
         self.directory = directory
-        index = read_index(directory)
+        index = IndexReader(directory).read_metadata()
+        entries = {name: each for name, each in index.state_dict_metadata.items() if name.startswith(MODEL_PREFIX)}
+        tensors = {name: each for name, each in entries.items() if isinstance(each, TensorStorageMetadata)}
         self._facts = {
             name.removeprefix(MODEL_PREFIX): (tuple(entry.size), entry.properties.dtype)
-            for name, entry in index.items()
-            if name.startswith(MODEL_PREFIX)
+            for name, entry in tensors.items()
+        }
+        whole = {name for name, entry in tensors.items() if len(entry.chunks) == 1}
+        self._places = {
+            each.fqn.removeprefix(MODEL_PREFIX): info
+            for each, info in (index.storage_data or {}).items()
+            if each.fqn in whole
         }
 
     def names(self) -> Sequence[str]:
@@ -146,12 +155,35 @@ class CheckpointSource:
         return self._facts[name][1]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, whole, whoever wrote parts of it."""
+        """The tensor, whole, whoever wrote parts of it. What one process wrote is in memory once, parts twice."""
         from crosschip.model.dcp import read_tensors
+
+        written_whole = self._read_whole(name)
+        if written_whole is not None:
+            return written_whole
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP remarks on each call that there is no process group
             return next(tensor for _, tensor in read_tensors(self.directory, [f"{MODEL_PREFIX}{name}"]))
+
+    def _read_whole(self, name: str) -> torch.Tensor | None:
+        """A tensor that lies in one piece, read where it will stay: PyTorch's reader fills another tensor from it.
+
+        None where it does not, or cannot be read; PyTorch's reader says why.
+        """
+        from torch.distributed.checkpoint.utils import _create_file_view
+
+        place = self._places.get(name)
+        if place is None or getattr(place, "transform_descriptors", None):
+            return None
+        try:
+            with (self.directory / DCP_DIRECTORY / place.relative_path).open("rb") as file:
+                view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file can raise anything
+            return None
+        facts = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, torch.Tensor) else None
+        return tensor if facts == self._facts[name] else None
 
 
 class LayoutSource:

@@ -12,8 +12,6 @@ from typing import Any
 
 from crosschip.handoff.conversion.operators import (
     Chain,
-    Interleave,
-    Inverse,
     Operator,
     Rename,
     Reshape,
@@ -21,6 +19,7 @@ from crosschip.handoff.conversion.operators import (
     Stack,
     Transpose,
 )
+from crosschip.handoff.conversion.rotary_pairs import latent_in_pairs, query_in_pairs
 from crosschip.handoff.gguf.metadata import Metadata, as_float32, shortest, unknown_fields
 from crosschip.handoff.gguf.rotary import rope_of
 
@@ -190,31 +189,13 @@ def _attention(config: dict[str, Any], theirs: str, ours: str) -> list[Operator]
         renamed |= _LOW_RANK_QUERY
         query = ("self_attn.q_b_proj.weight", "attn_q_b.weight")
     found: list[Operator] = [Rename(theirs + source, ours + target) for source, target in renamed.items()]
-    found.append(_query(config, theirs + query[0], ours + query[1]))
-    found.append(_latent(config, f"{theirs}self_attn.kv_a_proj_with_mqa.weight", f"{ours}attn_kv_a_mqa.weight"))
+    latent = (f"{theirs}self_attn.kv_a_proj_with_mqa.weight", f"{ours}attn_kv_a_mqa.weight")
+    if config.get("rope_interleave", True):  # llama.cpp rotates pairs, and published weights lie so already
+        found += [Rename(theirs + query[0], ours + query[1]), Rename(*latent)]
+    else:
+        found += [query_in_pairs(config, theirs + query[0], ours + query[1]), latent_in_pairs(config, *latent)]
     found.append(_absorbed(config, f"{theirs}self_attn.kv_b_proj.weight", ours))
     return found
-
-
-def _query(config: dict[str, Any], source: str, target: str) -> Operator:
-    """The rotated part of each head, pair by pair, as llama.cpp rotates it: published weights are so already."""
-    if config.get("rope_interleave", True):
-        return Rename(source, target)
-    heads, plain, rotated = (int(config[name]) for name in ("num_attention_heads", "qk_nope_head_dim", _ROPE))
-    columns = int(config["hidden_size"] if config.get("q_lora_rank") is None else config["q_lora_rank"])
-    flat, cut = (heads * (plain + rotated), columns), (heads, plain + rotated, columns)
-    parts = Split("heads", ("plain", "halves"), (plain, rotated), dim=1)
-    back = Inverse(Split("paired", ("plain", "pairs"), (plain, rotated), dim=1))
-    steps = (Reshape(source, "heads", flat, cut), parts, Interleave("halves", "pairs", dim=1), back)
-    return Chain((*steps, Reshape("paired", target, cut, flat)))
-
-
-def _latent(config: dict[str, Any], source: str, target: str) -> Operator:
-    if config.get("rope_interleave", True):
-        return Rename(source, target)
-    sizes = (int(config["kv_lora_rank"]), int(config[_ROPE]))
-    parts = Split(source, ("latent", "halves"), sizes)
-    return Chain((parts, Interleave("halves", "pairs"), Inverse(Split(target, ("latent", "pairs"), sizes))))
 
 
 def _absorbed(config: dict[str, Any], source: str, ours: str) -> Operator:
@@ -237,6 +218,3 @@ def _feed_forward(config: dict[str, Any], layer: int, theirs: str, ours: str) ->
         sources = tuple(f"{theirs}mlp.experts.{expert}.{part}_proj.weight" for expert in experts)
         found.append(Stack(sources, f"{ours}ffn_{part}_exps.weight"))
     return found
-
-
-_ROPE = "qk_rope_head_dim"

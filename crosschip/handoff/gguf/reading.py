@@ -79,8 +79,8 @@ class GgufSource:
 def imported(path: Path, like: dict[str, Any] | None = None) -> tuple[TensorSource, dict[str, Any]]:
     """The file's tensors under the published names, and the config.json that its keys mean.
 
-    What the export left out (multi-token prediction) is not there. With `like`, the config.json of the model that was
-    exported, tensors lie as that one says (rotary parts in halves or in pairs); else as the file has them.
+    What the export left out (multi-token prediction) is not there. With `like`, fields of the config.json of the model
+    that was exported, tensors lie as that one says (rotary parts in halves or in pairs); else as the file has them.
 
     Raises:
         HandoffError: the file cannot be read, its architecture is not known here, or tensors are missing or too many.
@@ -90,5 +90,5 @@ def imported(path: Path, like: dict[str, Any] | None = None) -> tuple[TensorSour
     config = architecture.fields_of(source.metadata)
     names = {"lm_head.weight"} if "output.weight" in source.names() else set[str]()
     config["tie_word_embeddings"] = not names
-    layout = architecture.layout(config if like is None else like, names)
+    layout = architecture.layout({**config, **(like or {})}, names)
     return LayoutSource(source, layout.inverse), config

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from crosschip.handoff.conversion.declared import quantised_layout
+from crosschip.handoff.conversion.rotary_pairs import in_pairs
 from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell
 from crosschip.handoff.source import ModelSource
 from crosschip.handoff.targets.target import Target, write_hugging_face
@@ -18,6 +19,7 @@ _HOW = Quantisation("fp8", (128, 128))
 
 
 def _export(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_bytes: int = SHARD_BYTES) -> None:
+    source = in_pairs(source)
     layout = quantised_layout(source.tensors, _HOW, getattr(torch, dtype))
     settings = {
         "quant_method": "fp8",

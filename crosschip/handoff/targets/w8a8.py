@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from crosschip.handoff.conversion.declared import is_quantised_weight, quantised_layout
+from crosschip.handoff.conversion.rotary_pairs import in_pairs
 from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell
 from crosschip.handoff.source import ModelSource, TensorSource
 from crosschip.handoff.targets.target import Target, write_hugging_face
@@ -22,6 +23,7 @@ _HOW = Quantisation("w8a8")
 
 
 def _export(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_bytes: int = SHARD_BYTES) -> None:
+    source = in_pairs(source)
     layout = quantised_layout(source.tensors, _HOW, getattr(torch, dtype))
     settings = _settings(source.tensors)
     write_hugging_face(source, layout, directory, dtype, tell, shard_bytes, settings)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from crosschip.errors import RecipeError
 from crosschip.plan.hardware import Hardware
-from crosschip.plan.search import find_layouts, layouts
+from crosschip.plan.search import check_layout, find_layouts, layouts
 from crosschip.plan.step import Layout, StepEstimate
 from crosschip.plan.step_time import estimate_step
 from crosschip.plan.validate.cases import GOODPUT, CannotPredict, Case, with_batch
@@ -40,7 +40,12 @@ def choose_layout(case: Case, hardware: Hardware) -> tuple[Case, Layout]:
         raise CannotPredict(f"no layout of {case.num_chips} chips", "mend n_chips, global_batch or parallelism")
     estimates = [estimate_step(case.job, layout, hardware) for layout in some]
     smallest = min(estimates, key=lambda each: each.memory_bytes)
-    note = f"counted memory is {smallest.memory_bytes / 1e9:.0f} GB, more than the chip's; the smallest layout is taken"
+    if smallest.memory_bytes > hardware.memory_bytes:
+        why = f"counted memory is {smallest.memory_bytes / 1e9:.0f} GB, more than the chip's"
+    else:
+        reason = check_layout(case.job, smallest.layout, case.num_chips, hardware)
+        why = f"the layout as published cannot be built here ({reason})"
+    note = f"{why}; the smallest layout is taken"
     return replace(case, notes=(*case.notes, note)), smallest.layout
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class CallableSubject:
     def _made(self) -> tuple[torch.nn.Module, Inputs]:
         try:
             made = self.make()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise QualifyError(f"{self.origin} raised {type(error).__name__}: {error}", "mend the function") from error
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
             raise QualifyError(
@@ -57,7 +57,9 @@ class CallableSubject:
             return module, (inputs,)
         if isinstance(inputs, list):
             return module, tuple(inputs)
-        if not isinstance(inputs, tuple | dict):
+        if isinstance(inputs, Mapping):
+            return module, dict(inputs)  # also what a tokenizer of transformers returns
+        if not isinstance(inputs, tuple):
             raise QualifyError(
                 f"the inputs that {self.origin} returned are of type {type(inputs).__name__}",
                 "return a tensor, a tuple or a dictionary for the module's forward",
@@ -76,7 +78,7 @@ def load_callable(origin: str) -> CallableSubject:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises; a script may end itself
         raise QualifyError(
             f"importing {module_name} failed: {type(error).__name__}: {error}",
             "run the command where the module can be imported, or mend it",

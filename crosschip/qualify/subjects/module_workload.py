@@ -14,6 +14,7 @@ from crosschip.qualify.subjects.generic_step import (
     switch_dropout_off,
 )
 from crosschip.qualify.subjects.subject import StepMeasure
+from crosschip.qualify.tracing.replay import tensors_in
 
 __all__ = ["Inputs", "ModuleWorkload"]
 
@@ -115,16 +116,15 @@ def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> t
 
 def _num_rows(inputs: Inputs) -> int:
     """The batch size: the first dimension of the first tensor that has one, 0 where none has."""
-    for value in inputs.values() if isinstance(inputs, dict) else inputs:
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return int(value.shape[0])
-    return 0
+    return next((int(tensor.shape[0]) for tensor in tensors_in(inputs) if tensor.dim() > 0), 0)
 
 
 def _mapped(inputs: Inputs, change: Any) -> Inputs:
     def changed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return change(value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(changed, value))
         if isinstance(value, list | tuple):
             return type(value)(changed(each) for each in value)
         if isinstance(value, dict):

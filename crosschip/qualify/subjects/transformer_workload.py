@@ -12,10 +12,12 @@ from crosschip.data import Batch
 from crosschip.model import Decoder, LatentCache, ModelConfig, Transformer, init_weights, load_model
 from crosschip.qualify.subjects.made_tokens import random_tokens, ruled_tokens
 from crosschip.qualify.subjects.subject import StepMeasure
-from crosschip.recipe import StageSettings
+from crosschip.recipe import ParallelSettings, StageSettings
 from crosschip.serve.engine.request import Request, SamplingParams
 from crosschip.serve.engine.runner import Runner
 from crosschip.serve.engine.scheduler import PrefillChunk, Step
+from crosschip.train.group.sharding import shard_model
+from crosschip.train.group.world import ALONE, World
 from crosschip.train.optimizer import build_optimizer
 from crosschip.train.step import NonFiniteError, train_step
 
@@ -54,6 +56,12 @@ class TransformerWorkload:
         self.module = self._model
         self._optimizer: torch.optim.Optimizer | None = None
         self._serving: _Serving | None = None
+        self._world: World = ALONE
+
+    def shard(self, world: World) -> None:
+        """Spread the model over ranks as `train` does, before the first step; each trains its share of a batch."""
+        shard_model(self._model, world, ParallelSettings())
+        self._world = world
 
     def train_step(self, index: int) -> StepMeasure:
         """One step of `train` on batch `index`."""
@@ -64,7 +72,9 @@ class TransformerWorkload:
         learning_rate = stage.learning_rate * (_warm_then_cool(index) if self._plan.ruled else 1.0)
         batch = self._batch(index)
         try:
-            found = train_step(self._model, self._optimizer, batch, stage, self._dtype, index + 1, learning_rate)
+            found = train_step(
+                self._model, self._optimizer, batch, stage, self._dtype, index + 1, learning_rate, self._world
+            )
         except NonFiniteError:
             return StepMeasure(math.nan, math.nan)
         return StepMeasure(found.loss, found.gradient_norm)
@@ -84,6 +94,7 @@ class TransformerWorkload:
             tokens = ruled_tokens(vocab_size, *shape, self._seed, index)
         else:
             tokens = random_tokens(vocab_size, *shape, self._seed * 1_000_003 + index)
+        tokens = tokens.tensor_split(self._world.size)[self._world.rank]
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def _server(self) -> _Serving:

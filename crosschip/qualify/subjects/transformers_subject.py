@@ -117,10 +117,15 @@ def _config(document: dict[str, Any], origin: str) -> Any:
 
 def _is_causal_lm(config: Any) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    named = [name for name in getattr(config, "architectures", None) or [] if not name.endswith("ForCausalLM")]
+    kind = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ""))
+    known = {kind} if kind.endswith("LMHeadModel") else set()  # as GPT-2's is called
+    named = getattr(config, "architectures", None) or []
     return (
-        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not named and not getattr(config, "is_encoder_decoder", False)
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and all(name.endswith("ForCausalLM") or name in known for name in named)
+        and not getattr(config, "is_encoder_decoder", False)
     )
 
 

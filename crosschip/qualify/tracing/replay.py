@@ -22,6 +22,7 @@ __all__ = [
     "best_time_s",
     "call_is_quick_enough",
     "call_keeps_its_contract",
+    "clock_of",
     "gradient_is_there",
     "gradients_of",
     "promises_strides",
@@ -161,7 +162,7 @@ def best_time_s(
     op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], device: str | torch.device, repeats: int
 ) -> float:
     """The shortest time in seconds of one call with waiting for its end. Other work can only make it longer."""
-    clock = _clock(device)
+    clock = clock_of(device)
     best = float("inf")
     for _ in range(repeats):
         _wait(device)
@@ -185,7 +186,7 @@ def _wait(device: str | torch.device) -> None:
         module.synchronize()
 
 
-def _clock(device: str | torch.device) -> Callable[[], float]:
+def clock_of(device: str | torch.device) -> Callable[[], float]:
     """The host's clock, or that of a simulated device, whose time is not the host's."""
     kind = torch.device(device).type
     module = None if kind == "cpu" else torch.get_device_module(kind)

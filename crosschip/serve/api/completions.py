@@ -142,7 +142,15 @@ class CompletionCall:
             request.logprobs,
             num_prompt_logprobs=num_prompt_logprobs,
             wants_routes=bool(request.return_routed_experts),
+            scores_as_drawn=request.logprobs_mode == "processed_logprobs",
         )
+        if params.mixes_scores:
+            raise ApiError(
+                400,
+                "processed_logprobs are told for a temperature alone, and the request leaves out or changes tokens; "
+                "take raw_logprobs, or leave out top_p, top_k, min_p, penalties and logit_bias",
+                param="logprobs_mode",
+            )
         tokenizer = self._served.tokenizer
         writer = AnswerWriter(tokenizer, request.stop_strings, splits_reasoning=False) if tokenizer else None
         return PlannedChoice(prompt.ids, params, writer)

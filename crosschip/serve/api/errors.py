@@ -35,9 +35,13 @@ def _respond(status: int, message: str, param: str | None = None, code: str | No
 
 
 def _describe_validation(error: RequestValidationError) -> tuple[str, str | None]:
-    """The first fault in words, and the parameter it is about."""
-    fault = error.errors()[0]
-    location = [part for part in fault["loc"] if part != "body"]
+    """The first fault in words, and the parameter it is about.
+
+    Of what may be of several types it says where the value fails that fits best: the most deeply nested fault.
+    """
+    faults = [(fault, _place(fault["loc"])) for fault in error.errors()]
+    same = [(fault, place) for fault, place in faults if place[:1] == faults[0][1][:1]]
+    fault, location = max(same, key=lambda each: len(each[1]))
     if fault["type"] == "json_invalid":
         return f"the body is not JSON: {fault.get('ctx', {}).get('error', fault['msg'])}", None
     if not location or not isinstance(location[0], str):
@@ -48,6 +52,11 @@ def _describe_validation(error: RequestValidationError) -> tuple[str, str | None
     if fault["type"] == "missing":
         return f"{place} is missing", location[0]
     return f"{place} = {shown}: {fault['msg']}", location[0]
+
+
+def _place(location: tuple[str | int, ...]) -> list[str | int]:
+    """Without the body itself, and without pydantic's names of types, such as `list[int]`."""
+    return [part for part in location if part != "body" and not (isinstance(part, str) and "[" in part)]
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -1,15 +1,12 @@
-"""Listening: a bound socket, what uvicorn is told, TLS, signals. No torch, so that the gateway starts at once."""
+"""Listening: a bound socket, what uvicorn is told, TLS. No torch, so that the gateway starts at once."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import signal
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from starlette.types import ASGIApp
 
 from crosschip.errors import ServeError
 
-__all__ = ["LOOPBACK", "Tls", "bind", "log_to_stderr", "signals_end_cleanly", "url_of", "uvicorn_config"]
+__all__ = ["LOOPBACK", "Tls", "bind", "log_to_stderr", "url_of", "uvicorn_config"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that only this machine can reach
 
@@ -80,18 +77,6 @@ def uvicorn_config(app: ASGIApp, *, grace_s: float, lifespan: bool = False, tls:
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,
     )
-
-
-@contextmanager
-def signals_end_cleanly() -> Iterator[None]:
-    """The server takes SIGTERM and SIGINT, ends, and then raises them again; here they have done their work."""
-    caught = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: None) for number in caught]
-    try:
-        yield
-    finally:
-        for number, handler in zip(caught, before, strict=True):
-            signal.signal(number, handler)
 
 
 def log_to_stderr(logger: logging.Logger) -> None:

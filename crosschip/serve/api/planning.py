@@ -70,6 +70,7 @@ def sampling_params(
     num_prompt_logprobs: int | None = None,
     constraint: AnswerConstraint | None = None,
     wants_routes: bool = False,
+    scores_as_drawn: bool = False,
 ) -> SamplingParams:
     """The settings of one choice; choices of one seed differ by their number, and the first has the seed itself.
 
@@ -95,4 +96,5 @@ def sampling_params(
         logit_bias=tuple(sorted((int(name), bias) for name, bias in (request.logit_bias or {}).items())),
         constraint=constraint,
         wants_routes=wants_routes,
+        scores_as_drawn=scores_as_drawn,
     )

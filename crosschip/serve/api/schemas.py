@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from crosschip.data import Message, ToolCall
 from crosschip.serve.api.errors import ApiError
@@ -136,6 +136,12 @@ class ChatMessage(_Lenient):
     tool_call_id: Text | None = None
     name: Text | None = None
 
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role} has a content; give text, the empty one if need be")
+        return self
+
     def as_message(self) -> Message:
         """The message as chat templates know it; `developer` is what templates call `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
@@ -215,10 +221,14 @@ class ChatRequest(CommonRequest):
 
 
 class CompletionRequest(CommonRequest):
-    """`POST /v1/completions`: text or token ids, one prompt or several. `return_routed_experts` is ours."""
+    """`POST /v1/completions`: text or token ids, one prompt or several. `return_routed_experts` is ours.
+
+    So is `logprobs_mode`, for which vLLM's server has an option: log-probs at temperature 1, or of the distribution
+    that tokens are drawn from."""
 
     prompt: Text | TokenIds | list[Text] | list[TokenIds]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None
     echo: bool | None = None
     return_routed_experts: bool | None = None
 
@@ -235,6 +245,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),  # of completions
     "return_routed_experts": (False,),  # of chats
+    "logprobs_mode": ("raw_logprobs",),  # of chats
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 import uvicorn
 
 from crosschip.certificate import Status
+from crosschip.certificate.signing import read_public_key
 from crosschip.serve.api.app import create_app
+from crosschip.serve.api.ending import GRACE_S, EndingServer
 from crosschip.serve.api.listening import (
     LOOPBACK,
     Tls,
     bind,
     log_to_stderr,
-    signals_end_cleanly,
     url_of,
     uvicorn_config,
 )
@@ -63,6 +63,7 @@ def serve(
     device: str = "auto",
     model_name: str | None = None,
     require_certificate: bool = False,
+    public_key: Path | None = None,
     limits: Limits | None = None,
     tls: Tls | None = None,
     engine_options: EngineOptions | None = None,
@@ -72,13 +73,16 @@ def serve(
     """Serve a model directory until SIGTERM or SIGINT. Port 0 lets the system choose; the choice is printed.
 
     Answers under way at the signal have `drain_s` to end. `tool_format` is found from the chat template unless named.
+    With `public_key`, a PEM file, only certificates that its owner signed are believed, those of later weights too.
 
     Raises:
         ServeError: a certificate was required, the port is taken, the limits cannot be met, keys or TLS files cannot
             be read, or the tool format is not known.
         ModelError: a directory this code cannot run.
+        HandoffError: the public key cannot be read.
     """
     limits = limits or Limits()
+    signer = None if public_key is None else read_public_key(public_key)
     if limits.api_keys is not None:
         load_keys(limits.api_keys)  # told before anything slow happens
     if tls is not None:
@@ -88,7 +92,7 @@ def serve(
     named_dtype = None if dtype == "auto" else dtype
 
     def find_certificate(of: Path) -> Status:
-        status = find_status(of, device, named_dtype, tell=_say)
+        status = find_status(of, device, named_dtype, _say, signer)
         if require_certificate:
             certified_or_refused(of, status)
         return status
@@ -112,36 +116,25 @@ def serve(
             find_certificate=find_certificate,
             tool_format=tool_format,
         )
-        _announce(app.state.served, url_of(host, listener, tls))
-        _tell_if_open(host, limits)
-        config = uvicorn_config(app, grace_s=drain_s + 5, tls=tls)
-        with signals_end_cleanly():
-            _Server(config, engine, drain_s).run(sockets=[listener])
-    finally:
+    except BaseException:
         engine.close()
+        raise
+    server = EndingServer(uvicorn_config(app, grace_s=drain_s + GRACE_S, tls=tls), drain_s, break_off=engine.close)
+    with server.ending_at_signals():
+        try:
+            _announce(app.state.served, url_of(host, listener, tls))
+            _tell_if_open(host, limits)
+            server.run(sockets=[listener])
+        finally:
+            engine.close()
     print("ended", flush=True)
-
-
-class _Server(uvicorn.Server):
-    """Ends the engine a while after the signal to end: answers under way then get their last event, and end."""
-
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
-        super().__init__(config)
-        self._engine, self._drain_s = engine, drain_s
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the signal (uvicorn)."""
-        last_moment = threading.Timer(self._drain_s, self._engine.close)
-        last_moment.daemon = True
-        last_moment.start()
-        super().handle_exit(sig, frame)
 
 
 @contextmanager
 def background_server(engine: Engine, **app_options: Any) -> Iterator[str]:
     """Serve an engine on a free local port from a thread while the block runs; yields the URL."""
     listener: socket.socket = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn_config(create_app(engine, **app_options), grace_s=SHUTDOWN_GRACE_S + 5))
+    server = uvicorn.Server(uvicorn_config(create_app(engine, **app_options), grace_s=SHUTDOWN_GRACE_S + GRACE_S))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -129,6 +129,9 @@ class OuterLayer:
         except HTTPException as error:  # of a body that another layer read
             if not begun:
                 await _send_error(send_with_headers, error.status_code, str(error.detail), "body_too_large")
+        except asyncio.CancelledError:  # the server ends, and this client did not in the time it was given
+            if not begun:
+                await _send_error(send_with_headers, 503, "the server ends", "server_ended")
         except Exception:  # a defect of ours: its traceback belongs into the log, and the client gets an answer
             logger.exception("a defect in the server, at %s", scope["path"])
             if not begun:

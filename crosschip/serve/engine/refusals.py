@@ -59,3 +59,8 @@ def _refuse_settings(params: SamplingParams) -> None:
     for name, is_possible, allowed in rules:
         if not is_possible:
             raise ServeError(f"{name} is {getattr(params, name)}", f"give {allowed}")
+    if params.mixes_scores:
+        raise ServeError(
+            "log-probs as drawn are told for a temperature alone, and the request leaves out or changes tokens, too",
+            "take raw_logprobs, or leave out top_p, top_k, min_p, penalties, logit_bias and constraints",
+        )

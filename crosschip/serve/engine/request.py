@@ -35,7 +35,8 @@ class SamplingParams:
     multiplies negative logits of what stands in prompt or answer (arXiv 1909.05858); `presence_penalty` is taken off
     once, and `frequency_penalty` as often as the token stands in the answer (OpenAI's). `logit_bias` holds pairs of
     token id and what is added. `constraint` belongs to one request alone and leaves out what it does not allow.
-    Log-probs are the model's own, before any of these. `wants_routes` asks for the experts that each token took.
+    Log-probs are the model's own, before any of these, or with `scores_as_drawn` those at the request's temperature:
+    of the distribution that the token was drawn from. `wants_routes` asks for the experts that each token took.
     """
 
     max_tokens: int
@@ -53,6 +54,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     constraint: Constraint | None = None
     wants_routes: bool = False
+    scores_as_drawn: bool = False
 
     @property
     def adjusts_logits(self) -> bool:
@@ -64,6 +66,11 @@ class SamplingParams:
     def is_filtered(self) -> bool:
         """Whether unlikely tokens are left out before one is drawn."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
+    def mixes_scores(self) -> bool:
+        """Whether log-probs as drawn are asked for that are not those of a temperature alone: nobody computes them."""
+        return self.scores_as_drawn and (self.is_filtered or self.adjusts_logits)
 
     @property
     def greedy(self) -> bool:

@@ -228,7 +228,7 @@ def _to_host(
     parts = [ids_N.to(torch.int32), greatest_N.isfinite().to(torch.int32)]
     index_S, num_top = plan.scored_index_S, 0
     if index_S is not None:
-        own_S, top_ids_SK, top_SK = top_logprobs(logits_NV[index_S], ids_N[index_S], plan.num_top)
+        own_S, top_ids_SK, top_SK = top_logprobs(logits_NV[index_S], ids_N[index_S], plan.num_top, plan.temperature_S1)
         num_top = top_SK.shape[1]
         parts += [own_S.view(torch.int32), top_ids_SK.to(torch.int32).flatten(), top_SK.flatten().view(torch.int32)]
     packed = torch.cat(parts).cpu()

@@ -38,6 +38,7 @@ class SamplingPlan:
     scored: list[int]
     num_top: int
     scored_index_S: torch.Tensor | None
+    temperature_S1: torch.Tensor | None  # of the log-probs; None: 1 for all
 
 
 def plan_sampling(requests: Sequence[Request], device: torch.device) -> SamplingPlan:
@@ -55,7 +56,14 @@ def plan_sampling(requests: Sequence[Request], device: torch.device) -> Sampling
     scored = [row for row, request in enumerate(requests) if request.params.num_logprobs is not None]
     num_top = max((requests[row].params.num_logprobs or 0 for row in scored), default=0)
     adjusted = [AdjustedRow(row, request) for row, request in enumerate(requests) if request.params.adjusts_logits]
-    return SamplingPlan(drawn, adjusted, scored, num_top, torch.tensor(scored, device=device) if scored else None)
+    index_S = torch.tensor(scored, device=device) if scored else None
+    return SamplingPlan(drawn, adjusted, scored, num_top, index_S, _temperatures([requests[s] for s in scored], device))
+
+
+def _temperatures(scored: Sequence[Request], device: torch.device) -> torch.Tensor | None:
+    """The temperature of each scored row's log-probs, [S, 1]."""
+    found = [r.params.temperature if r.params.scores_as_drawn and not r.params.greedy else 1.0 for r in scored]
+    return torch.tensor(found, device=device, dtype=torch.float32)[:, None] if set(found) - {1.0} else None
 
 
 def _drawn_rows(requests: Sequence[Request], rows: list[int], filtered: bool, device: torch.device) -> _DrawnRows:
@@ -112,10 +120,12 @@ def _draw_filtered(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, row
 
 
 def top_logprobs(
-    logits_SV: torch.Tensor, ids_S: torch.Tensor, num_top: int
+    logits_SV: torch.Tensor, ids_S: torch.Tensor, num_top: int, temperature_S1: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs (natural, from fp32 logits before any temperature): the ids' own [S], the top ids and theirs [S, K]."""
-    logprobs_SV = torch.log_softmax(logits_SV.float(), dim=-1)
+    """Log-probs (natural, from fp32 logits): the ids' own [S], the top ids and theirs [S, K]. Without a temperature
+    at 1."""
+    logits_SV = logits_SV.float()
+    logprobs_SV = torch.log_softmax(logits_SV if temperature_S1 is None else logits_SV / temperature_S1, dim=-1)
     own_S = logprobs_SV.gather(1, ids_S[:, None]).squeeze(1)
     top_SK, top_ids_SK = logprobs_SV.topk(min(num_top, logprobs_SV.shape[1]), dim=-1)
     return own_S, top_ids_SK, top_SK

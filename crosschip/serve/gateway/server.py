@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
 
 from crosschip.certificate import Serving, Status, status_of
+from crosschip.certificate.signing import read_public_key
+from crosschip.serve.api.ending import GRACE_S, EndingServer
 from crosschip.serve.api.listening import (
     LOOPBACK,
     Tls,
     bind,
     log_to_stderr,
-    signals_end_cleanly,
     url_of,
     uvicorn_config,
 )
-from crosschip.serve.gateway.app import Gateway, create_gateway
+from crosschip.serve.gateway.app import create_gateway
 from crosschip.serve.gateway.settings import EngineTable, GatewaySettings, load_settings
 
 __all__ = ["serve_gateway"]
 
 logger = logging.getLogger("crosschip.serve.gateway")
-
-_AFTER_DRAIN_S = 5  # for error events and their clients, after what is under way was broken off
 
 
 def serve_gateway(
@@ -36,61 +30,43 @@ def serve_gateway(
     port: int = 8000,
     *,
     require_certificate: bool = False,
+    public_key: Path | None = None,
     tls: Tls | None = None,
 ) -> None:
     """Serve what GATEWAY.toml describes until SIGTERM or SIGINT; then drain.
 
+    With `public_key`, a PEM file, only certificates that its owner signed count for engines that tell of none; a native
+    engine is told so itself, when it is started.
+
     Raises:
         ServeError: a file that cannot be honoured, or a port that is taken.
+        HandoffError: the public key cannot be read.
     """
     settings = load_settings(file)
+    signer = None if public_key is None else read_public_key(public_key)
     if tls is not None:
         tls.check()
     listener = bind(host, port)
     log_to_stderr(logger)
-    gateway = create_gateway(settings, _certificates(settings.engines), require_certificate)
-    _announce(settings, url_of(host, listener, tls), is_open=host not in LOOPBACK)
+    gateway = create_gateway(settings, _certificates(settings.engines, signer), require_certificate)
     drain_s = settings.forwarding.drain_s
-    config = uvicorn_config(gateway.app, grace_s=drain_s + _AFTER_DRAIN_S, lifespan=True, tls=tls)
-    with signals_end_cleanly():
-        _Server(config, gateway, drain_s).run(sockets=[listener])
+    config = uvicorn_config(gateway.app, grace_s=drain_s + GRACE_S, lifespan=True, tls=tls)
+    server = EndingServer(config, drain_s, lambda: server.call_in_loop(gateway.break_off), gateway.drain)
+    with server.ending_at_signals():
+        _announce(settings, url_of(host, listener, tls), is_open=host not in LOOPBACK)
+        server.run(sockets=[listener])
     print("ended", flush=True)
 
 
-class _Server(uvicorn.Server):
-    """Drains at the signal to end, and breaks off what is still under way `drain_s` later."""
-
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_s: float) -> None:
-        super().__init__(config)
-        self._gateway, self._drain_s = gateway, drain_s
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def serve(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        """Serve until told to end (uvicorn)."""
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets=sockets)  # type: ignore[arg-type]
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the signal (uvicorn)."""
-        self._gateway.drain()
-        last_moment = threading.Timer(self._drain_s, self._break_off)
-        last_moment.daemon = True
-        last_moment.start()
-        super().handle_exit(sig, frame)
-
-    def _break_off(self) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._gateway.break_off)
-
-
-def _certificates(tables: list[EngineTable]) -> dict[str, Status]:
+def _certificates(tables: list[EngineTable], signer: bytes | None) -> dict[str, Status]:
     """What holds for the engines whose tables name a certified directory."""
     found = {}
     for table in tables:
         if table.certified is not None and table.kind != "native":
             serving = Serving(table.kind, table.certified.chip_kind, table.certified.dtype)
             say = lambda line, name=table.name: print(f"{name}: {line}", flush=True)  # noqa: E731
-            found[table.name] = status_of(table.certified.directory, lambda _, known=serving: known, say)  # type: ignore[misc]
+            known = lambda _, known=serving: known  # noqa: E731
+            found[table.name] = status_of(table.certified.directory, known, say, signer)
     return found
 
 

@@ -6,6 +6,9 @@ import asyncio
 import logging
 import os
 import random
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from crosschip.errors import CrosschipError
@@ -63,7 +66,7 @@ class ParityWatch:
         while True:
             engine, version, said = await self._due.get()
             try:
-                scored = await asyncio.to_thread(self._score, said)
+                scored = await self._scored(said)
             except (CrosschipError, EngineBrokeError) as error:
                 # The words of a refusal may hold parts of the prompt, so only their kind is told.
                 logger.warning("parity: the reference %s did not score: %s", self.table.reference, type(error).__name__)
@@ -112,6 +115,26 @@ class ParityWatch:
         told = {key: value if value != float("inf") else "inf" for key, value in figures.items()}
         not_covered = self._uncovered.get(name, {})
         return {"engine": name, "weights_version": version or None, **told, "not_covered": not_covered}
+
+    async def _scored(self, said: Said) -> Scored:
+        """In a thread that does not keep the process: a reference may say nothing for minutes."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Scored] = loop.create_future()
+
+        def tell(act: Callable[[Any], None], value: Any) -> None:
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(lambda: None if future.done() else act(value))
+
+        def score() -> None:
+            try:
+                scored = self._score(said)
+            except Exception as error:
+                tell(future.set_exception, error)
+            else:
+                tell(future.set_result, scored)
+
+        threading.Thread(target=score, name="crosschip-parity", daemon=True).start()
+        return await future
 
     def _score(self, said: Said) -> Scored:
         key = self.table.reference_api_key_env

@@ -49,6 +49,9 @@ FAULTS: dict[str, DrillFault] = {
         DrillFault("full-disk", "the disk is full during a save", "order", ("checkpoint-failed",)),
         DrillFault("truncated", "the newest checkpoint has been cut", "file", ("damaged-checkpoint",)),
         DrillFault("flipped-byte", "a byte of the newest checkpoint is another", "file", ("damaged-checkpoint",)),
+        DrillFault(
+            "wrong-save", "a checkpoint is saved before a tensor of it has arrived", "order", ("checkpoint-wrong",)
+        ),
         DrillFault("nan-gradient", "a gradient is NaN in one step", "order", ("transient-fault", "non-finite")),
         DrillFault("loss-spike", "the data of a step are noise", "order", ("loss-spike", "gradient-spike")),
         DrillFault(

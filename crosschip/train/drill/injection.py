@@ -6,6 +6,7 @@ the interpreter's lock, a real refusal of the operating system to write or to gi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crosschip.model.weights import MODEL_PREFIX
 from crosschip.train.drill.orders import Order, note_taken, take_order
 from crosschip.train.group.sharding import local_part
 
 if TYPE_CHECKING:
     from crosschip.data import Batch
     from crosschip.model import Transformer
+    from crosschip.train.checkpoint.staging import Staged
     from crosschip.train.stage_job import StageJob
     from crosschip.train.step import StepSums
 
@@ -102,7 +105,7 @@ class _Disturber:
             case "slow":
                 self._strike()
                 self._slow_steps, self._slow_s = _SLOW_STEPS, _SLOW_TIMES * self._step_s
-            case "save-hang" | "full-disk" as fault:
+            case "save-hang" | "full-disk" | "wrong-save" as fault:
                 self._disturb_next_save(fault)
 
     def _pending(self) -> str | None:
@@ -168,15 +171,24 @@ class _Disturber:
         assert order is not None
         honest = writing.write_checkpoint
 
-        def write_checkpoint(*args: Any, **kwargs: Any) -> None:
+        def write_checkpoint(path: Path, staged: Staged, *args: Any, **kwargs: Any) -> None:
             writing.write_checkpoint = honest
             note_taken(self._directory, order, self._job.position.step)
             if fault == "save-hang":
                 time.sleep(_FOR_EVER_S)
-            with _full_disk():
-                honest(*args, **kwargs)
+            if fault == "wrong-save":
+                _lose_half(staged)
+            with _full_disk() if fault == "full-disk" else contextlib.nullcontext():
+                honest(path, staged, *args, **kwargs)
 
         writing.write_checkpoint = write_checkpoint
+
+
+def _lose_half(staged: Staged) -> None:
+    """Leave the second half of the largest weight's copy as the memory was before it arrived: zeros."""
+    weights = [copy for index, copy in staged.copies.items() if index.fqn.startswith(MODEL_PREFIX)]
+    largest = max(weights, key=Tensor.numel).view(-1)
+    largest[largest.numel() // 2 :] = 0
 
 
 class _full_disk:

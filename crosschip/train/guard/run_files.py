@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from crosschip.rundir import is_complete
 from crosschip.train.guard.observed import Event
 
-__all__ = ["EventLog", "committed_steps", "logged_steps", "newest_stage"]
+__all__ = ["EventLog", "committed_steps", "cut_torn_line", "last_logged_step", "logged_steps", "newest_stage"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TAIL = 4096  # bytes at the end of a log, more than its longest line
@@ -29,15 +30,38 @@ def committed_steps(train_directory: Path) -> int:
 
 def logged_steps(train_directory: Path) -> int:
     """The steps that the logs hold, over all stages: progress of a group that others heal after a fault."""
-    return sum(_last_step(path) for path in train_directory.glob("*/metrics.jsonl"))
+    return sum(last_logged_step(path) for path in train_directory.glob("*/metrics.jsonl"))
 
 
-def _last_step(metrics: Path) -> int:
-    """The step of the last whole line."""
+def last_logged_step(metrics: Path) -> int:
+    """The step of the last whole line; 0 where there is none."""
+    if not metrics.exists():
+        return 0
     with metrics.open("rb") as file:
         file.seek(max(0, metrics.stat().st_size - _TAIL))
         lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"}\n")]
     return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop the end of a log after its last whole line, which a full disk or a power cut has left.
+
+    The next line would go on in the middle of it, and no reader could read either.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _TAIL)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
 
 
 def newest_stage(train_directory: Path) -> str:
@@ -62,6 +86,8 @@ class EventLog:
         directory = self._train_directory / stage
         if not stage or not directory.is_dir():
             return
+        path = directory / "events.jsonl"
+        cut_torn_line(path)
         # One write of one line, at the end whoever wrote last: lines of two processes do not mix.
-        with (directory / "events.jsonl").open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(event), ensure_ascii=False) + "\n")

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from crosschip.errors import CheckpointError
 from crosschip.train.outer.errors import SidecarLost
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
+from crosschip.train.outer.link_watch import OuterLinkWatch
 from crosschip.train.outer.messages import OuterStep, OuterStepDone, View
 from crosschip.train.outer.outer_files import load_outer_state, save_outer_state
 from crosschip.train.outer.outer_state import OuterState
@@ -54,6 +56,7 @@ class DiLoCo:
         flat: FlatParameters,
         state: TrainingState,
         rhythm: Rhythm,
+        watch: OuterLinkWatch | None = None,
     ) -> None:
         self.handle = start(self._donate)
         self.traffic = Traffic()
@@ -61,6 +64,8 @@ class DiLoCo:
         self._flat, self._state, self._rhythm = flat, state, rhythm
         self._events: list[GroupEvent] = []
         self._place: Place | None = None
+        self._watch = watch
+        self._step_s, self._computing_since = 0.0, time.monotonic()
         self._inner_steps = 0  # since the last outer step
         self._tokens_since = [0] * len(self.outer.fragments)  # since each fragment's last outer step
         self._under_way: OuterStep | None = None
@@ -119,13 +124,21 @@ class DiLoCo:
         return True
 
     def save(self, stage_directory: Path, step: int) -> None:
-        """Write the outer state of this rank."""
+        """Write the outer state of this rank. What cannot be written is told, and training goes on."""
         tensors, counts = self.export()
-        save_outer_state(stage_directory, self.handle.config.member.rank, step, tensors, counts)
+        try:
+            save_outer_state(stage_directory, self.handle.config.member.rank, step, tensors, counts)
+        except CheckpointError as error:
+            self._tell("outer-state-not-saved", error.problem, "training goes on; the next save tries again")
 
     def resume(self, stage_directory: Path, step: int) -> None:
         """Take up this rank's outer state where it was saved after `step`, and meet the other groups."""
-        found = load_outer_state(stage_directory, self.handle.config.member.rank, step)
+        try:
+            found = load_outer_state(stage_directory, self.handle.config.member.rank, step)
+        except CheckpointError as error:
+            found = None
+            anew = "the outer optimizer begins anew, from the other groups' state or the checkpoint's weights"
+            self._tell("damaged-outer-state", error.problem, anew)
         if found is not None:
             self.load(*found)
         self.join()
@@ -141,6 +154,8 @@ class DiLoCo:
         self._take_all()
 
     def _send(self, num_tokens: int) -> None:
+        if num_tokens and self._inner_steps:
+            self._step_s = (time.monotonic() - self._computing_since) / self._inner_steps
         fragment = self.outer.fragments[self.outer.due]
         self._flat.write(self.handle.memory.exchange, fragment.first, fragment.last)
         self._under_way = OuterStep(num_tokens, tuple(self._state.buffers()))
@@ -174,6 +189,8 @@ class DiLoCo:
         self.traffic.num_exchanges += 1
         self._under_way, self._revived = None, False
         self._apply(done)
+        self._look_at_link(done)
+        self._computing_since = time.monotonic()
         return done
 
     def _apply(self, done: OuterStepDone) -> None:
@@ -201,6 +218,13 @@ class DiLoCo:
         if done.committed or done.view.donation is not None:
             self._inner_steps = 0
         self._take_place(done.view)
+
+    def _look_at_link(self, done: OuterStepDone) -> None:
+        if self._watch is None or not self._step_s:
+            return
+        event = self._watch.observe(done.wire_s, done.wire_bytes, done.view.num_participants, self._step_s)
+        if event is not None:
+            self._events.append(event)
 
     def _take_all(self) -> None:
         for number, fragment in enumerate(self.outer.fragments):

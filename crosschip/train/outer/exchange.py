@@ -6,6 +6,7 @@ group sends 2 (G - 1) / G times the vector's encoded size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,11 +36,15 @@ class ExchangeGroup:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over groups, what encoding lost on this side (None for an exact codec), and the bytes that were sent."""
+    """The mean over groups, what encoding lost on this side (None for an exact codec), and the bytes that were sent.
+
+    `wire_s` are the seconds in which bytes were under way.
+    """
 
     values: torch.Tensor
     residual: torch.Tensor | None
     num_bytes_sent: int
+    wire_s: float = 0.0
 
 
 def gather_numbers(group: ExchangeGroup, numbers: Sequence[float]) -> tuple[list[list[float]], int]:
@@ -72,13 +77,18 @@ def weighted_mean(
     given = given.view(group.size, chunk)
 
     sent = codec.encode(given)
+    began = time.monotonic()
     received = _all_to_all(group, sent)
+    wire_s = time.monotonic() - began
     mean = torch.zeros(chunk)
     for rank, weight in enumerate(weights):
         if weight > 0:  # a group without weight may hold anything
             mean.add_(codec.decode(received[rank : rank + 1])[0].mul_(weight / total))
     encoded_mean = codec.encode(mean[None])
-    everything = codec.decode(_all_gather(group, encoded_mean)).view(-1)
+    began = time.monotonic()
+    gathered = _all_gather(group, encoded_mean)
+    wire_s += time.monotonic() - began
+    everything = codec.decode(gathered).view(-1)
 
     lost = None
     if not codec.is_exact and own_weight > 0:
@@ -86,7 +96,7 @@ def weighted_mean(
         lost[group.rank] += (mean - everything.view(group.size, chunk)[group.rank]).mul_(total / own_weight)
         lost = lost.view(-1)[:num_values]
     num_bytes = (sent.shape[1] + encoded_mean.shape[1]) * (group.size - 1)
-    return Mean(everything[:num_values], lost, num_bytes)
+    return Mean(everything[:num_values], lost, num_bytes, wire_s)
 
 
 def _all_to_all(group: ExchangeGroup, sent: torch.Tensor) -> torch.Tensor:

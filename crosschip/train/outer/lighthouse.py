@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 
+from crosschip.errors import EXIT_BAD_USAGE
 from crosschip.train.outer.errors import GroupsError
 from crosschip.train.outer.time_limits import TimeLimits
 
@@ -93,13 +94,21 @@ def main() -> None:
     from torchft.coordination import LighthouseServer
 
     limits = TimeLimits()
-    server = LighthouseServer(
-        bind=options.bind,
-        min_replicas=options.min_groups,
-        join_timeout_ms=int(options.late_group_s * 1e3),
-        quorum_tick_ms=_TICK_MS,
-        heartbeat_timeout_ms=int(limits.heartbeat_lost_s * 1e3),
-    )
+    try:
+        server = LighthouseServer(
+            bind=options.bind,
+            min_replicas=options.min_groups,
+            join_timeout_ms=int(options.late_group_s * 1e3),
+            quorum_tick_ms=_TICK_MS,
+            heartbeat_timeout_ms=int(limits.heartbeat_lost_s * 1e3),
+        )
+    except RuntimeError as error:  # the port is taken, or the address is none of this machine's
+        print(
+            f"crosschip: no lighthouse on {options.bind}: {error}\n  what to do: choose a free port and an address of "
+            "this machine: --bind HOST:PORT",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_BAD_USAGE)
     port = int(server.address().rpartition(":")[2].rstrip("/"))
     print(_outside_address(options.bind, port), flush=True)
     if options.stdin:

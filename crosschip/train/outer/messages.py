@@ -170,6 +170,7 @@ class OuterStepDone:
     """The answer to `OuterStep`. `committed` is False only when no group had tokens.
 
     `excluded` says why this group's own part was left out, if it was. `failures` are the tries before this one.
+    `wire_s` and `wire_bytes` are those of the parameters alone, after the groups had met.
     """
 
     committed: bool
@@ -182,6 +183,8 @@ class OuterStepDone:
     seconds: float
     excluded: str = ""
     failures: tuple[str, ...] = ()
+    wire_s: float = 0.0
+    wire_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from crosschip.train.outer.diloco import DiLoCo, Rhythm
 from crosschip.train.outer.errors import GroupsError
 from crosschip.train.outer.every_step import EveryStep
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors
+from crosschip.train.outer.link_watch import OuterLinkWatch
 from crosschip.train.outer.memory import Layout
 from crosschip.train.outer.messages import Config, Member, Rules
 from crosschip.train.outer.placement import split_into_fragments
@@ -62,7 +63,9 @@ def open_groups(
     if choice.mode == "every-step":
         return EveryStep(start, flat, state)
     interval = choice.sync_every // choice.fragments
-    return DiLoCo(start, flat, state, Rhythm(interval, choice.overlap_steps, settings.own_share, batch_size))
+    rhythm = Rhythm(interval, choice.overlap_steps, settings.own_share, batch_size)
+    watch = None if link is None else OuterLinkWatch(settings, link, flat.num_elements * member.size, member.size)
+    return DiLoCo(start, flat, state, rhythm, watch)
 
 
 def _rules(settings: GroupSettings, choice: Choice, flat: FlatParameters, recipe_digest: str) -> Rules:

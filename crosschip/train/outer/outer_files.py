@@ -5,12 +5,13 @@ It belongs to a layout: with another number of ranks it is begun anew from the p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from crosschip.errors import CheckpointError
@@ -35,20 +36,29 @@ def save_outer_state(
     path = _path(stage_directory, rank, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    told = json.dumps(counts)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"counts": json.dumps(counts)}
-        )
+        save_file(whole, temporary, {"counts": told, "sha256": _digest(whole, told)})
         with temporary.open("rb") as opened:
             os.fsync(opened.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the second kind
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"the outer state of step {step} could not be written to {path}: {error}",
             "free disk space, then go on with --resume",
         ) from error
     for older in sorted(path.parent.glob(f"step-*-rank-{rank}.safetensors"))[:-_KEPT]:
         older.unlink()
+
+
+def _digest(tensors: dict[str, torch.Tensor], counts: str) -> str:
+    """SHA-256 over the numbers and the counts."""
+    found = hashlib.sha256(counts.encode())
+    for name in sorted(tensors):
+        found.update(tensors[name].numpy().data.cast("B"))
+    return found.hexdigest()
 
 
 def load_outer_state(
@@ -65,7 +75,10 @@ def load_outer_state(
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["counts"])
+            told, digest = file.metadata()["counts"], file.metadata().get("sha256")
+        if digest not in (None, _digest(tensors, told)):  # None: of an older crosschip
+            raise ValueError("its numbers are not those that were written")
+        return tensors, json.loads(told)
     except Exception as error:  # safetensors raises its own type for a cut or damaged file
         raise CheckpointError(
             f"{path} cannot be read: {error}",

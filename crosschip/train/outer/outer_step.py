@@ -78,6 +78,8 @@ def take_outer_step(
             seconds=time.monotonic() - started,
             excluded=attempt.excluded,
             failures=tuple(failures),
+            wire_s=attempt.mean.wire_s if attempt.mean else 0.0,
+            wire_bytes=attempt.mean.num_bytes_sent if attempt.mean else 0,
         )
 
 

@@ -19,7 +19,7 @@ from crosschip.recipe import RlSettings
 from crosschip.train.rl.batch import RlBatch
 
 if TYPE_CHECKING:
-    from crosschip.model import Transformer
+    from crosschip.model import TokenLogprobs, Transformer
 
 __all__ = ["Agreement", "GrpoObjective", "score_batch", "token_losses"]
 
@@ -125,7 +125,7 @@ class GrpoObjective:
         """See `train.step.Objective`; the loss that is told is the mean -log p of the sampled tokens."""
         assert isinstance(part, RlBatch)
         batch = _on(part, next(model.parameters()).device)
-        found = model.logprobs(batch.input_ids_BT, batch.labels_BT, compute_dtype, batch.routes_BTLK)
+        found = _logprobs(model, batch, compute_dtype, self.settings.temperature)
         losses = token_losses(found.logprobs_BT, batch, self.settings)
         told_BT = found.logprobs_BT.detach()
         self.hear(_agreement(told_BT if batch.old_BT is None else batch.old_BT, batch, losses))
@@ -154,13 +154,18 @@ def _on(batch: RlBatch, device: torch.device) -> RlBatch:
     return RlBatch(**moved)
 
 
+def _logprobs(model: Transformer, batch: RlBatch, compute_dtype: torch.dtype, temperature: float) -> TokenLogprobs:
+    """Of the distribution that was sampled from: the policy is the model at the temperature."""
+    return model.logprobs(batch.input_ids_BT, batch.labels_BT, compute_dtype, batch.routes_BTLK, temperature)
+
+
 @torch.no_grad()
-def score_batch(model: Transformer, batch: RlBatch, num_parts: int, compute_dtype: torch.dtype) -> Tensor:
+def score_batch(model: Transformer, batch: RlBatch, settings: RlSettings, compute_dtype: torch.dtype) -> Tensor:
     """The model's log-probs of a batch's trained labels, [B, T] on the CPU, 0 elsewhere."""
     device = next(model.parameters()).device
     scored_BT = torch.zeros_like(batch.behaviour_BT)
-    for index_B in torch.arange(len(batch)).chunk(num_parts):
+    for index_B in torch.arange(len(batch)).chunk(settings.gradient_accumulation):
         part = _on(batch.rows(index_B), device)
-        found = model.logprobs(part.input_ids_BT, part.labels_BT, compute_dtype, part.routes_BTLK)
+        found = _logprobs(model, part, compute_dtype, settings.temperature)
         scored_BT[index_B, : found.logprobs_BT.shape[1]] = found.logprobs_BT.cpu()
     return scored_BT

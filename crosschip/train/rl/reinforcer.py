@@ -147,7 +147,7 @@ class Reinforcer:
         own_B = torch.arange(self.world.rank, len(batch), self.world.size)
         scored_BT = torch.zeros_like(batch.behaviour_BT)
         share = batch.rows(own_B)
-        found_BT = score_batch(model, share, self.settings.gradient_accumulation, self.compute_dtype)
+        found_BT = score_batch(model, share, self.settings, self.compute_dtype)
         scored_BT[own_B, : found_BT.shape[1]] = found_BT
         device = next(model.parameters()).device
         return self.world.sum(scored_BT.to(device)).cpu()

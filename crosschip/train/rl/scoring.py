@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from crosschip.data import check_answer
-from crosschip.model import Decoder, generate
+from crosschip.model import Decoder
 from crosschip.recipe import RlSettings
+from crosschip.train.answering import Asking, Limits, answer_all
 
 if TYPE_CHECKING:
     from crosschip.data import ChatTokenizer, Source
     from crosschip.model import Transformer
 
-__all__ = ["HeldOutScore", "score_held_out"]
+__all__ = ["HeldOutProblems", "HeldOutScore"]
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,29 @@ class HeldOutScore:
     mean_tokens: float
 
 
-def score_held_out(model: Transformer, tokenizer: ChatTokenizer, source: Source, settings: RlSettings) -> HeldOutScore:
-    """Answer the first `settings.validation_sequences` questions of the validation split in fp32."""
-    longest = settings.seq_len - settings.max_new_tokens
-    asked = []
-    for row in source.rows("validation"):
-        messages = row.as_messages()
-        prompt = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
-        if len(prompt) <= longest:
-            asked.append((prompt, messages[-1].content))
-        if len(asked) == settings.validation_sequences:
-            break
-    stop_ids = set(tokenizer.stop_ids)
-    decoder = Decoder(model, torch.float32)
-    answers = generate(decoder, [prompt for prompt, _ in asked], settings.max_new_tokens, stop_ids)
-    num_right = sum(
-        check_answer(tokenizer.decode(answer), expected) for answer, (_, expected) in zip(answers, asked, strict=True)
-    )
-    return HeldOutScore(num_right, len(asked), sum(map(len, answers)) / len(asked))
+class HeldOutProblems:
+    """The first `settings.validation_sequences` questions of the validation split that leave room for an answer."""
+
+    def __init__(self, source: Source, tokenizer: ChatTokenizer, settings: RlSettings) -> None:
+        self._tokenizer = tokenizer
+        self._limits = Limits(settings.max_new_tokens, frozenset(tokenizer.stop_ids))
+        self._askings: list[Asking] = []
+        self._expected: list[str] = []
+        longest = settings.seq_len - settings.max_new_tokens
+        for row in source.rows("validation"):
+            messages = row.as_messages()
+            prompt_ids = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
+            if len(prompt_ids) <= longest:
+                self._askings.append(Asking(tuple(prompt_ids)))
+                self._expected.append(messages[-1].content)
+            if len(self._askings) == settings.validation_sequences:
+                break
+
+    def score(self, model: Transformer) -> HeldOutScore:
+        """Answer them all in fp32."""
+        num_right = num_tokens = 0
+        for number, answer in answer_all(Decoder(model, torch.float32), self._askings, self._limits):
+            num_tokens += len(answer)
+            num_right += check_answer(self._tokenizer.decode(answer), self._expected[number])
+        num_problems = len(self._askings)
+        return HeldOutScore(num_right, num_problems, num_tokens / max(1, num_problems))

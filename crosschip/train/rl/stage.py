@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from crosschip.train.rl.event_queue import EventQueue
 from crosschip.train.rl.problems import Problems
 from crosschip.train.rl.reinforcer import Reinforcer
 from crosschip.train.rl.rollouts import Rollouts, engines_of
-from crosschip.train.rl.scoring import score_held_out
+from crosschip.train.rl.scoring import HeldOutProblems
 from crosschip.train.stage_job import LoopHooks, StagePosition
 from crosschip.train.step import StepHooks
 
@@ -102,11 +103,12 @@ def _open_rollouts(
 
 def loop_hooks(reinforcer: Reinforcer, around: Surroundings) -> LoopHooks:
     """What the loop calls."""
+    held_out = lru_cache(maxsize=1)(lambda: HeldOutProblems(around.source, around.tokenizer, reinforcer.settings))
     return LoopHooks(
         step=StepHooks(after_backward=reinforcer.after_backward),
         after_update=reinforcer.after_update,
         measured=reinforcer.measured,
-        validate=lambda step: _score(reinforcer, around),
+        validate=lambda step: _score(reinforcer, around.world, held_out),
         after_save=reinforcer.after_save,
         after_roll_back=reinforcer.renew,
         new_events=reinforcer.events.taken,
@@ -114,14 +116,16 @@ def loop_hooks(reinforcer: Reinforcer, around: Surroundings) -> LoopHooks:
     )
 
 
-def _score(reinforcer: Reinforcer, around: Surroundings) -> tuple[dict[str, float], str]:
-    """The share of held-out problems that the model answers right, greedily, in fp32."""
-    settings, model = reinforcer.settings, gather_model(reinforcer.model, around.world)
+def _score(
+    reinforcer: Reinforcer, world: World, held_out: Callable[[], HeldOutProblems]
+) -> tuple[dict[str, float], str]:
+    """The share of held-out problems that the model answers right, greedily, in fp32; rank 0 has the problems."""
+    model = gather_model(reinforcer.model, world)
 
     def measure() -> tuple[dict[str, float], str]:
         assert model is not None
-        found = score_held_out(model, around.tokenizer, around.source, settings)
+        found = held_out().score(model)
         told = f"{found.num_right} of {found.num_problems} held-out problems right, {found.mean_tokens:.0f} tokens each"
         return {"score": found.num_right / found.num_problems, "answer_tokens": found.mean_tokens}, told
 
-    return around.world.from_rank_zero(measure)
+    return world.from_rank_zero(measure)

@@ -31,6 +31,9 @@ def make(param):
 def refuse():
     raise ValueError("not today")
 
+def break_down():
+    raise RuntimeError("no such file")
+
 ready = Wrong()
 nothing = object()
 number = 3
@@ -97,7 +100,7 @@ def test_class_function_and_instance_of_an_outside_module(outside: str) -> None:
         ("sim:n1", ["'n1'", "did you mean N1?", "N22", "noisy"]),
         ("sim:nosy", ["did you mean noisy?"]),
         ("sim:some.module.NAME", ["did you mean some.module:NAME?"]),
-        ("sim:V3", ["V3 is in the catalogue", "cannot be planted yet", "N22"]),
+        ("sim:H2", ["H2 is in the catalogue", "test_weights_update", "N22"]),
         ("sim:S6", ["S6 is in the catalogue", "crosschip drill --faults save-hang", "N22"]),
         ("sim:N1,length=5", ["no parameter 'length'", "limit (default 64)"]),
         ("sim:W5,limit=5", ["no parameter 'limit'", "W5 has no parameters"]),
@@ -125,6 +128,7 @@ def test_words_that_name_no_fault(spec: str, words: list[str]) -> None:
         (":number", ["is no fault"]),
         (":make", ["missing 1 required", "param"]),
         (":refuse", ["not today"]),
+        (":break_down", ["cannot be made: RuntimeError: no such file"]),
         (":Wrong,factor=high", ["a number"]),
         (":Wrong,other=1", ["no parameter 'other'", "factor (default 2.0)"]),
     ],

@@ -75,6 +75,14 @@ def test_nothing_is_half_written(handed_off: HandoffResult) -> None:
     assert left == []
 
 
+def test_our_own_engine_takes_the_certified_files_while_it_runs(
+    copied: Callable[[str], Path], bundle_dir: Path
+) -> None:
+    result = certified(copied("hf"), bundle_dir, engines=["native"])
+    assert (result.exit_code, gate(result, "overwrite")["verdict"]) == (0, "PASS")
+    assert gate(certified(result.directory, bundle_dir), "overwrite")["verdict"] == "PASS", "taken over"
+
+
 def broken(copied: Callable[[str], Path], how: Callable[[Tensors], None]) -> Path:
     directory = copied("hf")
     change_tensors(directory, how)

@@ -20,13 +20,13 @@ from crosschip.errors import HandoffError
 from crosschip.handoff.conversion import shards as shards_module
 from crosschip.handoff.conversion.declared import quantised_layout
 from crosschip.handoff.conversion.shards import RECORD_FILE, plan_shards, write_shards
-from crosschip.handoff.conversion.sources import SafetensorsSource
+from crosschip.handoff.conversion.sources import CheckpointSource, SafetensorsSource
 from crosschip.handoff.export import export_model
 from crosschip.handoff.source import open_source
 from crosschip.handoff.targets import TARGETS
 from crosschip.model.quantised import Quantisation
-from crosschip.model.weights import exported_tensors
-from tests.handoff.conversion.models import SQUARE, MemorySource
+from crosschip.model.weights import exported_tensors, own_tensors
+from tests.handoff.conversion.models import SQUARE, MemorySource, save_training_checkpoint
 from tests.model.configs import random_model
 
 ODD = {
@@ -256,3 +256,15 @@ def test_a_reader_of_whole_shards_is_above_it(tmp_path: Path) -> None:
     words = [sys.executable, "-c", export, str(source), str(tmp_path), "hf", "bfloat16", "0"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert int(done.stdout.splitlines()[-1]) > 1.3 * (source / "model-00001-of-00001.safetensors").stat().st_size
+
+
+def test_a_tensor_that_one_process_wrote_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(SQUARE)
+    source = CheckpointSource(save_training_checkpoint(model, tmp_path / "checkpoint"))
+
+    def second_copy(*_: object) -> None:
+        raise AssertionError("PyTorch's reader fills a tensor from another of the same size")
+
+    monkeypatch.setattr("crosschip.model.dcp.read_tensors", second_copy)
+    for name, tensor in own_tensors(model).items():
+        assert torch.equal(source.read(name), tensor), name

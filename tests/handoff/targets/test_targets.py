@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from crosschip.golden.bundle import load_bundle
 from crosschip.golden.record import RecordPlan, record
 from crosschip.golden.replay import replay
 from crosschip.golden.training_curve import CurvePlan
+from crosschip.handoff.certificate.arrived import open_arrived
+from crosschip.handoff.certificate.fields import fields_gate
+from crosschip.handoff.certificate.tensors import manifest_gate
 from crosschip.handoff.conversion.declared import is_quantised_weight
 from crosschip.handoff.export import export_model
 from crosschip.handoff.source import open_source
@@ -99,6 +103,43 @@ def test_transformers_answers_alike_after_fp32(family: str, tmp_path: Path) -> N
     ids = torch.arange(20)[None]
     one, other = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (directory, out))
     assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("query_rank", [24, None])
+def test_rotary_halves_leave_in_pairs_which_engines_rotate_whatever_config_says(
+    query_rank: int | None, tmp_path: Path
+) -> None:
+    import transformers
+
+    settings = replace(SQUARE, rope_interleave=False, attention_bias=True, q_lora_rank=query_rank)
+    save_model(random_model(settings), tmp_path / "halves")
+    out = export_model(open_source(tmp_path / "halves"), TARGETS["hf"], tmp_path / "out", "float32")
+    assert config_of(out)["rope_interleave"] is True
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    models = [transformers.AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "halves", out)]
+    logits = [model(ids).logits for model in models]
+    assert torch.allclose(*logits, atol=1e-5)
+    models[0].config.rope_interleave = True  # as an engine that does not read the field
+    assert not torch.allclose(models[0](ids).logits, logits[0], atol=1e-2)
+    back = open_arrived(out, {"rope_interleave": False})
+    for name, tensor in load_file(tmp_path / "halves" / "model.safetensors").items():
+        assert torch.equal(back.tensors.read(name), tensor), name
+
+
+def test_a_certificate_covers_rotary_parts_that_were_turned_and_sees_those_that_were_not(tmp_path: Path) -> None:
+    save_model(random_model(replace(SQUARE, rope_interleave=False)), tmp_path / "halves")
+    source = open_source(tmp_path / "halves")
+    record(tmp_path / "halves", find_chip("cpu"), tmp_path / "bundle", plan=PLAN)
+    bundle = load_bundle(tmp_path / "bundle")
+    out = export_model(source, TARGETS["w8a8"], tmp_path / "out")
+    for like in (source.config, {"rope_interleave": False}):  # with the source at hand, and where only the bundle is
+        arrived = open_arrived(out, like)
+        assert manifest_gate(bundle, arrived.tensors, source=source.tensors, quantised="int8")[0].verdict == "PASS"
+        assert fields_gate(bundle, arrived.config)[0].verdict == "PASS"
+    plain = export_model(source, TARGETS["hf"], tmp_path / "plain", "float32")
+    (plain / "model.safetensors").write_bytes((tmp_path / "halves" / "model.safetensors").read_bytes())
+    gate, _ = manifest_gate(bundle, open_arrived(plain, source.config).tensors)
+    assert (gate.verdict, gate.subject) == ("FAIL", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight")
 
 
 def test_an_architecture_that_would_be_quantised_by_half_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_factor_that_no_single_case_shows_is_found_by_the_error_ratio(
     assert "scaled_dot_product_attention bfloat16" in {finding.subject for finding in wrong(record)}
 
 
-@pytest.mark.parametrize("fault", ["N1", "N2", "N4"])
+@pytest.mark.parametrize("fault", ["N1", "N2", "N4", "V2"])
 def test_the_catalogues_faults_are_named(examine_on: Callable[..., ExamRecord], fault: str) -> None:
     found = wrong(examine_on("attention", CATALOGUE[fault].make()))
     assert FUSED in {finding.subject for finding in found}

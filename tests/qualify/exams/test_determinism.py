@@ -55,6 +55,12 @@ def test_a_bit_that_flips_now_and_then_is_named(
     assert not of_check(record, BATCH), "what comes and goes is not the batch's doing"
 
 
+def test_results_that_change_from_call_to_call_are_named(examine_here: Callable[..., ExamRecord]) -> None:
+    found = of_check(examine_here("determinism", CATALOGUE["V13"].make(), budget_s=20.0), "the same call again")
+    assert [finding.verdict for finding in found] == ["FAIL"]
+    assert found[0].subject.startswith("aten.mm.")
+
+
 def test_what_torch_documents_as_open_is_a_limit(examine_here: Callable[..., ExamRecord]) -> None:
     def reordered(result: Tensor, count: int) -> Tensor:
         return result * (1 + 2.0**-22) if count % 2 else result

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,6 +42,30 @@ def wrong_inputs() -> tuple[nn.Module, int]:
     return nn.Linear(2, 2), 3
 
 
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, pair: Pair) -> torch.Tensor:
+        found: torch.Tensor = self.linear(pair.left + pair.right)
+        return found
+
+
+def encoded() -> tuple[nn.Module, UserDict[str, Any]]:
+    """Inputs in a mapping that is no dict, as tokenizers return it."""
+    return Added(), UserDict(pair=Pair(torch.ones(3, 2), torch.ones(3, 2)))
+
+
+def ending() -> None:
+    raise SystemExit(2)
+
+
 def failing() -> None:
     raise KeyError("no such weights")
 
@@ -70,6 +96,12 @@ def test_a_callable_that_gives_a_loss_serves_the_rows_before_it() -> None:
     assert workload.serve_step().shape == (1, 1)
 
 
+def test_inputs_may_be_a_mapping_that_is_no_dict_and_hold_named_tuples() -> None:
+    workload = load_subject(f"{HERE}:encoded").workload(CPU, torch.float32)
+    assert workload.serve_rows([0, 2]).shape == (2, 2)
+    assert math.isfinite(workload.train_step(0).loss)
+
+
 def test_a_callable_in_bf16_says_what_is_narrow_too() -> None:
     workload = load_subject(TINY).workload(CPU, torch.bfloat16)
     assert math.isfinite(workload.train_step(0).loss)
@@ -91,6 +123,7 @@ def test_losses_of_outputs() -> None:
         (f"{HERE}:number", "returned int"),
         (f"{HERE}:wrong_inputs", "of type int"),
         (f"{HERE}:failing", "raised KeyError"),
+        (f"{HERE}:ending", "raised SystemExit: 2"),
         (f"{HERE}:nothing", "has no function nothing"),
         (f"{HERE}:CPU", "has no function CPU"),
         ("no.such.module:subject", "importing no.such.module failed"),

@@ -90,3 +90,34 @@ def test_what_cannot_be_returned_is_refused_with_the_remedy(recording: str, rand
     response = httpx.post(f"{recording}/v1/chat/completions", json=chat)
     assert response.status_code == 400
     assert "return_routed_experts" in response.json()["error"]["message"]
+
+
+def test_log_probs_as_drawn_are_the_models_at_the_temperature(recording: str, random_dir: Path) -> None:
+    model = load_model(random_dir)
+    body = BODY | {"prompt": [5, 6, 7], "temperature": 0.6, "n": 3, "logprobs": 2}
+
+    def told(**more: Any) -> list[dict[str, Any]]:
+        response = httpx.post(f"{recording}/v1/completions", json=body | more, timeout=60)
+        assert response.status_code == 200, response.text
+        found: list[dict[str, Any]] = response.json()["choices"]
+        return found
+
+    for mode, temperature in ((None, 1.0), ("raw_logprobs", 1.0), ("processed_logprobs", 0.6)):
+        for choice in told(logprobs_mode=mode):
+            ids = torch.tensor([[5, 6, 7, *choice["token_ids"]]])
+            with torch.no_grad():
+                expected = model.logprobs(ids[:, :-1], ids[:, 1:], temperature=temperature).logprobs_BT[0, 2:]
+            found = torch.tensor(choice["logprobs"]["token_logprobs"])
+            assert torch.allclose(found, expected, atol=1e-4, rtol=0)
+            for own, top in zip(found.tolist(), choice["logprobs"]["top_logprobs"], strict=True):
+                assert max(top.values()) >= own - 1e-6
+    drawn = [[choice["token_ids"] for choice in told(logprobs_mode=mode)] for mode in (None, "processed_logprobs")]
+    assert drawn[0] == drawn[1], "what is drawn does not depend on what is told"
+
+
+@pytest.mark.parametrize("more", [{"top_p": 0.9}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 1.0}}])
+def test_log_probs_as_drawn_are_refused_where_tokens_are_left_out(recording: str, more: dict[str, Any]) -> None:
+    body = BODY | {"prompt": [5, 6, 7], "logprobs_mode": "processed_logprobs"} | more
+    response = httpx.post(f"{recording}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "raw_logprobs" in response.json()["error"]["message"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,19 @@ import numpy as np
 import pytest
 import torch
 
+from crosschip.certificate import CERTIFICATE_FILE, Status
+from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.data import ChatTokenizer
 from crosschip.errors import ServeError
+from crosschip.golden.limits import limit_for
 from crosschip.golden.scoring_engine import Prediction
+from crosschip.handoff.handing_off import hand_off
 from crosschip.model import load_model, save_model
 from crosschip.serve.gateway.drift import Bound, DriftWindow, Said, Scored, bound_of, compare
+from crosschip.serve.gateway.fleet import Fleet
+from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import ParityTable
+from crosschip.serve.gateway.watch import ParityWatch
 from crosschip.serve.gateway.watched import WatchedCall, why_not
 from tests.serve.conftest import RunningServer, running_server
 from tests.serve.gateway.conftest import RunningGateway, running_gateway, settings_of, wait_until
@@ -199,3 +208,50 @@ def test_a_certificate_that_is_not_there_is_told(tmp_path: Path) -> None:
     table = ParityTable(model="m", reference="http://r", certificate=tmp_path)
     with pytest.raises(ServeError, match=r"certificate\.json"):
         bound_of(table)
+
+
+def test_the_bound_is_that_of_a_real_certificate(random_dir: Path, tmp_path: Path) -> None:
+    """The strictest limit of what its replays were held to, which the fp32 limits of the golden room are."""
+    made = hand_off(random_dir, "hf", out=tmp_path / "handed", engines=("model", "native"), chip="cpu")
+    document = made.certificate.document
+    assert (made.exit_code, document["verdict"]) == (0, "PASS")
+    bound = bound_of(ParityTable(model="m", reference="http://r", certificate=made.directory))
+    stated = limit_for("fp32 to fp32", "float32", 0.0)
+    assert (bound.mean_kl, bound.logprob) == (stated.mean_kl, stated.logprob(0.0))
+    assert str(made.directory) in bound.source
+    for replay in document["replays"]:
+        replay["verdict"] = "FAIL"
+    document["seal"] = seal_of(document)
+    (made.directory / CERTIFICATE_FILE).unlink()
+    write_certificate(made.directory, document)
+    with pytest.raises(ServeError, match="no golden replay that passed"):
+        bound_of(ParityTable(model="m", reference="http://r", certificate=made.directory))
+
+
+def test_a_reference_that_says_nothing_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python waits for the threads of asyncio's executor when it ends, for as long as the reference may be silent."""
+    began, end = threading.Event(), threading.Event()
+
+    def silent(_: ParityWatch, said: Said) -> Scored:
+        began.set()
+        end.wait(60)
+        return Scored(np.zeros(0), np.zeros(0))
+
+    monkeypatch.setattr(ParityWatch, "_score", silent)
+    table = ParityTable(model="m", reference="http://r", mean_kl=1.0)
+    watch = ParityWatch(table, bound_of(table), GatewayMetrics())
+    settings = settings_of({"name": "e", "url": "http://e", "model": "m"})
+    (engine,) = Fleet(settings, {"e": Status("UNCERTIFIED", "")}, False).engines
+
+    async def watched_for_a_while() -> None:
+        watch._due.put_nowait((engine, "1", Said([1], [2], [-1.0], [{2: -1.0}])))
+        task = asyncio.create_task(watch.run())
+        while not began.is_set():
+            await asyncio.sleep(0.01)
+        (scoring,) = [thread for thread in threading.enumerate() if thread.name == "crosschip-parity"]
+        assert scoring.daemon
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(watched_for_a_while())
+    end.set()

@@ -18,6 +18,7 @@ from crosschip.qualify.exams.rehearsal.judgement import PUBLISHED, Evidence, jud
 from crosschip.qualify.exams.rehearsal.lockstep import Replay, lockstep
 from crosschip.qualify.exams.rehearsal.run import Arm, ChipRaisedError, SeedRun, on_chip, one_thread
 from crosschip.qualify.exams.rehearsal.serving import rehearse_serving
+from crosschip.qualify.exams.rehearsal.sharded import rehearse_sharded
 from crosschip.qualify.finding import Finding, Tier
 from crosschip.qualify.judging.training_equivalence import LOSS_MARGIN, Equivalence
 
@@ -98,6 +99,8 @@ def _rehearse_training(context: ExamContext) -> None:
         report(context, training.evidence, _replay(training, worst))
     elif not _audit(training) and training.undecided is not None:
         context.journal.finding(training.undecided)
+    if not training.evidence:
+        context.part("rehearsal with FSDP2", lambda: rehearse_sharded(context))
     context.journal.done("rehearsal")
 
 

@@ -1,7 +1,7 @@
 """The software exam: is all there that the subject calls, in the dtypes it asks for, quick enough, and can it be saved?
 
 Parts: the dtype truth table; copies, files and random numbers; every traced call; calls far slower than their share;
-the speed of a whole step.
+the speed of a whole step; the rates of products and copies.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.software.calls_exist import examine_calls, plain_parameters
 from crosschip.qualify.exams.software.cliffs import CLIFF_FACTOR, CallTime, launches_of, slowness, typical_proportion
 from crosschip.qualify.exams.software.dtype_findings import examine_dtypes
+from crosschip.qualify.exams.software.rates import RATES_SHARE, examine_rates
 from crosschip.qualify.exams.software.step_speed import STEP_SHARE, examine_step_speed
 from crosschip.qualify.exams.software.transfer_findings import examine_transfers
 from crosschip.qualify.finding import Finding
@@ -33,10 +34,11 @@ def examine(context: ExamContext) -> None:
     with half_the_cores():
         examine_dtypes(context)
         examine_transfers(context)
-        times = examine_calls(context, until_s=context.budget_s * (_CLIFFS_SHARE + STEP_SHARE))
+        times = examine_calls(context, until_s=context.budget_s * (_CLIFFS_SHARE + STEP_SHARE + RATES_SHARE))
         if times:
             _examine_cliffs(context, times)
         examine_step_speed(context)
+    examine_rates(context)  # with all cores: a plan counts on them
 
 
 def _examine_cliffs(context: ExamContext, times: Sequence[CallTime]) -> None:

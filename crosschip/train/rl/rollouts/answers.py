@@ -19,7 +19,7 @@ import numpy.typing as npt
 from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.publishing import ModelFacts
 
-__all__ = ["Answer", "Ask", "answer_chip", "read_answers", "request_body"]
+__all__ = ["Answer", "Ask", "answer_chip", "likeliest_logprob", "read_answers", "request_body"]
 
 # Rounding may lift the log of a probability near 1 above 0 by some units in the last place of the logits.
 _MOST_LOGPROB = 1e-3
@@ -29,13 +29,14 @@ _FINISHED = {"stop": True, "length": False}
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: `num_samples` answers to one prompt, sampled at temperature 1 from the whole vocabulary."""
+    """One request: `num_samples` answers to one prompt, sampled from the whole vocabulary."""
 
     prompt_ids: tuple[int, ...]
     num_samples: int
     max_new_tokens: int
     stop_ids: frozenset[int]
     seed: int
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,18 @@ class Answer:
     routes: npt.NDArray[np.integer] | None
 
 
-def request_body(ask: Ask, model: str, wants_routes: bool) -> dict[str, Any]:
-    """The JSON of a request. Every setting that an engine might take from elsewhere is named, so none is."""
+def request_body(ask: Ask, model: str, wants_routes: bool, own_mode: bool) -> dict[str, Any]:
+    """The JSON of a request. Every setting that an engine might take from elsewhere is named, so none is.
+
+    `own_mode`: the engine is told in the request that log-probs are those at the temperature (ours; vLLM's server has
+    an option for it).
+    """
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(ask.prompt_ids),
         "n": ask.num_samples,
         "max_tokens": ask.max_new_tokens,
-        "temperature": 1.0,
+        "temperature": ask.temperature,
         "top_p": 1.0,
         "top_k": -1,  # all, in vLLM and here
         "min_p": 0.0,
@@ -70,6 +75,8 @@ def request_body(ask: Ask, model: str, wants_routes: bool) -> dict[str, Any]:
         "return_tokens_as_token_ids": True,
         "stream": False,
     }
+    if own_mode and ask.temperature != 1.0:
+        body["logprobs_mode"] = "processed_logprobs"
     return body | ({"return_routed_experts": True} if wants_routes else {})
 
 
@@ -96,6 +103,15 @@ def answer_chip(document: Any) -> str | None:
     status = document.get("crosschip") if isinstance(document, dict) else None
     chip = status.get("chip") if isinstance(status, dict) else None
     return chip if isinstance(chip, str) else None
+
+
+def likeliest_logprob(document: Any) -> float:
+    """The greatest log-prob of the first token in a response's document."""
+    try:
+        told = document["choices"][0]["logprobs"]["top_logprobs"][0]
+        return float(max(told.values()))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise BadAnswer("garbage", "no top_logprobs came back, and they were asked for") from None
 
 
 def _weights_name(status: Any) -> str | None:

@@ -164,7 +164,14 @@ class Driver:
         def make_ask(version: int) -> Ask:
             ledger.begin_again(number, version)
             seed = seed_of(self._seed, number, version)
-            return Ask(problem.prompt_ids, settings.samples, settings.max_new_tokens, self._stop_ids, seed)
+            return Ask(
+                problem.prompt_ids,
+                settings.samples,
+                settings.max_new_tokens,
+                self._stop_ids,
+                seed,
+                settings.temperature,
+            )
 
         samples = await self._fleet.sample(number, member, make_ask, ledger.is_fresh)
         self._fleet.release(number)  # its rewards are no work of the engine

@@ -10,12 +10,12 @@ import asyncio
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import httpx
 
-from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, read_answers, request_body
+from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, likeliest_logprob, read_answers, request_body
 from crosschip.train.rl.rollouts.errors import BadAnswer, Fault
 from crosschip.train.rl.rollouts.publishing import ModelFacts, Publication
 from crosschip.train.rl.rollouts.vllm import load_into_vllm
@@ -26,6 +26,8 @@ KEY_VARIABLE = "CROSSCHIP_API_KEY"
 _CONNECT_S = 10.0
 _ASK_WHO_S = 5.0
 _BUSY_S = 1.0
+_CERTAIN = -1e-3  # nats: a token that is so likely shows no temperature
+_SAME = 1e-2  # what the log-prob of the likeliest token may differ by from rounding alone, relative
 _OTHER_UPDATE = "another update of the weights is under way"
 _KINDS: dict[Any, Literal["crosschip", "vllm"]] = {"crosschip": "crosschip", "vllm": "vllm"}
 _FAULTS: dict[int, Fault] = {429: "busy", 500: "failed", 502: "failed", 503: "failed", 504: "slow"}
@@ -56,6 +58,7 @@ class HttpEngine:
         self.timeout_s = timeout_s
         self.no_routes_because = ""  # what it said when it was asked for experts and could not tell them
         self._wants_routes = wants_routes
+        self._mode_is_right = False
         self.identity: EngineIdentity | None = None
         secret = key or os.environ.get(KEY_VARIABLE)
         self._client = httpx.AsyncClient(
@@ -132,12 +135,36 @@ class HttpEngine:
         assert self.identity is not None, "identify first"
         wants_routes = self._wants_routes and not self.no_routes_because and self.identity.kind == "crosschip"
         wants_routes = wants_routes and facts.has_experts
-        body = request_body(ask, self.identity.model, wants_routes)
+        is_ours = self.identity.kind == "crosschip"
+        if not is_ours and ask.temperature != 1.0:
+            await self._check_mode(ask)
+        body = request_body(ask, self.identity.model, wants_routes, own_mode=is_ours)
         response = await self._send("POST", "/v1/completions", self.timeout_s, body)
         if wants_routes and response.status_code == 400 and "return_routed_experts" in response.text:
             self.no_routes_because = _words_of(response)
             return await self.sample(ask, facts)
         return await asyncio.to_thread(_read, response, ask, facts)
+
+    async def _check_mode(self, ask: Ask) -> None:
+        """Whether the log-probs that vLLM tells follow the temperature: only its server's options say so, so try."""
+        assert self.identity is not None
+        if self._mode_is_right:
+            return
+        likeliest = []
+        for temperature in (1.0, 2.0):
+            body = request_body(replace(ask, num_samples=1, max_new_tokens=1), self.identity.model, False, False)
+            body |= {"temperature": temperature, "logprobs": 1}
+            document = _json_of(await self._send("POST", "/v1/completions", self.timeout_s, body))
+            likeliest.append(likeliest_logprob(document))
+        if likeliest[0] > _CERTAIN:
+            return  # a token without alternatives has the same log-prob at every temperature: try with the next prompt
+        if abs(likeliest[0] - likeliest[1]) < abs(likeliest[0]) * _SAME:
+            raise BadAnswer(
+                "refused",
+                f"the log-probs that it tells do not follow temperature={ask.temperature:g}; start vLLM with "
+                "--logprobs-mode processed_logprobs, or sample at temperature 1",
+            )
+        self._mode_is_right = True
 
     async def close(self) -> None:
         """Close the connections; what is under way breaks off."""

@@ -49,6 +49,7 @@ class ScriptedEngine:
     at_once: int = 0
     is_well: bool = True
     lacks: tuple[str, ...] = ()
+    raw_logprobs: bool = False  # vLLM's default: those before the temperature
 
     def app(self) -> Starlette:
         posts = {
@@ -137,7 +138,10 @@ class ScriptedEngine:
         for index in range(body["n"]):
             first = 2 if self.never_signal else _draw(body["prompt"], body["seed"], index) % 2 + 2
             ids = [first, 4 + _draw("more", body["seed"], index) % 8, STOP_ID]
-            logprobs = {"token_logprobs": [-0.5 - index / 100 - id_ / 1000 for id_ in ids]}
+            logprobs: dict[str, Any] = {"token_logprobs": [-0.5 - index / 100 - id_ / 1000 for id_ in ids]}
+            if body["logprobs"]:
+                likeliest = -0.5 if self.raw_logprobs else -0.5 * body["temperature"]
+                logprobs["top_logprobs"] = [{"a": likeliest, "b": likeliest - 1.0}] * len(ids)
             choice = {"index": index, "text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}
             choices.append(choice | ({"prompt_token_ids": body["prompt"]} if index == 0 else {}))
         return {"choices": choices} | ({"crosschip": self._status()} if self.kind == "crosschip" else {})

@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.train.rl.rollouts.scripted_engine import STOP_ID, VOCAB_SIZE, Scripte
 
 ASK = Ask((5, 6, 7), 2, 8, frozenset({STOP_ID}), seed=11)
 FACTS = ModelFacts(VOCAB_SIZE, num_layers=3, num_dense_layers=1, num_experts=4, experts_per_token=2)
-GOOD = ScriptedEngine(names=["12-0123456789ab"]).document(request_body(ASK, "m", wants_routes=False))
+GOOD = ScriptedEngine(names=["12-0123456789ab"]).document(request_body(ASK, "m", wants_routes=False, own_mode=True))
 
 
 def ours(routes: np.ndarray) -> dict[str, Any]:
@@ -42,12 +43,20 @@ def test_a_good_answer_is_read_whole() -> None:
 
 
 def test_the_request_leaves_nothing_to_an_engines_own_settings() -> None:
-    body = request_body(ASK, "m", wants_routes=True)
+    body = request_body(ASK, "m", wants_routes=True, own_mode=True)
     assert body["prompt"] == [5, 6, 7]
     assert (body["n"], body["max_tokens"], body["seed"], body["stop_token_ids"]) == (2, 8, 11, [STOP_ID])
     assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (1.0, 1.0, -1, 0.0)
     assert body["return_routed_experts"]
-    assert "return_routed_experts" not in request_body(ASK, "m", wants_routes=False)
+    assert "return_routed_experts" not in request_body(ASK, "m", wants_routes=False, own_mode=True)
+
+
+def test_log_probs_are_those_of_what_was_drawn_from() -> None:
+    cool = replace(ASK, temperature=0.6)
+    ours = request_body(cool, "m", wants_routes=False, own_mode=True)
+    assert (ours["temperature"], ours["logprobs_mode"]) == (0.6, "processed_logprobs")
+    assert "logprobs_mode" not in request_body(cool, "m", wants_routes=False, own_mode=False), "vLLM's server knows"
+    assert "logprobs_mode" not in request_body(ASK, "m", wants_routes=False, own_mode=True), "older engines of ours"
 
 
 @pytest.mark.parametrize("encode", [ours, npy])

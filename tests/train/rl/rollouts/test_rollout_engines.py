@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +427,19 @@ def test_closing_ends_what_waits_and_can_be_done_twice(tmp_path: Path) -> None:
         rollouts.close()
         wait_until(lambda: engine.at_once == 0, "its requests were cancelled")
     assert isinstance(errors[0], RolloutError)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_vllm_must_tell_log_probs_at_the_temperature(tmp_path: Path, raw: bool) -> None:
+    engine = ScriptedEngine(kind="vllm", raw_logprobs=raw)
+    told = Told()
+    settings = settings_of(temperature=0.6)
+    with (
+        served(engine) as [url],
+        rollouts_of(settings, [url], tmp_path / "weights", told=told) as rollouts,
+        pytest.raises(RolloutError, match="processed_logprobs") if raw else nullcontext(),
+    ):
+        rollouts.publish(0, write_nothing)
+        assert len(rollouts.take(0).groups) == 4
+        sampled = [body for body in engine.bodies if body["max_tokens"] > 1]
+        assert {body["temperature"] for body in sampled} == {0.6}

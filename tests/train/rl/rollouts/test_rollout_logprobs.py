@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +71,7 @@ def test_our_engine_answers_with_the_published_weights(
 
 @pytest.mark.engines
 @pytest.mark.slow
+@pytest.mark.engines
 def test_vllm_answers_with_the_published_weights(
     tmp_path: Path, models: list[Transformer], tokenizer: ChatTokenizer
 ) -> None:
@@ -80,8 +80,8 @@ def test_vllm_answers_with_the_published_weights(
         pytest.skip("`make engines` has not made vllm")
     write = writer_of(models, tokenizer)
     write(2)(tmp_path / "first")
+    # Not with --enforce-eager: vLLM 0.32 then computes experts wrong on a CPU (tests/handoff/test_engines_replay.py).
     command = engine_command("vllm", python, max_length=128, dtype="float32")
-    command = replace(command, words=(*command.words, "--enforce-eager"))  # compiling takes minutes
     extra = {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     settings = settings_of(rollouts_timeout_s=120.0, rollouts_start_timeout_s=120.0, max_new_tokens=16)
     with running_engine(command, tmp_path / "first", tmp_path / "vllm.log", 300.0, extra) as vllm:

@@ -1,0 +1,98 @@
+"""The outer state beside a checkpoint: what was written comes back, and damage or a full disk ends no training."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from crosschip.errors import CheckpointError
+from crosschip.train.outer.diloco import DiLoCo
+from crosschip.train.outer.outer_files import load_outer_state, save_outer_state
+
+STATE = {"parameters": torch.randn(5000), "momentum": torch.randn(5000), "residual": torch.zeros(5000)}
+COUNTS = {"commits": 3, "inner_steps": 0, "tokens_since_0": 0}
+
+
+class OnFiles(DiLoCo):
+    """DiLoCo without a sidecar: its state is made up, and it meets nobody."""
+
+    def __init__(self) -> None:
+        member = SimpleNamespace(rank=0)
+        self.handle = SimpleNamespace(config=SimpleNamespace(member=member))  # type: ignore[assignment]
+        self._events = []
+        self.loaded: list[dict[str, int]] = []
+
+    def export(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        return STATE, COUNTS
+
+    def load(self, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in STATE.items())
+        self.loaded.append(counts)
+
+    def join(self) -> None:  # type: ignore[override]
+        """Nobody is there."""
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Within it no file gets longer than a page."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def file_of(stage: Path) -> Path:
+    (path,) = (stage / "outer").glob("step-*")
+    return path
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    groups = OnFiles()
+    groups.save(tmp_path, 20)
+    groups.resume(tmp_path, 20)
+    assert groups.loaded == [COUNTS]
+    assert not groups.new_events()
+
+
+def test_a_full_disk_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    groups = OnFiles()
+    with full_disk():
+        groups.save(tmp_path, 20)
+    (event,) = groups.new_events()
+    assert event.event == "outer-state-not-saved"
+    assert "step 20 could not be written" in event.detail
+    assert not list((tmp_path / "outer").iterdir()), "nothing half is left"
+    groups.save(tmp_path, 40)
+    assert load_outer_state(tmp_path, 0, 40) is not None
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_damage_is_named_and_the_outer_optimizer_begins_anew(tmp_path: Path, how: str) -> None:
+    groups = OnFiles()
+    groups.save(tmp_path, 20)
+    path = file_of(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(content if how == "flipped" else content[:-100])
+    with pytest.raises(CheckpointError, match=str(path)):
+        load_outer_state(tmp_path, 0, 20)
+    groups.resume(tmp_path, 20)
+    assert not groups.loaded
+    (event,) = groups.new_events()
+    assert event.event == "damaged-outer-state"
+    assert str(path) in event.detail
+
+
+def test_the_newest_four_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save_outer_state(tmp_path, 0, step, STATE, COUNTS)
+    assert [load_outer_state(tmp_path, 0, step) is not None for step in range(1, 8)] == [False] * 3 + [True] * 4
