@@ -101,9 +101,15 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
     }
 
 
+_OF_SEVERAL_RANKS = ("W4",)
+
+
 def _programme_for(row: Any) -> dict[str, Any]:
-    """The smoke tier leaves out links and stability: rows that only those catch get them, and the time they need."""
+    """The smoke tier leaves out links and stability, and has no time for a rehearsal of several ranks: rows that only
+    those catch get them, and the time they need."""
     exams = named_exams(_exams_of(row))
+    if row.id in _OF_SEVERAL_RANKS:
+        return {"exams": exams, "time_s": 180.0}
     beyond = [exam for exam in exams if exam.weight_in("smoke") == 0]
     if len(beyond) < len(exams):
         return {}

@@ -14,14 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from crosschip import voyage
 from crosschip.agreement import compare_answers
 from crosschip.errors import ChipError, RecipeError, RunDirectoryError, ServeError, UnfitChipError
 from crosschip.recipe import load_recipe
 from crosschip.rundir import RunDirectory, read_json, write_json
 from crosschip.train.guard.heartbeat import read_beats
 from crosschip.train.launching import TrainingFailedError
-from crosschip.voyage import Step, Voyage, run_voyage
+from crosschip.voyage import STEPS, Step, Voyage, run_voyage
 
 RECIPE = """
 name = "tiny"
@@ -86,7 +85,7 @@ class Rehearsal:
         self.error: BaseException | None = None
         look = Step("look", "Look around", lambda _: self._act("look"))
         steps = (look, *(self._step(name) for name in ("make", "move", "meet")))
-        monkeypatch.setattr(voyage, "STEPS", steps)
+        monkeypatch.setattr("crosschip.voyage.running.STEPS", steps)
 
     def _act(self, name: str) -> str:
         self.done.append(name)
@@ -232,7 +231,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunDirectory]:
 def test_tiny_voyage_from_end_to_end(tiny: tuple[Path, RunDirectory]) -> None:
     _, run = tiny
     document = read_json(run.path / "voyage.json")
-    assert [step["state"] for step in document["steps"]] == ["finished"] * len(voyage.STEPS)
+    assert [step["state"] for step in document["steps"]] == ["finished"] * len(STEPS)
     assert {key: document["agreement"][key] for key in ("compared", "num_asked", "num_same")} == {
         "compared": "token",
         "num_asked": 6,
@@ -285,7 +284,7 @@ def test_serve_stays_up_after_the_voyage(tiny: tuple[Path, RunDirectory]) -> Non
         status = process.wait(timeout=60)
     assert status == 0, "".join(printed)
     assert len(models) == 1
-    assert sum("done before" in line for line in printed) == len(voyage.STEPS) - 1
+    assert sum("done before" in line for line in printed) == len(STEPS) - 1
     assert not (run.path / "lock.json").exists()
 
 

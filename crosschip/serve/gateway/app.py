@@ -64,7 +64,10 @@ class _EngineName(BaseModel):
 
 
 def create_gateway(
-    settings: GatewaySettings, certificates: dict[str, Status] | None = None, require_certificate: bool = False
+    settings: GatewaySettings,
+    certificates: dict[str, Status] | None = None,
+    require_certificate: bool = False,
+    public_key: bytes | None = None,
 ) -> Gateway:
     """Put the gateway together; engines are asked once the app runs.
 
@@ -72,6 +75,7 @@ def create_gateway(
         settings: the file GATEWAY.toml.
         certificates: what was found out about engines that do not tell it themselves, by name.
         require_certificate: send nothing to an engine that is UNCERTIFIED.
+        public_key: the 32 bytes of the key that must have signed the certificates that bounds come from.
 
     Raises:
         ServeError: keys or a certificate that cannot be read.
@@ -83,7 +87,7 @@ def create_gateway(
     forwarding = settings.forwarding
     fleet, metrics = Fleet(settings, known, require_certificate), GatewayMetrics()
     admission = Admission(fleet, forwarding.max_waiting, forwarding.max_wait_s)
-    watches = {table.model: ParityWatch(table, bound_of(table), metrics) for table in settings.parity}
+    watches = {table.model: ParityWatch(table, bound_of(table, public_key), metrics) for table in settings.parity}
     upstreams = Upstreams(settings)
     forwarder = Forwarder(fleet, admission, upstreams, metrics, watches, forwarding, settings.health)
     health = HealthWatch(fleet, upstreams, admission, metrics, settings.health)

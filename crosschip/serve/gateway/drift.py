@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from crosschip.certificate import read_certificate
 from crosschip.certificate.document import PASSED
+from crosschip.certificate.signing import signature_problem
 from crosschip.errors import HandoffError, ServeError
 from crosschip.golden.distance import kl_of_lists, mean_with_bound
 from crosschip.golden.scoring_engine import Prediction
@@ -52,20 +53,27 @@ class Scored:
     abs_dlogp: NDArray[np.float64]
 
 
-def bound_of(table: ParityTable) -> Bound:
+def bound_of(table: ParityTable, public_key: bytes | None = None) -> Bound:
     """The bound that GATEWAY.toml states, or the strictest of the certificate's replays that passed.
 
+    With `public_key` (32 bytes) only a certificate that this key signed is believed.
+
     Raises:
-        ServeError: a certificate that cannot be read or holds no replay that passed.
+        ServeError: a certificate that cannot be read, was altered, is not that key's, or holds no replay that passed.
     """
     if table.certificate is None:
         assert table.mean_kl is not None
         return Bound(table.mean_kl, table.logprob, "stated in GATEWAY.toml")
     try:
-        replays = read_certificate(table.certificate).replays
+        certificate = read_certificate(table.certificate)
     except HandoffError as error:
         raise ServeError(f"parity of {table.model!r}: {error.problem}", error.remedy) from None
-    views = [view for replay in replays if replay.get("verdict") in PASSED for view in replay.get("views") or []]
+    if wrong := signature_problem(certificate.document, public_key):
+        remedy = "name a directory whose certificate that key signed, or state `mean_kl`"
+        raise ServeError(f"parity of {table.model!r}: {certificate.path}: {wrong}", remedy)
+    views = [
+        view for replay in certificate.replays if replay.get("verdict") in PASSED for view in replay.get("views") or []
+    ]
     limits = {what: _limits(views, what) for what in (_MEAN_KL, _LOGPROB)}
     if not limits[_MEAN_KL]:
         raise ServeError(

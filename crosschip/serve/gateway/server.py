@@ -35,8 +35,8 @@ def serve_gateway(
 ) -> None:
     """Serve what GATEWAY.toml describes until SIGTERM or SIGINT; then drain.
 
-    With `public_key`, a PEM file, only certificates that its owner signed count for engines that tell of none; a native
-    engine is told so itself, when it is started.
+    With `public_key`, a PEM file, only certificates that its owner signed count, for engines that tell of none and for
+    the bounds of parity watches; a native engine is told so itself, when it is started.
 
     Raises:
         ServeError: a file that cannot be honoured, or a port that is taken.
@@ -48,7 +48,7 @@ def serve_gateway(
         tls.check()
     listener = bind(host, port)
     log_to_stderr(logger)
-    gateway = create_gateway(settings, _certificates(settings.engines, signer), require_certificate)
+    gateway = create_gateway(settings, _certificates(settings.engines, signer), require_certificate, signer)
     drain_s = settings.forwarding.drain_s
     config = uvicorn_config(gateway.app, grace_s=drain_s + GRACE_S, lifespan=True, tls=tls)
     server = EndingServer(config, drain_s, lambda: server.call_in_loop(gateway.break_off), gateway.drain)

@@ -16,6 +16,7 @@ import torch
 
 from crosschip.certificate import CERTIFICATE_FILE, Status
 from crosschip.certificate.document import seal_of, write_certificate
+from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.data import ChatTokenizer
 from crosschip.errors import ServeError
 from crosschip.golden.limits import limit_for
@@ -226,6 +227,24 @@ def test_the_bound_is_that_of_a_real_certificate(random_dir: Path, tmp_path: Pat
     write_certificate(made.directory, document)
     with pytest.raises(ServeError, match="no golden replay that passed"):
         bound_of(ParityTable(model="m", reference="http://r", certificate=made.directory))
+
+
+def test_the_bound_of_a_certificate_is_its_signers(random_dir: Path, tmp_path: Path) -> None:
+    ours, others = (read_public_key(make_key(tmp_path / name)) for name in ("ours", "others"))
+    made = hand_off(
+        random_dir, "hf", out=tmp_path / "handed", engines=("model", "native"), chip="cpu", key=tmp_path / "ours"
+    )
+    table = ParityTable(model="m", reference="http://r", certificate=made.directory)
+    assert bound_of(table, ours) == bound_of(table)
+    with pytest.raises(ServeError, match="signed with another key"):
+        bound_of(table, others)
+    path = made.directory / CERTIFICATE_FILE
+    altered = made.certificate.document | {"written": "another day"}
+    altered["seal"] = seal_of(altered)
+    path.unlink()
+    write_certificate(made.directory, altered)
+    with pytest.raises(ServeError, match="signature does not fit"):
+        bound_of(table)
 
 
 def test_a_reference_that_says_nothing_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
