@@ -30,7 +30,7 @@ from crosschip.model import load_model
 from crosschip.recipe import DataSettings, RlSettings
 from crosschip.rundir import write_json, write_text
 from crosschip.train.checkpoint import find_newest
-from crosschip.train.rl.scoring import score_held_out
+from crosschip.train.rl.scoring import HeldOutProblems
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,7 +130,7 @@ def score_of(model: Path, options: argparse.Namespace) -> float:
     )
     source = open_source(DataSettings(source="arithmetic", levels=[options.level], num_problems=4000), options.seed)
     tokenizer = load_tokenizer(options.model)
-    found = score_held_out(load_model(model, dtype=torch.float32), tokenizer, source, settings)
+    found = HeldOutProblems(source, tokenizer, settings).score(load_model(model, dtype=torch.float32))
     return found.num_right / found.num_problems
 
 

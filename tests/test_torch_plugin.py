@@ -33,9 +33,11 @@ def test_it_is_inert_and_cheap_without_the_variable() -> None:
     code = """
 import sys, time
 import crosschip, crosschip.torch_plugin
-began = time.perf_counter()
-crosschip.torch_plugin.load()
-print(time.perf_counter() - began < 1e-3, sorted(name for name in sys.modules if name.startswith("crosschip")))
+def took():
+    began = time.perf_counter()
+    crosschip.torch_plugin.load()
+    return time.perf_counter() - began
+print(min(took() for _ in range(20)) < 1e-3, sorted(name for name in sys.modules if name.startswith("crosschip")))
 """
     for spec in (None, ""):
         ended = python(code, spec)

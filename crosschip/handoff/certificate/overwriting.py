@@ -45,17 +45,19 @@ def overwrite_gate(
         dtype: of its arithmetic.
         tell: hears what is done.
     """
-    num_bytes, free = sum(each.stat().st_size for each in _weights(directory)), shutil.disk_usage(directory).free
+    above = directory.resolve().parent
+    num_bytes, free = sum(each.stat().st_size for each in _weights(directory)), shutil.disk_usage(above).free
     if num_bytes > free:
         return not_covered(_NAME, f"other weights need {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     tell("overwriting other weights with these in a running engine")
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".other-weights-") as place:
+    with contextlib.ExitStack() as stack:
         try:
-            if not exchange_layers(directory, Path(place)):
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=above, prefix=".other-weights-")))
+            if not exchange_layers(directory, place):
                 return not_covered(_NAME, "no two tensors of the layers have one shape, so no other weights were made")
         except (OSError, ValueError, KeyError, HandoffError) as error:
             return not_covered(_NAME, f"no other weights could be made: {error}")
-        return _judged(*_asked(Path(place), directory, _some(rows), chip, dtype))
+        return _judged(*_asked(place, directory, _some(rows), chip, dtype))
 
 
 def exchange_layers(directory: Path, into: Path) -> int:
@@ -97,7 +99,7 @@ def _weights(directory: Path) -> list[Path]:
 def _some(rows: list[list[int]]) -> list[list[int]]:
     """Few rows of all lengths up to what costs little."""
     fitting = sorted((row for row in rows if len(row) <= _MOST_TOKENS), key=len)
-    return fitting[:: max(1, len(fitting) // _MOST_PROMPTS)][-_MOST_PROMPTS:]
+    return fitting[:: -(-len(fitting) // _MOST_PROMPTS) or 1]
 
 
 def _asked(other: Path, directory: Path, rows: list[list[int]], chip: str, dtype: str) -> tuple[dict[str, Any], str]:

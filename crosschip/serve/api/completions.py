@@ -147,8 +147,8 @@ class CompletionCall:
         if params.mixes_scores:
             raise ApiError(
                 400,
-                "processed_logprobs are told for a temperature alone, and the request leaves out or changes tokens; "
-                "take raw_logprobs, or leave out top_p, top_k, min_p, penalties and logit_bias",
+                "processed_logprobs are told of drawn tokens and a temperature alone; take raw_logprobs, or leave out "
+                "echo, top_p, top_k, min_p, penalties and logit_bias",
                 param="logprobs_mode",
             )
         tokenizer = self._served.tokenizer

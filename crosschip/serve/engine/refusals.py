@@ -61,6 +61,6 @@ def _refuse_settings(params: SamplingParams) -> None:
             raise ServeError(f"{name} is {getattr(params, name)}", f"give {allowed}")
     if params.mixes_scores:
         raise ServeError(
-            "log-probs as drawn are told for a temperature alone, and the request leaves out or changes tokens, too",
-            "take raw_logprobs, or leave out top_p, top_k, min_p, penalties, logit_bias and constraints",
+            "log-probs as drawn are told of drawn tokens and a temperature alone, and the request asks for more",
+            "leave out scores of the prompt, top_p, top_k, min_p, penalties, logit_bias and constraints",
         )

@@ -70,7 +70,8 @@ class SamplingParams:
     @property
     def mixes_scores(self) -> bool:
         """Whether log-probs as drawn are asked for that are not those of a temperature alone: nobody computes them."""
-        return self.scores_as_drawn and (self.is_filtered or self.adjusts_logits)
+        beside = self.is_filtered or self.adjusts_logits or self.num_prompt_logprobs is not None
+        return self.scores_as_drawn and beside
 
     @property
     def greedy(self) -> bool:

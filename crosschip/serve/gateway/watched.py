@@ -24,6 +24,8 @@ def why_not(document: dict[str, Any], kind: str) -> str | None:
         return "choices"
     if document.get("echo") or document.get("logprobs") not in (None, False):
         return "logprobs"  # the client wants them itself, and by the tokens' texts
+    if document.get("logprobs_mode") not in (None, "raw_logprobs"):
+        return "logprobs"  # the reference tells them at temperature 1
     if document.get("return_token_ids") or document.get("return_tokens_as_token_ids"):
         return "logprobs"
     prompt = document.get("prompt")

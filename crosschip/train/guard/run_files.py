@@ -15,7 +15,7 @@ from crosschip.train.guard.observed import Event
 __all__ = ["EventLog", "committed_steps", "cut_torn_line", "last_logged_step", "logged_steps", "newest_stage"]
 
 _NAME = re.compile(r"step-(\d{8,})")
-_TAIL = 4096  # bytes at the end of a log, more than its longest line
+_TAIL = 4096  # bytes at the end of a log, more than most lines
 
 
 def committed_steps(train_directory: Path) -> int:
@@ -37,10 +37,16 @@ def last_logged_step(metrics: Path) -> int:
     """The step of the last whole line; 0 where there is none."""
     if not metrics.exists():
         return 0
+    size = tail = metrics.stat().st_size
     with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - _TAIL))
-        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"}\n")]
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+        tail = min(size, _TAIL)
+        while True:
+            file.seek(size - tail)
+            lines = file.read().splitlines(keepends=True)
+            whole = [line for line in (lines if tail == size else lines[1:]) if line.endswith(b"}\n")]
+            if whole or tail == size:
+                return int(json.loads(whole[-1])["step"]) if whole else 0
+            tail = min(size, 2 * tail)  # a line that is longer than that
 
 
 def cut_torn_line(path: Path) -> None:

@@ -132,13 +132,20 @@ class DiLoCo:
             self._tell("outer-state-not-saved", error.problem, "training goes on; the next save tries again")
 
     def resume(self, stage_directory: Path, step: int) -> None:
-        """Take up this rank's outer state where it was saved after `step`, and meet the other groups."""
+        """Take up this rank's outer state where it was saved after `step`, and meet the other groups.
+
+        Raises:
+            CheckpointError: it is damaged, and other ranks of the group have theirs.
+        """
         try:
             found = load_outer_state(stage_directory, self.handle.config.member.rank, step)
         except CheckpointError as error:
+            if self.handle.config.member.size > 1:
+                raise  # the other ranks have theirs: parts of one model would be at different outer steps
             found = None
-            anew = "the outer optimizer begins anew, from the other groups' state or the checkpoint's weights"
-            self._tell("damaged-outer-state", error.problem, anew)
+            self._tell(
+                "damaged-outer-state", error.problem, "the outer optimizer begins anew, from another group's state"
+            )
         if found is not None:
             self.load(*found)
         self.join()

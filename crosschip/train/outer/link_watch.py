@@ -53,7 +53,7 @@ class OuterLinkWatch:
         if state == "as expected" or self._num_told == _MOST_TOLD:
             return None
         self._num_told += 1
-        return self._event(ratio, wire_s, expected_s, step_s)
+        return self._event(ratio, ratio * expected_s, expected_s, step_s)
 
     def _event(self, ratio: float, wire_s: float, expected_s: float, step_s: float) -> GroupEvent:
         link = Link(self._link.bandwidth_bytes_s / ratio, self._link.latency_s * ratio)

@@ -5,6 +5,7 @@ It belongs to a layout: with another number of ranks it is begun anew from the p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,17 +35,18 @@ def save_outer_state(
         CheckpointError: it could not be written.
     """
     path = _path(stage_directory, rank, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     told = json.dumps(counts)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(whole, temporary, {"counts": told, "sha256": _digest(whole, told)})
         with temporary.open("rb") as opened:
             os.fsync(opened.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # a full disk is the second kind
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"the outer state of step {step} could not be written to {path}: {error}",
             "free disk space, then go on with --resume",

@@ -28,9 +28,10 @@ class Problem:
 class Sample:
     """One sampled answer, as the engine gave it and as it was judged.
 
-    `logprobs` are the engine's, of each token of `token_ids`, in nats at temperature 1. `versions` are the versions of
-    the weights, token by token. `routes` holds the experts of each fed position, [prompt + answer - 1, L, K], where the
-    engine tells them. `reward` is None where the checker failed, and `error` says how. `finished`: ended by itself.
+    `logprobs` are the engine's, of each token of `token_ids`, in nats at the recipe's temperature. `versions` are the
+    versions of the weights, token by token. `routes` holds the experts of each fed position,
+    [prompt + answer - 1, L, K], where the engine tells them. `reward` is None where the checker failed, and `error`
+    says how. `finished`: ended by itself.
     """
 
     token_ids: tuple[int, ...]

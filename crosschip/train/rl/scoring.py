@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crosschip.data import check_answer
+from crosschip.errors import DataError
 from crosschip.model import Decoder
 from crosschip.recipe import RlSettings
 from crosschip.train.answering import Asking, Limits, answer_all
@@ -29,7 +30,11 @@ class HeldOutScore:
 
 
 class HeldOutProblems:
-    """The first `settings.validation_sequences` questions of the validation split that leave room for an answer."""
+    """The first `settings.validation_sequences` questions of the validation split that leave room for an answer.
+
+    Raises:
+        DataError: there is none.
+    """
 
     def __init__(self, source: Source, tokenizer: ChatTokenizer, settings: RlSettings) -> None:
         self._tokenizer = tokenizer
@@ -45,6 +50,11 @@ class HeldOutProblems:
                 self._expected.append(messages[-1].content)
             if len(self._askings) == settings.validation_sequences:
                 break
+        if not self._askings:
+            raise DataError(
+                f"no held-out prompt has at most {longest} tokens, which seq_len leaves beside max_new_tokens",
+                "raise rl.seq_len or lower rl.max_new_tokens, or leave out rl.validate_every",
+            )
 
     def score(self, model: Transformer) -> HeldOutScore:
         """Answer them all in fp32."""
@@ -53,4 +63,4 @@ class HeldOutProblems:
             num_tokens += len(answer)
             num_right += check_answer(self._tokenizer.decode(answer), self._expected[number])
         num_problems = len(self._askings)
-        return HeldOutScore(num_right, num_problems, num_tokens / max(1, num_problems))
+        return HeldOutScore(num_right, num_problems, num_tokens / num_problems)

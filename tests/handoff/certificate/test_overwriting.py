@@ -32,6 +32,27 @@ def test_the_other_weights_are_the_same_numbers_in_other_layers(exported: Export
     assert (tmp_path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
 
 
+def test_some_rows_of_all_lengths_are_asked() -> None:
+    for count in (1, 3, 8, 9, 15, 40):
+        lengths = [len(row) for row in overwriting._some([[1] * length for length in range(1, count + 1)])]
+        assert len(lengths) <= 8
+        assert lengths[0] == 1
+        assert lengths[-1] >= count - count // 8 - 1
+    assert overwriting._some([]) == []
+
+
+def test_other_weights_that_cannot_be_made_are_not_covered(
+    exported: Exported, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(overwriting.tempfile, "TemporaryDirectory", refuse)
+    gate = overwrite_gate(exported("hf"), bundle.rows, "cpu", "float32")
+    assert gate.verdict == "NOT COVERED"
+    assert "Permission denied" in gate.message
+
+
 def test_an_honest_engine_is_that_of_a_cold_start_and_leaves_nothing_behind(exported: Exported, bundle: Bundle) -> None:
     directory = exported("hf")
     before = sorted(path.name for path in directory.parent.iterdir())

@@ -115,8 +115,10 @@ def test_log_probs_as_drawn_are_the_models_at_the_temperature(recording: str, ra
     assert drawn[0] == drawn[1], "what is drawn does not depend on what is told"
 
 
-@pytest.mark.parametrize("more", [{"top_p": 0.9}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 1.0}}])
-def test_log_probs_as_drawn_are_refused_where_tokens_are_left_out(recording: str, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "more", [{"top_p": 0.9}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 1.0}}, {"echo": True}]
+)
+def test_log_probs_as_drawn_are_refused_beside_what_is_not_drawn(recording: str, more: dict[str, Any]) -> None:
     body = BODY | {"prompt": [5, 6, 7], "logprobs_mode": "processed_logprobs"} | more
     response = httpx.post(f"{recording}/v1/completions", json=body, timeout=60)
     assert response.status_code == 400

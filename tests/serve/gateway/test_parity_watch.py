@@ -135,6 +135,7 @@ def test_a_reference_that_is_gone_hurts_nobody(random_server: RunningServer, cap
 def test_other_engines_cannot_be_watched() -> None:
     assert why_not({"prompt": "x"}, "openai") == "engine"
     assert why_not({"prompt": "x"}, "vllm") is None
+    assert why_not({"prompt": "x", "logprobs_mode": "processed_logprobs"}, "native") == "logprobs"
     assert why_not({"prompt": "x", "logprobs": False, "n": 1, "echo": False}, "native") is None
 
 

@@ -22,8 +22,8 @@ COUNTS = {"commits": 3, "inner_steps": 0, "tokens_since_0": 0}
 class OnFiles(DiLoCo):
     """DiLoCo without a sidecar: its state is made up, and it meets nobody."""
 
-    def __init__(self) -> None:
-        member = SimpleNamespace(rank=0)
+    def __init__(self, num_ranks: int = 1) -> None:
+        member = SimpleNamespace(rank=0, size=num_ranks)
         self.handle = SimpleNamespace(config=SimpleNamespace(member=member))  # type: ignore[assignment]
         self._events = []
         self.loaded: list[dict[str, int]] = []
@@ -90,6 +90,21 @@ def test_damage_is_named_and_the_outer_optimizer_begins_anew(tmp_path: Path, how
     (event,) = groups.new_events()
     assert event.event == "damaged-outer-state"
     assert str(path) in event.detail
+
+
+def test_ranks_of_a_group_do_not_begin_anew_alone(tmp_path: Path) -> None:
+    groups = OnFiles(num_ranks=2)
+    groups.save(tmp_path, 20)
+    file_of(tmp_path).write_bytes(b"cut")
+    with pytest.raises(CheckpointError):
+        groups.resume(tmp_path, 20)
+
+
+def test_no_room_for_the_directory_is_told_too(tmp_path: Path) -> None:
+    groups = OnFiles()
+    (tmp_path / "outer").write_text("a file is where the directory should be")
+    groups.save(tmp_path, 20)
+    assert [event.event for event in groups.new_events()] == ["outer-state-not-saved"]
 
 
 def test_the_newest_four_are_kept(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from crosschip.qualify.exams.rehearsal.judgement import PUBLISHED, Evidence, jud
 from crosschip.qualify.exams.rehearsal.lockstep import Replay, lockstep
 from crosschip.qualify.exams.rehearsal.run import Arm, ChipRaisedError, SeedRun, on_chip, one_thread
 from crosschip.qualify.exams.rehearsal.serving import rehearse_serving
-from crosschip.qualify.exams.rehearsal.sharded import rehearse_sharded
+from crosschip.qualify.exams.rehearsal.sharded import SHARDED, rehearse_sharded
 from crosschip.qualify.finding import Finding, Tier
 from crosschip.qualify.judging.training_equivalence import LOSS_MARGIN, Equivalence
 
@@ -87,6 +87,10 @@ def _rehearse_training(context: ExamContext) -> None:
     if died:
         _after_death(context, died[-1])
         return
+    if SHARDED in (context.only, *context.died_in):  # all else was rehearsed before, or is not asked for
+        context.part(SHARDED, lambda: rehearse_sharded(context))
+        context.journal.done("rehearsal")
+        return
     training = _Training(context)
     try:
         _train(training)
@@ -100,7 +104,7 @@ def _rehearse_training(context: ExamContext) -> None:
     elif not _audit(training) and training.undecided is not None:
         context.journal.finding(training.undecided)
     if not training.evidence:
-        context.part("rehearsal with FSDP2", lambda: rehearse_sharded(context))
+        context.part(SHARDED, lambda: rehearse_sharded(context))
     context.journal.done("rehearsal")
 
 

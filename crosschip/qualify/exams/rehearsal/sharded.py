@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ from crosschip.qualify.finding import Finding
 from crosschip.qualify.subjects.transformer_workload import TransformerWorkload
 from crosschip.rundir import read_json
 
-__all__ = ["NUM_RANKS", "rehearse_sharded", "train_sharded"]
+__all__ = ["NUM_RANKS", "SHARDED", "rehearse_sharded", "train_sharded"]
 
 NUM_RANKS = 2
+SHARDED = "rehearsal with FSDP2"  # the part's name
 _NUM_STEPS = 3
 _TIMEOUT_S = 60.0  # of a collective
 _START_S = 120.0  # for processes to import torch on a busy machine
 _LEAST_S = 20.0  # two imports of torch and three small steps on a machine that is not busy
 _WHAT = "training by several ranks with FSDP2"
 _POLL_S = 0.05
+_ALIVE_EVERY_S = 5.0
 _GRACE_S = 2.0  # for the other rank to say its part, too
 _UNKNOWN = re.compile(r"Operator (\S+) does not have a sharding strategy registered")
 
@@ -56,12 +58,13 @@ def rehearse_sharded(context: ExamContext) -> None:
     if context.remaining_s < _LEAST_S:
         context.journal.not_covered(f"{_WHAT}: there was no time")
         return
-    answers = train_sharded(chips, origin, dtype, context.seed)
+    alive = lambda: context.journal.now(SHARDED)  # noqa: E731  # the ranks have a deadline of their own
+    answers = train_sharded(chips, origin, dtype, context.seed, alive)
     context.journal.checked("train step with FSDP2", NUM_RANKS * _NUM_STEPS)
     trouble = _first_trouble(answers)
     if trouble is None:
         return
-    on_cpus = train_sharded(["cpu"] * NUM_RANKS, origin, dtype, context.seed)
+    on_cpus = train_sharded(["cpu"] * NUM_RANKS, origin, dtype, context.seed, alive)
     if _is_late(on_cpus):
         if _is_late(answers):
             context.journal.not_covered(f"{_WHAT}: this machine is too busy, CPUs did not get there either")
@@ -72,8 +75,12 @@ def rehearse_sharded(context: ExamContext) -> None:
     context.journal.finding(_finding(context, trouble, beside, answers))
 
 
-def train_sharded(chips: Sequence[str], origin: str, dtype: str, seed: int) -> list[dict[str, Any]]:
+def train_sharded(
+    chips: Sequence[str], origin: str, dtype: str, seed: int, alive: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
     """Train on these chips, a rank on each; what each has answered: `losses`, what it `raised`, how it `died`, `late`.
+
+    `alive` is called every few seconds meanwhile.
 
     A rank that was ended because another one had failed has an empty answer.
     """
@@ -89,7 +96,7 @@ def train_sharded(chips: Sequence[str], origin: str, dtype: str, seed: int) -> l
             for rank, chip in enumerate(chips)
         ]
         try:
-            _wait(processes, limit_s)
+            _wait(processes, limit_s, alive)
             unanswered = {"late": True} if not any(process.returncode for process in processes) else {}
             silent = [process.poll() is None for process in processes]
         finally:
@@ -124,12 +131,15 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], limit_s: float) -> None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], limit_s: float, alive: Callable[[], None]) -> None:
     """Until all have ended; once one has failed the others have a moment, as they wait for it in vain."""
-    deadline = time.monotonic() + limit_s
+    deadline, told_at = time.monotonic() + limit_s, -_ALIVE_EVERY_S
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         if any(process.returncode for process in processes):
             deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if time.monotonic() - told_at > _ALIVE_EVERY_S:
+            told_at = time.monotonic()
+            alive()
         time.sleep(_POLL_S)
 
 

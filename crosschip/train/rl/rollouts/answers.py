@@ -19,7 +19,7 @@ import numpy.typing as npt
 from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.publishing import ModelFacts
 
-__all__ = ["Answer", "Ask", "answer_chip", "likeliest_logprob", "read_answers", "request_body"]
+__all__ = ["Answer", "Ask", "answer_chip", "gap_of_likeliest", "read_answers", "request_body"]
 
 # Rounding may lift the log of a probability near 1 above 0 by some units in the last place of the logits.
 _MOST_LOGPROB = 1e-3
@@ -105,11 +105,11 @@ def answer_chip(document: Any) -> str | None:
     return chip if isinstance(chip, str) else None
 
 
-def likeliest_logprob(document: Any) -> float:
-    """The greatest log-prob of the first token in a response's document."""
+def gap_of_likeliest(document: Any) -> float:
+    """How far the log-probs of the two likeliest first tokens in a response's document are apart, in nats."""
     try:
-        told = document["choices"][0]["logprobs"]["top_logprobs"][0]
-        return float(max(told.values()))
+        told = sorted(document["choices"][0]["logprobs"]["top_logprobs"][0].values())
+        return float(told[-1] - told[-2])
     except (LookupError, TypeError, ValueError, AttributeError):
         raise BadAnswer("garbage", "no top_logprobs came back, and they were asked for") from None
 

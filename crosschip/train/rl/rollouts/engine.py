@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 
-from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, likeliest_logprob, read_answers, request_body
+from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, gap_of_likeliest, read_answers, request_body
 from crosschip.train.rl.rollouts.errors import BadAnswer, Fault
 from crosschip.train.rl.rollouts.publishing import ModelFacts, Publication
 from crosschip.train.rl.rollouts.vllm import load_into_vllm
@@ -26,8 +26,7 @@ KEY_VARIABLE = "CROSSCHIP_API_KEY"
 _CONNECT_S = 10.0
 _ASK_WHO_S = 5.0
 _BUSY_S = 1.0
-_CERTAIN = -1e-3  # nats: a token that is so likely shows no temperature
-_SAME = 1e-2  # what the log-prob of the likeliest token may differ by from rounding alone, relative
+_TEMPERED = 0.75  # at temperature 2 two log-probs are half as far apart as at 1, however likely the first is
 _OTHER_UPDATE = "another update of the weights is under way"
 _KINDS: dict[Any, Literal["crosschip", "vllm"]] = {"crosschip": "crosschip", "vllm": "vllm"}
 _FAULTS: dict[int, Fault] = {429: "busy", 500: "failed", 502: "failed", 503: "failed", 504: "slow"}
@@ -82,6 +81,7 @@ class HttpEngine:
         if kind is None or not isinstance(card.get("id"), str):
             raise BadAnswer("refused", f"/v1/models says owned_by={card.get('owned_by')!r}, not crosschip or vllm")
         size = card.get("crosschip", {}).get("max_batch_size") if kind == "crosschip" else None
+        self._mode_is_right = False  # it may be another process than before
         self.identity = EngineIdentity(
             kind, card["id"], answer_chip(document) or "unknown", size if isinstance(size, int) else None
         )
@@ -150,15 +150,13 @@ class HttpEngine:
         assert self.identity is not None
         if self._mode_is_right:
             return
-        likeliest = []
+        gaps = []
         for temperature in (1.0, 2.0):
             body = request_body(replace(ask, num_samples=1, max_new_tokens=1), self.identity.model, False, False)
-            body |= {"temperature": temperature, "logprobs": 1}
+            body |= {"temperature": temperature, "logprobs": 2}
             document = _json_of(await self._send("POST", "/v1/completions", self.timeout_s, body))
-            likeliest.append(likeliest_logprob(document))
-        if likeliest[0] > _CERTAIN:
-            return  # a token without alternatives has the same log-prob at every temperature: try with the next prompt
-        if abs(likeliest[0] - likeliest[1]) < abs(likeliest[0]) * _SAME:
+            gaps.append(gap_of_likeliest(document))
+        if gaps[1] > _TEMPERED * gaps[0]:
             raise BadAnswer(
                 "refused",
                 f"the log-probs that it tells do not follow temperature={ask.temperature:g}; start vLLM with "

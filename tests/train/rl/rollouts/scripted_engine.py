@@ -140,8 +140,8 @@ class ScriptedEngine:
             ids = [first, 4 + _draw("more", body["seed"], index) % 8, STOP_ID]
             logprobs: dict[str, Any] = {"token_logprobs": [-0.5 - index / 100 - id_ / 1000 for id_ in ids]}
             if body["logprobs"]:
-                likeliest = -0.5 if self.raw_logprobs else -0.5 * body["temperature"]
-                logprobs["top_logprobs"] = [{"a": likeliest, "b": likeliest - 1.0}] * len(ids)
+                gap = 12.0 / (1.0 if self.raw_logprobs else body["temperature"])  # the first token is all but certain
+                logprobs["top_logprobs"] = [{"a": 0.0, "b": -gap}] * len(ids)
             choice = {"index": index, "text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}
             choices.append(choice | ({"prompt_token_ids": body["prompt"]} if index == 0 else {}))
         return {"choices": choices} | ({"crosschip": self._status()} if self.kind == "crosschip" else {})

@@ -71,7 +71,6 @@ def test_our_engine_answers_with_the_published_weights(
 
 @pytest.mark.engines
 @pytest.mark.slow
-@pytest.mark.engines
 def test_vllm_answers_with_the_published_weights(
     tmp_path: Path, models: list[Transformer], tokenizer: ChatTokenizer
 ) -> None:

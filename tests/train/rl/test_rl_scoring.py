@@ -1,0 +1,46 @@
+"""Held-out problems while a stage goes on: which are asked, and that there are some."""
+
+from __future__ import annotations
+
+import pytest
+
+from crosschip.data import ChatTokenizer, open_source, train_tokenizer
+from crosschip.errors import DataError
+from crosschip.model import ModelConfig, Transformer, init_weights
+from crosschip.recipe import DataSettings, RlSettings
+from crosschip.train.rl.scoring import HeldOutProblems
+
+SOURCE = open_source(DataSettings(source="arithmetic", levels=[1], num_problems=400), seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return train_tokenizer([row.as_text() for row in SOURCE.rows("train")][:200], 300)
+
+
+def settings_of(**more: object) -> RlSettings:
+    return RlSettings.model_validate(
+        {"steps": 3, "seq_len": 80, "max_new_tokens": 16, "validation_sequences": 5} | more
+    )
+
+
+def test_as_many_as_asked_for_are_answered(tokenizer: ChatTokenizer) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {
+        "num_attention_heads": 2,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "kv_lora_rank": 16,
+    }
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 128}
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes, **heads, **experts))
+    init_weights(model, 0)
+    found = HeldOutProblems(SOURCE, tokenizer, settings_of()).score(model)
+    assert (found.num_problems, found.num_right) == (5, 0)
+    assert 1 <= found.mean_tokens <= 16
+
+
+def test_no_room_for_any_prompt_is_told(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(DataError, match="no held-out prompt has at most 2 tokens"):
+        HeldOutProblems(SOURCE, tokenizer, settings_of(seq_len=18))
