@@ -71,6 +71,7 @@ def test_our_engine_answers_with_the_published_weights(
 
 @pytest.mark.engines
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="vLLM 0.32 on a CPU: after reload_weights log-probs are of no weights at all")
 def test_vllm_answers_with_the_published_weights(
     tmp_path: Path, models: list[Transformer], tokenizer: ChatTokenizer
 ) -> None:
