@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str] | None] = {
         "golden",
         "train.step",
         "train.optimizer",
+        "train.group.orphans",
         "train.group.sharding",
         "train.group.world",
         "serve.engine.runner",

@@ -91,3 +91,11 @@ def examine_on(tmp_path: Path) -> Callable[..., ExamRecord]:
         return read_journal(journal_path, exam).record
 
     return examine
+
+
+@pytest.fixture
+def honest_afterwards() -> Iterator[None]:
+    """A simulated chip, without the faults that the test plants once it is over."""
+    activate("sim")
+    yield
+    plant([])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from crosschip.chips.simulated import activate, plant
 from crosschip.plan.cluster import parse_cluster
 from crosschip.plan.measured import with_report
 from crosschip.qualify.exams.software.rates import Product, largest_products
@@ -24,11 +23,7 @@ from tests.qualify.broken_chip import Broken
 Examine = Callable[..., ExamRecord]
 
 
-@pytest.fixture(autouse=True)
-def honest_afterwards() -> Iterator[None]:
-    activate("sim")
-    yield
-    plant([])
+pytestmark = pytest.mark.usefixtures("honest_afterwards")
 
 
 def rates(record: ExamRecord, kind: str) -> list[dict[str, Any]]:

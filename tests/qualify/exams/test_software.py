@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from crosschip.chips.faults import faults_from
-from crosschip.chips.simulated import activate, plant
+from crosschip.chips.simulated import plant
 from crosschip.qualify.exams.software.calls_exist import plain_parameters
 from crosschip.qualify.exams.software.cliffs import CLIFF_FACTOR, CallTime, slowness, typical_proportion
 from crosschip.qualify.exams.software.dtype_truth import DTYPES, dtype_step, steps_of
@@ -23,11 +23,7 @@ from tests.qualify.broken_chip import Broken
 Examine = Callable[..., ExamRecord]
 
 
-@pytest.fixture(autouse=True)
-def honest_afterwards() -> Iterator[None]:
-    activate("sim")
-    yield
-    plant([])
+pytestmark = pytest.mark.usefixtures("honest_afterwards")
 
 
 def failures(record: ExamRecord) -> list[Finding]:

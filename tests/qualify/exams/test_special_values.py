@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from crosschip.chips.faults import faults_from
-from crosschip.chips.simulated import activate, plant
+from crosschip.chips.simulated import plant
 from crosschip.qualify.exams.special_values.non_finite_watch import (
     WATCHES,
     subnormals_are_kept,
@@ -24,11 +24,7 @@ Examine = Callable[..., ExamRecord]
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
-@pytest.fixture(autouse=True)
-def honest_afterwards() -> Iterator[None]:
-    activate("sim")
-    yield
-    plant([])
+pytestmark = pytest.mark.usefixtures("honest_afterwards")
 
 
 def failures(record: ExamRecord) -> list[Finding]:

@@ -6,28 +6,26 @@ its answer. It ends with its parent.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 from crosschip.rundir import write_json
+from crosschip.train.group.orphans import end_with_parent
 
 __all__ = ["main"]
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Take the steps; the answer holds their losses, or what was raised and where."""
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
-    _end_with(job["parent"], job["limit_s"])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, job["limit_s"])  # whatever the process is in
+    end_with_parent(job["parent"])
     try:
         write_json(answer, {"losses": _train(job)})
     except BaseException as error:
@@ -60,21 +58,6 @@ def _place(error: BaseException) -> str:
     """The innermost line that is not torch's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
     return f"{'/'.join(frames[-1].filename.split('/')[-3:])}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-
-
-def _end_with(parent: int, limit_s: float) -> None:
-    """End when the parent ends and when the time is over, whatever the process is in."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
