@@ -94,6 +94,7 @@ class Ledger:
         number = group.problem.number
         del self._under_way[number]
         if self._is_stale(group):
+            self._ask_again(number)
             return "stale"
         if self._drops_without_signal and not group.has_signal:
             self._num_without_signal += 1
@@ -109,10 +110,12 @@ class Ledger:
         return self.due is not None and version >= self.due - self._max_staleness
 
     def drop_hopeless(self) -> list[int]:
-        """Forget problems whose answers will be too old when they come; returns their numbers."""
+        """Wait no longer for answers that will be too old when they come; returns the numbers of their problems, which
+        are asked again."""
         hopeless = sorted(number for number, version in self._under_way.items() if not self.is_fresh(version))
         for number in hopeless:
             del self._under_way[number]
+            self._ask_again(number)
         return hopeless
 
     def ask_again_of(self, engine: str) -> None:
@@ -120,7 +123,7 @@ class Ledger:
         for groups in (self._finished, self._reserve):
             for number in [n for n, group in groups.items() if any(s.engine == engine for s in group.samples)]:
                 del groups[number]
-                bisect.insort(self._to_ask_again, number)
+                self._ask_again(number)
         self._num_without_signal = min(self._num_without_signal, len(self._reserve))
 
     def is_ready(self) -> bool:
@@ -154,12 +157,16 @@ class Ledger:
         stale = [number for number, group in self._finished.items() if self._is_stale(group)]
         for number in stale:
             del self._finished[number]
+            self._ask_again(number)
         old = [number for number, group in self._reserve.items() if self._is_stale(group)]
         for number in old:
             del self._reserve[number]
         if old:  # others are tried in their place, so that a batch can be filled with what is kept
             self._num_without_signal = len(self._reserve)
         return len(stale) + len(old)
+
+    def _ask_again(self, number: int) -> None:
+        bisect.insort(self._to_ask_again, number)
 
     def _is_stale(self, group: Group) -> bool:
         return not self.is_fresh(group.oldest_version)

@@ -37,6 +37,7 @@ class ScriptedEngine:
     play: Callable[[int], Play] = lambda number: "good"
     max_batch_size: int = 8
     load_s: float = 0.0
+    may_load: threading.Event = field(default_factory=threading.Event)  # loads wait for it; set at first
     refuse_weights: bool = False
     never_signal: bool = False
     names: list[str] = field(default_factory=lambda: ["1"])  # of the weights, the last ones answer
@@ -50,6 +51,9 @@ class ScriptedEngine:
     is_well: bool = True
     lacks: tuple[str, ...] = ()
     raw_logprobs: bool = False  # vLLM's default: those before the temperature
+
+    def __post_init__(self) -> None:
+        self.may_load.set()
 
     def app(self) -> Starlette:
         posts = {
@@ -82,6 +86,8 @@ class ScriptedEngine:
         self.loads.append(body)
         begun = time.monotonic()
         await asyncio.sleep(self.load_s)
+        while not self.may_load.is_set():
+            await asyncio.sleep(0.02)
         self.load_times.append((begun, time.monotonic()))
         if self.refuse_weights:
             return JSONResponse({"error": {"message": "these weights have a NaN"}}, 400)

@@ -110,14 +110,18 @@ def test_an_engine_of_garbage_is_dropped_loudly_and_the_other_one_goes_on(tmp_pa
     told = Told()
     bad, good = ScriptedEngine(play=lambda number: "nan"), ScriptedEngine()
     with served(bad, good) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
-        taken = take_all(rollouts, 2)
+        taken = take_all(rollouts, 1)
+        while not told.of("ENGINE DROPPED") and len(taken) < 50:  # the other one may be quick enough for a few batches
+            taken += take_all(rollouts, 1, len(taken))
+        num_loads = len(bad.loads)
+        taken += take_all(rollouts, 2, len(taken))
+        assert len(bad.loads) == num_loads  # it gets no more weights
     assert all(len(batch.groups) == 4 for batch in taken)
     assert {sample.engine for batch in taken for group in batch.groups for sample in group.samples} == {"engine-1"}
     (line,) = told.of("ENGINE DROPPED")
     assert "engine-0" in line
     assert "nan" in line
-    assert len(bad.loads) == 1  # it does not get the second version
-    assert taken[0].num_garbage >= 3
+    assert sum(batch.num_garbage for batch in taken) >= 3
 
 
 def test_with_no_engine_left_the_error_says_what_each_said(tmp_path: Path) -> None:
@@ -221,13 +225,12 @@ def test_with_staleness_publishing_does_not_wait_for_a_slow_load(tmp_path: Path)
     slow, good = ScriptedEngine(), ScriptedEngine()
     with served(slow, good) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
         take_all(rollouts, 1)
-        slow.load_s = 8.0
-        begun = time.monotonic()
+        slow.may_load.clear()
         for version in range(1, 5):
             rollouts.publish(version, write_nothing)
             batch = rollouts.take(version)
             assert versions_of(batch) <= {version - 1, version}
-        assert time.monotonic() - begun < 8.0
+        slow.may_load.set()
         wait_until(lambda: slow.names[-1].startswith("4-"), "the newest is loaded, and those between are skipped")
         assert len(slow.loads) == 3
 

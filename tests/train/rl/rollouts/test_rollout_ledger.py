@@ -41,7 +41,7 @@ class World:
     engine: int = -1  # the version that it answers with
     under_way: dict[int, int] = field(default_factory=dict)
     used: list[int] = field(default_factory=list)
-    dropped: list[int] = field(default_factory=list)
+    without_signal: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.ledger = ledger_of(self.prompts, self.max_staleness, self.max_groups_tried)
@@ -54,7 +54,6 @@ class World:
     def drop_hopeless(self) -> None:
         for number in self.ledger.drop_hopeless():
             assert self.under_way.pop(number) < self.published - self.max_staleness + 1
-            self.dropped.append(number)
 
     def begin(self) -> None:
         if self.engine >= 0 and self.ledger.may_begin(self.engine):
@@ -69,8 +68,8 @@ class World:
             number = self.chance.choice(sorted(self.under_way))
             version = self.under_way.pop(number)
             rewards = SIGNAL if self.chance.random() < self.share_with_signal else NO_SIGNAL
-            if self.ledger.finish(group_of_rewards(number, version, rewards)) == "stale":
-                self.dropped.append(number)
+            if self.ledger.finish(group_of_rewards(number, version, rewards)) == "without signal":
+                self.without_signal.add(number)
 
     def take(self) -> list[Group]:
         version = self.ledger.due
@@ -111,8 +110,13 @@ def test_whatever_happens_bounds_hold_and_each_problem_is_used_once(
     for _ in range(400):
         world.step()
     assert len(set(world.used)) == len(world.used)
-    assert not set(world.used) & set(world.dropped)
-    assert all(number < world.ledger.next_number for number in world.used)
+    ledger = world.ledger
+    finished = [group.problem.number for group in ledger.finished]
+    waiting = [*ledger.under_way, *ledger.to_ask_again, *finished]
+    assert len(set(waiting)) == len(waiting)
+    assert not set(world.used) & set(waiting)
+    # What was begun is used, waits, or was without signal: nothing is lost because it became too old.
+    assert set(world.used) | set(waiting) | world.without_signal == set(range(ledger.next_number))
 
 
 @settings(deadline=None)
@@ -194,7 +198,7 @@ def test_one_version_behind_the_next_batch_is_made_while_one_is_trained() -> Non
     assert [group.problem.number for group in ledger.take()] == [2, 3]
 
 
-def test_too_old_groups_are_dropped_finished_or_not() -> None:
+def test_too_old_groups_are_asked_again_finished_or_not() -> None:
     ledger = ledger_of(prompts=2, max_staleness=1)
     ledger.set_due(0)
     begin_all(ledger, 0)
@@ -202,8 +206,9 @@ def test_too_old_groups_are_dropped_finished_or_not() -> None:
     assert ledger.set_due(2) == 1
     assert ledger.drop_hopeless() == [1, 2, 3]
     assert ledger.finished == []
-    assert begin_all(ledger, 2) == [4, 5, 6, 7]
-    assert ledger.finish(group_of_rewards(4, 0)) == "stale"  # of weights before those that it was asked with
+    assert begin_all(ledger, 2) == [0, 1, 2, 3]  # the same problems, asked again
+    assert ledger.finish(group_of_rewards(2, 0)) == "stale"  # of weights before those that it was asked with
+    assert begin_all(ledger, 2) == [2]
 
 
 def test_without_signal_others_are_asked_until_too_many_were_tried() -> None:
