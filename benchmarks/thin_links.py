@@ -30,6 +30,7 @@ from thin_links_group import Options  # noqa: E402
 
 from crosschip.chips import find_chip, fingerprint  # noqa: E402
 from crosschip.recipe import GroupSettings  # noqa: E402
+from crosschip.rundir import write_json, write_text  # noqa: E402
 from crosschip.train.outer.choice import Choice, Link, choose  # noqa: E402
 from crosschip.train.outer.lighthouse import Lighthouse  # noqa: E402
 from tests.qualify.exams.links.namespaces import ADDRESS_A, MASTER_PORT, shaped_link, why_not  # noqa: E402
@@ -222,32 +223,79 @@ def main() -> None:
     parser.add_argument("--no-links", action="store_true", help="only the loss")
     parser.add_argument("--slow-drill", action="store_true", help="let a link become slow under a running training")
     parser.add_argument("--slow-mbit", type=float, default=20.0, help="what it becomes; a drill's messages take 1.5 s")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="parts of earlier runs stay in it; the tables go beside it as .md")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/thin_links.py", *sys.argv[1:]]),
-        "links": [],
-        "losses": [],
-        "fingerprint": fingerprint(find_chip(arguments.chip)),
-    }
+    if (not arguments.no_links or arguments.slow_drill) and (reason := why_not()) is not None:
+        raise SystemExit(reason)
     if not arguments.no_links:
-        if (reason := why_not()) is not None:
-            raise SystemExit(reason)
-        result["step_s"], result["num_parameters"] = step_of_two(arguments)
-        print(f"{result['num_parameters']:,} parameters, {result['step_s']:.2f} s a step", flush=True)
-        for rate_mbit, delay_ms in LINKS:
-            result["links"].append(
-                over_a_link(arguments, rate_mbit, delay_ms, result["step_s"], result["num_parameters"])
-            )
+        record(arguments, "links", all_links(arguments))
     if arguments.slow_drill:
-        if (reason := why_not()) is not None:
-            raise SystemExit(reason)
-        result["slow_drills"] = slow_link_drills(arguments)
+        record(arguments, "slow_drills", {"rows": slow_link_drills(arguments)})
     if arguments.loss_steps:
-        result["losses"] = losses(arguments)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        record(arguments, "losses", {"rows": losses(arguments)})
+
+
+def all_links(arguments: argparse.Namespace) -> dict[str, Any]:
+    step_s, num_parameters = step_of_two(arguments)
+    print(f"{num_parameters:,} parameters, {step_s:.2f} s a step", flush=True)
+    rows = [over_a_link(arguments, rate_mbit, delay_ms, step_s, num_parameters) for rate_mbit, delay_ms in LINKS]
+    return {"step_s": step_s, "num_parameters": num_parameters, "rows": rows}
+
+
+def record(arguments: argparse.Namespace, part: str, found: dict[str, Any]) -> None:
+    """Put a part into the files, with the command and the machine that made it."""
+    path: Path | None = arguments.json
+    if path is None:
+        return
+    command = " ".join(["python", "benchmarks/thin_links.py", *sys.argv[1:]])
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    document[part] = {"command": command, **found, "fingerprint": fingerprint(find_chip(arguments.chip))}
+    write_json(path, document)
+    write_text(path.with_suffix(".md"), tables(document))
+
+
+def tables(document: dict[str, Any]) -> str:
+    """The parts that there are, as Markdown."""
+    lines = ["# Two groups over thin links", ""]
+    if (links := document.get("links")) is not None:
+        lines += [
+            f'{links["num_parameters"]:,} parameters, {links["step_s"]:.2f} s a step. What `mode = "auto"` chooses, '
+            "beside averaging each step over the same link; *computing* is the share of the time, *fewer* the bytes "
+            "counted on the network interface.",
+            "",
+            "| link | chosen | computing | kB a step | each step: computing | kB a step | fewer |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(_link_row(row) for row in links["rows"]),
+            *_made_by(links),
+        ]
+    if (drills := document.get("slow_drills")) is not None:
+        lines += ["## A link that becomes slow under a running training", "", "```json"]
+        lines += [json.dumps(row) for row in drills["rows"]] + ["```", *_made_by(drills)]
+    if (compared := document.get("losses")) is not None:
+        lines += ["## The loss at equal tokens", "", "| groups | way | compression | validation loss | gap |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {row['num_groups']} | {row['mode']} | {row['compression']} | {row['validation_loss']:.4f} | "
+            f"{row['gap']:+.2%} |"
+            for row in compared["rows"]
+        ]
+        lines += _made_by(compared)
+    return "\n".join(lines)
+
+
+def _link_row(row: dict[str, Any]) -> str:
+    choice, chosen, each = row["choice"], row["chosen"], row["each_step"]
+    way = f"{choice['mode']}, {choice['compression']}, every {choice['sync_every']}"
+    return (
+        f"| {row['rate_mbit_s']} Mbit/s, {row['delay_ms']:g} ms | {way} | {chosen['utilisation']:.1%} | "
+        f"{chosen['wire_bytes_per_step'] / 1e3:,.0f} | {each['utilisation']:.1%} | "
+        f"{each['wire_bytes_per_step'] / 1e3:,.0f} | {row['times_fewer_bytes']:.0f} times |"
+    )
+
+
+def _made_by(part: dict[str, Any]) -> list[str]:
+    host, software = part["fingerprint"]["host"], part["fingerprint"]["software"]
+    return ["", f"On {host['cpu']} ({host['cores']} cores), torch {software['torch']}: `{part['command']}`.", ""]
 
 
 if __name__ == "__main__":

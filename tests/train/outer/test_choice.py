@@ -22,8 +22,9 @@ def test_a_fast_link_averages_each_step() -> None:
     assert "averaged each step" in choice.reason
 
 
-def test_a_thin_link_sends_a_hundredth_or_less_of_what_each_step_would() -> None:
-    choice = choose(TWO, Link(1.25e6, 0.05), NUM_ELEMENTS, STEP_S)
+@pytest.mark.parametrize("mbit", [1000, 100, 10])
+def test_a_thin_link_sends_a_hundredth_or_less_of_what_each_step_would(mbit: float) -> None:
+    choice = choose(TWO, Link(mbit * 125e3, 0.05), NUM_ELEMENTS, STEP_S)
     each_step = choose(TWO.model_copy(update={"mode": "every-step"}), THIN, NUM_ELEMENTS, STEP_S)
     assert choice.mode == "diloco"
     assert choice.bytes_per_step is not None

@@ -36,7 +36,7 @@ def test_a_faster_link_is_told_with_the_choice_that_it_allows() -> None:
     (event,) = told(*[EXPECTED_S / 20] * 20)
     assert event.event == "fast-link"
     assert "about 20.0 times faster" in event.detail
-    assert "DiLoCo with an outer step every 30 steps, uncompressed" in event.detail
+    assert "DiLoCo with an outer step every 30 steps, in int8" in event.detail
 
 
 def test_one_late_exchange_is_not_the_link() -> None:
