@@ -25,7 +25,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     for name in ("steps", "prompts", "samples", "max-new-tokens", "save-every", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--learning-rate", type=float, required=True)
+    for name in ("temperature", "learning-rate"):
+        parser.add_argument(f"--{name}", type=float, required=True)
     return parser.parse_args()
 
 
@@ -82,10 +83,10 @@ def main() -> None:
         gradient_accumulation_steps=1,
         num_generations=options.samples,
         max_completion_length=options.max_new_tokens,
-        temperature=1.0,
+        temperature=options.temperature,
         beta=0.0,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant_with_warmup",
         warmup_steps=2,
         adam_beta2=0.95,
         weight_decay=0.0,

@@ -25,7 +25,7 @@ BYTES_PER_ELEMENT: dict[Compression, float] = {"none": 4.0, "int8": 1.0 + 4 / 12
 
 # The scaling laws of DiLoCo were measured with H = 30 (Charles et al. 2025, arXiv 2503.09799); longer costs more.
 _INTERVALS = (30, 100, 300)
-# With error feedback int8 costs nothing in the loss that was measured (docs/groups.md), so fp32 is sent on request alone.
+# With error feedback int8 costs nothing in the loss that was measured (docs/groups.md): fp32 is sent on request alone.
 _COMPRESSIONS: tuple[Compression, ...] = ("int8", "int4")
 _MOST_OVERLAP = 5  # Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512) loses nothing up to there
 

@@ -100,6 +100,7 @@ class Fleet:
         possible = [confirmed] + ([member.loading] if member.loading is not None else [])
         request = asyncio.create_task(client.sample(make_ask(confirmed.version), confirmed.facts))
         member.requests.add(request)
+        self.upkeep.watch(member)
         self._note_work()
         try:
             samples = samples_of(member.name, client, await _outcome(request), possible + member.offered[first_offer:])
@@ -139,6 +140,7 @@ class Fleet:
 
 async def _outcome(request: asyncio.Task[list[Answer]]) -> list[Answer]:
     await asyncio.wait({request})
-    if request.cancelled():
-        raise BadAnswer("unreachable", "it was given up while it was asked")
-    return request.result()
+    try:
+        return request.result()
+    except asyncio.CancelledError as lost:
+        raise BadAnswer("unreachable", str(lost)) from None

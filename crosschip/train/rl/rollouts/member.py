@@ -71,10 +71,10 @@ class Member:
         size = (identity.max_batch_size if identity is not None else None) or max_batch_size
         return -(-size // num_samples) + 1
 
-    def lose_requests(self) -> None:
+    def lose_requests(self, why: str) -> None:
         """Whoever waits for this engine asks another one."""
         for request in self.requests:
-            request.cancel()
+            request.cancel(why)
 
 
 def is_able(member: Member) -> bool:

@@ -24,7 +24,7 @@ __all__ = ["FleetEvents", "Upkeep"]
 
 _PROBE_EVERY_S = 1.0
 _DEATH_S = 1.0
-_LOOK_EVERY_S = 5.0  # at an engine that loads weights
+_LOOK_EVERY_S = 5.0  # at an engine that loads weights, or answers
 MOST_SILENCE_S = 30.0  # of an engine that was asked a small question again and again
 
 Work = Callable[[Member], Coroutine[Any, Any, None]]
@@ -99,6 +99,10 @@ class Upkeep:
         if loses_weights:
             member.confirmed = None
         self._start(member, "probe", self._probe)
+
+    def watch(self, member: Member) -> None:
+        """It was asked: an answer may take long, but if the engine falls silent it is not waited for."""
+        self._start(member, "watch", self._watch)
 
     def reload(self, member: Member) -> None:
         """It gets nothing until it has loaded the newest weights once more."""
@@ -218,9 +222,21 @@ class Upkeep:
                 if member.confirmed is None:
                     self._start(member, "bring up", self._bring_up)
                 return
-            member.lose_requests()
+            member.lose_requests("it is looked at, after another request failed")
             await asyncio.sleep(_PROBE_EVERY_S)
         self.give_up(member, f"silent for {MOST_SILENCE_S:g} s after: {member.said}", may_return=True)
+
+    async def _watch(self, member: Member) -> None:
+        heard = time.monotonic()
+        while member.requests and member.client is not None:
+            await asyncio.wait(set(member.requests), timeout=_LOOK_EVERY_S)
+            if member.client is None:
+                return
+            if await member.client.is_well():
+                heard = time.monotonic()
+            elif time.monotonic() - heard > MOST_SILENCE_S:
+                member.lose_requests(f"silent for {MOST_SILENCE_S:g} s")
+                return
 
     async def _restart(self, member: Member) -> None:
         await _end(member)
@@ -246,7 +262,7 @@ class Upkeep:
             if member.tasks[purpose] is not asyncio.current_task():
                 member.tasks[purpose].cancel()
             del member.tasks[purpose]
-        member.lose_requests()
+        member.lose_requests("it was given up while it was asked")
 
     def _start(self, member: Member, purpose: str, work: Work) -> None:
         if purpose in member.tasks and not member.tasks[purpose].done():

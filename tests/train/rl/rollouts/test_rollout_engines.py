@@ -175,6 +175,37 @@ def test_an_engine_that_hangs_is_passed_over(tmp_path: Path) -> None:
     assert "no answer within 0.5 s" in told.of("bad answer")[0]
 
 
+def test_an_engine_that_falls_silent_is_not_waited_for_until_its_answer_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._LOOK_EVERY_S", 0.1)
+    told = Told()
+    silent, good = ScriptedEngine(play=lambda number: "hang"), ScriptedEngine()
+    settings = settings_of(rollouts_timeout_s=600.0)
+    with served(silent, good) as urls, rollouts_of(settings, urls, tmp_path, told=told) as rollouts:
+        rollouts.publish(0, write_nothing)
+        silent.is_well = False
+        batch = rollouts.take(0)
+    assert len(batch.groups) == 4
+    assert "engine-0: unreachable: silent for 0.5 s" in told.of("bad answer")[0]
+
+
+def test_an_engine_that_takes_long_and_says_that_it_is_well_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._LOOK_EVERY_S", 0.1)
+    told = Told()
+    with (
+        served(ScriptedEngine(play=lambda number: 2.0)) as urls,
+        rollouts_of(settings_of(rollouts_timeout_s=60.0), urls, tmp_path, told=told) as rollouts,
+    ):
+        (batch,) = take_all(rollouts, 1)
+    assert len(batch.groups) == 4
+    assert not told.lines
+
+
 def test_connections_that_break_are_asked_again(tmp_path: Path) -> None:
     engine = ScriptedEngine(play=lambda number: "close" if number in (0, 3) else "good")
     with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
