@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 from crosschip.rewards import Attempt
 
@@ -24,6 +25,17 @@ def is_right(attempt: Attempt) -> bool:
 
 def pid(attempt: Attempt) -> int:
     return os.getpid()
+
+
+def meet(attempt: Attempt) -> float:
+    """Waits in the directory that the answer names until another worker is there, too; 0 if none comes."""
+    place = Path(attempt.answer)
+    (place / str(os.getpid())).touch()
+    for _ in range(3000):
+        if len(list(place.iterdir())) > 1:
+            return 1.0
+        time.sleep(0.01)
+    return 0.0
 
 
 def as_told(attempt: Attempt) -> object:
