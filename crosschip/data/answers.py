@@ -19,7 +19,7 @@ _NUMBER = re.compile(
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))")
 _LATEX_WORDS = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 _UNIT = re.compile(r"\s[^\d]*$")
-_ANSWER_IS = re.compile(r"answer(?: is|:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+_ANSWER_IS = re.compile(r"answer(?: is|:)\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 def split_reasoning(text: str) -> tuple[str | None, str, bool]:

@@ -13,7 +13,6 @@ from crosschip.rewards.mathematics import check_math
 __all__ = ["CHECKERS", "IN_PROCESS", "check_arithmetic", "check_format", "checked_name", "find_checker"]
 
 _TAG = re.compile(r"</?think>")
-_BLANKS = re.compile(r"[^\S\n]+")
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -24,8 +23,7 @@ def check_arithmetic(attempt: Attempt) -> float:
 
     if not attempt.closed:
         return 0.0
-    # One blank for a run of them: else 100,000 blanks in a line cost the verifier's search for words minutes.
-    return float(check_answer(_BLANKS.sub(" ", attempt.answer), attempt.expected))
+    return float(check_answer(attempt.answer, attempt.expected))
 
 
 def check_format(attempt: Attempt) -> float:
