@@ -133,6 +133,8 @@ def _examine_all(going: _Qualification) -> None:
     programme = going.request.programme
     going.prepare(programme[0][0])
     _trace(going)
+    # From here on the report is of this qualification, however it ends; one of an earlier one is no longer there.
+    write_json(going.request.report, _document(going))
     for place, (exam, weight) in enumerate(programme):
         if going.is_overdue:
             going.records.append(ExamRecord(exam.name, not_covered=["everything: the time was up"], ended="not run"))

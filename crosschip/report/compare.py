@@ -253,7 +253,7 @@ def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
                 float(each["lower"]),
                 float(each["value"]),
                 float(each["upper"]),
-                str(each.get("unit")),
+                _unit_of_work(each, mine),
             )
             for each in mine["speeds"]
         }
@@ -275,6 +275,12 @@ def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
             )
         )
     return found
+
+
+def _unit_of_work(speed: Mapping[str, Any], role: Document) -> str:
+    """Speeds in another dtype are of other work: they are told apart by their unit."""
+    dtype = role["compute_dtype"]
+    return f"{speed.get('unit')}" + (f" in {dtype}" if dtype else "")
 
 
 def _summary(answers: Mapping[str, Recommendation]) -> str:

@@ -61,6 +61,11 @@ def _mask_of_rank_2_ignored(kernel: Kernel, number: int, given: dict[str, Any]) 
     return kernel(mask=None) if two else kernel()
 
 
+def _mask_of_rank_3_ignored(kernel: Kernel, number: int, given: dict[str, Any]) -> Any:
+    two = given["mask"] is not None and given["mask"].dim() == 3
+    return kernel(mask=None) if two else kernel()
+
+
 def _mask_of_the_first_batch_for_all(kernel: Kernel, number: int, given: dict[str, Any]) -> Any:
     mask = given["mask"]
     return kernel() if mask is None or mask.dim() < 4 else kernel(mask=mask[:1])
@@ -132,6 +137,7 @@ def _all_refused(kernel: Kernel, number: int, given: dict[str, Any]) -> Any:
 FORWARD: dict[str, Callable[[Kernel, int, dict[str, Any]], Any]] = {
     "mask ignored past 64": _mask_ignored_past_64,
     "mask of rank 2 ignored": _mask_of_rank_2_ignored,
+    "mask of rank 3 ignored": _mask_of_rank_3_ignored,
     "mask of the first batch for all": _mask_of_the_first_batch_for_all,
     "causal off by one": _causal_off_by_one,
     "causal aligned at the end": _causal_aligned_at_the_end,

@@ -70,6 +70,13 @@ def test_a_measured_speed_decides_where_its_bounds_are_apart() -> None:
     assert "decoding: NVIDIA H20 (cuda:0) 900 tokens/s" in found["grounds"][1]
 
 
+def test_a_speed_in_another_dtype_is_of_other_work() -> None:
+    slow = serving(speed(700, 20), **H200) | {"compute_dtype": "bfloat16"}
+    fast = serving(speed(900, 20), **H20)
+    assert answer("serve", fast | {"compute_dtype": "bfloat16"}, slow)["answer"] == "RECOMMENDED"
+    assert answer("serve", fast | {"compute_dtype": "float32"}, slow)["answer"] == "INCONCLUSIVE"
+
+
 @pytest.mark.parametrize(
     ("left", "right"),
     [

@@ -35,6 +35,7 @@ FUSED = "scaled_dot_product_attention float32"
 NAMED = {
     "mask ignored past 64": "from number of keys 65 on (64 is right) where mask is given",
     "mask of rank 2 ignored": "number of mask dimensions is 2",
+    "mask of rank 3 ignored": "number of mask dimensions is 3",
     "mask of the first batch for all": "mask",
     "causal off by one": "mask is causal flag",
     "causal aligned at the end": "mask is causal flag and lengths is not equal",

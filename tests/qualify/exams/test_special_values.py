@@ -145,6 +145,20 @@ def test_softmax_of_minus_infinity_that_gives_zeros_is_seen() -> None:
     assert (all_minus_infinity[0], 0) in [place for _, place, _, _ in found]
 
 
+@pytest.mark.parametrize("function", ["torch.sum", "torch.amax", "torch.mm"])
+def test_subnormal_numbers_that_become_nan_are_seen_in_reductions_and_products(function: str) -> None:
+    def traps(op: Any, args: Any, kwargs: Any, compute: Any) -> Any:
+        given = args[0]
+        size = given.abs()
+        trapped = torch.where((size > 0.0) & (size < torch.finfo(given.dtype).tiny), torch.nan, given)
+        return compute(trapped, *args[1:], **kwargs)
+
+    plant([Broken(traps, ("aten.sum.", "aten.amax.", "aten.mm."))])
+    found = [lies_of("sim:0", **row) for family in ("reductions", "matrix products")
+             for row in special_parameters(family, "float32") if row["function"] == function]  # fmt: skip
+    assert any(lie[0] == "NaN or infinity invented" for lies in found for lie in lies)
+
+
 def test_a_case_is_cut_to_the_element_or_row_that_shows_it() -> None:
     parameters = {"function": "torch.exp", "dtype": "float32", "inputs": [[0.0, 1000.0]], "options": {}, "kind": "k"}
     assert [each["inputs"] for each in single_cases(parameters)] == [[[0.0]], [[1000.0]]]

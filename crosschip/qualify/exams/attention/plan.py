@@ -180,7 +180,7 @@ def _lengths(base: AttentionCase, longest: int, tier: Tier) -> Iterator[Attentio
 
 
 def _masks(base: AttentionCase, longest: int, tier: Tier) -> Iterator[AttentionCase]:
-    shapes = ["S", "TS", "1S", "11TS", "B1TS", "B11S", "BHTS", "1HTS"]
+    shapes = ["S", "TS", "1S", "11TS", "B1TS", "B11S", "BHTS", "1HTS", "1TS", "HTS", "H1S"]
     for queries, keys in ((33, 47), (70, 70), (1, 70)):
         sized = replace(base, queries=queries, keys=keys)
         for shape in shapes:
@@ -304,7 +304,7 @@ def gradient_battery(geometry: Geometry, longest: int, tier: Tier) -> Iterator[A
             yield replace(few, mask_shape="B11S", mask_kind="-inf")
         if keys <= min(longest, 513):
             yield replace(base, batch=1, queries=keys, keys=keys, causal=True)
-    for shape in ("1S", "11TS", "B1TS", "BHTS", "1HTS"):
+    for shape in ("1S", "11TS", "B1TS", "BHTS", "1HTS", "HTS"):
         yield replace(base, mask_shape=shape, mask_kind="boolean")
         yield replace(base, mask_shape=shape, mask_kind="large negative")
     yield base

@@ -103,24 +103,26 @@ def _row(value: float, *specials: tuple[int, float]) -> list[float]:
 
 
 def _reductions(dtype: str) -> list[_Entry]:
-    largest, _ = _RANGES[dtype]
+    largest, smallest = _RANGES[dtype]
     last = _ROW - 1
+    even = [[each] * _ROW for each in (smallest / 4, -smallest / 4, -0.0)]
     rows = [_row(0.5), *(_row(0.5, (place, special)) for place in (0, 33, last) for special in (nan, inf, -inf))]
     rows += [_row(-inf), _row(0.5, (3, inf), (66, -inf)), _row(-inf, (40, 1.0)), _row(0.5, (3, nan), (66, inf))]
     overflowing = [_row(0.5, (2, largest), (last, largest)), _row(-0.5, (2, -largest), (last, -largest))]
     dim = {"dim": -1}
     entries: list[_Entry] = [
-        (f"torch.{name}", [[*rows, *overflowing]], dim) for name in ("sum", "mean", "amax", "amin", "cumsum", "softmax")
+        (f"torch.{name}", [[*rows, *overflowing, *even]], dim)
+        for name in ("sum", "mean", "amax", "amin", "cumsum", "softmax")
     ]
     entries += [
-        (f"torch.{name}", [rows], dim)
+        (f"torch.{name}", [[*rows, *even]], dim)
         for name in ("max", "min", "logsumexp", "log_softmax", "linalg.vector_norm", "prod")
     ]
     entries += [
         ("torch.argmax", [[row for row in rows if nan not in row]], dim),
         ("torch.var", [rows], dim),
-        ("torch.nn.functional.layer_norm", [rows], {"normalized_shape": [_ROW]}),
-        ("torch.nn.functional.rms_norm", [rows], {"normalized_shape": [_ROW]}),
+        ("torch.nn.functional.layer_norm", [[*rows, *even]], {"normalized_shape": [_ROW]}),
+        ("torch.nn.functional.rms_norm", [[*rows, *even]], {"normalized_shape": [_ROW]}),
         ("torch.sum", [rows[0]], {}),
         ("torch.sum", [_row(0.5, (33, nan))], {}),
         ("torch.max", [_row(0.5, (33, nan))], {}),
@@ -131,7 +133,7 @@ def _reductions(dtype: str) -> list[_Entry]:
 
 def _matrix_products(dtype: str) -> list[_Entry]:
     """Each row of the left factor is a case; the right one is all ones but for a zero that meets the infinities."""
-    largest, _ = _RANGES[dtype]
+    largest, smallest = _RANGES[dtype]
     left = [
         _row(0.5),
         _row(0.5, (20, nan)),
@@ -140,6 +142,7 @@ def _matrix_products(dtype: str) -> list[_Entry]:
         _row(0.5, (20, inf), (40, -inf)),
         _row(0.5, (2, largest), (60, largest)),
         _row(-0.5, (2, -largest), (60, -largest)),
+        *([each] * _ROW for each in (smallest / 4, -smallest / 4, -0.0)),
     ]
     ones = [[1.0] * 5 for _ in range(_ROW)]
     with_zero = [[0.0 if (row, column) == (20, 3) else 1.0 for column in range(5)] for row in range(_ROW)]
