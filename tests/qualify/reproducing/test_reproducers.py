@@ -296,6 +296,8 @@ def _is_known(name: str, there: dict[str, Any]) -> bool:
         ("special_values", "sim:N19"),
         ("special_values", "sim:flush"),
         ("special_values", "sim:tests.qualify.broken_chip:products_spread_nan"),
+        ("determinism", "sim:N22"),
+        ("rehearsal", "sim:N11,factor=1.3"),
     ],
 )
 def test_every_reproducer_of_an_exam_fails_on_the_faulty_chip_only(
