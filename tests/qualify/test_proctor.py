@@ -88,6 +88,27 @@ def test_a_child_may_wait_for_its_job(tmp_path: Path) -> None:
     assert (ended.how, waiting.process.returncode) == ("complete", 0)
 
 
+def test_children_may_not_fall_back_to_the_cpu_whatever_the_user_has_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENABLE_FALLBACK_TO_CPU", "1")
+    waiting = start_child(tmp_path)
+    try:
+        seen = dict(each.split("=", 1) for each in _environment_of(waiting.process.pid) if "=" in each)
+    finally:
+        waiting.end()
+    assert seen["ENABLE_FALLBACK_TO_CPU"] == "0"
+    assert seen["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"
+    assert seen["PYTORCH_ENABLE_MPS_FALLBACK"] == "0"
+
+
+def _environment_of(pid: int) -> list[str]:
+    """As the kernel tells it, once the program runs."""
+    while b"crosschip.qualify.child" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        time.sleep(0.01)
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
 def test_a_child_that_died_waiting_is_replaced(tmp_path: Path) -> None:
     waiting = start_child(tmp_path)
     waiting.end()
