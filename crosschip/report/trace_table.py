@@ -1,4 +1,8 @@
-"""A subject's trace in the terminal: its operators with counts, share of time, shapes, dtypes, values and phases."""
+"""A subject's trace in the terminal: its operators with counts, share of time, dtypes, values and phases.
+
+Of each operator the largest kind of call is shown: shapes, whether strides are those of the shape, and scalars. The
+document has all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from rich.table import Table
 __all__ = ["print_trace", "trace_rows"]
 
 _WIDTH = 100
-_OPERATOR_WIDTH = 28
+_OPERATOR_WIDTH = 19
+_CALL_WIDTH = 14
 _PHASES = {
     "forward": "fwd",
     "backward": "bwd",
@@ -54,18 +59,19 @@ def print_trace(trace: dict[str, Any], console: Console | None = None) -> None:
         console.print(f"note: {escape(note)}", width=width)
     rows = trace_rows(trace)
     total_s = sum(row.time_s for row in rows)
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("operator", no_wrap=True, max_width=_OPERATOR_WIDTH)
     for heading in ("calls", "kinds", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("largest call", "dtypes", "values", "phase"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("largest call", min_width=_CALL_WIDTH)
+    for heading in ("dtypes", "values", "phase"):
+        table.add_column(heading, min_width=len(heading))
     for row in rows:
         table.add_row(*_cells(row, total_s))
     console.print(table, width=width)
     console.print(
         f"{len(rows)} operators, {sum(row.num_kinds for row in rows)} kinds of calls, "
-        f"{sum(row.num_calls for row in rows)} calls, {total_s:.3g} s on the recording CPU",
+        f"{sum(row.num_calls for row in rows)} calls, {total_s:.3g} s on the recording CPU; ~ has strides of its own",
         width=width,
     )
 
@@ -82,7 +88,7 @@ def trace_rows(trace: dict[str, Any]) -> list[_Row]:
         specs = list(_specs([call["args"], call["kwargs"]]))
         size = sum(math.prod(spec["shape"]) for spec in specs)
         if size > row.largest_size:
-            row.largest_size, row.largest = size, _shapes(specs)
+            row.largest_size, row.largest = size, " ".join([_shapes(specs), *_scalars(call)]).strip()
         for spec in specs or list(_specs(call["outputs"])):
             _take(row, spec)
     return sorted(rows.values(), key=lambda row: (-row.time_s, row.operator))
@@ -114,8 +120,35 @@ def _cells(row: _Row, total_s: float) -> list[str]:
 
 
 def _shapes(specs: list[dict[str, Any]]) -> str:
-    shown = ["x".join(map(str, spec["shape"])) or "1" for spec in specs[:2]]
+    shown = [_shape(spec) for spec in specs[:2]]
     return " ".join(shown) + (f" +{len(specs) - 2}" if len(specs) > 2 else "")
+
+
+def _shape(spec: dict[str, Any]) -> str:
+    """`4x8`, and `4x8~` where the strides do not follow from the shape."""
+    usual, step = [], 1
+    for size in reversed(spec["shape"]):
+        usual.append(step)
+        step *= max(size, 1)
+    sizes = "x".join(map(str, spec["shape"])) or "1"
+    strides = spec.get("stride")
+    is_usual = strides is None or all(
+        size <= 1 or stride == wanted
+        for size, stride, wanted in zip(spec["shape"], strides, reversed(usual), strict=True)
+    )
+    return sizes if is_usual else f"{sizes}~"
+
+
+def _scalars(call: dict[str, Any]) -> list[str]:
+    """Numbers and flags among the arguments, as `-1`, `[0, 2]` and `eps=1e-06`."""
+    positional = [str(each) for each in call["args"] if _is_scalar(each)]
+    return positional + [f"{name}={each}" for name, each in call["kwargs"].items() if _is_scalar(each)]
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_scalar(each) for each in value)
+    return isinstance(value, bool | int | float)
 
 
 def _specs(value: Any) -> Iterator[dict[str, Any]]:

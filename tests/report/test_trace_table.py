@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from crosschip.report.trace_table import print_trace, trace_rows
 
 
 def tensor(shape: list[int], dtype: str = "float32", **values: Any) -> dict[str, Any]:
-    spec: dict[str, Any] = {"shape": shape, "stride": [1] * len(shape), "dtype": dtype}
+    stride = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    spec: dict[str, Any] = {"shape": shape, "stride": stride, "dtype": dtype}
     return {"tensor": {**spec, "values": values} if values else spec}
 
 
@@ -78,7 +81,23 @@ def test_the_table_tells_counts_shares_shapes_values_and_totals() -> None:
     assert next(line for line in text.splitlines() if line.startswith("view ")).split()[3] == "view"
     assert "first, one train step in bfloat16" in text
     assert "note: a train step has 2 x 4 tokens instead of 32 x 4" in text
-    assert text.splitlines()[-1] == "4 operators, 5 kinds of calls, 16 calls, 0.1 s on the recording CPU"
+    assert (
+        text.splitlines()[-1]
+        == "4 operators, 5 kinds of calls, 16 calls, 0.1 s on the recording CPU; ~ has strides of its own"
+    )
+
+
+def test_the_largest_call_is_shown_with_strides_of_its_own_and_scalars() -> None:
+    transposed = {"tensor": {"shape": [8, 4], "stride": [1, 8], "dtype": "float32"}}
+    one = call("aten.sum.dim_IntList", [transposed, [-1], True], 1, 1.0, [])
+    (row,) = trace_rows({**TRACE, "calls": [one | {"kwargs": {"eps": 1e-6, "dtype": "torch.float32"}}]})
+    assert row.largest == "8x4~ [-1] True eps=1e-06"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_all_columns_fit_a_usual_terminal(width: int) -> None:
+    line = next(line for line in printed(width).splitlines() if line.startswith("operator"))
+    assert line.split() == ["operator", "calls", "kinds", "time", "largest", "call", "dtypes", "values", "phase"]
 
 
 def test_it_fits_a_hundred_columns_however_wide_the_terminal_is() -> None:
