@@ -112,6 +112,7 @@ class Architecture:
     train_batch: int | None = None  # sequences of a step of its pre-training, where published
     train_layout: str = ""  # in the words of `validate.parallelism`, where published
     interleaved: bool = True  # whether its trainers' pipeline could hold several chunks a stage: DeepSpeed's cannot
+    train_fp8: bool = False  # whether its products were in fp8
     zero_bubble: bool = False  # whether weights' gradients filled its pipeline's bubble
     fused_attention: bool = True  # whether its trainers had it: not before the summer of 2022
     source: str = ""

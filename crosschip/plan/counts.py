@@ -21,6 +21,7 @@ __all__ = [
     "layer_parameters",
     "mtp_parameters",
     "num_parameters",
+    "reported_flops_per_token",
     "train_flops_per_token",
 ]
 
@@ -176,6 +177,19 @@ def forward_flops_per_token(architecture: Architecture, seq_len: int, with_mtp: 
 def train_flops_per_token(architecture: Architecture, seq_len: int) -> float:
     """Operations of one token's forward and backward pass without recomputation: what `MFU` counts."""
     return 3.0 * forward_flops_per_token(architecture, seq_len)
+
+
+def reported_flops_per_token(architecture: Architecture, seq_len: int) -> float:
+    """Operations of a token as papers count them for a reported MFU: whole squares of attention, no causal half.
+
+    6 N + 12 L H Q T of Chowdhery et al. 2022 (arXiv 2204.02311, appendix B), which Megatron (arXiv 2104.04473) and
+    MosaicML's tables follow; N are the parameters of products.
+    """
+    attention = architecture.attention
+    widths = attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
+    hidden_half = seq_len - attended_tokens(architecture, seq_len)
+    num_layers = architecture.num_layers + architecture.num_mtp
+    return train_flops_per_token(architecture, seq_len) + 6.0 * num_layers * widths * hidden_half
 
 
 def cache_bytes_per_token(architecture: Architecture, bytes_per_number: float = 2.0) -> float:

@@ -64,6 +64,7 @@ def _architecture(row: dict[str, Any]) -> Architecture:
         train_batch=row.get("batch"),
         train_layout=row.get("layout", ""),
         interleaved=row.get("interleaved", True),
+        train_fp8=row.get("fp8", False),
         zero_bubble=row.get("zero_bubble", False),
         fused_attention=row.get("fused", True),
         source=row["source"],

@@ -45,7 +45,8 @@ def check_layout(job: Job, layout: Layout, num_chips: int, hardware: Hardware) -
         return f"a batch of {job.batch_size} sequences is no multiple of {replicas} x {layout.micro_batch}"
     if architecture.attention.num_heads % layout.tensor:
         return f"tensor parallelism of {layout.tensor} does not divide {architecture.attention.num_heads} heads"
-    if layout.pipeline * layout.interleave > architecture.num_layers:
+    # The first and the last chunk may hold the embedding and the output alone (arXiv 2407.21783, section 3.3.2).
+    if layout.pipeline * layout.interleave > architecture.num_layers + 2:
         return f"{layout.pipeline} x {layout.interleave} stages are more than {architecture.num_layers} layers"
     if layout.interleave > 1 and (layout.pipeline == 1 or job.batch_size // replicas < layout.pipeline):
         return "interleaving needs a pipeline and at least as many micro-batches as stages"
@@ -106,7 +107,7 @@ _STAGES = {*range(1, 9), 10, 12, 15, 16, 20, 24, 32, 35, 40, 48, 60, 64}
 def _interleaves(layers: int, pipeline: int, sequences: int) -> list[int]:
     if pipeline == 1 or sequences < pipeline:
         return [1]
-    whole = [chunks for chunks in range(2, _MOST_INTERLEAVE + 1) if pipeline * chunks <= layers]
+    whole = [chunks for chunks in range(2, _MOST_INTERLEAVE + 1) if pipeline * chunks <= layers + 2]
     return [1, *whole]
 
 

@@ -1,14 +1,16 @@
 """The time of one optimizer step in a layout, by cause.
 
 A pipeline of P stages with V chunks each runs M micro-batches in (M + (P - 1) / V) times a stage's time (Narayanan et
-al. 2021, arXiv 2104.04473). Collectives that can run beside computation hide for `overlap` of the shorter of the two;
-those of tensor and expert parallelism stand in the way.
+al. 2021, arXiv 2104.04473), as far as chunks are alike. Collectives that can run beside computation hide for `overlap`
+of the shorter of the two, all of them together: no second of computation hides two. Those of tensor parallelism stand
+in the way.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 from crosschip.plan.architecture import Architecture
 from crosschip.plan.counts import num_parameters, train_flops_per_token
@@ -24,6 +26,19 @@ _cached_layer_time = functools.lru_cache(maxsize=65536)(layer_time)
 _cached_head_time = functools.lru_cache(maxsize=16384)(head_time)
 _ZERO_BUBBLE = 1 / 3  # of the bubble is left at the same memory: schedule ZB-H1 of arXiv 2401.10241, section 2.3
 _STATE_PASSES_BYTES = 30.0  # AdamW per parameter: weights, moments and gradient read, the first three and bf16 written
+
+
+@dataclass
+class _Beside:
+    """Seconds of computation that hide no collective yet."""
+
+    left_s: float
+
+    def visible(self, collectives: float, overlap: float, most: float = math.inf) -> float:
+        """What remains to be waited for of collectives, beside `most` seconds of the computation that is left."""
+        taken = min(collectives, self.left_s, most) if overlap else 0.0
+        self.left_s -= taken
+        return collectives - overlap * taken
 
 
 def _shape(job: Job, layout: Layout) -> Shape:
@@ -51,7 +66,7 @@ def _tensor_s(job: Job, layout: Layout, hardware: Hardware) -> float:
     return collective_s(num_bytes, spread_over(layout.tensor, 1, hardware), hardware)
 
 
-def _expert_s(job: Job, layout: Layout, time: LayerTime, hardware: Hardware) -> float:
+def _expert_s(job: Job, layout: Layout, time: LayerTime, hardware: Hardware, beside: _Beside) -> float:
     """What is waited for of a layer's all-to-alls: out and back, forward and backward.
 
     Inside a node they hide behind the shared experts alone (arXiv 2405.04434, section 3.1.3). Across nodes they are so
@@ -68,7 +83,7 @@ def _expert_s(job: Job, layout: Layout, time: LayerTime, hardware: Hardware) -> 
         num_bytes *= min(1.0, met / experts.per_token)
     again = 1.5 if layout.recompute == "full" else 1.0
     travel = 4 * again * all_to_all_s(num_bytes, spread, hardware)
-    return _hidden_part(travel, time.shared if spread.nodes == 1 else time.forward + time.backward, hardware.overlap)
+    return beside.visible(travel, hardware.overlap, time.shared if spread.nodes == 1 else math.inf)
 
 
 def _context_s(job: Job, layout: Layout, hardware: Hardware) -> float:
@@ -79,20 +94,18 @@ def _context_s(job: Job, layout: Layout, hardware: Hardware) -> float:
     return collective_s(num_bytes, spread_over(layout.context, layout.tensor, hardware), hardware)
 
 
-def _hidden_part(collectives: float, computation: float, overlap: float) -> float:
-    """What remains visible of collectives beside computation."""
-    return collectives - overlap * min(collectives, computation)
-
-
 def _layer_counts(architecture: Architecture) -> list[tuple[bool, float]]:
     counts = [(False, float(architecture.num_dense_layers)), (True, float(architecture.num_moe_layers))]
     is_moe = architecture.is_moe_layer(architecture.num_layers)
     return [(kind, count + (architecture.num_mtp if kind == is_moe else 0)) for kind, count in counts]
 
 
-def _micro_batch_parts(job: Job, layout: Layout, hardware: Hardware) -> dict[str, float]:
-    """Seconds of one micro-batch through all layers, as if one chip of each stage did all stages."""
-    shape, parts = _shape(job, layout), dict.fromkeys(_PARTS, 0.0)
+def _micro_batch_parts(job: Job, layout: Layout, hardware: Hardware) -> tuple[dict[str, float], float]:
+    """Seconds of one micro-batch through all layers, as if one chip of each stage did all stages.
+
+    And the seconds of its computation that hide no collective yet.
+    """
+    shape, parts, left_s = _shape(job, layout), dict.fromkeys(_PARTS, 0.0), 0.0
     for is_moe, count in _layer_counts(job.architecture):
         if not count:
             continue
@@ -101,18 +114,19 @@ def _micro_batch_parts(job: Job, layout: Layout, hardware: Hardware) -> dict[str
         parts["backward"] += count * time.backward
         parts["recomputation"] += count * _recomputed(time, layout)
         both_ways = 2.5 if layout.recompute == "full" else 2.0  # the last gather need not be repeated
-        beside = time.forward + time.backward
+        beside = _Beside(time.forward + time.backward)
         tensor = 4 * both_ways * _tensor_s(job, layout, hardware) if layout.tensor > 1 else 0.0
-        hidden = hardware.overlap if job.tensor_overlap else 0.0
-        parts["tensor collectives"] += count * _hidden_part(tensor, beside, hidden)
         if is_moe:
-            parts["expert all-to-all"] += count * _expert_s(job, layout, time, hardware)
+            parts["expert all-to-all"] += count * _expert_s(job, layout, time, hardware, beside)
+        hidden = hardware.overlap if job.tensor_overlap else 0.0
+        parts["tensor collectives"] += count * beside.visible(tensor, hidden)
         if layout.context > 1:
             context = 3 * _context_s(job, layout, hardware)
-            parts["context collectives"] += count * _hidden_part(context, beside, hardware.overlap)
+            parts["context collectives"] += count * beside.visible(context, hardware.overlap)
+        left_s += count * (beside.left_s + _recomputed(time, layout))
     heads = 1 + job.architecture.num_mtp
     parts["output and loss"] += heads * _cached_head_time(job.architecture, shape, hardware)
-    return parts
+    return parts, left_s
 
 
 _PARTS = (
@@ -123,10 +137,20 @@ _PARTS = (
 
 
 def _uneven(job: Job, layout: Layout) -> float:
-    """How much longer the fullest stage takes than the mean one: layers are not cut, the output matrix counts apart."""
-    chunks = layout.pipeline * layout.interleave
-    layers = job.architecture.num_layers
-    return math.ceil(layers / chunks) * chunks / layers if chunks > 1 else 1.0
+    """How much longer the fullest stage takes than the mean one: layers are not cut, the output matrix counts apart.
+
+    A stage's chunks may differ in their layers as long as they do so alike on all stages: 126 layers on 16 stages are
+    at most 8 a stage, in however many chunks (as Llama 3's, arXiv 2407.21783, section 3.3.2).
+    """
+    stages, layers = layout.pipeline, job.architecture.num_layers
+    return math.ceil(layers / stages) * stages / layers
+
+
+def _bubble(job: Job, layout: Layout) -> float:
+    """The bubble in stages' times of a micro-batch: the other stages wait for the largest chunk, layers are not cut."""
+    held = math.ceil(job.architecture.num_layers / layout.pipeline)
+    left = _ZERO_BUBBLE if job.zero_bubble else 1.0
+    return (layout.pipeline - 1) * math.ceil(held / layout.interleave) / held * left
 
 
 def _copies(layout: Layout) -> int:
@@ -181,26 +205,26 @@ def estimate_step(job: Job, layout: Layout, hardware: Hardware) -> StepEstimate:
     """Time and memory of a step. The layout must divide the batch (`check_layout` says so beforehand)."""
     sequences = job.batch_size / (layout.data * layout.groups)
     micro_batches = max(1, round(sequences / layout.micro_batch))
-    parts = _micro_batch_parts(job, layout, hardware)
+    parts, left_s = _micro_batch_parts(job, layout, hardware)
     stages, chunks = layout.pipeline, layout.interleave
     whole_s = sum(parts.values())
     stage_s = whole_s / stages * _uneven(job, layout)
     scale = micro_batches / stages
     parts = {name: value * scale for name, value in parts.items()}
     parts["uneven stages"] = micro_batches * (stage_s - whole_s / stages)
-    parts["pipeline bubble"] = (stages - 1) / chunks * stage_s * (_ZERO_BUBBLE if job.zero_bubble else 1.0)
-    computation = sum(parts[name] for name in ("forward", "backward", "recomputation"))
+    parts["pipeline bubble"] = _bubble(job, layout) * stage_s
+    beside = _Beside(left_s * scale)
     if stages > 1:
         rows = layout.micro_batch * job.seq_len / layout.context / layout.tensor
         num_bytes = rows * job.architecture.hidden_size * job.activation_bytes
         across = layout.tensor * layout.data * layout.context >= hardware.node_size
         link = hardware.network_bytes_s if across else hardware.link_bytes_s
         sent = 2 * micro_batches * chunks * (num_bytes / (link * hardware.link_share) + hardware.network_latency_s)
-        parts["stage to stage"] = _hidden_part(sent, computation, hardware.overlap)
+        parts["stage to stage"] = beside.visible(sent, hardware.overlap)
     data = _data_s(job, layout, hardware, micro_batches)
     # Without sharded parameters only the last micro-batch's backward and the first one's forward run beside them.
-    beside = computation if layout.zero == 3 else computation / micro_batches
-    parts["data collectives"] = _hidden_part(data, beside, hardware.overlap)
+    most = math.inf if layout.zero == 3 else beside.left_s / micro_batches
+    parts["data collectives"] = beside.visible(data, hardware.overlap, most)
     parts["optimizer"] = _optimizer_s(job, layout, hardware)
     parts["outer step"] = _outer_s(job, layout, sum(parts.values()))
     memory = memory_parts(job, layout)

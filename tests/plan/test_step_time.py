@@ -12,7 +12,7 @@ from crosschip.plan.hardware import Hardware, all_to_all_s, collective_s, kind_n
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import known_architecture
 from crosschip.plan.memory import memory_parts
-from crosschip.plan.search import layouts
+from crosschip.plan.search import check_layout, layouts
 from crosschip.plan.step import Layout
 from crosschip.plan.step_time import estimate_step
 from crosschip.plan.work import Shape, Work, layer_work, work_s
@@ -88,6 +88,27 @@ def test_the_pipeline_bubble_is_the_closed_form() -> None:
     found = estimate_step(job("Llama 3.1 8B", batch=128), layout, hardware())
     stage = sum(found.parts[name] for name in ("forward", "backward", "output and loss", "uneven stages")) / 32
     assert found.parts["pipeline bubble"] == pytest.approx(7 / 2 * stage)
+
+
+def test_layers_that_chunks_do_not_divide_cost_the_fullest_stage_alone() -> None:
+    """Llama 3's 126 layers on 16 stages are 8 at most (arXiv 2407.21783), in 4, 5 or 8 chunks."""
+    case = job("Llama 3.1 405B", batch=2048)
+    layouts = [Layout(data=64, tensor=8, pipeline=16, interleave=chunks) for chunks in (4, 5, 8)]
+    four, five, eight = (estimate_step(case, layout, hardware()).parts for layout in layouts)
+    parts = ("forward", "backward", "output and loss", "tensor collectives", "expert all-to-all", "context collectives")
+    assert five["uneven stages"] == pytest.approx((128 / 126 - 1) * sum(five[name] for name in parts))
+    # A bubble is as long as the largest chunk: 2 layers of 8 in four and in five chunks, 1 in eight.
+    assert five["pipeline bubble"] == pytest.approx(four["pipeline bubble"])
+    assert eight["pipeline bubble"] == pytest.approx(four["pipeline bubble"] / 2)
+    assert check_layout(case, layouts[2], 8192, hardware()) is None  # the first and the last chunk hold no layer
+
+
+def test_no_second_of_computation_hides_two_collectives() -> None:
+    layout = Layout(data=8, tensor=8, expert=4, zero=3, recompute="full")
+    whole = replace(hardware(), overlap=1.0, link_bytes_s=1e9, network_bytes_s=1e8)
+    found, bare = (estimate_step(job(), layout, replace(whole, overlap=each)) for each in (1.0, 0.0))
+    computation = sum(bare.parts[name] for name in ("forward", "backward", "recomputation"))
+    assert bare.step_s - found.step_s <= computation * (1 + 1e-9)
 
 
 def test_a_zero_bubble_pipeline_keeps_a_third_of_the_bubble() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from crosschip.errors import CrosschipError
 from crosschip.plan.architecture import Architecture
-from crosschip.plan.hardware import Hardware, kind_named
+from crosschip.plan.counts import num_parameters
+from crosschip.plan.hardware import Hardware, kind_named, kinds
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import architecture_for, known_architecture
 from crosschip.plan.validate.parallelism import layout_words
@@ -24,7 +25,9 @@ _DEFAULT_SEQ_LEN = 4096
 _DEFAULT_BATCH_TOKENS = 4_194_304
 _DEFAULT_CHIPS = 2048
 _MICRO_BATCHES_PER_STAGE = 4
+_MOST_OFF = 0.25  # of a likely shape's parameters from those of a row
 _BEFORE_FUSED = 2206  # FlashAttention is arXiv 2205.14135: what was described before wrote its scores to memory
+_PRECISIONS = ("bf16", "fp16", "fp8", "fp4")
 GOODPUT = (
     0.9  # of a whole run's chip-hours that train: Llama 3 reports more than 90 % (arXiv 2407.21783, section 3.3.4)
 )
@@ -36,7 +39,11 @@ class CannotPredict(CrosschipError):
 
 @dataclass(frozen=True)
 class Case:
-    """A row, ready to be predicted. `fixed` are the fields of `Layout` that the row gives."""
+    """A row, ready to be predicted.
+
+    `fixed` are the fields of `Layout` that the row gives. `is_described`: it says its layout, batch, length and number
+    of chips.
+    """
 
     row: Row
     job: Job
@@ -44,6 +51,7 @@ class Case:
     num_chips: int
     fixed: tuple[tuple[str, Any], ...]
     notes: tuple[str, ...]
+    is_described: bool = True
 
 
 def _architecture(row: Row, notes: list[str]) -> Architecture:
@@ -52,8 +60,24 @@ def _architecture(row: Row, notes: list[str]) -> Architecture:
         raise CannotPredict(f"no widths and no number of parameters for {row.model!r}", "fill params_total_b")
     found = architecture_for(row.model, row.params_total, row.params_active if row.is_moe else None)
     if found.assumed:
+        if row.is_moe and row.params_active is None:
+            raise CannotPredict(
+                f"no widths and no number of active parameters for {row.model!r}", "fill params_active_b"
+            )
+        _check_size(row, found)
         notes.append(found.assumed)
     return found
+
+
+def _check_size(row: Row, found: Architecture) -> None:
+    """No usual shape is as small or as large as every number in the file."""
+    assert row.params_total is not None
+    if abs(num_parameters(found) / row.params_total - 1) > _MOST_OFF:
+        raise CannotPredict(
+            f"no shape with {row.params_total / 1e9:g} B parameters for {row.model!r}: the nearest has "
+            f"{num_parameters(found) / 1e9:.3g} B",
+            "mend params_total_b, or add the model's widths to crosschip/plan/data/architectures.toml",
+        )
 
 
 def _batch(
@@ -61,7 +85,7 @@ def _batch(
 ) -> int:
     """Sequences of a step, from `1024 seqs` or `4M tokens`; of a whole run what its paper says, else a usual number."""
     found = re.search(r"([\d.]+)\s*([kKmM]?)\s*(seq|tok|sample)?", row.global_batch.replace(",", ""))
-    if found and row.global_batch:
+    if found:
         size = float(found.group(1)) * {"": 1, "k": 1024, "m": 1024 * 1024}[found.group(2).lower()]
         is_tokens = found.group(3) == "tok" or (found.group(3) is None and size >= 100_000)
         return max(1, round(size / seq_len if is_tokens else size))
@@ -86,7 +110,7 @@ def _is_fused(row: Row, architecture: Architecture) -> bool:
 
 
 def _thin_link(row: Row, notes: list[str]) -> ThinLink | None:
-    found = re.search(r"(?:diloco|loco).*?H\s*=\s*(\d+)", row.parallelism, re.I)
+    found = re.search(r"(?:diloco|loco).*?H\s*=\s*0*([1-9]\d*)", row.parallelism, re.I)
     if not found:
         return None
     notes.append("groups joined by the public internet: 0.5 Gbit/s and 50 ms assumed")
@@ -94,13 +118,7 @@ def _thin_link(row: Row, notes: list[str]) -> ThinLink | None:
     return ThinLink(0.5e9 / 8, sync_every=int(found.group(1)), bytes_per_parameter=1.0 if int8 else 2.0)
 
 
-def case_of(row: Row) -> Case:
-    """What a row says, with what it does not say assumed.
-
-    Raises:
-        CannotPredict: the quantity is none of those known, or an input is missing that nothing can stand in for.
-    """
-    notes: list[str] = []
+def _refuse_unpredictable(row: Row) -> None:
     if row.quantity not in QUANTITIES:
         named = f"quantity {row.quantity!r} is not predicted" if row.quantity else "the row names no quantity"
         raise CannotPredict(named, f"name one of {', '.join(QUANTITIES)}")
@@ -110,48 +128,88 @@ def case_of(row: Row) -> Case:
         raise CannotPredict(
             "a reinforcement-learning run's time hangs on its rollouts", "give rollout lengths to `plan`"
         )
+
+
+def _hardware(row: Row, notes: list[str]) -> Hardware:
     hardware = kind_named(row.chip)
     if hardware is None:
-        raise CannotPredict(f"no figures for the chip {row.chip!r}", "add it to crosschip/plan/data/chips.toml")
-    architecture = _architecture(row, notes)
-    seq_len = row.seq_len or architecture.train_seq_len or _DEFAULT_SEQ_LEN
-    if row.seq_len is None:
-        notes.append(f"sequence length not given: {seq_len} taken")
+        known = ", ".join(each.kind for _, each in kinds())
+        raise CannotPredict(
+            f"no figures for the chip {row.chip!r}", f"known are {known}; others go to plan/data/chips.toml"
+        )
+    if row.chip.lower() != hardware.kind.lower():
+        notes.append(f"{row.chip!r} is taken for {hardware.kind}")
+    return hardware
+
+
+def _num_chips(row: Row, fixed: dict[str, Any], notes: list[str]) -> int:
+    """Chips of the row, or a usual number; as many as the layout divides, of "about 6,000"."""
     num_chips = row.num_chips or _DEFAULT_CHIPS
     if row.num_chips is None:
         notes.append(f"number of chips not given: {num_chips} assumed")
-    is_run = row.kind == "full_run"
-    words = layout_words(row.parallelism or (architecture.train_layout if is_run else ""), num_chips)
-    notes += words.notes
-    fixed = dict(words.fixed)
-    if is_run and not architecture.interleaved:
-        fixed.setdefault("interleave", 1)
     per_replica = math.prod(fixed.get(name, 1) for name in ("tensor", "pipeline", "context"))
-    if num_chips % per_replica:  # "about 6,000 chips"
+    if num_chips % per_replica:
         whole = max(1, num_chips // per_replica) * per_replica
         notes.append(f"{row.parallelism!r} does not divide {num_chips} chips: {whole} taken")
         num_chips = whole
+    return num_chips
+
+
+def _is_fp8(row: Row, architecture: Architecture, hardware: Hardware, notes: list[str]) -> bool:
+    """Whether products run in fp8: by the row, else as a whole run's paper says, if the chip has a rate for it."""
+    wanted = any(word in row.precision for word in ("fp8", "fp4"))
+    if not row.precision and row.kind == "full_run" and architecture.train_fp8:
+        wanted = True
+        notes.append(f"precision not given: fp8 as published for {architecture.name}")
+    if row.precision and not any(word in row.precision for word in _PRECISIONS):
+        notes.append(f"precision {row.precision!r} is computed as bf16")
+    if "fp4" in row.precision:
+        notes.append("fp4 is computed as fp8: no rate of fp4 is known here")
+    if wanted and hardware.fp8_flops is None:
+        notes.append(f"{hardware.kind} has no rate for fp8: computed in bf16")
+    return wanted and hardware.fp8_flops is not None
+
+
+def case_of(row: Row) -> Case:
+    """What a row says, with what it does not say assumed.
+
+    Raises:
+        CannotPredict: the quantity is none of those known, or an input is missing that nothing can stand in for.
+    """
+    notes: list[str] = []
+    _refuse_unpredictable(row)
+    hardware, architecture = _hardware(row, notes), _architecture(row, notes)
+    seq_len = row.seq_len or architecture.train_seq_len or _DEFAULT_SEQ_LEN
+    if row.seq_len is None:
+        notes.append(f"sequence length not given: {seq_len} taken")
+    is_run = row.kind == "full_run"
+    if zero := re.search(r"\b(?:DP|TP|PP|CP|EP|VP|micro-?batch|H)\s?=?\s?0+\b", row.parallelism, re.I):
+        raise CannotPredict(f"{zero.group()!r} in parallelism = {row.parallelism!r}", "sizes of a layout begin at 1")
+    words = layout_words(
+        row.parallelism or (architecture.train_layout if is_run else ""), row.num_chips or _DEFAULT_CHIPS
+    )
+    notes += words.notes
+    fixed = dict(words.fixed)
+    is_described = words.is_named and bool(row.global_batch) and row.seq_len is not None and row.num_chips is not None
+    if is_run and not architecture.interleaved:
+        fixed.setdefault("interleave", 1)
+    num_chips = _num_chips(row, fixed, notes)
     link = _thin_link(row, notes)
     if link is not None:
         nodes = max(1, num_chips // hardware.node_size)
         fixed["groups"] = nodes if num_chips % nodes == 0 else 1
     is_fused = _is_fused(row, architecture) and "selective recompute" not in row.parallelism
-    fp8 = any(word in row.precision for word in ("fp8", "fp4")) and hardware.fp8_flops is not None
-    if "fp4" in row.precision:
-        notes.append("fp4 is computed as fp8: no rate of fp4 is known here")
     job = Job(
         architecture, seq_len, _batch(row, architecture, seq_len, num_chips, fixed, notes),
-        fp8=fp8, fused_attention=is_fused, tensor_overlap=words.tensor_overlap,
+        fp8=_is_fp8(row, architecture, hardware, notes), fused_attention=is_fused, tensor_overlap=words.tensor_overlap,
         zero_bubble=is_run and architecture.zero_bubble,
         imbalance=1.0 if row.balanced else Job.imbalance,
         gradient_bytes=2.0 if words.bf16_sums else Job.gradient_bytes, thin_link=link,
     )  # fmt: skip
-    if (
-        not is_fused
-    ):  # selective recomputation and sequence parallelism are as old as fused attention (arXiv 2205.05198)
+    if not is_fused:  # selective recomputation and sequence parallelism are no older (arXiv 2205.05198)
         fixed.setdefault("recompute", "full")
     fixed.setdefault("sequence_parallel", is_fused or "sequence-parallel" in row.parallelism)
-    return Case(row, job, hardware, num_chips, tuple(sorted(fixed.items())), tuple(notes))
+    return Case(row, job, hardware, num_chips, tuple(sorted(fixed.items())), tuple(notes), is_described)
 
 
 def with_batch(case: Case, batch_size: int) -> Case:

@@ -22,12 +22,14 @@ _RECOMPUTE = (
 class LayoutWords:
     """Fields of `Layout` that are given, whether collectives of tensor parallelism are hidden, and notes.
 
-    `bf16_sums`: gradients are summed in bf16; most trainers sum them in fp32 (arXiv 2407.21783, section 3.3.2).
+    `is_named`: some width of the layout is given, or FSDP. `bf16_sums`: gradients are summed in bf16; most trainers sum
+    them in fp32 (arXiv 2407.21783, section 3.3.2).
     """
 
     fixed: dict[str, Any] = field(default_factory=dict)
     tensor_overlap: bool = False
     bf16_sums: bool = False
+    is_named: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -56,6 +58,7 @@ def layout_words(text: str, num_chips: int) -> LayoutWords:
         fixed["pipeline"] = max(1, num_chips // fixed["tensor"])
     if fsdp is not None:
         fixed["zero"] = 2 if fixed.get("pipeline", 1) > 1 else 3
+    words.is_named = named
     if named:
         for name in ("tensor", "pipeline", "context", "expert"):
             fixed.setdefault(name, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from crosschip.errors import RecipeError
+from crosschip.plan.counts import reported_flops_per_token, train_flops_per_token
 from crosschip.plan.hardware import Hardware
 from crosschip.plan.search import check_layout, find_layouts, layouts
 from crosschip.plan.step import Layout, StepEstimate
@@ -49,6 +50,19 @@ def choose_layout(case: Case, hardware: Hardware) -> tuple[Case, Layout]:
     return replace(case, notes=(*case.notes, note)), smallest.layout
 
 
+# PaLM's count (arXiv 2204.02311, appendix B), Megatron's (arXiv 2104.04473) and that of MosaicML's tables.
+_WHOLE_SQUARES = ("palm", "12lhqt", "megatron", "6n + attention", "non-causal", "full attention")
+
+
+def _reported_flops_per_s(case: Case, estimate: StepEstimate) -> float:
+    """Operations a second of a chip: attention's causal half, unless the row's convention names whole squares."""
+    convention, job = case.row.convention, case.job
+    whole = any(word in convention for word in _WHOLE_SQUARES)
+    counted = reported_flops_per_token if whole else train_flops_per_token
+    again = 4 / 3 if "incl. recompute" in convention else 1.0
+    return again * counted(job.architecture, job.seq_len) * estimate.tokens_per_s_per_chip
+
+
 def value_of(case: Case, estimate: StepEstimate) -> float:
     """The row's quantity, from a step's estimate."""
     row, quantity = case.row, case.row.quantity
@@ -57,9 +71,9 @@ def value_of(case: Case, estimate: StepEstimate) -> float:
     if quantity == "tok_s_per_chip":
         return estimate.tokens_per_s_per_chip
     if quantity == "tflops_per_chip_reported":
-        return estimate.model_flops_per_s_per_chip / 1e12
+        return _reported_flops_per_s(case, estimate) / 1e12
     if quantity == "mfu_pct_reported":
-        return 100 * estimate.model_flops_per_s_per_chip / case.hardware.bf16_flops
+        return 100 * _reported_flops_per_s(case, estimate) / case.hardware.bf16_flops
     assert row.tokens is not None
     goodput = 1.0 if case.job.thin_link is not None or row.without_stops else GOODPUT
     hours = row.tokens / estimate.tokens_per_s_per_chip / 3600 / goodput

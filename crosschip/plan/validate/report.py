@@ -10,7 +10,7 @@ from typing import Any
 from crosschip.plan.validate.cases import CannotPredict, Case, case_of
 from crosschip.plan.validate.fitting import Fitted, fit_kinds, hardware_for
 from crosschip.plan.validate.predicting import choose_layout, predicted_value
-from crosschip.plan.validate.rows import Outcome, Row
+from crosschip.plan.validate.rows import Outcome, Row, read_rows
 
 __all__ = ["SCHEMA_VERSION", "validate_rows"]
 
@@ -21,6 +21,8 @@ _THRESHOLDS = Path(__file__).parent.parent / "data" / "thresholds.toml"
 def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
     """Fit on the rows for calibration, freeze, predict all rows; the JSON document.
 
+    A kind of chip that no row given calibrates is fitted on the shipped ones.
+
     A prediction sees its own row's inputs and the fitted parameters, and no outcome.
     """
     cases: dict[str, Case] = {}
@@ -29,12 +31,13 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
         try:
             cases[row.id] = case_of(row)
         except CannotPredict as error:
-            skipped[row.id] = error.problem
+            skipped[row.id] = _skipped(error)
     known = [
         (cases[row.id], outcome.value)
         for row, outcome in rows
         if row.is_calibration and row.id in cases and outcome.value is not None
     ]
+    known += _shipped_beside({case.hardware.kind for case, _ in known})
     fitted = fit_kinds(known)
     shares = {case.hardware.kind: case.hardware.efficiency for case, _ in known}
     told = []
@@ -57,16 +60,26 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
     }
 
 
+def _shipped_beside(kinds: set[str]) -> list[tuple[Case, float]]:
+    """The shipped rows for calibration of other kinds than these."""
+    found = [(case_of(row), outcome.value) for row, outcome in read_rows() if row.is_calibration]
+    return [(case, value) for case, value in found if value is not None and case.hardware.kind not in kinds]
+
+
+def _skipped(error: CannotPredict) -> str:
+    return f"{error.problem}: {error.remedy}"
+
+
 def _predicted(case: Case, outcome: Outcome, fitted: dict[str, Fitted], shares: dict[str, float]) -> dict[str, Any]:
     hardware = hardware_for(case, fitted, shares)
     try:
         case, layout = choose_layout(case, hardware)
     except CannotPredict as error:
-        return {"skipped": error.problem}
+        return {"skipped": _skipped(error)}
     value = predicted_value(case, layout, hardware)
     notes = list(case.notes)
-    if case.row.chip not in fitted:
-        notes.append(f"no row calibrates {case.row.chip}: its product share times what others reach of theirs")
+    if hardware.kind not in fitted:
+        notes.append(f"no row calibrates {hardware.kind}: its product share times what others reach of theirs")
     return {
         "predicted": value,
         "published": outcome.value,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crosschip.errors import RecipeError
+from crosschip.plan.counts import num_parameters, reported_flops_per_token, train_flops_per_token
+from crosschip.plan.step import Layout
 from crosschip.plan.validate import Row, read_rows, validate_rows
-from crosschip.plan.validate.cases import case_of
+from crosschip.plan.validate.cases import CannotPredict, case_of
+from crosschip.plan.validate.fitting import fit_kinds
 from crosschip.plan.validate.parallelism import layout_words
+from crosschip.plan.validate.predicting import predicted_value
 from crosschip.plan.validate.rows import OUTCOMES, SHIPPED_ROWS
 
 SOME = (
@@ -69,8 +73,8 @@ def test_the_document(tmp_path: Path) -> None:
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     rows = by_id(document)
     assert set(rows) == set(SOME)
-    assert rows["falcon40b"]["skipped"] == "the row names no quantity"
-    assert rows["mlperf51_llama31_8b_b200"]["skipped"] == "no number of tokens"
+    assert rows["falcon40b"]["skipped"].startswith("the row names no quantity: name one of")
+    assert rows["mlperf51_llama31_8b_b200"]["skipped"].startswith("no number of tokens: fill tokens_t")
     one = rows["korthikanti_1t_full"]
     assert one["error"] == pytest.approx(one["predicted"] / one["published"] - 1)
     steps = next(group for group in document["groups"] if group["threshold"] == 0.05)
@@ -93,6 +97,16 @@ def test_an_uncalibrated_chip_is_predicted_and_says_so(tmp_path: Path) -> None:
         ({"n_chips": "-8"}, "n_chips = '-8'"),
         ({"params_total_b": "nan"}, "params_total_b"),
         ({"tok_s_per_chip": "inf"}, "tok_s_per_chip"),
+        ({"n_chips": "7.5"}, "n_chips = '7.5' is no whole number"),
+        ({"n_chips": "0.2"}, "n_chips = '0.2' is no whole number"),
+        ({"seq_len": "1e12"}, "seq_len = '1e12' is no whole number up to"),
+        ({"global_batch": "many"}, "global_batch = 'many'"),
+        ({"global_batch": "-8 seqs"}, "global_batch = '-8 seqs'"),
+        ({"global_batch": "1.2.3 seqs"}, "global_batch = '1.2.3'"),
+        ({"arch": "ssm"}, "arch = 'ssm' is none of dense, moe"),
+        ({"calibration": "maybe"}, "calibration = 'maybe' is none of yes, no"),
+        ({"id": ""}, "id is empty"),
+        ({"params_active_b": "20"}, "params_active_b = '20' is more than params_total_b"),
     ],
 )
 def test_a_wrong_cell_is_named(tmp_path: Path, change: dict[str, str], words: str) -> None:
@@ -124,6 +138,12 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
     path.write_text("id,quantity\n1,2\n")
     with pytest.raises(RecipeError, match="lacks the columns model, chip"):
         read_rows(path)
+    path.write_text("")
+    with pytest.raises(RecipeError, match="lacks the columns id, quantity, model, chip"):
+        read_rows(path)
+    path.write_text("id,quantity,model,chip\n")
+    with pytest.raises(RecipeError, match="no row"):
+        read_rows(path)
     path.write_text("id,quantity,model,chip\n1,2\n")
     with pytest.raises(RecipeError, match="another number of cells"):
         read_rows(path)
@@ -141,11 +161,95 @@ def test_what_cannot_be_predicted_is_skipped_with_its_reason(tmp_path: Path) -> 
         {**row, "id": "chip", "chip": "Unheard-of 9000"},
         {**row, "id": "model", "model": "Unheard of", "params_total_b": ""},
         {**row, "id": "quantity", "quantity": "happiness"},
+        {**row, "id": "zero", "parallelism": "TP0 PP2"},
+        {**row, "id": "chunks", "parallelism": "TP2 PP2 VP0"},
+        {**row, "id": "micro", "parallelism": "FSDP micro-batch 0"},
+        {**row, "id": "rounds", "parallelism": "DiLoCo H=0", "kind": "lowcomm_run"},
+        {**row, "id": "huge", "model": "Unheard of", "params_total_b": "1e30", "params_active_b": ""},
+        {**row, "id": "active", "model": "Unheard of", "arch": "moe", "params_active_b": ""},
     ]
     found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", rows))))
     assert "no figures for the chip" in found["chip"]["skipped"]
     assert "no number of parameters" in found["model"]["skipped"]
     assert "happiness" in found["quantity"]["skipped"]
+    for name, words in (("zero", "TP0"), ("chunks", "VP0"), ("micro", "micro-batch 0"), ("rounds", "H=0")):
+        assert words in found[name]["skipped"]
+        assert "begin at 1" in found[name]["skipped"]
+    assert "1e+30 B parameters" in found["huge"]["skipped"]
+    assert "fill params_active_b" in found["active"]["skipped"]
+
+
+@pytest.mark.parametrize("chip", ["H100-80GB", "h100", "H100 SXM", "NVIDIA H100 80GB HBM3"])
+def test_a_chip_is_one_kind_however_a_row_spells_it(tmp_path: Path, chip: str) -> None:
+    rows = cells(("mosaic_13b_h100-80gb_8", "mosaic_7b_h100-80gb_8"))
+    as_h100 = [{**row, "chip": "H100"} for row in rows]
+    spelled = [rows[0], {**as_h100[1], "chip": chip}]
+    first, second = (
+        by_id(validate_rows(read_rows(written(tmp_path / f"{name}.csv", each))))["mosaic_7b_h100-80gb_8"]
+        for name, each in (("a", as_h100), ("b", spelled))
+    )
+    assert first["predicted"] == second["predicted"]
+    assert (f"{chip!r} is taken for H100" in second["notes"]) == (chip != "h100")
+
+
+@pytest.mark.parametrize("chip", ["RTX A1000", "H100 PCIe", "NVIDIA H100 NVL", "B300", "GB300", "H2000"])
+def test_a_chip_that_only_looks_like_a_known_one_is_refused(chip: str) -> None:
+    row, _ = read_rows()[0]
+    with pytest.raises(CannotPredict, match="no figures for the chip"):
+        case_of(replace(row, chip=chip))
+
+
+def test_a_file_without_rows_for_calibration_is_predicted_as_fitted_on_the_shipped_ones(tmp_path: Path) -> None:
+    rows = cells(("mosaic_7b_h100-80gb_8",))
+    document = validate_rows(read_rows(written(tmp_path / "a.csv", rows)))
+    shipped = validate_rows(read_rows())
+    assert by_id(document)["mosaic_7b_h100-80gb_8"]["predicted"] == by_id(shipped)["mosaic_7b_h100-80gb_8"]["predicted"]
+    assert "mosaic_13b_h100-80gb_8" in document["parameters"]["H100"]["fitted_on"]
+    assert len(document["rows"]) == 1
+
+
+def test_a_row_that_is_not_described_moves_a_fit_less() -> None:
+    rows = {row.id: (row, outcome.value) for row, outcome in read_rows()}
+    case, told = case_of(rows["korthikanti_175b_full"][0]), case_of(rows["megatron175b_12288"][0])
+    assert case.is_described
+    assert not told.is_described
+    alone = fit_kinds([(case, 18.13)])["A100 80 GB"].efficiency
+
+    def moved(is_described: bool) -> float:
+        guess = replace(told, is_described=is_described)
+        return abs(fit_kinds([(case, 18.13), (guess, 119.4)])["A100 80 GB"].efficiency - alone)
+
+    assert moved(False) < 0.5 * moved(True)
+
+
+def test_a_reported_utilisation_is_counted_by_its_convention() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "llama3_405b_8k")
+
+    def predicted(convention: str) -> float:
+        case = case_of(replace(row, convention=convention))
+        layout = Layout(data=64, tensor=8, pipeline=16, interleave=8)
+        return predicted_value(case, layout, case.hardware)
+
+    model = case_of(row).job.architecture
+    assert predicted("palm") / predicted("") == pytest.approx(
+        reported_flops_per_token(model, 8192) / train_flops_per_token(model, 8192)
+    )
+    # Published: 6 N + 12 L H Q T (arXiv 2204.02311, appendix B), N without the embedding, which is no product.
+    inside = num_parameters(model) - model.hidden_size * model.vocab_size
+    whole = 6 * inside + 12 * 126 * 16384 * 8192
+    assert reported_flops_per_token(model, 8192) == pytest.approx(whole, rel=1e-4)
+    assert predicted("megatron, incl. recompute") == pytest.approx(4 / 3 * predicted("megatron"))
+
+
+def test_the_published_precision_of_a_run_stands_in_for_what_its_row_leaves_out() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "dsv2")
+    assert not case_of(row).job.fp8
+    v3 = replace(row, model="DeepSeek-V3", params_total=671e9, params_active=37e9)
+    assert case_of(v3).job.fp8
+    assert "precision not given: fp8 as published for DeepSeek-V3" in case_of(v3).notes
+    assert not case_of(replace(v3, precision="bf16")).job.fp8
+    assert not case_of(replace(v3, chip="Ascend 910B")).job.fp8
+    assert any("int3" in note for note in case_of(replace(v3, precision="int3")).notes)
 
 
 @pytest.mark.parametrize(
