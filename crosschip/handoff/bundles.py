@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from crosschip.chips import Chip
 from crosschip.errors import CrosschipError, GoldenError, HandoffError
 from crosschip.golden.bundle import Bundle, load_bundle
 from crosschip.golden.limits import target_of
 from crosschip.golden.record import record
+from crosschip.handoff.certificate.arrived import Arrived, write_multiplied_out
 from crosschip.handoff.certificate.making import GoldenUsed
 from crosschip.handoff.certificate.tensors import differs_from_source
 from crosschip.handoff.source import ModelSource
 from crosschip.rundir import is_complete
 
-__all__ = ["choose_bundle"]
+__all__ = ["check_numbers", "choose_bundle"]
 
 Tell = Callable[[str], None]
 
@@ -66,8 +72,44 @@ def choose_bundle(
     if place.exists() and not is_complete(place):
         raise GoldenError(f"{place} is there and is not a golden bundle", "give --golden DIR, or remove it")
     tell(f"recorded now on {chip.name}: this bundle proves the conversion, not the training chip")
-    record(source.directory, chip, place, dtype=getattr(torch, dtype), for_handoff=True, tell=tell)
+    try:
+        with _recordable(source, tell) as directory:
+            record(directory, chip, place, dtype=getattr(torch, dtype), for_handoff=True, tell=tell)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise HandoffError(
+            f"recording the golden bundle {place} failed: {error}", "make room, or give another directory with --out"
+        ) from error
     return GoldenUsed(load_bundle(place))
+
+
+@contextmanager
+def _recordable(source: ModelSource, tell: Tell) -> Iterator[Path]:
+    """Where a bundle can be recorded from: our model reads weights in 8 bits, transformers mostly does not."""
+    if source.quantised is None or source.settings is not None:
+        yield source.directory
+        return
+    tell("multiplying the 8-bit weights out, to record from them")
+    with tempfile.TemporaryDirectory(prefix="crosschip-multiplied-out-") as place:
+        arrived = Arrived(source.tensors, source.config, source.directory, False)
+        write_multiplied_out(arrived, Path(place))
+        for file in source.tokenizer_files:
+            shutil.copyfile(file, Path(place) / file.name)
+        yield Path(place)
+
+
+def check_numbers(bundle: Bundle) -> None:
+    """Refuse a bundle of a model that holds NaN or infinity: any file of it agrees with any other, and no answer does.
+
+    Raises:
+        HandoffError: the tensors, by name.
+    """
+    broken = [name for name, each in bundle.weights.items() if not math.isfinite(each.sum_squares)]
+    if broken:
+        more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise HandoffError(
+            f"{broken[0]} holds NaN or infinity{more}: so the bundle {bundle.path} was recorded",
+            "hand off an earlier checkpoint, and look at the training that wrote this one",
+        )
 
 
 def _fitting(path: Path, source: ModelSource, dtype: str, quantised: str | None, tell: Tell) -> Bundle | None:

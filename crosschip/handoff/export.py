@@ -69,6 +69,11 @@ def export_model(
     dtype = dtype or target.dtypes[0]
     if dtype not in target.dtypes:
         raise HandoffError(f"{target.name} is not written in {dtype}", f"choose among {', '.join(target.dtypes)}")
+    if source.directory.resolve().is_relative_to(path.resolve()):
+        raise HandoffError(
+            f"{path} holds the model that is handed off, {source.directory}: writing there would take it away",
+            "give another directory",
+        )
     if path.exists() and not is_complete(path):
         raise RunDirectoryError(f"{path} is there and is not an export of crosschip", "give another directory")
     try:

@@ -17,7 +17,7 @@ from crosschip.golden.bundle import Bundle, load_bundle
 from crosschip.golden.files import FileCheck
 from crosschip.golden.limits import QUANTISED
 from crosschip.golden.weights import WeightDifference
-from crosschip.handoff.bundles import choose_bundle
+from crosschip.handoff.bundles import check_numbers, choose_bundle
 from crosschip.handoff.certificate.arrived import Arrived, open_arrived
 from crosschip.handoff.certificate.engines import Trial, check_engine, default_engines, make_replays
 from crosschip.handoff.certificate.fields import fields_gate
@@ -28,7 +28,7 @@ from crosschip.handoff.certificate.replays import Replayed
 from crosschip.handoff.certificate.reproducer import write_reproducers
 from crosschip.handoff.certificate.taken_over import answer_gates, write_read_gate
 from crosschip.handoff.certificate.tensors import manifest_gate, unreadable
-from crosschip.handoff.certificate.tokenizers import both, tokenizer_gate
+from crosschip.handoff.certificate.tokenizers import both, certified_tokenizer_gate, tokenizer_gate
 from crosschip.handoff.conversion.rotary_pairs import FIELD
 from crosschip.handoff.export import export_model
 from crosschip.handoff.source import ModelSource, open_source
@@ -112,6 +112,7 @@ def hand_off(
     with run.lock() if run is not None else contextlib.nullcontext():
         computed, quantised = _arithmetic(chosen), _kind(target.quantised, chosen)
         used = choose_bundle(model, golden, beside, wishes.chip, computed, quantised, tell)
+        check_numbers(used.bundle)
         tell(f"writing {directory}")
         export_model(model, target, directory, chosen, tell=tell, relative_to=None if run is None else run.path)
         described = {"name": target.name, "dtype": chosen, "computed_in": computed, "quantised": quantised}
@@ -140,6 +141,7 @@ def certify_directory(
         CrosschipError: the bundle or a key cannot be read, an engine is not known or refuses, nothing can be written.
     """
     used = GoldenUsed(load_bundle(golden))
+    check_numbers(used.bundle)
     wishes = _Wishes(_named(engines), find_chip(chip), key, engine_python, answers, tell)
     _check_beforehand(wishes)
     earlier = earlier_certificate(directory, tell)
@@ -215,7 +217,9 @@ def _file_gates(
     tell: Tell,
 ) -> tuple[list[Gate], FileCheck, Arrived | None]:
     """The gates that need no engine, how the files differ for the replays to know, and the files as they are read."""
-    tokenizer = tokenizer_gate([] if source is None else source.tokenizer_files, directory)
+    tokenizer = (
+        certified_tokenizer_gate(directory) if source is None else tokenizer_gate(source.tokenizer_files, directory)
+    )
     try:
         arrived = open_arrived(directory, _recorded_form(bundle) if source is None else source.config)
     except CrosschipError as error:

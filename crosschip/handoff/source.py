@@ -6,7 +6,6 @@ made from each source.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,20 @@ from crosschip.errors import HandoffError, ModelError, RunDirectoryError
 from crosschip.handoff.conversion.declared import checkpoint_layout, stored_layout
 from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.conversion.sources import CheckpointSource, LayoutSource, SafetensorsSource
+from crosschip.handoff.families import check_tensors
 from crosschip.model import ModelConfig, read_config
 from crosschip.model.quantised import QUANTISED_DTYPES, Quantisation, quantisation_of
 from crosschip.model.weights import is_training_checkpoint, published_views
 from crosschip.recipe import parse_recipe
 from crosschip.rundir import RunDirectory, is_complete, read_json
 
-__all__ = ["ModelSource", "TensorSource", "last_checkpoint", "open_source"]
+__all__ = ["TOKENIZER_FILES", "ModelSource", "TensorSource", "last_checkpoint", "open_source"]
 
 _STAGES = ("rl", "sft", "pretrain")  # the last one first
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
-_OF_SAME_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}  # model types whose layers all hold the same tensors
 
 
 @dataclass(frozen=True)
@@ -173,17 +172,27 @@ def _check_complete(
 ) -> None:
     """Refuse a directory that lacks a tensor, where the architecture is known well enough to say so."""
     names = set(stored.names())
-    if settings is not None:
-        missing = [view.published for view in published_views(settings) if view.published not in names]
-        missing = [name for name in missing if name not in _shared(settings)]
-    elif document["model_type"] in _OF_SAME_LAYERS:
-        missing = _missing_in_layers(names, int(document.get("num_hidden_layers", 0)))
-    else:
-        missing = []
+    if settings is None:
+        check_tensors(document, {name: stored.shape(name) for name in names}, str(directory))
+        return
+    missing = [view.published for view in published_views(settings) if view.published not in names | _shared(settings)]
     if missing:
+        _refuse_promised_modules(missing, names, settings, directory)
         raise HandoffError(
             f"{directory} lacks {len(missing)} tensors, the first: {', '.join(missing[:4])}",
             "the download or conversion is incomplete, or config.json is another model's",
+        )
+
+
+def _refuse_promised_modules(missing: list[str], names: set[str], settings: ModelConfig, directory: Path) -> None:
+    """transformers drops the modules of multi-token prediction when it saves, and keeps their number in config.json."""
+    first, number = settings.num_hidden_layers, settings.num_nextn_predict_layers
+    modules = tuple(f"model.layers.{first + index}." for index in range(number))
+    if all(name.startswith(modules) for name in missing) and not any(name.startswith(modules) for name in names):
+        raise HandoffError(
+            f"{directory}/config.json has num_nextn_predict_layers = {number} and the files hold nothing of "
+            f"model.layers.{first}: multi-token prediction was left out, as transformers does when it saves",
+            "set num_nextn_predict_layers to 0 in config.json to hand the model off without it, or complete the files",
         )
 
 
@@ -191,28 +200,12 @@ def _shared(settings: ModelConfig) -> set[str]:
     return {view.published for view in published_views(settings) if view.shared}
 
 
-def _missing_in_layers(names: set[str], num_layers: int) -> list[str]:
-    """What one layer lacks and most others have, and whole layers, of a model whose layers are alike."""
-    layers: defaultdict[int, set[str]] = defaultdict(set)
-    for name in names:
-        parts = name.split(".", 3)
-        if parts[:2] == ["model", "layers"] and len(parts) == 4 and parts[2].isdigit():
-            layers[int(parts[2])].add(parts[3])
-    count = Counter(part for found in layers.values() for part in found)
-    usual = sorted(part for part, number in count.items() if 2 * number > len(layers))
-    missing = [
-        f"model.layers.{layer}.{part}" for layer in range(num_layers) for part in usual if part not in layers[layer]
-    ]
-    ends = ("model.embed_tokens.weight", "model.norm.weight")
-    return missing + [name for name in ends if name not in names]
-
-
 def _tokenizer_files(directory: Path) -> list[Path]:
     """The tokenizer beside the weights, or that of the run the checkpoint lies in."""
-    found = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not found and directory.parent.name == "checkpoints" and len(directory.parents) > 3:
         of_run = RunDirectory(directory.parents[3]).tokenizer
-        found = [of_run / name for name in _TOKENIZER_FILES if (of_run / name).is_file()] if is_complete(of_run) else []
+        found = [of_run / name for name in TOKENIZER_FILES if (of_run / name).is_file()] if is_complete(of_run) else []
     return found
 
 

@@ -20,10 +20,13 @@ def fields_gate(
 ) -> tuple[Gate, list[FieldDifference]]:
     """Compare a `config.json` with the recorded fields; also returns those that differ.
 
-    `is_translated`: the configuration was read out of another format, which says nothing about fields that only readers
-    of `config.json` need; a field that it does not have is reported and not judged.
+    `is_translated`: the configuration was read out of a GGUF file, which has one spelling for what `config.json` has
+    several for, and says nothing about fields that only readers of `config.json` need; a field that it does not have is
+    reported and not judged.
     """
     recorded = bundle.manifest["config"]
+    if is_translated:
+        config = _spelled_like(config, recorded)
     try:
         differences = compare_fields(recorded, fields_in(config, bundle.route))
     except CrosschipError as error:
@@ -38,3 +41,9 @@ def fields_gate(
         return Gate(_NAME, "PASS", words, None, measures, unseen), []
     words = "; ".join(each.words for each in differences)
     return Gate(_NAME, "FAIL", words, differences[0].field, measures, unseen), differences
+
+
+def _spelled_like(config: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    from crosschip.handoff.gguf.architectures import architecture_of  # the package gguf is optional
+
+    return architecture_of(config).spelled_like(config, recorded)

@@ -7,11 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from crosschip.certificate import read_certificate
+from crosschip.certificate.files import hash_files
 from crosschip.data import Message, load_tokenizer
-from crosschip.errors import CrosschipError
+from crosschip.errors import CrosschipError, HandoffError
 from crosschip.handoff.certificate.gate import NOT_COVERED, Gate, Measure, not_covered
+from crosschip.handoff.source import TOKENIZER_FILES
 
-__all__ = ["CHATS", "CONTROLS", "TEXTS", "Behaviour", "Codec", "behaviour_of", "both", "tokenizer_gate"]
+__all__ = [
+    "CHATS",
+    "CONTROLS",
+    "TEXTS",
+    "Behaviour",
+    "Codec",
+    "behaviour_of",
+    "both",
+    "certified_tokenizer_gate",
+    "tokenizer_gate",
+]
 
 _NAME = "tokenizer and chat template"
 _SHOWN = 60
@@ -99,6 +112,27 @@ def tokenizer_gate(source_files: Sequence[Path], directory: Path, arrived: Codec
     behaves = _compare_directories(source_files[0].parent, directory)
     words = "; ".join([*wrong, behaves or "on the texts and chats tried, both do the same"])
     return Gate(_NAME, "FAIL", words, wrong[0].split()[0], measures)
+
+
+def certified_tokenizer_gate(directory: Path) -> Gate:
+    """The tokenizer's files against the hashes of the certificate that lies there, where the source is not at hand.
+
+    Its other words no longer count where a file was changed; what this one was, they still tell.
+    """
+    gate = tokenizer_gate([], directory)
+    try:
+        entries = read_certificate(directory).document["files"]
+    except HandoffError:
+        return gate
+    certified = {each["name"]: each["sha256"] for each in entries if each["name"] in TOKENIZER_FILES}
+    there = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    found = {each.name: each.sha256 for each in hash_files(directory, there)}
+    names = sorted({*certified, *found})
+    wrong = [name for name in names if certified.get(name) != found.get(name)]
+    if not wrong:
+        return gate
+    words = f"{', '.join(wrong)}: not what the certificate that lies there was made of"
+    return Gate(_NAME, "FAIL", words, wrong[0], [Measure("files that differ", len(wrong), 0, f"{len(names)} files")])
 
 
 def both(of_files: Gate, of_engine: Gate) -> Gate:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from crosschip.errors import HandoffError
+from crosschip.errors import HandoffError, ModelError
 from crosschip.model.quantised import (
     FP8_DTYPES,
     Quantisation,
@@ -282,10 +282,11 @@ class Quantise:
 
     def forward(self, tensors: Tensors) -> Tensors:
         matrix = tensors[self.source]
-        if self.how.kind == "fp8":
-            codes, scale = quantise_blocks(matrix, self.how.block)
-        else:
-            codes, scale = quantise_channels(matrix)
+        try:
+            of_blocks = self.how.kind == "fp8"
+            codes, scale = quantise_blocks(matrix, self.how.block) if of_blocks else quantise_channels(matrix)
+        except ModelError as error:
+            raise ModelError(f"{self.source}: {error.problem}", error.remedy) from None
         return {self.weight: codes, self.scale: scale}
 
     def backward(self, tensors: Tensors) -> Tensors:

@@ -127,7 +127,7 @@ def _check_room(directory: Path, shards: list[Shard]) -> None:
     needed, free = sum(shard.num_bytes for shard in shards), shutil.disk_usage(directory).free
     if needed > free:
         raise HandoffError(
-            f"{directory.parent} has {free / 1e9:.1f} GB free, the files need {needed / 1e9:.1f} GB",
+            f"{directory.parent} has {free:,} B free, the files need {needed:,} B",
             "make room, or give another directory",
         )
 

@@ -11,7 +11,7 @@ from crosschip.handoff.conversion.layout import Layout
 from crosschip.handoff.conversion.operators import Operator
 from crosschip.handoff.gguf import deepseek2, llama
 from crosschip.handoff.gguf.metadata import Metadata, refuse
-from crosschip.handoff.gguf.rotary import fields_of_rope
+from crosschip.handoff.gguf.rotary import ROPE_FIELDS, fields_of_rope
 
 __all__ = ["Architecture", "architecture_named", "architecture_of"]
 
@@ -57,6 +57,28 @@ class Architecture:
             return {**rope, **self.fields(metadata)}
         except KeyError as error:
             raise HandoffError(f"the file has no key {error} of {self.name}", "convert the model again") from None
+
+    def spelled_like(self, config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        """`config`, which `fields_of` read, in the words of `other` where both mean the same keys of a file.
+
+        Rotary positions have two spellings (transformers 4 and 5), and a `config.json` may be silent where its reader
+        assumes a value. A field that means something else stays as it was read.
+        """
+        spelled = self._unless_it_means_more(config, {field: other.get(field) for field in ROPE_FIELDS})
+        for field in [each for each in spelled if other.get(each) is None]:
+            is_tied = field == "tie_word_embeddings" and bool(spelled[field])  # no key tells it, silence denies it
+            spelled = spelled if is_tied else self._unless_it_means_more(spelled, {field: None})
+        return spelled
+
+    def _unless_it_means_more(self, config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+        """The configuration with other fields (None takes one away), if a file's keys are the same; else itself."""
+        merged = {**config, **fields}
+        candidate = {field: value for field, value in merged.items() if value is not None or field not in fields}
+        try:
+            same = not self.reasons_against(candidate) and self.metadata_of(candidate) == self.metadata_of(config)
+        except (HandoffError, KeyError, TypeError, ValueError):
+            return config
+        return candidate if same else config
 
 
 def _declared(name: str, module: Any) -> Architecture:

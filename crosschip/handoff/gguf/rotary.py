@@ -11,7 +11,9 @@ import torch
 from crosschip.errors import HandoffError
 from crosschip.handoff.gguf.metadata import Metadata, as_float32, shortest
 
-__all__ = ["Rope", "fields_of_rope", "rope_of"]
+__all__ = ["ROPE_FIELDS", "Rope", "fields_of_rope", "rope_of"]
+
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")  # of config.json, in the spellings of both transformers
 
 _LLAMA_3_KNOWN = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _YARN_KNOWN = {

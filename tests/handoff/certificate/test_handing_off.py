@@ -195,7 +195,8 @@ def test_nothing_is_taken_over_from_the_certificate_of_changed_files(
     (directory / "tokenizer.json").open("a").write("\n")
     result = certified(directory, bundle_dir, engines=["transformers"])
     assert result.certificate.document["taken_over"] is None
-    assert gate(result, "tokenizer and chat template")["verdict"] == "NOT COVERED"
+    tokenizer = gate(result, "tokenizer and chat template")
+    assert (tokenizer["verdict"], tokenizer["subject"], result.exit_code) == ("FAIL", "tokenizer.json", 1)
 
 
 def test_a_missing_bundle_is_recorded_and_said_so(model_dir: Path, tmp_path: Path) -> None:

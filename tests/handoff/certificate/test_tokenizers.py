@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.data import Message, load_tokenizer
-from crosschip.handoff.certificate.tokenizers import CHATS, CONTROLS, TEXTS, tokenizer_gate
+from crosschip.handoff.certificate.tokenizers import CHATS, CONTROLS, TEXTS, certified_tokenizer_gate, tokenizer_gate
 from crosschip.handoff.source import open_source
 
 
@@ -81,3 +84,24 @@ def test_another_format_is_compared_by_what_it_does(model_dir: Path, tmp_path: P
 
 def test_without_a_tokenizer_it_is_not_covered(tmp_path: Path) -> None:
     assert tokenizer_gate([], tmp_path).verdict == "NOT COVERED"
+
+
+@pytest.mark.parametrize("change", ["none", "changed", "added", "removed"])
+def test_a_tokenizer_changed_since_the_certificate_is_seen_without_the_source(tmp_path: Path, change: str) -> None:
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    files = [{"name": n, "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()} for n in names]
+    lists = {"files": files, "gates": [], "replays": [], "not_covered": []}
+    tables: dict[str, Any] = {"target": {}, "source": {}, "golden": {}}
+    document = {"schema_version": 1, "made_at": "", "verdict": "INCONCLUSIVE", **lists, **tables}
+    write_certificate(tmp_path, {**document, "seal": seal_of(document)})
+    if change == "removed":
+        (tmp_path / "tokenizer_config.json").unlink()
+    elif change != "none":
+        name = "tokenizer.json" if change == "changed" else "chat_template.jinja"
+        (tmp_path / name).write_text("{ }")
+    gate = certified_tokenizer_gate(tmp_path)
+    assert gate.verdict == ("NOT COVERED" if change == "none" else "FAIL")
+    expected = {"none": None, "changed": "tokenizer.json", "added": "chat_template.jinja"}
+    assert gate.subject == expected.get(change, "tokenizer_config.json")

@@ -1,0 +1,166 @@
+"""What a directory of a published family must hold, against what transformers really writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crosschip.errors import CrosschipError, HandoffError
+from crosschip.handoff.families import expected_tensors
+from crosschip.handoff.handing_off import hand_off
+from crosschip.handoff.source import open_source
+from crosschip.model import save_model
+from tests.handoff.conversion.models import FAMILY, SQUARE, save_family
+from tests.model.configs import random_model
+
+LATENT = {
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+def changed(directory: Path, how: Callable[[Tensors], object]) -> Path:
+    tensors = load_file(directory / "model.safetensors")
+    how(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Llama", {}),
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("Mistral", {"head_dim": 24}),
+        ("Qwen2", {}),
+        ("Qwen3", {"attention_bias": True, "head_dim": 24}),
+        ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0], "decoder_sparse_step": 1}),
+        ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
+        ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
+        ("DeepseekV2", {**LATENT, "q_lora_rank": 24, "n_shared_experts": 2, "attention_bias": True}),
+    ],
+)
+def test_the_declaration_is_what_transformers_writes(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**{**FAMILY, **fields})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    written = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    expected = expected_tensors(json.loads((tmp_path / "config.json").read_text()))
+    assert expected is not None
+    if fields.get("tie_word_embeddings"):
+        expected.pop("lm_head.weight")
+    assert expected == written
+    assert set(open_source(tmp_path).tensors.names()) == set(written)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "lacks 1 tensors, the first: lm_head.weight"),
+        (
+            lambda t: [t.pop(f"model.layers.{layer}.mlp.up_proj.weight") for layer in range(3)],
+            "lacks 3 tensors, the first: model.layers.0.mlp.up_proj.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(16)}),
+            "holds 1 tensors that a llama of this config.json does not have, the first: model.layers.1.self_attn.q_",
+        ),
+        (
+            lambda t: t.update({UP_PROJ: torch.ones(100, 64)}),
+            f"{UP_PROJ} has shape [100, 64], config.json means [128, 64]",
+        ),
+    ],
+)
+def test_a_tensor_that_readers_would_make_up_or_pass_over_is_named(
+    tmp_path: Path, how: Callable[[Tensors], object], words: str
+) -> None:
+    directory = changed(save_family("llama", tmp_path), how)
+    with pytest.raises(HandoffError) as refused:
+        open_source(directory)
+    assert words in refused.value.problem
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", None), ("num_hidden_layers", "three")])
+def test_a_field_that_says_no_shape_is_named(tmp_path: Path, field: str, value: object) -> None:
+    path = save_family("llama", tmp_path) / "config.json"
+    document = {**json.loads(path.read_text()), field: value}
+    path.write_text(json.dumps({key: each for key, each in document.items() if each is not None}))
+    with pytest.raises(HandoffError, match=f"no field '{field}'" if value is None else "num_hidden_layers = 'three'"):
+        open_source(tmp_path)
+
+
+def test_prediction_modules_that_transformers_left_out_are_told_from_a_broken_download(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    save_model(random_model(SQUARE), directory)
+    later = f"model.layers.{SQUARE.num_hidden_layers}."
+    changed(directory, lambda t: [t.pop(name) for name in list(t) if name.startswith(later)])
+    with pytest.raises(HandoffError, match="num_nextn_predict_layers = 1 and the files hold nothing of") as refused:
+        open_source(directory)
+    assert "set num_nextn_predict_layers to 0" in refused.value.remedy
+
+
+@pytest.mark.parametrize("target", ["hf", "w8a8"])
+def test_a_number_that_is_none_is_refused_by_the_tensors_name(tmp_path: Path, target: str) -> None:
+    directory = changed(save_family("llama", tmp_path / "model"), lambda t: t[UP_PROJ][3, 4].fill_(float("nan")))
+    with pytest.raises(CrosschipError, match=f"{UP_PROJ} holds NaN or infinity"):
+        hand_off(directory, target, engines=["transformers"], chip="cpu")
+    assert not (tmp_path / f"model-{target}").exists()
+
+
+def test_a_quantiser_names_the_tensor_it_cannot_take(tmp_path: Path) -> None:
+    from crosschip.handoff.export import export_model
+    from crosschip.handoff.targets import TARGETS
+
+    directory = changed(save_family("llama", tmp_path / "model"), lambda t: t[UP_PROJ][3, 4].fill_(float("inf")))
+    with pytest.raises(CrosschipError, match=f"{UP_PROJ}: a weight holds NaN or infinity"):
+        export_model(open_source(directory), TARGETS["w8a8"], tmp_path / "out")
+
+
+def test_a_disk_that_fills_while_the_bundle_is_recorded_is_refused(tmp_path: Path, monkeypatch) -> None:
+    from safetensors import SafetensorError
+
+    from crosschip.handoff import bundles
+
+    def full(*words: object, **settings: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(bundles, "record", full)
+    with pytest.raises(HandoffError, match=r"model-hf-golden failed: .*No space left") as refused:
+        hand_off(save_family("llama", tmp_path / "model"), "hf", engines=["transformers"], chip="cpu")
+    assert "make room" in refused.value.remedy
+
+
+def test_a_quantised_model_of_another_family_is_a_source(tmp_path: Path) -> None:
+    first = hand_off(save_family("llama", tmp_path / "model"), "w8a8", engines=["transformers"], chip="cpu")
+    second = hand_off(first.directory, "fp8", engines=["transformers"], chip="cpu")
+    gates = {each["name"]: each["verdict"] for each in second.certificate.document["gates"]}
+    assert gates["tensor manifest"] == gates["golden replay"] == "PASS"
+
+
+@pytest.mark.parametrize("out", ["model", "."])
+def test_a_model_is_never_replaced_by_what_is_made_of_it(tmp_path: Path, out: str) -> None:
+    from crosschip.handoff.export import export_model
+    from crosschip.handoff.targets import TARGETS
+    from crosschip.rundir import COMPLETE
+
+    directory = save_family("llama", tmp_path / "model")
+    (tmp_path / out / COMPLETE).touch()
+    with pytest.raises(HandoffError, match="holds the model that is handed off"):
+        export_model(open_source(directory), TARGETS["w8a8"], tmp_path / out)
+    assert (directory / "model.safetensors").is_file()
