@@ -18,9 +18,9 @@ from crosschip.chips.faults.fault import around
 from crosschip.chips.simulated.random import draw
 from crosschip.chips.simulated.schema import Facts, facts_of
 from crosschip.chips.simulated.storage import as_cpu, as_sim, follow, is_sim, lies_on_chip
-from crosschip.chips.simulated.whole_operators import whole_operators
+from crosschip.chips.simulated.whole_operators import operators_in_parts, whole_operators
 
-__all__ = ["call_operator", "plant_operator_faults", "register_operators"]
+__all__ = ["call_in_parts", "call_operator", "plant_operator_faults", "register_operators"]
 
 _CPU = torch.device("cpu")
 _BY_CPU_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -89,6 +89,41 @@ def _one_by_one(op: torch._ops.OpOverload, crossed: Crossed, /, *args: Any, **kw
 
     result = op._op_dk(_ONE_BY_ONE, *_mapped(args, to_sim), **_mapped(kwargs, to_sim))
     return _mapped(result, to_cpu)
+
+
+def call_in_parts(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """An operator that torch composes because its result may be wanted elsewhere, such as `_to_copy` or `zeros_like`.
+
+    Where the result stays on the chip, faults see the call whole and, inside it, its parts.
+    """
+    device = kwargs.get("device")
+    if not _faults or not is_sim(args[0]) or (device is not None and device.type != "sim"):
+        return op.redispatch(_BY_CPU_KERNEL, *args, **kwargs)
+    refuse_other_index(device)
+    facts = facts_of(op)
+    crossed: Crossed = []
+    made: Crossed = []
+    cpu_args = tuple([_to_cpu(value, facts, crossed) for value in args])
+    cpu_kwargs = {name: _to_cpu(value, facts, crossed) for name, value in kwargs.items()}
+    result = around(_faults, op, cpu_args, cpu_kwargs, partial(_in_parts, op, crossed, made))
+    for sim, twin in made:
+        if twin is result:
+            return sim
+    return _to_sim(result, facts, crossed)
+
+
+def _in_parts(op: torch._ops.OpOverload, crossed: Crossed, made: Crossed, /, *args: Any, **kwargs: Any) -> Any:
+    """The honest result of such a call: its parts are made on the chip. What came of it is added to `made`."""
+    known = {id(twin): sim for sim, twin in crossed}
+    chip = torch.device("sim", 0)
+    on_chip = {name: chip if isinstance(value, torch.device) else value for name, value in kwargs.items()}
+
+    def to_sim(twin: Tensor) -> Tensor:
+        return known[id(twin)] if id(twin) in known else as_sim(twin)
+
+    result = op.redispatch(_BY_CPU_KERNEL, *_mapped(args, to_sim), **_mapped(on_chip, to_sim))
+    made.append((result, as_cpu(result)))
+    return made[-1][1]
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -224,4 +259,6 @@ def register_operators(libraries: list[torch.library.Library]) -> None:
     kernels = torch.library.Library("aten", "IMPL")
     for op in whole_operators():
         kernels.impl(op, partial(call_operator, op), "PrivateUse1")
+    for op in operators_in_parts():
+        kernels.impl(op, partial(call_in_parts, op), "PrivateUse1")
     libraries += [fallback, kernels]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosschip.chips.simulated.operators import call_operator, refuse_other_index
+from crosschip.chips.simulated.operators import call_in_parts, call_operator, refuse_other_index
 from crosschip.chips.simulated.storage import as_cpu, as_sim, is_sim
 
 __all__ = ["register_transfer"]
@@ -16,7 +16,6 @@ __all__ = ["register_transfer"]
 aten = torch.ops.aten
 
 _CPU = torch.device("cpu")
-_AS_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def _empty(
@@ -66,7 +65,7 @@ def _copy_from_and_resize(source: Tensor, target: Tensor) -> Tensor:
 
 def _to_copy(tensor: Tensor, **options: Any) -> Tensor:
     """As everywhere, but a copy to the host that need not block is not made into pinned memory: there is none."""
-    made: Tensor = aten._to_copy.default.redispatch(_AS_ON_CPU, tensor, **{**options, "non_blocking": False})
+    made: Tensor = call_in_parts(aten._to_copy.default, tensor, **{**options, "non_blocking": False})
     return made
 
 

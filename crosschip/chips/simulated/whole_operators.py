@@ -2,8 +2,8 @@
 
 Where a device has no kernel of its own, torch takes many operators apart: `mm` becomes an allocation and `mm.out`,
 `embedding` becomes `index_select`. A chip has kernels for them, and a fault is planted in the operator that a trace
-names, so these are registered one by one. Views stay apart (they run no kernel on any chip), and so do factories of
-random numbers, whose numbers come from the chip's own generator.
+names, so these are registered one by one, everyday views among them: they run no kernel, but a plug-in can get their
+strides wrong, or copy. Factories of random numbers stay apart, whose numbers come from the chip's own generator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["whole_operators"]
+__all__ = ["operators_in_parts", "whole_operators"]
 
 _TAKEN_APART = ("CompositeExplicitAutogradNonFunctional", "CompositeExplicitAutograd")
 
@@ -38,15 +38,32 @@ _APART = frozenset(
     }
 )
 
+# Views of strided tensors; others are torch's own bookkeeping, or of layouts that the chip has not.
+_STRIDED = "diagonal expand permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze view"
+_VIEWS = frozenset(f"aten::{name}" for name in _STRIDED.split())
+
 
 def whole_operators() -> Iterator[torch._ops.OpOverload]:
     """The operators to register for the device so that torch does not take them apart."""
+    for op in _taken_apart():
+        if (not _is_view(op) or op._schema.name in _VIEWS) and not _chooses_device(op):
+            yield op
+
+
+def operators_in_parts() -> Iterator[torch._ops.OpOverload]:
+    """Those to register that torch shall take apart all the same, because they decide between devices."""
+    for op in _taken_apart():
+        if _chooses_device(op) and op._schema.name.endswith(("_like", "new_full", "new_ones", "new_zeros")):
+            yield op
+
+
+def _taken_apart() -> Iterator[torch._ops.OpOverload]:
     for name in torch._C._dispatch_get_all_op_names():
         packet, _, overload = name.removeprefix("aten::").partition(".")
         if not name.startswith("aten::") or packet in _APART or not _would_be_taken_apart(name):
             continue
         op: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, packet), overload or "default")
-        if not (_is_view(op) or _chooses_device(op) or torch.Tag.nondeterministic_seeded in op.tags):
+        if torch.Tag.nondeterministic_seeded not in op.tags:
             yield op
 
 

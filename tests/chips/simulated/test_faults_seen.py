@@ -96,12 +96,19 @@ def test_a_call_over_a_list_is_seen_whole_and_one_by_one() -> None:
         (lambda x: F.gelu(x), "aten.gelu.default"),
         (lambda x: x.sum(), "aten.sum.default"),
         (lambda x: x.clone(), "aten.clone.default"),
-        (lambda x: x.to(torch.bfloat16), "aten.copy_.default"),
+        (lambda x: x.to(torch.bfloat16), "aten._to_copy.default"),
+        (lambda x: x.to(torch.bfloat16), "aten.copy_.default"),  # a part of it
+        (lambda x: torch.zeros_like(x), "aten.zeros_like.default"),
+        (lambda x: x.new_full((2,), 3.0), "aten.new_full.default"),
         (lambda x: x.mul_(2), "aten.mul_.Tensor"),
         (lambda x: torch.cat([x, x]), "aten.cat.default"),
         (lambda x: torch.add(x, x, out=x), "aten.add.out"),
         (lambda x: x.view(-1), "aten.view.default"),
-        (lambda x: x[0], "aten.as_strided.default"),
+        (lambda x: x[0], "aten.select.int"),
+        (lambda x: x[1:], "aten.slice.Tensor"),
+        (lambda x: x.t(), "aten.t.default"),
+        (lambda x: x.split([1, 3]), "aten.split_with_sizes.default"),
+        (lambda x: x.as_strided((2,), (1,)), "aten.as_strided.default"),
         (lambda x: F.cross_entropy(x, x.argmax(-1)), "aten.nll_loss_forward.default"),
         (
             lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]),
@@ -114,6 +121,37 @@ def test_calls_bear_the_names_that_a_trace_shows(function: Any, call: str, infer
     with torch.inference_mode(inference):
         x = torch.ones(4, 4, device="sim")
         assert call in calls_of(lambda: function(x))
+
+
+def test_a_view_that_a_fault_copies_shares_no_memory_any_more() -> None:
+    x = torch.ones(2, 3, device="sim")
+    plant([Changed("aten.transpose", lambda result: result.contiguous())])
+    copied = x.transpose(0, 1)
+    plant([])
+    copied.zero_()
+    assert copied.stride() == (2, 1)
+    assert x.tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_views_under_a_fault_are_those_of_the_cpu(needs_gradient: bool) -> None:
+    def views(x: torch.Tensor) -> list[torch.Tensor]:
+        parts = [*x.split(2), *x.unbind(0), *x.chunk(2, 1)]
+        return [*parts, x[1:2], x[0], x.unsqueeze(0), x.expand(5, 3, 4), x.permute(1, 0), x.diagonal(), x.squeeze()]
+
+    plant([Changed("aten.mm", lambda result: result)])
+    x = torch.arange(12.0, device="sim").view(3, 4).requires_grad_(needs_gradient)
+    for mine, honest in zip(views(x), views(x.detach().cpu().requires_grad_(needs_gradient)), strict=True):
+        assert mine.tolist() == honest.tolist()
+        assert mine.stride() == honest.stride()
+        assert mine.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_what_a_fault_returns_for_a_cast_is_the_cast() -> None:
+    x = torch.tensor([1.0, 2.0], device="sim")
+    plant([Changed("aten._to_copy", lambda result: result * 2), Changed("aten.copy_", lambda result: result + 1)])
+    assert x.to(torch.float64).tolist() == [4.0, 6.0]
+    assert x.cpu().tolist() == [1.0, 2.0]
 
 
 def test_attention_and_its_gradient_are_one_call_each() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -294,6 +295,30 @@ def test_a_chip_on_which_steps_take_longer_is_surely_slower(examine_on: Examine)
     (honest,) = speeds(examine_on("software"))
     (slowed,) = speeds(examine_on("software", Broken(slow, ("aten.gelu.",))))
     assert slowed["upper"] < honest["lower"]
+
+
+class HoldsFewResults:
+    """Memory for a few results at a time: enough for one call after the other, not for the activations of a step."""
+
+    name = "runs out of memory"
+
+    def __init__(self) -> None:
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def operator(self, op: Any, args: Any, kwargs: Any, compute: Any) -> Any:
+        result = compute(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and not op.is_view:
+            self.held = [*(each for each in self.held if each() is not None), weakref.ref(result)]
+        if len(self.held) > 20:
+            raise RuntimeError("out of memory: tried to allocate 2.00 GiB")
+        return result
+
+
+def test_a_step_in_which_the_chip_raises_is_a_failure_though_each_call_goes_well(examine_on: Examine) -> None:
+    (found,) = failures(examine_on("software", HoldsFewResults()))
+    assert (found.subject, found.check, found.kind) == ("train step", "the subject's step", "software")
+    assert "out of memory" in found.message
+    assert found.critical
 
 
 def test_too_few_steps_are_no_speed(examine_on: Examine) -> None:

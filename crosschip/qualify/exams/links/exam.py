@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +46,16 @@ from crosschip.qualify.exams.links.outliers import OUTLIER_RATIO, find_outliers
 from crosschip.qualify.exams.links.reproduction import write_collective_reproducer
 from crosschip.qualify.exams.links.schedule import Schedule, schedule
 from crosschip.qualify.exams.links.session import START_LIMIT_S, Session, run_session
+from crosschip.qualify.exams.links.slow_collectives import find_slow_collectives, slow_collective_finding
 from crosschip.qualify.exams.peers import ON_HOST, chips_alike
 from crosschip.qualify.finding import Finding
 
 __all__ = ["chips_of_ranks", "examine"]
 
 _SHARED_RATIO = 3.0  # between ranks on shared cores a message may take twice as long by chance
+_HOST_WAIT_S = 0.05  # for which a rank may wait for a core that it shares with others, even at the best of times
 _REPRODUCER_S = 15.0  # two sets of ranks: on the chip and on the CPU
+_OVERTIME_S = 45.0  # for the file of the worst failure, which is made even when the time is up
 _ANNOUNCE_EVERY_S = 5.0
 
 
@@ -181,9 +186,30 @@ def _report_conformance(exam: _Exam, session: Session) -> None:
     defects = sorted(defects_of(results, exam.num_ranks), key=lambda each: (each.is_limit, -each.severity))
     for number, defect in enumerate(defects):
         wanted = not defect.is_limit and (number == 0 or exam.context.remaining_s > _REPRODUCER_S)
-        exam.announce(f"reproducing {defect.check}: {defect.call}")
-        name = write_collective_reproducer(exam.context, defect, exam.num_ranks) if wanted else None
+        name = _reproducer_in_time(exam, defect) if wanted else None
         journal.finding(_defect_finding(exam, defect, name))
+
+
+def _reproducer_in_time(exam: _Exam, defect: Defect) -> str | None:
+    """The reproducer's name; None where it shows nothing, or the exam's time was up long before it is made.
+
+    On a busy machine new ranks take a minute to start, which is no hang of the chip and must not cost the finding.
+    """
+    made: Future[str | None] = Future()
+
+    def make() -> None:
+        try:
+            made.set_result(write_collective_reproducer(exam.context, defect, exam.num_ranks))
+        except Exception as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()  # a pool would wait for it when the exam ends
+    while not made.done():
+        exam.announce(f"reproducing {defect.check}: {defect.call}")
+        if exam.context.remaining_s <= -_OVERTIME_S:
+            return None
+        wait([made], timeout=1.0)
+    return made.result()
 
 
 def _defect_finding(exam: _Exam, defect: Defect, reproducer: str | None) -> Finding:
@@ -237,8 +263,11 @@ def _report_links(exam: _Exam, session: Session) -> None:
     journal, context = exam.context.journal, exam.context
     pairs = pair_times(session.notes)
     pooled = {f"ranks {first} and {second}": pooled_visits(visits) for (first, second), visits in pairs.items()}
-    for document in fits_document(collective_times(session.notes)):
+    collectives = collective_times(session.notes)
+    for document in fits_document(collectives):
         journal.measured(**bandwidth_entry(document, exam.num_ranks))
+    for slow in find_slow_collectives(collectives, _HOST_WAIT_S if context.chip.device.type in ON_HOST else 0.0):
+        journal.finding(slow_collective_finding(context.exam, slow, exam.num_ranks))
     for document in fits_document(pooled):
         journal.measured(**bandwidth_entry(document))
     planned = exam.num_ranks * (exam.num_ranks - 1) // 2

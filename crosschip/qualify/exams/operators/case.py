@@ -34,6 +34,7 @@ class Raised(Exception):
 class Case:
     """One call under examination. `limit` is a problem that leaves a pass with limits.
 
+    `is_first` is the operator's first call in its dtype, which is examined the most thoroughly.
     `varied` are the dimensions that differ between the subject's calls of the operator, and may be empty one day.
     """
 

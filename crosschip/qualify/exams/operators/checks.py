@@ -8,7 +8,19 @@ import torch
 
 from crosschip.qualify.tracing.inputs import make_arguments, operator_named
 
-__all__ = ["GRADIENT_OF", "differs", "errs", "gradients", "is_biased", "is_misshapen", "outputs", "restless"]
+__all__ = [
+    "GRADIENT_OF",
+    "differs",
+    "errs",
+    "errs_in_turn",
+    "gradients",
+    "is_biased",
+    "is_misshapen",
+    "outputs",
+    "overwrites",
+    "restless",
+    "views_otherwise",
+]
 
 
 GRADIENT_OF = "gradient of "
@@ -111,6 +123,18 @@ def errs(
     return worst > times, f"at most {times:g} times the honest error", f"{worst:.4g} times"
 
 
+def errs_in_turn(
+    device: str, operator: str, args: list[Any], kwargs: dict[str, Any], seed: int, times: float, draws: int
+) -> tuple[bool, str, str]:
+    """The same for one set of inputs after the other, until a result is wrong: it may be that of an earlier call."""
+    found = (False, "", "")
+    for number in range(draws):
+        found = errs(device, operator, args, kwargs, seed + number, times)
+        if found[0]:
+            return True, found[1], f"{found[2]} in call {number + 1}"
+    return found
+
+
 def is_biased(
     device: str, operator: str, args: list[Any], kwargs: dict[str, Any], seed: int, limit: float, draws: int
 ) -> tuple[bool, str, str]:
@@ -146,6 +170,34 @@ def is_misshapen(
         for where in (device, "cpu")
     )
     return got != right, str(right), str(got)
+
+
+def views_otherwise(
+    device: str, operator: str, args: list[Any], kwargs: dict[str, Any], seed: int
+) -> tuple[bool, str, str]:
+    """Whether views have other strides than the CPU's."""
+    op = operator_named(operator)
+    found = []
+    for place in (device, "cpu"):
+        made_args, made_kwargs = make_arguments(args, kwargs, seed, place)
+        found.append([list(each.stride()) for each in _tensors([op(*made_args, **made_kwargs)])])
+    return found[0] != found[1], f"strides {found[1]}", f"strides {found[0]}"
+
+
+def overwrites(device: str, operator: str, args: list[Any], kwargs: dict[str, Any], seed: int) -> tuple[bool, str, str]:
+    """Whether a call changes an argument that it must only read."""
+    op = operator_named(operator)
+    before, _ = make_arguments(args, kwargs, seed, "cpu")
+    made_args, made_kwargs = make_arguments(args, kwargs, seed, device)
+    op(*made_args, **made_kwargs)
+    for place, argument in enumerate(op._schema.arguments[: len(made_args)]):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            continue
+        for old, new in zip(_tensors([before[place]]), _tensors([made_args[place]]), strict=True):
+            different = (old != new.cpu()) & ~((old != old) & (new.cpu() != new.cpu()))
+            if bool(different.any()):
+                return True, f"argument {argument.name} as before", f"{int(different.sum())} numbers of it differ"
+    return False, "arguments as before", "arguments as before"
 
 
 def restless(

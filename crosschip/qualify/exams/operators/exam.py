@@ -1,14 +1,15 @@
 """The exam of the operators: each traced call on the chip, against fp64 and relative to honest implementations.
 
 Each distinct operator is examined on one of its calls, and on its gradient where the subject needs that, before any
-gets its second call; critical ones come first. What is found wrong with an operator ends its examination: one finding
-each, the first that is sure.
+gets its second call; critical ones come first, then each operator's other dtypes, whose kernels are others. What is
+found wrong with an operator ends its examination: one finding each, the first that is sure.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 
 import torch
 
@@ -23,7 +24,7 @@ from crosschip.qualify.exams.operators.shapes import varied_dimensions
 from crosschip.qualify.finding import LEAST_COVERAGE, Finding
 from crosschip.qualify.judging.judge import RATIO_LIMIT, Judgement, benjamini_hochberg
 from crosschip.qualify.tracing.criticality import is_critical
-from crosschip.qualify.tracing.trace import TracedCall
+from crosschip.qualify.tracing.trace import TracedCall, tensor_specs
 
 __all__ = ["examine"]
 
@@ -67,6 +68,7 @@ def examine(context: ExamContext) -> None:
     critical = [operator for operator in sweep.shares if is_critical(context.trace, operator)]
     sweep.critical = {*critical, *(GRADIENT_OF + operator for operator in critical)}
     in_order = _in_order(sweep, by_operator)
+    examined: set[tuple[str, str]] = set()
     for call, is_first in in_order:
         operator = call.operator.removeprefix(GRADIENT_OF)
         if operator in sweep.failed:
@@ -75,7 +77,9 @@ def examine(context: ExamContext) -> None:
             sweep.cut[call.operator] = sweep.cut.get(call.operator, 0) + 1
             sweep.undecided |= {call.operator} if is_first else set()
         else:
-            context.part(f"{call.title} #{call.id}", partial(_examine, sweep, call, is_first))
+            kind = (call.operator, _dtype_of(call))
+            context.part(f"{call.title} #{call.id}", partial(_examine, sweep, call, is_first, kind not in examined))
+            examined.add(kind)
     _say_how_much(sweep, {call.operator for call, is_first in in_order if is_first})
     _flush(sweep)
 
@@ -91,7 +95,10 @@ def _say_how_much(sweep: _Sweep, operators: set[str]) -> None:
 
 
 def _in_order(sweep: _Sweep, by_operator: dict[str, list[TracedCall]]) -> list[tuple[TracedCall, bool]]:
-    """Calls with whether they are their operator's first; first ones first, critical ones first among them."""
+    """Calls with whether they are their operator's first; these first, critical ones first among them.
+
+    Then come the first ones in another dtype, then all others.
+    """
 
     def rank(operator: str) -> tuple[bool, float]:
         return operator not in sweep.critical, -sweep.shares[operator]
@@ -99,20 +106,30 @@ def _in_order(sweep: _Sweep, by_operator: dict[str, list[TracedCall]]) -> list[t
     ordered = sorted(by_operator, key=rank)
     firsts = [by_operator[operator][0] for operator in ordered]
     gradients = [made for call in firsts if (made := gradient_call(call)) is not None]
-    rounds = max((len(calls) for calls in by_operator.values()), default=0)
-    others = [
-        by_operator[operator][number]
-        for number in range(1, rounds)
-        for operator in ordered
-        if number < len(by_operator[operator])
-    ]
-    return [*((call, True) for call in [*firsts, *gradients]), *((call, False) for call in others)]
+    of_dtypes, others = [], []
+    for operator in ordered:
+        first, *rest = by_operator[operator]
+        by_dtype = {_dtype_of(call): call for call in reversed(rest) if _dtype_of(call) != _dtype_of(first)}
+        of_dtypes.append([call for call in rest if call is by_dtype.get(_dtype_of(call))])
+        others.append([call for call in rest if call is not by_dtype.get(_dtype_of(call))])
+    further = [*_in_turn(of_dtypes), *_in_turn(others)]
+    return [*((call, True) for call in [*firsts, *gradients]), *((call, False) for call in further)]
 
 
-def _examine(sweep: _Sweep, call: TracedCall, is_first: bool) -> None:
+def _in_turn(columns: list[list[TracedCall]]) -> list[TracedCall]:
+    """The first of each, then the second of each, and so on."""
+    return [call for row in zip_longest(*columns) for call in row if call is not None]
+
+
+def _dtype_of(call: TracedCall) -> str:
+    """The dtype by which a kernel is chosen."""
+    return next((spec["dtype"] for spec in tensor_specs([call.args, call.kwargs])), "")
+
+
+def _examine(sweep: _Sweep, call: TracedCall, is_first: bool, is_first_of_dtype: bool) -> None:
     context = sweep.context
     operator = call.operator.removeprefix(GRADIENT_OF)
-    case = Case(context, call, is_first, sweep.varied.get(operator, frozenset()))
+    case = Case(context, call, is_first_of_dtype, sweep.varied.get(operator, frozenset()))
     problem = examine_call(case)
     if problem is not None:
         sweep.failed[call.operator] = 0

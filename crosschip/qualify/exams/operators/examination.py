@@ -25,6 +25,7 @@ from crosschip.qualify.exams.operators.problem import (
     exact_problem,
     problem_of_judgement,
     problem_of_slope,
+    structure_problem,
     verdict_details,
 )
 from crosschip.qualify.exams.operators.random_numbers import ALPHA, compare_distributions
@@ -54,7 +55,6 @@ _MOST_DRAWS = 4 * NUM_POOLED
 _LARGEST_COMPARED = 1 << 22
 _FEW = 1 << 12  # outputs whose golden results cost nothing
 _NOT_AGAIN = "the CPU does not make this call again, or values that it writes to one place are left to chance"
-_CONTRACT = "the operator's contract, as the CPU keeps it"
 
 
 def examine_call(case: Case) -> Problem | None:
@@ -82,8 +82,7 @@ def _first_problem(case: Case, draw: PlannedDraw) -> Problem | None:
     case.context.journal.checked("structure")
     broken = broken_structure(case.op, inputs, chip, eager)
     if broken:
-        source = _CONTRACT
-        return exact_problem("structure", broken, draw, source, checks.is_misshapen)
+        return structure_problem(broken, draw)
     if case.base in _UNINITIALISED:
         return None
     strides = other_strides(chip, eager)
@@ -146,7 +145,8 @@ def _differs_where_exact(case: Case, inputs: Inputs, chip: Outcome, eager: Outco
 
 def _small_problem(case: Case) -> Problem | None:
     """Draws made small along free dimensions: exact ones bitwise, others pooled for the judge."""
-    problem = _run(case, [replace(draw, repeats=1) for draw in _pooled(case, 1, 3)])
+    # These few are quick, so an operator's first call gets them even if its recorded size took all of its time.
+    problem = _run(case, [replace(draw, repeats=1) for draw in _pooled(case, 1, 3)], even_late=case.is_first)
     if problem is not None:
         return problem
     case.is_exact = all(draw.exact for draws in case.draws.values() for draw in draws)
@@ -174,10 +174,12 @@ def _pooled(case: Case, first: int, number: int) -> Iterable[PlannedDraw]:
     return pooled(case.short, case.dims, first, number, case.seed, _MOST_REPEATS[case.context.tier])
 
 
-def _run(case: Case, draws: Iterable[PlannedDraw], until_enough: bool = False) -> Problem | None:
+def _run(
+    case: Case, draws: Iterable[PlannedDraw], until_enough: bool = False, even_late: bool = False
+) -> Problem | None:
     """Make draws within the call's time, all of them or until there are enough for the judge."""
     for draw in draws:
-        if case.is_over or (until_enough and _has_enough(case)):
+        if (case.is_over and not even_late) or (until_enough and _has_enough(case)):
             return None
         problem = _one(case, draw)
         if problem is not None and draw.empty and not draw.empty & case.varied:
@@ -209,8 +211,7 @@ def _one(case: Case, draw: PlannedDraw) -> Problem | None:
             return raised(str(error), once)
         broken = broken_structure(case.op, inputs, chip, eager)
         if broken:
-            source = _CONTRACT
-            return exact_problem("structure", f"{broken} ({draw.label})", once, source, checks.is_misshapen)
+            return structure_problem(f"{broken} ({draw.label})", once)
         sides.append((inputs, chip, eager))
         if turn and case.is_over:
             break
@@ -306,8 +307,7 @@ def _examine_random(case: Case) -> Problem | None:
         chip = on_chip(case, both[0])
         broken = broken_structure(case.op, both[0], chip, both[1])
         if broken:
-            source = _CONTRACT
-            return exact_problem("structure", broken, draw, source, checks.is_misshapen)
+            return structure_problem(broken, draw)
         wrong, numbers = compare_distributions(case.op, both[0], case.context.chip.device)
     except RuntimeError as error:
         return raised(f"{type(error).__name__}: {error}", draw)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from crosschip.qualify.exams.operators.index_range import to_the_last_place
 from crosschip.qualify.exams.operators.shapes import (
     Dimensions,
     Encoded,
@@ -184,9 +185,15 @@ def edges(call: TracedCall, dims: Dimensions, seed: int, most: int) -> list[Plan
     for name, other in strided_otherwise(dims.resized(encoded, small)):
         found.append(PlannedDraw(f"strides {name}", other, seed + 5))
     found = [draw for draw in found if num_elements(draw.encoded) <= _LARGEST_EDGE]
-    if len(found) <= most:
-        return found
-    return [found[len(found) * n // most] for n in range(most)]
+    chosen = found if len(found) <= most else [found[len(found) * n // most] for n in range(most)]
+    return [*_last_places(call, [dims.resized(encoded, small), encoded], seed), *chosen]
+
+
+def _last_places(call: TracedCall, calls: Sequence[Encoded], seed: int) -> Iterator[PlannedDraw]:
+    for encoded in calls:
+        whole = to_the_last_place(call.operator, encoded)
+        if whole is not None and num_elements(whole) <= _LARGEST_DRAW:
+            yield PlannedDraw("indices up to the last place", whole, seed + 3)
 
 
 def _odd_sizes(call: TracedCall, dims: Dimensions, small: dict[str, int]) -> Iterator[dict[str, int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +31,15 @@ from crosschip.qualify.reproducing.reproducers import (
 )
 from crosschip.qualify.tracing.trace import TracedCall
 
-__all__ = ["Problem", "finding_of", "problem_of_judgement", "problem_of_slope", "verdict_details"]
+__all__ = [
+    "Problem",
+    "exact_problem",
+    "finding_of",
+    "problem_of_judgement",
+    "problem_of_slope",
+    "structure_problem",
+    "verdict_details",
+]
 
 # What others hold operators to, beside the limits used here.
 PUBLISHED = {
@@ -40,6 +50,7 @@ PUBLISHED = {
 _SHRINKING_S = 2.0
 _NUM_SEEDS = 4
 _RARE = 100  # calls, for a failure that comes and goes
+_SEARCH_S = 10.0  # for finding a check that shows the problem; a part of an exam that takes long is taken for a hang
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,19 @@ class Problem:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def exact_problem(check: str, message: str, draw: PlannedDraw, source: str, way: Any = checks.differs) -> Problem:
+def exact_problem(check: str, message: str, draw: PlannedDraw, source: str) -> Problem:
     """A problem without tolerance."""
-    return Problem(check, message, message, "exact", source, draw, ((way, {}), (checks.errs, {"times": 4.0})), 100.0)
+    ways: tuple[tuple[Any, dict[str, Any]], ...] = ((checks.differs, {}), (checks.errs, {"times": 4.0}))
+    return Problem(check, message, message, "exact", source, draw, ways, 100.0)
+
+
+def structure_problem(message: str, draw: PlannedDraw) -> Problem:
+    """A result of another form, or an argument that was written and must not be."""
+    source = "the operator's contract, as the CPU keeps it"
+    ways: tuple[tuple[Any, dict[str, Any]], ...] = tuple(
+        (each, {}) for each in (checks.is_misshapen, checks.overwrites, checks.views_otherwise)
+    )
+    return Problem("structure", message, message, "exact", source, draw, ways, 100.0)
 
 
 def problem_of_judgement(judgement: Judgement, draw: PlannedDraw) -> Problem:
@@ -178,19 +199,42 @@ def finding_of(
 
 
 def _reproducer(context: ExamContext, call: TracedCall, problem: Problem) -> str | None:
-    """The file's name. Values are drawn anew there, so a few seeds are tried, and many calls for a rare failure."""
-    args, kwargs = problem.draw.encoded
+    """The file's name; None where no check shows the problem alone, or none did in time."""
     title = f"{call.title}: {problem.message}"
-    tries = [(seed, 1) for seed in range(_NUM_SEEDS)] + [(0, _RARE)]
-    for (seed, repeats), (function, more) in itertools.product(tries, problem.ways):
-        given = {"operator": call.operator, "args": args, "kwargs": kwargs, "seed": problem.draw.seed + seed, **more}
-        check = Check(function, given, repeats=repeats)
-        if not outcome_of(function, str(context.chip.device), given, repeats)[0]:
-            continue
-        limit_s = min(_SHRINKING_S, max(0.2, context.remaining_s / 10))
-        smallest = shrink(check, context.chip.device, smaller_calls, limit_s) if repeats == 1 else check
+    limit_s = min(_SHRINKING_S, max(0.2, context.remaining_s / 10))
+    for check in _checks_that_show(context, call, problem):
+        smallest = check if check.repeats > 1 else shrink(check, context.chip.device, smaller_calls, limit_s)
         for each in (smallest, check):
             name = write_reproducer(context, slug_of(call.title), title, each)
             if name is not None:
                 return name
     return None
+
+
+def _checks_that_show(context: ExamContext, call: TracedCall, problem: Problem) -> Iterator[Check]:
+    """Values are drawn anew there, so a few seeds are tried, and then many calls for a failure that comes and goes."""
+    args, kwargs = problem.draw.encoded
+    device, started, longest_s = str(context.chip.device), time.monotonic(), 1e-6
+    for seed, (function, more) in itertools.product(range(_NUM_SEEDS), problem.ways):
+        given = {"operator": call.operator, "args": args, "kwargs": kwargs, "seed": problem.draw.seed + seed, **more}
+        began = time.monotonic()
+        check = Check(function, given)
+        if _shows(check, device):
+            yield check
+        longest_s = max(longest_s, time.monotonic() - began)
+        if time.monotonic() - started > _SEARCH_S:
+            return
+    # A check is made here and before its file is written, each time on both devices; there are two or three checks.
+    number = min(_RARE, int(_SEARCH_S / 12 / longest_s))
+    common = {"operator": call.operator, "args": args, "kwargs": kwargs, "seed": problem.draw.seed}
+    many = [Check(function, {**common, **more}, repeats=number) for function, more in problem.ways]
+    many.append(Check(checks.errs_in_turn, {**common, "times": GROSS_LIMIT, "draws": number}))
+    yield from (check for check in many if number > 1 and _shows(check, device))
+
+
+def _shows(check: Check, device: str) -> bool:
+    """Whether the check fails on the chip and not on the CPU."""
+    return all(
+        outcome_of(check.function, place, check.parameters, check.repeats)[0] == (place == device)
+        for place in (device, "cpu")
+    )

@@ -73,11 +73,11 @@ def _plain(encoded: Any) -> Any:
     return {name: _plain(each) for name, each in encoded.items()}
 
 
-def examine_calls(context: ExamContext, until_s: float) -> list[CallTime]:
+def examine_calls(context: ExamContext, until_s: float) -> tuple[list[CallTime], bool]:
     """Make the traced calls on the chip while more than `until_s` seconds of the budget remain; report what is wrong.
 
     First one call of each operator, the one that takes most time, then the others. An operator with a problem is
-    looked at in all its calls at once and reported. The times of the calls come back.
+    looked at in all its calls at once and reported. The times of the calls come back, and whether one has failed.
     """
     replay = _Replay(context)
     torch.set_warn_always(True)
@@ -96,7 +96,7 @@ def examine_calls(context: ExamContext, until_s: float) -> list[CallTime]:
             replay.report(operator)
     replay.say_what_is_left()
     torch.set_warn_always(False)
-    return replay.times
+    return replay.times, replay.has_failed
 
 
 class _Replay:
@@ -110,6 +110,11 @@ class _Replay:
         self._with_gradient: set[tuple[str, str]] = set()
         self._left: list[TracedCall] = []
         self._not_comparable: list[str] = []
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something is wrong with a call, beyond how a dense result lies in memory."""
+        return any(each.aspect != "strides" for problems in self._problems.values() for each in problems)
 
     def all_right(self, calls: Sequence[TracedCall], until_s: float) -> bool:
         """Make some calls of one operator; whether no problem with it is known then."""

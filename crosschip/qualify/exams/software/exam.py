@@ -34,10 +34,12 @@ def examine(context: ExamContext) -> None:
     with half_the_cores():
         examine_dtypes(context)
         examine_transfers(context)
-        times = examine_calls(context, until_s=context.budget_s * (_CLIFFS_SHARE + STEP_SHARE + RATES_SHARE))
+        times, a_call_failed = examine_calls(
+            context, until_s=context.budget_s * (_CLIFFS_SHARE + STEP_SHARE + RATES_SHARE)
+        )
         if times:
             _examine_cliffs(context, times)
-        examine_step_speed(context)
+        examine_step_speed(context, a_call_failed)
     examine_rates(context)  # with all cores: a plan counts on them
 
 

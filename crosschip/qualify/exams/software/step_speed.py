@@ -1,14 +1,18 @@
-"""The speed of the subject's own step on the chip: what tells two chips apart that have both passed."""
+"""The subject's own step on the chip: does it run, and how fast? That tells two chips apart that have both passed."""
 
 from __future__ import annotations
 
 import time
+import traceback
+from collections.abc import Callable
 
 import torch
 
 from crosschip.chips import synchronize
 from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.finding import Finding
 from crosschip.qualify.judging.median_bounds import median_bounds
+from crosschip.qualify.subjects.subject import Workload
 
 __all__ = ["STEP_SHARE", "examine_step_speed"]
 
@@ -17,10 +21,11 @@ _LEAST_STEPS, _MOST_STEPS = 5, 40  # fewer than five bound no median
 _PART = "speed of a step"
 
 
-def examine_step_speed(context: ExamContext) -> None:
+def examine_step_speed(context: ExamContext, a_call_failed: bool) -> None:
     """Measure steps per second, with 95 % bounds of the median, after one step that warms up.
 
-    What a step costs at most is known after the first; where five do not fit into the time, that is said instead.
+    What a step costs at most is known after the first; where five do not fit into the time, that is said instead. A
+    step in which the chip raises is a failure, unless `a_call_failed` by itself, which explains it.
     """
 
     if context.died_in:
@@ -30,22 +35,59 @@ def examine_step_speed(context: ExamContext) -> None:
     def run() -> None:
         try:
             _measure(context, STEP_SHARE * context.budget_s)
-        except Exception as error:  # whatever the chip raises: the traced calls and the rehearsal name it
-            context.journal.not_covered(f"{_PART}: {type(error).__name__}: {str(error)[:200]}")
+        except Exception as error:  # whatever the chip raises
+            words = f"{type(error).__name__}: {str(error)[:200]}"
+            if a_call_failed or not _runs_on_the_cpu(context):
+                context.journal.not_covered(f"{_PART}: {words}")
+            else:
+                context.journal.finding(_broken_step(context, words, traceback.format_exc()))
 
     context.part(_PART, run)
 
 
-def _measure(context: ExamContext, share_s: float) -> None:
+def _runs_on_the_cpu(context: ExamContext) -> bool:
+    """Whether the subject makes the same step there; else it is no chip's failure."""
+    try:
+        step, _ = _step(context, torch.device("cpu"))
+        step(0)
+    except Exception:
+        return False
+    return True
+
+
+def _broken_step(context: ExamContext, words: str, shown: str) -> Finding:
+    return Finding(
+        exam=context.exam,
+        kind="software",
+        verdict="FAIL",
+        subject=f"{context.role} step",
+        check="the subject's step",
+        message=f"the subject's own {context.role} step raises on the chip: {words}",
+        measured=words,
+        limit="a step",
+        limit_source="the same step on the CPU",
+        critical=True,
+        severity=50.0,
+        details={"traceback": shown[-4000:]},
+    )
+
+
+def _step(context: ExamContext, device: torch.device) -> tuple[Callable[[int], object], Workload]:
+    """The subject's step of the role on a device, called with its number, and the workload that makes it."""
     dtype = getattr(torch, context.trace.compute_dtype)
-    workload = context.subject.workload(context.chip.device, dtype, context.seed)
+    workload = context.subject.workload(device, dtype, context.seed)
+    return workload.train_step if context.role == "train" else lambda number: workload.serve_step(), workload
+
+
+def _measure(context: ExamContext, share_s: float) -> None:
+    step, workload = _step(context, context.chip.device)
     count = 0
 
     def step_s() -> float:
         nonlocal count
         synchronize(context.chip)
         began = time.perf_counter()
-        workload.train_step(count) if context.role == "train" else workload.serve_step()
+        step(count)
         synchronize(context.chip)
         count += 1
         return time.perf_counter() - began
