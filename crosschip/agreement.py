@@ -155,7 +155,7 @@ def _ask_batch(
         )
     handles = []
     for messages, _ in questions:
-        prompt_ids, _text = tokenizer.encode_chat(messages)
+        prompt_ids = tokenizer.encode_chat(messages)
         room = served.engine.info.max_model_len - len(prompt_ids)
         params = SamplingParams(min(max_new_tokens, room), temperature=0.0, stop_ids=served.stop_ids)
         handles.append(served.engine.submit(prompt_ids, params) if room > 0 else None)

@@ -10,20 +10,18 @@ V = v_head_dim, L = kv_lora_rank, X = L + R, E experts, F expert intermediate si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crosschip.errors import ModelError
-from crosschip.model.attention import LATENT_NORM_EPS, causal_attention
 from crosschip.model.config import ModelConfig
 from crosschip.model.experts import MixtureOfExperts, combine, dispatch, places, route
-from crosschip.model.latent_cache import BLOCK_TOKENS, LatentCache, Places, read_row, read_rows
+from crosschip.model.latent_attention import LatentAttention, Span, unit_rms
+from crosschip.model.latent_cache import BLOCK_TOKENS, LatentCache
 from crosschip.model.layers import GatedMLP
 from crosschip.model.matrix import Matrix
-from crosschip.model.rope import attention_scale, rope_table, rotate
+from crosschip.model.rope import rope_table
 from crosschip.model.route_record import RouteRecord
 from crosschip.model.transformer import Block, MultiTokenPrediction, Transformer
 
@@ -38,110 +36,6 @@ _FLOPS_OF_A_CALL = 7e6
 # On CPUs long rows are read faster one by one (16 rows of 2048 tokens, fp32: 4.8 ms a layer against 9.7 in one product,
 # and 18.1 where their blocks are scattered and gathered first).
 _BY_ROW_FROM = 1024
-
-
-@dataclass
-class _Span:
-    """Where the new tokens of one call go, and what they may see; the same for every layer."""
-
-    places: Places
-    cos_BT1r: Tensor
-    sin_BT1r: Tensor
-    fresh: bool  # nothing was cached before: keys and values can be expanded instead
-    lengths_B: list[int] | None  # each row is attended by itself, over so many positions
-    mask_BTS: Tensor | None  # [B, T, S], -inf where a token may not look; None when everything cached may be seen
-
-
-class _Attention:
-    """One layer's attention weights with its input norm, prepared."""
-
-    def __init__(self, block: Block, dtype: torch.dtype, config: ModelConfig) -> None:
-        attention, self.config = block.self_attn, config
-
-        def tensor(name: str, part: str = "weight") -> Tensor:
-            found: Tensor = getattr(getattr(attention, name), part)
-            return found.detach().float()
-
-        scale, low_rank = attention_scale(config), config.q_lora_rank is not None
-        query = tensor("q_a_proj") if low_rank else tensor("q_proj") * scale
-        self.q_width = query.shape[0]
-        bias = None
-        if config.attention_bias:
-            q_bias = tensor("q_a_proj", "bias") if low_rank else query.new_zeros(self.q_width)
-            bias = torch.cat((q_bias, tensor("kv_a_proj_with_mqa", "bias"))).to(dtype)
-        norm = block.input_layernorm.weight.detach().float()
-        self.first = Matrix((torch.cat((query, tensor("kv_a_proj_with_mqa"))) * norm).to(dtype), bias)
-        self.q_up: Matrix | None = None
-        if low_rank:
-            self.q_up = Matrix((tensor("q_b_proj") * tensor("q_a_layernorm") * scale).to(dtype))
-        up_HXL = (
-            (tensor("kv_b_proj") * tensor("kv_a_layernorm")).to(dtype).unflatten(0, (config.num_attention_heads, -1))
-        )
-        self.key_up_HNL, self.value_up_HVL = up_HXL.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        out_bias = tensor("o_proj", "bias").to(dtype) if config.attention_bias else None
-        self.out = Matrix(tensor("o_proj").to(dtype), out_bias)
-
-    def __call__(self, x_BTD: Tensor, span: _Span, rows_PX: Tensor) -> Tensor:
-        config = self.config
-        q, latent_BTL, k_BTR = self.first(_unit(x_BTD, config.rms_norm_eps)).split(
-            [self.q_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
-        )
-        if self.q_up is not None:
-            q = self.q_up(_unit(q, LATENT_NORM_EPS))
-        q_BTHX = q.unflatten(-1, (config.num_attention_heads, -1))
-        q_BTHN, q_BTHR = q_BTHX.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        both = torch.cat((q_BTHR, k_BTR[:, :, None]), dim=2)
-        rotated = rotate(both, span.cos_BT1r, span.sin_BT1r, config.rope_interleave)
-        q_BTHR, k_BTR = rotated[:, :, :-1], rotated[:, :, -1]
-        latent_BTL = _unit(latent_BTL, LATENT_NORM_EPS)
-        rows_PX.index_copy_(0, span.places.written_M, torch.cat((latent_BTL, k_BTR), dim=-1).flatten(0, 1))
-        if span.fresh:
-            out_BTHV = self._expanded(q_BTHN, q_BTHR, latent_BTL, k_BTR)
-        else:
-            out_BTHV = self._absorbed(q_BTHN, q_BTHR, rows_PX, span)
-        return self.out(out_BTHV.flatten(2))
-
-    def _expanded(self, q_BTHN: Tensor, q_BTHR: Tensor, latent_BTL: Tensor, k_BTR: Tensor) -> Tensor:
-        k_BTHN = torch.einsum("btl,hnl->bthn", latent_BTL, self.key_up_HNL)
-        v_BTHV = torch.einsum("btl,hvl->bthv", latent_BTL, self.value_up_HVL)
-        k_BTHR = k_BTR[:, :, None].expand(-1, -1, q_BTHN.shape[2], -1)
-        q_BTHX, k_BTHX = torch.cat((q_BTHN, q_BTHR), dim=-1), torch.cat((k_BTHN, k_BTHR), dim=-1)
-        return causal_attention(q_BTHX, k_BTHX, v_BTHV, 1.0)
-
-    def _absorbed(self, q_BTHN: Tensor, q_BTHR: Tensor, rows_PX: Tensor, span: _Span) -> Tensor:
-        batch, time, _, _ = q_BTHN.shape
-        q_HML = torch.bmm(q_BTHN.flatten(0, 1).transpose(0, 1), self.key_up_HNL)
-        q_BTHL = q_HML.transpose(0, 1).unflatten(0, (batch, time))
-        q_BTHX = torch.cat((q_BTHL, q_BTHR), dim=-1)
-        mix = self._mix_together if span.lengths_B is None else self._mix_by_row
-        mixed_BTHL = mix(q_BTHX, rows_PX, span)
-        out_HMV = torch.bmm(mixed_BTHL.flatten(0, 1).transpose(0, 1), self.value_up_HVL.transpose(1, 2))
-        return out_HMV.transpose(0, 1).unflatten(0, (batch, time))
-
-    def _mix_together(self, q_BTHX: Tensor, rows_PX: Tensor, span: _Span) -> Tensor:
-        """The latents that each query sees, weighted: all rows in one product, as long as the longest."""
-        _, time, heads, _ = q_BTHX.shape
-        cache_BSX = read_rows(rows_PX, span.places)
-        scores = torch.bmm(q_BTHX.flatten(1, 2), cache_BSX.transpose(1, 2)).float()  # [B, T * H, S]
-        if span.mask_BTS is not None:
-            scores = (scores.unflatten(1, (time, heads)) + span.mask_BTS[:, :, None]).flatten(1, 2)
-        probs = scores.softmax(dim=-1).to(cache_BSX.dtype)
-        return torch.bmm(probs, cache_BSX[..., : self.config.kv_lora_rank]).unflatten(1, (time, heads))
-
-    def _mix_by_row(self, q_BTHX: Tensor, rows_PX: Tensor, span: _Span) -> Tensor:
-        """The same for rows of one token, each over its own length."""
-        assert span.lengths_B is not None
-        mixed = []
-        for row, length in enumerate(span.lengths_B):
-            cache_SX = read_row(rows_PX, span.places, row, length)
-            probs_HS = torch.mm(q_BTHX[row, 0], cache_SX.t()).float().softmax(dim=-1).to(cache_SX.dtype)
-            mixed.append(torch.mm(probs_HS, cache_SX[:, : self.config.kv_lora_rank]))
-        return torch.stack(mixed)[:, None]
-
-
-def _unit(x: Tensor, eps: float) -> Tensor:
-    """x over the root of its mean square, statistics in fp32; the norm's weight is in the next matrix."""
-    return F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
 class _DenseMLP:
@@ -182,7 +76,7 @@ class _AllExperts:
     def __call__(self, x_MD: Tensor, share_ME: Tensor) -> Tensor:
         gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
         active = F.silu(gate).mul_(up)
-        active[:, : self.num_routed_columns].unflatten(1, (share_ME.shape[1], -1)).mul_(share_ME[..., None])
+        active[:, : self.num_routed_columns].view(*share_ME.shape, -1).mul_(share_ME[..., None])
         return self.down(active)
 
 
@@ -211,10 +105,8 @@ class _Experts:
         return out_MD if self.shared is None else out_MD.add_(self.shared(x_MD))
 
 
-def _fed_forward(feed_forward: _DenseMLP | _Experts, x_BTD: Tensor, chosen: list[Tensor]) -> Tensor:
-    x_MD = x_BTD.flatten(0, 1)
-    out_MD = feed_forward(x_MD, chosen) if isinstance(feed_forward, _Experts) else feed_forward(x_MD)
-    return out_MD.view_as(x_BTD)
+def _fed_forward(feed_forward: _DenseMLP | _Experts, x_MD: Tensor, chosen: list[Tensor]) -> Tensor:
+    return feed_forward(x_MD, chosen) if isinstance(feed_forward, _Experts) else feed_forward(x_MD)
 
 
 class _Draft:
@@ -226,16 +118,16 @@ class _Draft:
     def __init__(self, module: MultiTokenPrediction, decoder: Decoder) -> None:
         norms = torch.cat((module.enorm.weight, module.hnorm.weight)).detach().float()
         self.join = Matrix((module.eh_proj.weight.detach().float() * norms).to(decoder.dtype))
-        self.attention = _Attention(module, decoder.dtype, decoder.config)
+        self.attention = LatentAttention(module, decoder.dtype, decoder.config)
         self.feed_forward = decoder._feed_forward(module)
         norm = module.shared_head["norm"].get_parameter("weight")
         self.norm = norm.detach().to(decoder.dtype)
 
-    def __call__(self, next_BTD: Tensor, state_BTD: Tensor, span: _Span, rows_PX: Tensor, eps: float) -> Tensor:
-        x_BTD = self.join(torch.cat((_unit(next_BTD, eps), _unit(state_BTD, eps)), dim=-1))
-        x_BTD += self.attention(x_BTD, span, rows_PX)
-        x_BTD += _fed_forward(self.feed_forward, _unit(x_BTD, eps), [])
-        return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self.norm, eps)
+    def __call__(self, next_MD: Tensor, state_MD: Tensor, span: Span, rows_PX: Tensor, eps: float) -> Tensor:
+        x_MD = self.join(torch.cat((unit_rms(next_MD, eps), unit_rms(state_MD, eps)), dim=-1))
+        x_MD += self.attention(x_MD, span, rows_PX)
+        x_MD += _fed_forward(self.feed_forward, unit_rms(x_MD, eps), [])
+        return F.rms_norm(x_MD, (x_MD.shape[-1],), self.norm, eps)
 
 
 class Decoder:
@@ -249,7 +141,7 @@ class Decoder:
         self._output = Matrix(model.lm_head.weight.detach().to(self.dtype))
         self._norm = model.norm.weight.detach().to(self.dtype)
         blocks = [block for block in model.layers if isinstance(block, Block)]
-        self._layers = [(_Attention(b, self.dtype, self.config), self._feed_forward(b)) for b in blocks]
+        self._layers = [(LatentAttention(b, self.dtype, self.config), self._feed_forward(b)) for b in blocks]
         modules = [module for module in model.mtp if isinstance(module, MultiTokenPrediction)]
         self._draft = _Draft(modules[0], self) if modules else None
 
@@ -303,14 +195,14 @@ class Decoder:
         is lost. The three inputs are int64 on the CPU; slots are distinct.
         """
         span = self._span(start_B, slots_B, tokens_BT.shape[1], cache)
-        x_BTD = F.embedding(tokens_BT.to(self.device), self._embedding)
+        x_MD = F.embedding(tokens_BT.to(self.device).flatten(), self._embedding)
         eps, chosen = self.config.rms_norm_eps, list[Tensor]()
         for (attention, feed_forward), rows in zip(self._layers, cache.rows, strict=False):
-            x_BTD += attention(x_BTD, span, rows)
-            x_BTD += _fed_forward(feed_forward, _unit(x_BTD, eps), chosen)
+            x_MD += attention(x_MD, span, rows)
+            x_MD += _fed_forward(feed_forward, unit_rms(x_MD, eps), chosen)
         if cache.routes is not None:
             cache.routes.write(span.places.written_M, chosen)
-        return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self._norm, eps)
+        return F.rms_norm(x_MD, (x_MD.shape[-1],), self._norm, eps).view(*tokens_BT.shape, -1)
 
     @torch.inference_mode()
     def draft(self, next_BT: Tensor, state_BTD: Tensor, start_B: Tensor, slots_B: Tensor, cache: LatentCache) -> Tensor:
@@ -319,26 +211,28 @@ class Decoder:
         """
         assert self._draft is not None
         span = self._span(start_B, slots_B, next_BT.shape[1], cache)
-        next_BTD = F.embedding(next_BT.to(self.device), self._embedding)
-        return self._draft(next_BTD, state_BTD, span, cache.rows[len(self._layers)], self.config.rms_norm_eps)
+        next_MD = F.embedding(next_BT.to(self.device).flatten(), self._embedding)
+        rows_PX, eps = cache.rows[len(self._layers)], self.config.rms_norm_eps
+        return self._draft(next_MD, state_BTD.flatten(0, 1), span, rows_PX, eps).view(state_BTD.shape)
 
-    def _span(self, start_B: Tensor, slots_B: Tensor, time: int, cache: LatentCache) -> _Span:
+    def _span(self, start_B: Tensor, slots_B: Tensor, time: int, cache: LatentCache) -> Span:
         starts = start_B.tolist()
         num_cached = max(starts) + time
         assert num_cached <= cache.rope_P2r.shape[0], (num_cached, cache.max_len)
-        host_positions_BT = start_B[:, None] + torch.arange(time)
+        host_positions_BT = start_B[:, None] if time == 1 else start_B[:, None] + torch.arange(time)
         positions_BT = host_positions_BT.to(self.device)
-        rope_BT2r = cache.rope_P2r[positions_BT]
+        rope_M2r = cache.rope_P2r[positions_BT.flatten()]
         long = self.device.type == "cpu" and num_cached >= _BY_ROW_FROM and len(starts) > 1
         by_row = time == 1 and (cache.by_row or long)
         mask = None
         if not by_row and (time > 1 or min(starts) != max(starts)):
             seen_BTS = torch.arange(num_cached, device=self.device) <= positions_BT[..., None]
             mask = torch.zeros(seen_BTS.shape, device=self.device).masked_fill_(~seen_BTS, -torch.inf)
-        return _Span(
+        return Span(
+            shape_BT=(len(starts), time),
             places=cache.places(slots_B.tolist(), host_positions_BT, num_cached, by_row),
-            cos_BT1r=rope_BT2r[:, :, :1],
-            sin_BT1r=rope_BT2r[:, :, 1:],
+            cos_M1r=rope_M2r[:, :1],
+            sin_M1r=rope_M2r[:, 1:],
             fresh=max(starts) == 0 and time > 1,
             lengths_B=[start + 1 for start in starts] if by_row else None,
             mask_BTS=mask,

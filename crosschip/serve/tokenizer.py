@@ -84,25 +84,46 @@ class ServingTokenizer:
 
     def encode(self, text: str) -> EncodedText:
         """Text to ids, with the beginning-of-text token where this tokenizer puts one."""
-        encoding = self._backend.encode(text, add_special_tokens=True)
+        # Alone in a batch: `encode` would hold the interpreter's lock, and with it every other answer.
+        encoding = self._backend.encode_batch([text], add_special_tokens=True)[0]
         ids, offsets = list(encoding.ids), [start for start, _ in encoding.offsets]
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids, offsets = [self._bos_id, *ids], [0, *offsets]
         return EncodedText(ids, offsets)
 
-    def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
-    ) -> tuple[list[int], str]:
-        """A chat to the ids and the text of the prompt that asks for the assistant's next turn.
+    def certainly_exceeds(self, text: str, most_tokens: int) -> bool:
+        """Whether a text is far longer than so many tokens, found without encoding all of it.
 
-        What users wrote stays text: a control token typed into a message or a tool does not become one.
+        Its beginning is encoded, then one of twice the length, until the text ends (it may fit) or there are twice the
+        tokens. Ten megabytes take half a minute to encode, and nothing that does not fit is worth that. Other threads
+        go on meanwhile: of the tokenizer's functions those for batches release the interpreter's lock.
+        """
+        length = 4 * most_tokens
+        while length < len(text):
+            if len(self._backend.encode_batch_fast([text[:length]], add_special_tokens=False)[0]) > 2 * most_tokens:
+                return True
+            length *= 2
+        return False
+
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> str:
+        """The text of the prompt that asks for the assistant's next turn, as the template writes it.
 
         Raises:
             DataError: a template that refuses these messages, or does not know tools.
         """
         assert self._chat is not None
-        text = self._chat.render(messages, add_generation_prompt=True, tools=tools)
-        return self._chat.encode_chat(messages, add_generation_prompt=True, tools=tools), text
+        return self._chat.render(messages, add_generation_prompt=True, tools=tools)
+
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """The ids of that prompt.
+
+        What users wrote stays text: a control token typed into a message or a tool does not become one.
+
+        Raises:
+            DataError: as `render_chat`.
+        """
+        assert self._chat is not None
+        return self._chat.encode_chat(messages, add_generation_prompt=True, tools=tools)
 
     def decode(self, ids: list[int], hidden_ids: frozenset[int] | None = None) -> str:
         """Ids to text without the hidden tokens."""

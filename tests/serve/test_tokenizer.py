@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,34 @@ def test_chats_are_encoded_as_in_training(directory: Path, tokenizer: ChatTokeni
     loaded = load_serving_tokenizer(directory)
     assert loaded is not None
     messages = [Message("system", "Be brief."), Message("user", "Hi <|eos|> there"), Message("assistant", "Ho", "Hm")]
-    ids, text = loaded.encode_chat([*messages, Message("user", "Again")])
+    ids = loaded.encode_chat([*messages, Message("user", "Again")])
+    text = loaded.render_chat([*messages, Message("user", "Again")])
     assert ids == tokenizer.encode_chat([*messages, Message("user", "Again")], add_generation_prompt=True)
     assert ids.count(tokenizer.eos_id) == 1, "the one the user typed is text"
     assert text.endswith("<|assistant|>")
     assert loaded.stop_ids == {tokenizer.eos_id}
+
+
+def test_a_text_that_is_far_too_long_is_known_by_its_beginning(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_serving_tokenizer(directory)
+    assert loaded is not None
+    text = "Grüß Gott, 你好 🙂! " * 40
+    num_tokens = len(loaded.encode(text).ids)
+    assert not loaded.certainly_exceeds(text, num_tokens), "it fits"
+    assert not loaded.certainly_exceeds(text * 2, num_tokens), "so long a text is counted exactly"
+    encoded: list[int] = []
+    backend = loaded._backend
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> Any:
+            encoded.extend(map(len, texts))
+            return backend.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(loaded, "_backend", Counting())
+    assert loaded.certainly_exceeds(text * 1000, 100)
+    assert 0 < sum(encoded) < 10_000, "the rest was not looked at"
 
 
 def test_offsets_and_bytes_give_back_the_text(directory: Path) -> None:

@@ -14,7 +14,7 @@ from crosschip.serve.answer import AnswerWriter, starts_in_reasoning
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
 from crosschip.serve.api.logprobs import TokenNames, chat_logprobs
-from crosschip.serve.api.planning import check_request, choose_max_tokens, sampling_params
+from crosschip.serve.api.planning import check_request, choose_max_tokens, refuse_endless, sampling_params
 from crosschip.serve.api.schemas import ChatRequest
 from crosschip.serve.api.served import ServedModel
 from crosschip.serve.api.tools import ToolPlan, call_document, plan_tools
@@ -26,10 +26,14 @@ __all__ = ["ChatCall"]
 _SIGN_OF_LIFE_S = 5.0
 
 
-def _encode(tokenizer: ServingTokenizer, request: ChatRequest, plan: ToolPlan) -> tuple[list[int], str]:
+def _encode(served: ServedModel, request: ChatRequest, plan: ToolPlan) -> tuple[list[int], str]:
     """The prompt as ids and as text."""
+    tokenizer, messages = served.tokenizer, _messages(request)
+    assert tokenizer is not None
     try:
-        return tokenizer.encode_chat(_messages(request), plan.shown)
+        text = tokenizer.render_chat(messages, plan.shown)
+        refuse_endless(served, text, "messages")
+        return tokenizer.encode_chat(messages, plan.shown), text
     except DataError as error:
         raise ApiError(400, str(error), param="messages") from error
 
@@ -77,7 +81,7 @@ class ChatCall:
         self._names = TokenNames(tokenizer, bool(request.return_tokens_as_token_ids))
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
         self._tools = plan_tools(served, request)
-        self._prompt_ids, prompt = _encode(tokenizer, request, self._tools)
+        self._prompt_ids, prompt = _encode(served, request, self._tools)
         in_reasoning, grammar = starts_in_reasoning(prompt), self._tools.grammar
         num_choices = request.n or 1
         self._constraints = [grammar.constraint(in_reasoning) if grammar else None for _ in range(num_choices)]

@@ -17,7 +17,7 @@ from crosschip.serve.answer import AnswerWriter
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
 from crosschip.serve.api.logprobs import LegacyLogprobs, TokenNames
-from crosschip.serve.api.planning import check_ids, check_request, choose_max_tokens, sampling_params
+from crosschip.serve.api.planning import check_ids, check_request, choose_max_tokens, refuse_endless, sampling_params
 from crosschip.serve.api.routed_experts import check_routed_experts, routed_experts
 from crosschip.serve.api.schemas import CompletionRequest
 from crosschip.serve.api.served import ServedModel
@@ -63,12 +63,13 @@ class CompletionCall:
         self._names = TokenNames(served.tokenizer, bool(request.return_tokens_as_token_ids))
         self._gives_ids = bool(request.return_token_ids) or served.tokenizer is None
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
-        self._prompts = [self._read_prompt(prompt) for prompt in _as_list(request.prompt)]
-        self._told_prompts: set[int] = set()
         self._per_prompt = request.n or 1
-        if len(self._prompts) * self._per_prompt > MAX_ANSWERS:
-            message = f"{len(self._prompts)} prompts with n={self._per_prompt} are more than {MAX_ANSWERS} answers"
+        prompts = _as_list(request.prompt)
+        if len(prompts) * self._per_prompt > MAX_ANSWERS:  # before they are encoded, which takes its time
+            message = f"{len(prompts)} prompts with n={self._per_prompt} are more than {MAX_ANSWERS} answers"
             raise ApiError(400, f"{message}; send them in several requests", param="prompt")
+        self._prompts = [self._read_prompt(prompt) for prompt in prompts]
+        self._told_prompts: set[int] = set()
         self._choices = [self._plan(index) for index in range(len(self._prompts) * self._per_prompt)]
 
     async def complete(self, generation: Generation) -> dict[str, Any]:
@@ -111,6 +112,7 @@ class CompletionCall:
             if tokenizer is None:
                 message = f"{self._served.name} has no tokenizer; give the prompt as token ids"
                 raise ApiError(400, message, param="prompt")
+            refuse_endless(self._served, prompt, "prompt")
             encoded = tokenizer.encode(prompt)
             read = _Prompt(encoded.ids, prompt, encoded.offsets)
         else:

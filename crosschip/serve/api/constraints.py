@@ -170,11 +170,11 @@ def _grammar(served: ServedModel, tokenizer: LLTokenizer, grammar: str, param: s
     return Grammar(tokenizer, grammar, _think_ids(served.tokenizer, served.engine.info.vocab_size), param)
 
 
-def schema_of(response_format: ResponseFormat | None) -> dict[str, Any] | bool | None:
-    """The JSON schema of a `response_format`; None for free text.
+def schema_of(response_format: ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema of a `response_format`, `true` as the empty one that means the same; None for free text.
 
     Raises:
-        ApiError: there is none in it, or it is too long.
+        ApiError: there is none in it, it is `false`, or it is too long.
     """
     if response_format is None or response_format.type == "text":
         return None
@@ -184,6 +184,9 @@ def schema_of(response_format: ResponseFormat | None) -> dict[str, Any] | bool |
         raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param=_PARAM)
     else:
         schema = response_format.json_schema.schema_
+    if schema is False:
+        raise ApiError(400, f"{_PARAM}: no answer fits the schema false", param=_PARAM)
+    schema = {} if schema is True else schema
     length = len(json.dumps(schema))
     if length > _LARGEST_SCHEMA:
         raise ApiError(400, f"the schema has {length} characters, {_LARGEST_SCHEMA} are the most", param=_PARAM)

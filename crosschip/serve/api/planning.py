@@ -10,7 +10,7 @@ from crosschip.serve.api.schemas import CommonRequest, refuse_unsupported
 from crosschip.serve.api.served import ServedModel
 from crosschip.serve.engine.request import SamplingParams
 
-__all__ = ["check_ids", "check_request", "choose_max_tokens", "sampling_params"]
+__all__ = ["check_ids", "check_request", "choose_max_tokens", "refuse_endless", "sampling_params"]
 
 
 def check_request(served: ServedModel, request: CommonRequest) -> None:
@@ -41,6 +41,20 @@ def _check_id(served: ServedModel, token_id: int, param: str) -> None:
     size = served.engine.info.vocab_size
     if not 0 <= token_id < size:
         raise ApiError(400, f"token id {token_id} is outside the vocabulary of 0 to {size - 1}", param=param)
+
+
+def refuse_endless(served: ServedModel, text: str, param: str) -> None:
+    """Refuse a prompt that is far too long, before it is encoded."""
+    limit = served.engine.info.max_model_len
+    assert served.tokenizer is not None
+    if served.tokenizer.certainly_exceeds(text, limit):
+        raise ApiError(
+            400,
+            f"this model's maximum context length is {limit} tokens, and the prompt of {len(text)} characters has more "
+            "than that. Shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def choose_max_tokens(served: ServedModel, num_prompt_tokens: int, wanted: int | None, param: str) -> int:

@@ -27,6 +27,7 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_BIASES = 1024
 MAX_TOOLS = 128
+MAX_MESSAGES = 4096
 _DEEPEST_SCHEMA = 64
 
 
@@ -214,7 +215,7 @@ class ChatRequest(CommonRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -126,11 +126,9 @@ class Attempt:
     def _note_whole(self, content: bytes) -> bytes:
         """Take note of an answer that came at once; what of it is the client's."""
         self._note_token()
-        self.reader.read(b"data: " + content.replace(b"\n", b" ").replace(b"\r", b" "))
-        if self.watched is None:
-            return content
-        document = json.loads(content)
-        return json.dumps(self.watched.take(document), ensure_ascii=False, separators=(",", ":")).encode()
+        document = self.reader.read(b"data: " + content.replace(b"\n", b" ").replace(b"\r", b" "))
+        left = None if document is None else self._as_asked(document)
+        return content if left is None else _compact(left)
 
     async def _stream(self, response: httpx.Response) -> Outcome:
         held: list[bytes] = []
@@ -165,12 +163,21 @@ class Attempt:
         document = self.reader.read(event)
         if self.reader.parts > before:
             self._note_token()
-        if document is None or self.watched is None or is_error(document):
+        left = None if document is None or is_error(document) else self._as_asked(document)
+        if left is None:
             return event
-        left = self.watched.take(document)
-        if self.watched.is_empty(left):
+        if self.watched is not None and self.watched.is_empty(left):
             return b""
-        return b"data: " + json.dumps(left, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        return b"data: " + _compact(left) + b"\n\n"
+
+    def _as_asked(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        """What a client is sent instead of a document of the engine's: with the name that it asked the model by, and
+        without what the watch asked for. None: the document as it is."""
+        left = document if self.watched is None else self.watched.take(document)
+        asked = self.call.ask.model
+        if isinstance(left.get("model"), str) and left["model"] != asked:
+            left = left | {"model": asked}
+        return None if left is document else left
 
     def _note_token(self) -> None:
         self.last_token_at_s = time.monotonic()
@@ -252,6 +259,11 @@ async def _failure_of(response: httpx.Response) -> AttemptFailed:
     if status in (401, 403):  # about the gateway's key, not the client's
         return AttemptFailed("key", "it refuses the gateway's key", had_it=False)
     return AttemptFailed("error", message, had_it=True)
+
+
+def _compact(document: dict[str, Any]) -> bytes:
+    """In ASCII: a stream may cut a character into the halves of its surrogate pair, which have no bytes in UTF-8."""
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def _message_of(error: dict[str, Any]) -> str:

@@ -153,6 +153,14 @@ def test_a_body_that_is_too_long_is_refused(random_server: RunningServer) -> Non
     assert httpx.get(f"{random_server.url}/health").status_code == 200
 
 
+def test_a_prompt_that_never_fits_is_refused_before_it_is_encoded(random_server: RunningServer) -> None:
+    text = "What is 12 + 30? " * 100_000
+    for path, prompt in ((TEXT, {"prompt": text}), (CHAT, {"messages": [{"role": "user", "content": text}]})):
+        error = httpx.post(random_server.url + path, json=prompt, timeout=60).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", next(iter(prompt)))
+        assert "characters has more" in error["message"], "its tokens were not counted"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -177,7 +185,15 @@ def test_values_that_no_json_should_hold_are_refused(random_server: RunningServe
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_too_many_answers_at_once_are_refused(random_server: RunningServer) -> None:
-    response = httpx.post(random_server.url + TEXT, json={"prompt": [[5]] * 300, "n": 10, "max_tokens": 1})
+@pytest.mark.parametrize("prompt", [[[5]] * 300, [""] * 300], ids=["ids", "texts that are not even looked at"])
+def test_too_many_answers_at_once_are_refused(random_server: RunningServer, prompt: Any) -> None:
+    response = httpx.post(random_server.url + TEXT, json={"prompt": prompt, "n": 10, "max_tokens": 1})
     assert response.status_code == 400
     assert "2048" in response.json()["error"]["message"]
+
+
+def test_a_conversation_of_endless_turns_is_refused(random_server: RunningServer) -> None:
+    body = {"messages": [{"role": "user", "content": ""}] * 4097, "max_tokens": 1}
+    error = httpx.post(random_server.url + CHAT, json=body, timeout=30).json()["error"]
+    assert error["param"] == "messages"
+    assert "4096" in error["message"]

@@ -128,6 +128,13 @@ def test_random_weights_answer_in_the_form(random_server: RunningServer) -> None
 
 
 @needs_engine
+def test_the_schema_true_takes_any_json(random_server: RunningServer) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": format_of(True), "max_tokens": 3}
+    response = httpx.post(f"{random_server.url}/v1/chat/completions", json=body, timeout=30)
+    assert response.status_code == 200, response.text
+
+
+@needs_engine
 @pytest.mark.parametrize(
     ("response_format", "words"),
     [
@@ -137,6 +144,7 @@ def test_random_weights_answer_in_the_form(random_server: RunningServer) -> None
         (format_of({"$ref": "#/nowhere"}), "nowhere"),
         (format_of({"type": "string", "pattern": "("}), "regex"),
         (format_of([]), "schema"),
+        (format_of(False), "no answer fits"),
         (format_of({"enum": ["x" * 70_000]}), "65536"),
         ("json", "response_format"),
     ],

@@ -50,6 +50,18 @@ def test_bytes_come_through_as_they_are() -> None:
         assert engine.sent == [QUESTION | {"stream": True}]
 
 
+@pytest.mark.parametrize("upstream", ["r1-tiny", None])
+def test_an_answer_names_the_model_as_it_was_asked_for(upstream: str | None) -> None:
+    halves = b'data: {"model":"files/r1.gguf","choices":[{"delta":{"content":"\\ud83d"}}]}\n\n'
+    engine = ScriptedEngine(model=upstream or "m", play=[halves, LAST, DONE])
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url, upstream_model=upstream))) as gateway:
+        assert stream_of(gateway.url) == (200, halves.replace(b"files/r1.gguf", b"m") + LAST + DONE)
+        engine.refusal = JSONResponse({"model": "files/r1.gguf", "choices": [{"text": "ü", "finish_reason": "stop"}]})
+        whole = httpx.post(f"{gateway.url}/v1/chat/completions", json=QUESTION)
+        assert whole.json() == {"model": "m", "choices": [{"text": "ü", "finish_reason": "stop"}]}
+        assert [sent["model"] for sent in engine.sent] == [upstream or "m"] * 2
+
+
 def test_an_engine_that_fails_before_its_first_token_is_not_noticed() -> None:
     failing = ScriptedEngine(play=[HEAD, Broken()])
     good = ScriptedEngine()
@@ -202,8 +214,7 @@ def test_a_client_that_does_not_read_ends_its_request_on_the_engine() -> None:
             head = f"POST /v1/chat/completions HTTP/1.1\r\n{about}"
             writer.write(head.encode() + body)
             await reader.read(100)
-            await asyncio.sleep(3)
-            assert engine.cancelled == 1
+            await asyncio.to_thread(wait_until, lambda: engine.cancelled == 1, "the engine's answer is given up")
             writer.close()
 
         asyncio.run(read_a_little())
