@@ -55,6 +55,10 @@ class ModelError(CrosschipError):
     """A model directory or configuration that this code cannot run."""
 
 
+class BrokenConfigError(ModelError):
+    """A `config.json` that lacks a field or holds a value of another type: no engine can run it."""
+
+
 class ChipError(CrosschipError):
     """A chip that is not there, or that cannot do what was asked."""
 

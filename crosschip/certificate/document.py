@@ -119,6 +119,7 @@ def read_certificate(directory: Path) -> Certificate:
     _check_form(path, document)
     if document["seal"] != seal_of(document):
         raise HandoffError(f"{path} was cut or altered: its seal does not fit", _REMEDY)
+    _check_verdict(path, document)
     return Certificate(path, document)
 
 
@@ -165,6 +166,13 @@ def _check_form(path: Path, document: dict[str, Any]) -> None:
             raise HandoffError(f"{path} is no certificate: a file's entry is {_shown(entry)}", _REMEDY)
     if not isinstance(document.get("signature"), dict | None):
         raise HandoffError(f"{path} is no certificate: its signature is {_shown(document['signature'])}", _REMEDY)
+
+
+def _check_verdict(path: Path, document: dict[str, Any]) -> None:
+    """A seal is anybody's to make: the verdict is the worst of the gates, whoever sealed it."""
+    worst = worst_verdict([gate["verdict"] for gate in document["gates"] if gate["verdict"] != NOT_COVERED])
+    if document["verdict"] != worst:
+        raise HandoffError(f"{path} is no certificate: it says {document['verdict']}, its gates say {worst}", _REMEDY)
 
 
 def _field(entry: Any, name: str) -> Any:

@@ -19,8 +19,9 @@ _ANYWHERE_WITHOUT_EFFECT = {
     *("attention_dropout", "output_attentions", "output_hidden_states", "return_dict", "vocab_size", "auto_map"),
     *("output_router_logits", "router_aux_loss_coef", "pretraining_tp", "id2label", "label2id", "problem_type"),
 }
-# What other engines read from config.json as well, and drop numbers without.
-_ONLY_OTHER_ENGINES = ("topk_method", "scoring_func", "hidden_act", "moe_layer_freq")
+# What other engines read from config.json as well, and drop numbers without; our model computes these values alone, so
+# a file of its architecture that is silent, as transformers writes them, means them.
+_ONLY_OTHER_ENGINES = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hidden_act": "silu", "moe_layer_freq": 1}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,16 @@ def _plain(value: Any) -> Any:
 
 
 def compare_fields(recorded: dict[str, Any], found: dict[str, Any]) -> list[FieldDifference]:
-    """Every field whose value is not the recorded one."""
+    """Every field whose value is not the recorded one.
+
+    What a recorded configuration of our own architecture leaves out may be written out, and not the other way round:
+    vLLM drops the router's bias where `topk_method` is missing.
+    """
     names = [*recorded, *(name for name in found if name not in recorded)]
     pairs = [FieldDifference(name, recorded.get(name), found.get(name)) for name in names]
-    return [each for each in pairs if each.recorded != each.found]
+    return [each for each in pairs if each.recorded != each.found and not _is_written_out(each, recorded)]
+
+
+def _is_written_out(each: FieldDifference, recorded: dict[str, Any]) -> bool:
+    is_silent = each.field in recorded and each.recorded is None
+    return is_silent and each.found is not None and each.found == _ONLY_OTHER_ENGINES.get(each.field)

@@ -84,10 +84,7 @@ def fields_in(document: dict[str, Any], route: str) -> dict[str, Any]:
     """
     if route != "model":
         return fields_of_document(document)
-    try:
-        return numeric_fields(asdict(ModelConfig.from_hf(document)), document)
-    except KeyError as error:
-        raise ModelError(f"the configuration has no field {error}", "complete it") from None
+    return numeric_fields(asdict(ModelConfig.from_hf(document)), document)
 
 
 def dtype_of_directory(model_directory: Path) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crosschip.errors import HandoffError, ModelError, RunDirectoryError
+from crosschip.errors import BrokenConfigError, HandoffError, ModelError, RunDirectoryError
 from crosschip.handoff.conversion.declared import checkpoint_layout, stored_layout
 from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.conversion.sources import CheckpointSource, LayoutSource, SafetensorsSource
@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
+_SPELLED_OUT = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def _open_hugging_face(directory: Path) -> ModelSource:
     settings = _settings_of(document)
     _check_complete(stored, document, settings, directory)
     config = {key: value for key, value in document.items() if key not in ("quantization_config", "compression_config")}
+    if settings is not None:  # transformers leaves out what it takes for granted, and vLLM drops the bias without
+        config |= {key: value for key, value in _SPELLED_OUT.items() if config.get(key) is None}
     generation = directory / "generation_config.json"
     return ModelSource(
         tensors=stored,
@@ -151,8 +154,8 @@ def _settings_of(document: dict[str, Any]) -> ModelConfig | None:
         return None
     try:
         return ModelConfig.from_hf(document)
-    except KeyError as error:
-        raise ModelError(f"config.json has no field {error}", "complete the file") from None
+    except BrokenConfigError:
+        raise
     except ModelError:
         return None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from crosschip.errors import ModelError
+from pydantic import TypeAdapter, ValidationError
+
+from crosschip.errors import BrokenConfigError, ModelError
 
 if TYPE_CHECKING:
     from crosschip.recipe import ModelSettings
@@ -20,6 +22,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
     "attention_dropout": (0, 0.0, None),
 }
+
+
+_NEEDED = ("vocab_size", "num_attention_heads")
+_AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "kv_lora_rank"),
+    *("q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_position_embeddings"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,10 @@ class ModelConfig:
                     f"config field {field} = {document[field]!r}; only {allowed[0]!r} is computed here",
                     "use another engine for this model",
                 )
-        if document.get("num_key_value_heads", document["num_attention_heads"]) not in (
-            document["num_attention_heads"],
-            None,
-        ):
+        missing = [name for name in _NEEDED if name not in document]
+        if missing:
+            raise BrokenConfigError(f"config.json has no field {missing[0]!r}", "complete the file")
+        if document.get("num_key_value_heads") not in (document["num_attention_heads"], None):
             raise ModelError(
                 f"num_key_value_heads = {document['num_key_value_heads']} differs from "
                 f"num_attention_heads = {document['num_attention_heads']}",
@@ -108,10 +118,17 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in document.items() if key in known and value is not None}
         values["q_lora_rank"] = document.get("q_lora_rank")
-        values["rope_theta"], values["rope_scaling"] = _read_rope(document)
+        try:
+            values["rope_theta"], values["rope_scaling"] = _read_rope(document)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise BrokenConfigError(
+                f"the config fields of rotary embeddings make no sense: {type(error).__name__}: {error}",
+                "mend rope_theta, rope_scaling or rope_parameters in config.json",
+            ) from None
         values["n_shared_experts"] = document.get("n_shared_experts") or 0
         if isinstance(document.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(document["eos_token_id"])
+        _check_types(values)
         return cls(**{**_PUBLISHED_DEFAULTS, **values})
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
@@ -138,6 +155,19 @@ class ModelConfig:
             "use_cache": True,
             "torch_dtype": dtype,
         }
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Refuse what a `config.json` written by hand may hold, such as a number in quotes, by its field."""
+    hints = get_type_hints(ModelConfig)
+    for name, value in values.items():
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError:
+            wanted = str(hints[name]).removeprefix("<class '").removesuffix("'>")
+            raise BrokenConfigError(f"config field {name} = {value!r} is no {wanted}", "mend config.json") from None
+        if name in _AT_LEAST_ONE and value is not None and value < 1:
+            raise BrokenConfigError(f"config field {name} = {value!r} is below 1", "mend config.json")
 
 
 # What transformers and the published code assume where config.json is silent.

@@ -117,8 +117,8 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     document = read_json(directory / "config.json")
     try:
         return ModelConfig.from_hf(document), document
-    except KeyError as error:
-        raise ModelError(f"{directory}/config.json has no field {error}", "complete the file") from None
+    except ModelError as error:
+        raise type(error)(f"{directory}: {error.problem}", error.remedy) from None
 
 
 def is_training_checkpoint(directory: Path) -> bool:

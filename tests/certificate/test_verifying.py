@@ -120,8 +120,15 @@ def test_an_edited_certificate_is_found_by_its_seal(certified: Certified) -> Non
 
 def test_an_edited_and_sealed_certificate_is_found_by_its_signature(certified: Certified, key: Path) -> None:
     directory = certified(key, verdict="FAIL")
-    edit(directory, lambda document: document.update(verdict="PASS"))
+    gates = [{"name": "tensor manifest", "verdict": "PASS", "message": ""}]
+    edit(directory, lambda document: document.update(verdict="PASS", gates=gates))
     assert verify(directory).problems == ["certificate.json: its signature does not fit what it says"]
+
+
+def test_a_verdict_that_the_gates_do_not_give_is_refused_whoever_sealed_it(certified: Certified) -> None:
+    directory = certified(verdict="FAIL")
+    edit(directory, lambda document: document.update(verdict="PASS"))
+    assert "it says PASS, its gates say FAIL" in verify(directory).problems[0]
 
 
 def test_a_signature_that_was_taken_off_is_missed_where_a_key_is_given(certified: Certified, key: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crosschip.errors import CrosschipError, HandoffError
+from crosschip.golden.config_fields import compare_fields
 from crosschip.handoff.families import expected_tensors
 from crosschip.handoff.handing_off import hand_off
 from crosschip.handoff.source import open_source
@@ -113,6 +115,28 @@ def test_prediction_modules_that_transformers_left_out_are_told_from_a_broken_do
     with pytest.raises(HandoffError, match="num_nextn_predict_layers = 1 and the files hold nothing of") as refused:
         open_source(directory)
     assert "set num_nextn_predict_layers to 0" in refused.value.remedy
+
+
+def test_what_transformers_leaves_out_and_other_engines_need_is_written_out(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    save_model(random_model(replace(SQUARE, num_nextn_predict_layers=0)), directory)
+    path = directory / "config.json"
+    written = json.loads(path.read_text())
+    left_out = ("topk_method", "scoring_func")
+    path.write_text(json.dumps({key: value for key, value in written.items() if key not in left_out}))
+    made = hand_off(directory, "hf", chip="cpu")
+    config = json.loads((made.directory / "config.json").read_text())
+    assert [config[key] for key in left_out] == ["noaux_tc", "sigmoid"]
+    (fields,) = [each for each in made.certificate.document["gates"] if each["name"] == "configuration fields"]
+    assert fields["verdict"] == "PASS", fields["message"]
+
+
+def test_a_field_that_is_lost_differs_and_one_that_is_written_out_does_not() -> None:
+    silent, said = {"topk_method": None}, {"topk_method": "noaux_tc"}
+    assert compare_fields(silent, said) == []
+    assert [each.field for each in compare_fields(said, silent)] == ["topk_method"]
+    assert [each.field for each in compare_fields(silent, {"topk_method": "greedy"})] == ["topk_method"]
+    assert [each.field for each in compare_fields({}, said)] == ["topk_method"], "of another architecture"
 
 
 @pytest.mark.parametrize("target", ["hf", "w8a8"])
