@@ -386,6 +386,38 @@ def test_a_permutation_of_any_length_is_one(examine_on: Examine) -> None:
     assert (found.verdict, found.check) == ("FAIL", "exact results")
 
 
+_SOME_ROWS = (17, 33, 127)
+
+
+def refuses_some_rows(args: Any) -> Any:
+    if args[0].shape[0] in _SOME_ROWS:
+        raise RuntimeError("so many rows")
+    return torch.ops.aten.silu.default(*args)
+
+
+def wrong_in_some_rows(args: Any) -> Any:
+    return torch.ops.aten.silu.default(*args) * (1.5 if args[0].shape[0] in _SOME_ROWS else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "before", "verdict"),
+    [
+        ((30, 30), refuses_some_rows, "PASS WITH LIMITS"),
+        ((30, 16), refuses_some_rows, "FAIL"),
+        ((30, 30), wrong_in_some_rows, "FAIL"),
+    ],
+)
+def test_sizes_that_the_subject_never_has_may_be_refused_and_not_be_wrong(
+    examine_on: Examine, rows: tuple[int, int], before: Any, verdict: str
+) -> None:
+    calls = [
+        TracedCall(f"c{number:04d}", "aten.silu.default", [tensor(count, 20)], {}, [])
+        for number, count in enumerate(rows, start=1)
+    ]
+    record = examine_on("operators", On("silu", before=before), trace=Trace("some", "train", "float32", calls))
+    assert {each.verdict for each in record.findings} == {verdict}
+
+
 def refuses_empty(args: Any) -> Any:
     if args[0].numel() == 0:
         raise RuntimeError("an empty tensor")

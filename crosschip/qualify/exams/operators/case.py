@@ -20,10 +20,13 @@ from crosschip.qualify.exams.operators.shapes import Dimensions, base_name, name
 from crosschip.qualify.judging.judge import DrawErrors, Judgement, Slope, fails_alone, judge_draws
 from crosschip.qualify.tracing.trace import TracedCall
 
-__all__ = ["Case", "Raised", "keep", "made", "on_chip", "raised"]
+__all__ = ["REFUSED", "Case", "Raised", "keep", "made", "on_chip", "raised"]
 
 _CPU = torch.device("cpu")
 _LONGEST_S = {"smoke": 3.0, "standard": 12.0, "soak": 60.0}
+
+
+REFUSED = "runs"  # the check of a call that the chip refuses
 
 
 class Raised(Exception):
@@ -123,5 +126,5 @@ def raised(message: str, draw: PlannedDraw) -> Problem:
     first_line = message.splitlines()[0][:300]
     ways: tuple[tuple[Any, dict[str, Any]], ...] = ((checks.is_misshapen, {}),)
     return Problem(
-        "runs", f"{first_line} ({draw.label})", first_line, "a result", source, draw, ways, 200.0, "software"
+        REFUSED, f"{first_line} ({draw.label})", first_line, "a result", source, draw, ways, 200.0, "software"
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from crosschip.qualify.exams.operators import checks
-from crosschip.qualify.exams.operators.case import Case, Raised, keep, made, on_chip, raised
+from crosschip.qualify.exams.operators.case import REFUSED, Case, Raised, keep, made, on_chip, raised
 from crosschip.qualify.exams.operators.controls import golden_call
 from crosschip.qualify.exams.operators.gates import broken_structure, other_strides
 from crosschip.qualify.exams.operators.plan import (
@@ -182,11 +182,18 @@ def _run(
         if (case.is_over and not even_late) or (until_enough and _has_enough(case)):
             return None
         problem = _one(case, draw)
-        if problem is not None and draw.empty and not draw.empty & case.varied:
-            case.limit = case.limit or problem  # the subject has this dimension in one size only
+        if problem is not None and _is_beside_the_subject(case, draw, problem):
+            case.limit = case.limit or problem
         elif problem is not None:
             return problem
     return None
+
+
+def _is_beside_the_subject(case: Case, draw: PlannedDraw, problem: Problem) -> bool:
+    """Whether a chip refuses a size, or nothing at all, in dimensions that the subject has in one size only. A wrong
+    result is a failure there, too: nobody would notice it."""
+    changed = draw.other if problem.check == REFUSED else draw.empty
+    return bool(changed) and not changed & case.varied
 
 
 def _has_enough(case: Case) -> bool:

@@ -60,7 +60,8 @@ class PlannedDraw:
     seed: int
     repeats: int = 1
     size: int = 0  # K, where it is one of several
-    empty: frozenset[str] = frozenset()  # dimensions of size 0 that the recorded call does not have so
+    other: frozenset[str] = frozenset()  # dimensions that have another size than in the recorded call
+    empty: frozenset[str] = frozenset()  # those of them that have size 0
 
 
 def recorded(call: TracedCall, seed: int) -> PlannedDraw:
@@ -179,9 +180,10 @@ def edges(call: TracedCall, dims: Dimensions, seed: int, most: int) -> list[Plan
     found = []
     for number, sizes in enumerate(_odd_sizes(call, dims, small)):
         words = ", ".join(f"{name.removeprefix('size ')} is {size}" for name, size in sizes.items())
+        other = frozenset(name for name, size in sizes.items() if size != dims.sizes[name])
         empty = frozenset(name for name, size in sizes.items() if size == 0)
         resized = dims.resized(encoded, {**small, **sizes})
-        found.append(PlannedDraw(f"where {words}", resized, seed + 7 * number, empty=empty))
+        found.append(PlannedDraw(f"where {words}", resized, seed + 7 * number, other=other, empty=empty))
     for name, other in strided_otherwise(dims.resized(encoded, small)):
         found.append(PlannedDraw(f"strides {name}", other, seed + 5))
     found = [draw for draw in found if num_elements(draw.encoded) <= _LARGEST_EDGE]
