@@ -180,10 +180,10 @@ def edges(call: TracedCall, dims: Dimensions, seed: int, most: int) -> list[Plan
     found = []
     for number, sizes in enumerate(_odd_sizes(call, dims, small)):
         words = ", ".join(f"{name.removeprefix('size ')} is {size}" for name, size in sizes.items())
-        other = frozenset(name for name, size in sizes.items() if size != dims.sizes[name])
+        changed = frozenset(name for name, size in sizes.items() if size != dims.sizes[name])
         empty = frozenset(name for name, size in sizes.items() if size == 0)
         resized = dims.resized(encoded, {**small, **sizes})
-        found.append(PlannedDraw(f"where {words}", resized, seed + 7 * number, other=other, empty=empty))
+        found.append(PlannedDraw(f"where {words}", resized, seed + 7 * number, other=changed, empty=empty))
     for name, other in strided_otherwise(dims.resized(encoded, small)):
         found.append(PlannedDraw(f"strides {name}", other, seed + 5))
     found = [draw for draw in found if num_elements(draw.encoded) <= _LARGEST_EDGE]
