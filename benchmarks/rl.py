@@ -84,7 +84,7 @@ def score_of(model: Path, options: argparse.Namespace) -> float:
         validation_sequences=options.problems,
     )
     source = open_source(DataSettings(source="arithmetic", levels=[options.level], num_problems=8000), options.seed)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(model)
     found = HeldOutProblems(source, tokenizer, settings).score(load_model(model, dtype=torch.float32))
     return found.num_right / found.num_problems
 

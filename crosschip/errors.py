@@ -10,6 +10,7 @@ __all__ = [
     "EXIT_FAIL",
     "EXIT_INCONCLUSIVE",
     "EXIT_OK",
+    "BrokenConfigError",
     "CheckpointError",
     "ChipError",
     "CrosschipError",

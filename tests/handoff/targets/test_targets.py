@@ -147,6 +147,8 @@ def test_an_architecture_that_would_be_quantised_by_half_is_refused(tmp_path: Pa
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(4, 4)
     save_file(tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "made_up"}))
     with pytest.raises(HandoffError, match=r"experts\.0\.w1\.weight \[4, 4\] is named like no weight"):
         export_model(open_source(directory), TARGETS["w8a8"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -183,11 +183,11 @@ class Driver:
         self._check_rewards(num_enough=settings.prompts * settings.samples)
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
-        if self._groups.get(number) is task:
+        if self._groups.get(number) is task:  # else the problem was given up, and may be under way again
             del self._groups[number]
+            self._fleet.release(number)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
-        self._fleet.release(number)
 
     def _batch(self) -> TakenBatch:
         groups = self._ledger.take()
@@ -221,10 +221,14 @@ class Driver:
 
     def _drop_hopeless(self) -> None:
         """End what would be too old when it comes."""
-        for number in self._ledger.drop_hopeless():
-            self._window.num_stale += 1
-            if (task := self._groups.pop(number, None)) is not None:
-                task.cancel()
+        hopeless = self._ledger.drop_hopeless()
+        if not hopeless:
+            return  # nothing is released, so nothing more begins before new weights are out
+        self._window.num_stale += len(hopeless)
+        tasks = [self._groups.pop(number) for number in hopeless if number in self._groups]
+        for task in tasks:
+            task.cancel()
+        self._fleet.release(*hopeless)  # all of them at once: what is begun again has the same numbers
 
     async def _cancel_groups(self) -> None:
         """Nothing is under way afterwards, and nothing begins: no batch is due in the new ledger."""

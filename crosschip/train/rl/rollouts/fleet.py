@@ -39,10 +39,10 @@ class Fleet:
 
         return pick(self.upkeep.members, allowed)
 
-    def release(self, number: int) -> None:
-        """The problem is done with, answered or not; to be called for each `sample`, however it ended."""
+    def release(self, *numbers: int) -> None:
+        """The problems are done with, answered or not; to be called for each `sample`, however it ended."""
         for member in self.upkeep.members:
-            member.groups.discard(number)
+            member.groups.difference_update(numbers)
         self.upkeep.wake()
 
     async def sample(

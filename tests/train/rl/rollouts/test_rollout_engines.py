@@ -363,6 +363,26 @@ def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
     assert batch.num_stale >= 4
 
 
+def test_problems_that_are_begun_again_count_for_what_an_engine_can_hold(tmp_path: Path) -> None:
+    hanging, good = ScriptedEngine(play=lambda number: "hang"), ScriptedEngine()
+    with (
+        served(hanging, good) as urls,
+        rollouts_of(settings_of(1, rollouts_timeout_s=60.0), urls, tmp_path) as rollouts,
+    ):
+        driver, held = rollouts._driver, []
+        member = driver._fleet.upkeep.members[0]
+        for version in range(8):  # each second batch leaves what the first engine has behind as too old
+            rollouts.publish(version, write_nothing)
+            rollouts.take(version)
+            for _ in range(5):
+                rollouts.state()  # of the event loop, which has time to begin more
+                held.append(len(member.requests))
+                time.sleep(0.02)
+            wait_until(lambda: sorted(driver._groups) == driver._ledger.under_way, "each has a task that answers it")
+            assert len(member.groups) == len(member.requests)
+    assert max(held) <= 3
+
+
 def test_a_dropped_engine_gets_nothing_and_its_answers_are_not_used(tmp_path: Path) -> None:
     engines = ScriptedEngine(play=lambda number: 0.02), ScriptedEngine(play=lambda number: 0.02)
     with served(*engines) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
