@@ -35,6 +35,12 @@ def _divisors(number: int, most: int) -> list[int]:
     return [each for each in range(1, min(number, most) + 1) if number % each == 0]
 
 
+def _most_chunks(num_layers: int, pipeline: int) -> int:
+    """Chunks of a model: the first and the last may hold the embedding and the output alone (arXiv 2407.21783,
+    section 3.3.2), where a stage between them has layers."""
+    return num_layers + (2 if pipeline > 2 else 0)
+
+
 def check_layout(job: Job, layout: Layout, num_chips: int, hardware: Hardware) -> str | None:
     """Why a layout cannot be, naming the numbers; None if it can."""
     architecture, experts = job.architecture, job.architecture.experts
@@ -45,9 +51,9 @@ def check_layout(job: Job, layout: Layout, num_chips: int, hardware: Hardware) -
         return f"a batch of {job.batch_size} sequences is no multiple of {replicas} x {layout.micro_batch}"
     if architecture.attention.num_heads % layout.tensor:
         return f"tensor parallelism of {layout.tensor} does not divide {architecture.attention.num_heads} heads"
-    # The first and the last chunk may hold the embedding and the output alone (arXiv 2407.21783, section 3.3.2).
-    if layout.pipeline * layout.interleave > architecture.num_layers + 2:
-        return f"{layout.pipeline} x {layout.interleave} stages are more than {architecture.num_layers} layers"
+    if layout.pipeline * layout.interleave > _most_chunks(architecture.num_layers, layout.pipeline):
+        beside = " and one each for the embedding and the output" if layout.pipeline > 2 else ""
+        return f"{layout.pipeline} x {layout.interleave} stages are more than {architecture.num_layers} layers{beside}"
     if layout.interleave > 1 and (layout.pipeline == 1 or job.batch_size // replicas < layout.pipeline):
         return "interleaving needs a pipeline and at least as many micro-batches as stages"
     if layout.expert > 1 and (experts is None or experts.num_experts % layout.expert):
@@ -107,7 +113,7 @@ _STAGES = {*range(1, 9), 10, 12, 15, 16, 20, 24, 32, 35, 40, 48, 60, 64}
 def _interleaves(layers: int, pipeline: int, sequences: int) -> list[int]:
     if pipeline == 1 or sequences < pipeline:
         return [1]
-    whole = [chunks for chunks in range(2, _MOST_INTERLEAVE + 1) if pipeline * chunks <= layers + 2]
+    whole = [chunks for chunks in range(2, _MOST_INTERLEAVE + 1) if pipeline * chunks <= _most_chunks(layers, pipeline)]
     return [1, *whole]
 
 

@@ -104,6 +104,10 @@ LABELS = [
     ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA GB200", "GB200"),
     ("NVIDIA A100-SXM4-40GB", "A100 40 GB"), ("NVIDIA A100-SXM4-80GB", "A100 80 GB"), ("NVIDIA H20", "H20"),
     ("Ascend910B2", "Ascend 910B"), ("Ascend910_9392", "Ascend 910C"), ("NVIDIA H200", "H200"),
+    ("8xH100", "H100"), ("8 x H100", "H100"), ("H100x8", "H100"), ("NVIDIA_H100_80GB", "H100"), ("DGXH100", "H100"),
+    ("HGX H100", "H100"), ("H100 NVLink", "H100"), ("8xB200", "B200"), ("DGXB200", "B200"), ("8xGB200", "GB200"),
+    ("GB200 NVL72", "GB200"), ("8xH20", "H20"), ("NVIDIA A800-SXM4-80GB", "A800"), ("8xA800", "A800"),
+    ("40GB A100", "A100 40 GB"), ("A100_40GB", "A100 40 GB"), ("A100x8", "A100 80 GB"), ("8xA100", "A100 80 GB"),
 ]  # fmt: skip
 
 

@@ -101,6 +101,22 @@ def test_what_cannot_be_is_told() -> None:
     assert "train.batch_size = 2048" in caught.value.remedy
 
 
+def test_stages_beyond_the_layers_are_for_the_embedding_and_the_output_of_a_pipeline_of_more_than_two() -> None:
+    model, chip = known_architecture("Llama 3.1 405B"), kind_named("H100")
+    assert model is not None
+    assert chip is not None
+    model = replace(model, num_layers=30)
+
+    def refused(pipeline: int, interleave: int) -> str | None:
+        layout = Layout(data=1, pipeline=pipeline, interleave=interleave)
+        return check_layout(Job(model, 8192, 64), layout, pipeline, chip)
+
+    assert refused(4, 8) is None  # 32 chunks: 30 of a layer each, and two without
+    assert refused(5, 7) == "5 x 7 stages are more than 30 layers and one each for the embedding and the output"
+    assert refused(2, 15) is None
+    assert refused(2, 16) == "2 x 16 stages are more than 30 layers"
+
+
 def test_a_plan_of_this_machine_as_a_document() -> None:
     cluster, asked, recipe = host_cluster(), Asked(date.today(), num_trials=50), load_recipe(FIRST)
     document = plan_document(plan_whole_run(recipe, cluster, asked))

@@ -16,6 +16,7 @@ from crosschip.plan.counts import num_parameters
 from crosschip.plan.hardware import Hardware, kind_named, kinds
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import architecture_for, known_architecture
+from crosschip.plan.validate.batches import batch_words
 from crosschip.plan.validate.parallelism import layout_words
 from crosschip.plan.validate.rows import QUANTITIES, Row
 
@@ -42,7 +43,7 @@ class Case:
     """A row, ready to be predicted.
 
     `fixed` are the fields of `Layout` that the row gives. `is_described`: it says its layout, batch, length and number
-    of chips.
+    of chips; what its paper says does not count.
     """
 
     row: Row
@@ -80,15 +81,10 @@ def _check_size(row: Row, found: Architecture) -> None:
         )
 
 
-def _batch(
+def _usual_batch(
     row: Row, architecture: Architecture, seq_len: int, num_chips: int, fixed: dict[str, Any], notes: list[str]
 ) -> int:
-    """Sequences of a step, from `1024 seqs` or `4M tokens`; of a whole run what its paper says, else a usual number."""
-    found = re.search(r"([\d.]+)\s*([kKmM]?)\s*(seq|tok|sample)?", row.global_batch.replace(",", ""))
-    if found:
-        size = float(found.group(1)) * {"": 1, "k": 1024, "m": 1024 * 1024}[found.group(2).lower()]
-        is_tokens = found.group(3) == "tok" or (found.group(3) is None and size >= 100_000)
-        return max(1, round(size / seq_len if is_tokens else size))
+    """Sequences of a step, where the row has none: of a whole run what its paper says, else a usual number."""
     if row.kind == "full_run" and architecture.train_batch is not None:
         notes.append(f"batch not given: {architecture.train_batch} sequences as published for {architecture.name}")
         return architecture.train_batch
@@ -119,6 +115,8 @@ def _thin_link(row: Row, notes: list[str]) -> ThinLink | None:
 
 
 def _refuse_unpredictable(row: Row) -> None:
+    if row.faults:
+        raise CannotPredict(*row.faults[0])
     if row.quantity not in QUANTITIES:
         named = f"quantity {row.quantity!r} is not predicted" if row.quantity else "the row names no quantity"
         raise CannotPredict(named, f"name one of {', '.join(QUANTITIES)}")
@@ -174,12 +172,15 @@ def case_of(row: Row) -> Case:
     """What a row says, with what it does not say assumed.
 
     Raises:
-        CannotPredict: the quantity is none of those known, or an input is missing that nothing can stand in for.
+        CannotPredict: a cell cannot be read, the quantity is none of those known, or an input is missing that nothing
+            can stand in for.
     """
     notes: list[str] = []
     _refuse_unpredictable(row)
     hardware, architecture = _hardware(row, notes), _architecture(row, notes)
-    seq_len = row.seq_len or architecture.train_seq_len or _DEFAULT_SEQ_LEN
+    batch = batch_words(row.global_batch)
+    notes += batch.notes
+    seq_len = row.seq_len or batch.seq_len or architecture.train_seq_len or _DEFAULT_SEQ_LEN
     if row.seq_len is None:
         notes.append(f"sequence length not given: {seq_len} taken")
     is_run = row.kind == "full_run"
@@ -190,7 +191,8 @@ def case_of(row: Row) -> Case:
     )
     notes += words.notes
     fixed = dict(words.fixed)
-    is_described = words.is_named and bool(row.global_batch) and row.seq_len is not None and row.num_chips is not None
+    is_named = bool(row.parallelism) and words.is_named
+    is_described = is_named and batch.size is not None and row.seq_len is not None and row.num_chips is not None
     if is_run and not architecture.interleaved:
         fixed.setdefault("interleave", 1)
     num_chips = _num_chips(row, fixed, notes)
@@ -199,8 +201,12 @@ def case_of(row: Row) -> Case:
         nodes = max(1, num_chips // hardware.node_size)
         fixed["groups"] = nodes if num_chips % nodes == 0 else 1
     is_fused = _is_fused(row, architecture) and "selective recompute" not in row.parallelism
+    if batch.size is not None:
+        batch_size = batch.sequences(seq_len)
+    else:
+        batch_size = _usual_batch(row, architecture, seq_len, num_chips, fixed, notes)
     job = Job(
-        architecture, seq_len, _batch(row, architecture, seq_len, num_chips, fixed, notes),
+        architecture, seq_len, batch_size,
         fp8=_is_fp8(row, architecture, hardware, notes), fused_attention=is_fused, tensor_overlap=words.tensor_overlap,
         zero_bubble=is_run and architecture.zero_bubble,
         imbalance=1.0 if row.balanced else Job.imbalance,

@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 
 from crosschip.plan.hardware import Hardware, with_rates
 from crosschip.plan.step import Layout
-from crosschip.plan.validate.cases import Case
+from crosschip.plan.validate.cases import CannotPredict, Case
 from crosschip.plan.validate.predicting import choose_layout, predicted_value
 
 __all__ = ["Fitted", "fit_kinds", "hardware_for"]
@@ -65,6 +65,17 @@ def _best(known: Sequence[tuple[Case, Layout, float]], hardware: Hardware) -> Ha
     return with_rates(hardware, efficiency, overlap)
 
 
+def _laid_out(rows: Sequence[Known], hardware: Hardware) -> list[tuple[Case, Layout, float]]:
+    """Rows in their layouts, less those that have none."""
+    found = []
+    for case, value in rows:
+        try:
+            found.append((*choose_layout(case, hardware), value))
+        except CannotPredict:
+            continue
+    return found
+
+
 def fit_kinds(known: Sequence[Known]) -> dict[str, Fitted]:
     """Fit every kind that has rows; layouts that rows leave open are searched for again after each round."""
     by_kind: dict[str, list[Known]] = {}
@@ -74,12 +85,15 @@ def fit_kinds(known: Sequence[Known]) -> dict[str, Fitted]:
     for kind, rows in by_kind.items():
         hardware = with_rates(rows[0][0].hardware, rows[0][0].hardware.efficiency * 0.85, _DEFAULT_OVERLAP)
         for _ in range(_ROUNDS):
-            laid_out = [(*choose_layout(case, hardware), value) for case, value in rows]
+            laid_out = _laid_out(rows, hardware)
+            if not laid_out:
+                break
             before, hardware = hardware, _best(laid_out, hardware)
             if before.overlap == hardware.overlap and abs(before.efficiency - hardware.efficiency) < 1e-3:
                 break
-        ids = tuple(case.row.id for case, _ in rows)
-        fitted[kind] = Fitted(hardware.efficiency, hardware.overlap, ids)
+        if laid_out:
+            ids = tuple(case.row.id for case, _, _ in laid_out)
+            fitted[kind] = Fitted(hardware.efficiency, hardware.overlap, ids)
     return fitted
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crosschip.plan.hardware import kind_named
+from crosschip.plan.known_architectures import known_architecture
 from crosschip.plan.validate.cases import CannotPredict, Case, case_of
 from crosschip.plan.validate.fitting import Fitted, fit_kinds, hardware_for
 from crosschip.plan.validate.predicting import choose_layout, predicted_value
@@ -21,7 +23,7 @@ _THRESHOLDS = Path(__file__).parent.parent / "data" / "thresholds.toml"
 def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
     """Fit on the rows for calibration, freeze, predict all rows; the JSON document.
 
-    A kind of chip that no row given calibrates is fitted on the shipped ones.
+    A kind of chip that no row given calibrates is fitted on the shipped ones, less those that are among the rows given.
 
     A prediction sees its own row's inputs and the fitted parameters, and no outcome.
     """
@@ -37,7 +39,7 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
         for row, outcome in rows
         if row.is_calibration and row.id in cases and outcome.value is not None
     ]
-    known += _shipped_beside({case.hardware.kind for case, _ in known})
+    known += _shipped_beside({case.hardware.kind for case, _ in known}, [row for row, _ in rows])
     fitted = fit_kinds(known)
     shares = {case.hardware.kind: case.hardware.efficiency for case, _ in known}
     told = []
@@ -60,10 +62,31 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
     }
 
 
-def _shipped_beside(kinds: set[str]) -> list[tuple[Case, float]]:
-    """The shipped rows for calibration of other kinds than these."""
+def _shipped_beside(kinds: set[str], given: Sequence[Row]) -> list[tuple[Case, float]]:
+    """The shipped rows for calibration of other kinds than these, and of no run that is given: its outcome is not used
+    unless the file that gives it says so."""
     found = [(case_of(row), outcome.value) for row, outcome in read_rows() if row.is_calibration]
-    return [(case, value) for case, value in found if value is not None and case.hardware.kind not in kinds]
+    return [
+        (case, value)
+        for case, value in found
+        if value is not None
+        and case.hardware.kind not in kinds
+        and not any(_is_same_run(case.row, row) for row in given)
+    ]
+
+
+def _is_same_run(row: Row, other: Row) -> bool:
+    """The same id, or the same model, kind of chip and number of chips; a number that is not given may be any."""
+    if row.id == other.id:
+        return True
+    if _plain_model(row) != _plain_model(other) or kind_named(row.chip) != kind_named(other.chip):
+        return False
+    return None in (row.num_chips, other.num_chips) or row.num_chips == other.num_chips
+
+
+def _plain_model(row: Row) -> str:
+    known = known_architecture(row.model)
+    return known.name if known is not None else "".join(each for each in row.model.lower() if each.isalnum())
 
 
 def _skipped(error: CannotPredict) -> str:
@@ -77,9 +100,10 @@ def _predicted(case: Case, outcome: Outcome, fitted: dict[str, Fitted], shares: 
     except CannotPredict as error:
         return {"skipped": _skipped(error)}
     value = predicted_value(case, layout, hardware)
-    notes = list(case.notes)
+    notes = [*case.notes, *([outcome.note] if outcome.note else [])]
     if hardware.kind not in fitted:
-        notes.append(f"no row calibrates {hardware.kind}: its product share times what others reach of theirs")
+        of_it = "what others reach of theirs" if fitted else "0.85, assumed"
+        notes.append(f"no row calibrates {hardware.kind}: its product share times {of_it}")
     return {
         "predicted": value,
         "published": outcome.value,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from crosschip.errors import RecipeError
 
@@ -32,7 +34,9 @@ QUANTITIES = (
     "mfu_pct_reported",
     "step_time_s",
 )
+_ROUNDED = 1.02  # active over all parameters that are the same but for rounding, at most
 _MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
+_T = TypeVar("_T")
 _NEEDED = ("id", "quantity", "model", "chip")
 
 
@@ -59,110 +63,140 @@ class Row:
     source: str
     balanced: bool
     without_stops: bool  # its hours are what the run would have taken without a stop
+    faults: tuple[tuple[str, str], ...] = ()  # cells that cannot be read, each with the remedy: no prediction
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The published value of a row's quantity; None where the cell is empty."""
+    """The published value of a row's quantity; None where the cell is empty, or no number, which `note` says."""
 
     value: float | None
+    note: str = ""
 
 
-def _number(cell: str, name: str, where: str) -> float | None:
+class _Odd(Exception):
+    """A cell that cannot be read: the problem and its remedy."""
+
+    def __init__(self, problem: str, remedy: str = "mend the cell, or leave it empty") -> None:
+        super().__init__(problem)
+        self.told = (problem, remedy)
+
+
+def _number(cell: str, name: str) -> float | None:
     text = cell.strip().replace(",", "").replace("_", "")
     if not text:
         return None
-    if between := re.fullmatch(r"([\d.]+)\s*[-–]\s*([\d.]+)", text):  # a published range counts by its middle
-        return (float(between.group(1)) + float(between.group(2))) / 2
+    between = re.fullmatch(r"([\d.]+)\s*[-–]\s*([\d.]+)", text)  # a published range counts by its middle
     try:
-        value = float(text)
+        value = (float(between.group(1)) + float(between.group(2))) / 2 if between else float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value <= 0:
-        raise RecipeError(f"{where}: {name} = {cell!r} is not a positive number", "mend the cell, or leave it empty")
+        raise _Odd(f"{name} = {cell!r} is not a positive number")
     return value
 
 
-def _whole(cell: str, name: str, where: str) -> int | None:
-    value = _number(cell, name, where)
+def _whole(cell: str, name: str) -> int | None:
+    value = _number(cell, name)
     if value is None:
         return None
     if value != round(value) or value > _MOST_COUNT:
-        raise RecipeError(
-            f"{where}: {name} = {cell!r} is no whole number up to {_MOST_COUNT:,}", "mend the cell, or leave it empty"
-        )
+        raise _Odd(f"{name} = {cell!r} is no whole number up to {_MOST_COUNT:,}")
     return round(value)
 
 
-def _word(cell: str, name: str, where: str, words: tuple[str, ...]) -> str:
+def _word(cell: str, name: str, words: tuple[str, ...]) -> str:
     """One of these words, or nothing."""
     if cell.lower() not in ("", *words):
-        raise RecipeError(
-            f"{where}: {name} = {cell!r} is none of {', '.join(words)}", "mend the cell, or leave it empty"
-        )
+        raise _Odd(f"{name} = {cell!r} is none of {', '.join(words)}")
     return cell.lower()
 
 
-def _size_of_batch(cell: str, where: str) -> str:
-    """A batch as `_batch` of `cases` reads it: `1024 seqs`, `4M tokens`, a number."""
-    found = re.fullmatch(r"~?\s*([\d.,]+)\s*[kKmM]?\s*(seq|tok|sample)?\w*", cell)
-    if cell and (found is None or not found.group(1).strip(".,")):
-        raise RecipeError(
-            f"{where}: global_batch = {cell!r} is no size of a batch",
-            "write it as `1024 seqs` or `4M tokens`, or leave it empty",
-        )
-    if found is not None:
-        _number(found.group(1), "global_batch", where)
-    return cell
+class _Cells:
+    """A line's cells, stripped; `faults` collects those that cannot be read, and they count as empty."""
 
+    def __init__(self, cells: dict[str, str]) -> None:
+        self._cells = cells
+        self.faults: list[tuple[str, str]] = []
 
-def _row(cells: dict[str, str], where: str) -> tuple[Row, Outcome]:
-    def number(name: str, scale: float = 1.0) -> float | None:
-        value = _number(cells.get(name, ""), name, where)
+    def text(self, name: str) -> str:
+        return self._cells.get(name, "").strip()
+
+    def _read(self, read: Callable[[], _T]) -> _T | None:
+        try:
+            return read()
+        except _Odd as odd:
+            self.faults.append(odd.told)
+            return None
+
+    def number(self, name: str, scale: float) -> float | None:
+        value = self._read(lambda: _number(self.text(name), name))
         return None if value is None else value * scale
 
-    def text(name: str) -> str:
-        return cells.get(name, "").strip()
+    def whole(self, name: str) -> int | None:
+        return self._read(lambda: _whole(self.text(name), name))
 
+    def word(self, name: str, *words: str) -> str:
+        return self._read(lambda: _word(self.text(name), name, words)) or ""
+
+
+def _parameters(cells: _Cells) -> tuple[float | None, float | None]:
+    """All and active ones; of two that agree but for rounding, the active ones are all."""
+    total, active = cells.number("params_total_b", 1e9), cells.number("params_active_b", 1e9)
+    if total is None or active is None:
+        return total, active
+    if active > _ROUNDED * total:
+        told = [f"{name} = {cells.text(name)!r}" for name in ("params_active_b", "params_total_b")]
+        cells.faults.append((" is more than ".join(told), "mend the two cells"))
+    return total, min(active, total)
+
+
+def _outcome(cells: _Cells, quantity: str) -> Outcome:
+    """An outcome that cannot be read is none: whether a row is predicted does not hang on it."""
+    if quantity not in QUANTITIES:
+        return Outcome(None)
+    try:
+        return Outcome(_number(cells.text(quantity), quantity))
+    except _Odd as odd:
+        return Outcome(None, f"{odd}: taken as not published")
+
+
+def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
+    cells = _Cells(raw)
+    text = cells.text
     if not text("id"):
-        raise RecipeError(f"{where}: id is empty", "give each row its own id")
-    quantity = text("quantity")
-    total, active = number("params_total_b", 1e9), number("params_active_b", 1e9)
-    if total is not None and active is not None and active > total:
-        raise RecipeError(
-            f"{where}: params_active_b = {text('params_active_b')!r} is more than params_total_b = "
-            f"{text('params_total_b')!r}",
-            "mend the two cells",
-        )
+        cells.faults.append(("id is empty", "give each row its own id"))
+    total, active = _parameters(cells)
     row = Row(
-        id=text("id"),
+        id=text("id") or f"line {line}",
         kind=text("kind"),
-        is_calibration=_word(text("calibration"), "calibration", where, ("yes", "no")) == "yes",
-        quantity=quantity,
+        is_calibration=cells.word("calibration", "yes", "no") == "yes",
+        quantity=text("quantity"),
         model=text("model"),
-        is_moe=_word(text("arch"), "arch", where, ("dense", "moe")) == "moe",
+        is_moe=cells.word("arch", "dense", "moe") == "moe",
         params_total=total,
         params_active=active,
-        tokens=number("tokens_t", 1e12),
+        tokens=cells.number("tokens_t", 1e12),
         chip=text("chip"),
-        num_chips=_whole(text("n_chips"), "n_chips", where),
+        num_chips=cells.whole("n_chips"),
         precision=text("precision").lower(),
-        seq_len=_whole(text("seq_len"), "seq_len", where),
-        global_batch=_size_of_batch(text("global_batch"), where),
+        seq_len=cells.whole("seq_len"),
+        global_batch=text("global_batch"),
         parallelism=text("parallelism"),
         convention=text("mfu_convention").lower(),
         source=text("source"),
         balanced="balanced routing" in text("notes").lower(),
         without_stops="ideal continuous time" in text("notes").lower(),
+        faults=tuple(cells.faults),
     )
-    return row, Outcome(number(quantity) if quantity in QUANTITIES else None)
+    return row, _outcome(cells, row.quantity)
 
 
 def read_rows(path: Path = SHIPPED_ROWS) -> list[tuple[Row, Outcome]]:
-    """Every row with its outcome.
+    """Every row with its outcome. A row with a cell that cannot be read has it among its `faults`.
 
     Raises:
-        RecipeError: no such file, no CSV, a column that is missing, a number that is none; names line and cell.
+        RecipeError: no such file, no CSV, no row, a column that is missing, a line of another length, an id twice.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -184,7 +218,7 @@ def read_rows(path: Path = SHIPPED_ROWS) -> list[tuple[Row, Outcome]]:
     for line, cells in lines:
         if None in cells or None in cells.values():
             raise RecipeError(f"{path}, line {line} has another number of cells than the header", "mend that line")
-        found.append(_row(cells, f"{path}, line {line}"))
+        found.append(_row(line, cells))
     twice = {row.id for row, _ in found if sum(other.id == row.id for other, _ in found) > 1}
     if twice:
         raise RecipeError(f"{path} has the id {sorted(twice)[0]!r} twice", "give each row its own id")

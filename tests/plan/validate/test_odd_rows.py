@@ -1,0 +1,148 @@
+"""Files of other people's rows: an odd cell costs its own row at most, an outcome that is held back is not used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from crosschip.plan.validate import read_rows, validate_rows
+from crosschip.plan.validate.batches import batch_words
+from crosschip.plan.validate.cases import case_of
+from tests.plan.validate.test_validation import by_id, cells, written
+
+ROW = "mosaic_13b_a100-40gb_16"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seq_len": "many"}, "seq_len = 'many' is not a positive number: mend the cell, or leave it empty"),
+        ({"n_chips": "-8"}, "n_chips = '-8'"),
+        ({"n_chips": "7.5"}, "n_chips = '7.5' is no whole number"),
+        ({"n_chips": "0.2"}, "n_chips = '0.2' is no whole number"),
+        ({"n_chips": "1.2.3 - 4"}, "n_chips = '1.2.3 - 4' is not a positive number"),
+        ({"seq_len": "1e12"}, "seq_len = '1e12' is no whole number up to"),
+        ({"params_total_b": "nan"}, "params_total_b = 'nan'"),
+        ({"tokens_t": "a lot"}, "tokens_t = 'a lot'"),
+        ({"arch": "hybrid"}, "arch = 'hybrid' is none of dense, moe"),
+        ({"calibration": "maybe"}, "calibration = 'maybe' is none of yes, no"),
+        ({"params_active_b": "13.2"}, "params_active_b = '13.2' is more than params_total_b = '12.854': mend"),
+    ],
+)
+def test_an_odd_cell_costs_its_own_row_alone(tmp_path: Path, change: dict[str, str], words: str) -> None:
+    row = cells((ROW,))[0]
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", [row, {**row, "id": "odd", **change}]))))
+    assert words in found["odd"]["skipped"]
+    assert found[ROW]["predicted"] > 0
+
+
+def test_a_row_without_an_id_is_skipped_by_its_line(tmp_path: Path) -> None:
+    row = cells((ROW,))[0]
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", [row, {**row, "id": ""}]))))
+    assert found["line 3"]["skipped"] == "id is empty: give each row its own id"
+
+
+def test_active_parameters_may_be_more_than_all_by_rounding(tmp_path: Path) -> None:
+    row = {**cells((ROW,))[0], "params_total_b": "8", "params_active_b": "8.03"}
+    (found, _), *_ = read_rows(written(tmp_path / "a.csv", [row]))
+    assert found.params_active == found.params_total == 8e9
+    assert not found.faults
+
+
+def test_an_outcome_that_is_no_number_is_not_published(tmp_path: Path) -> None:
+    row = cells((ROW,))[0]
+    odd = {**row, "id": "odd", row["quantity"]: "inf"}
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", [row, odd]))))
+    assert found["odd"]["predicted"] == found[ROW]["predicted"]
+    assert found["odd"]["published"] is None
+    assert f"{row['quantity']} = 'inf' is not a positive number: taken as not published" in found["odd"]["notes"]
+
+
+def test_a_row_for_calibration_without_a_layout_is_skipped(tmp_path: Path) -> None:
+    row = cells((ROW,))[0]
+    odd = {
+        **row,
+        "id": "odd",
+        "calibration": "yes",
+        "parallelism": "DiLoCo H=10 TP16",
+        "n_chips": "32",
+    }
+    document = validate_rows(read_rows(written(tmp_path / "a.csv", [row, odd])))
+    assert "no layout of 32 chips" in by_id(document)["odd"]["skipped"]
+    assert by_id(document)[ROW]["predicted"] > 0
+    assert not any("odd" in each["fitted_on"] for each in document["parameters"].values())
+
+
+@pytest.mark.parametrize(
+    ("cell", "sequences", "is_noted"),
+    [
+        ("1,024 seqs", 1024, False),
+        ("~4M tokens", 1024, False),
+        ("4194304", 1024, False),
+        ("4M -> 16M tokens", 4096, True),
+        ("4M tokens to 16M", 4096, True),
+        ("32 → 3072", 3072, True),
+        ("16M tokens (ramped from 4M)", 4096, True),
+        ("1536 x 4096", 1536, True),
+        ("4096 x 1536", 1536, True),
+        ("1536 seqs of 4096 tokens", 1536, True),
+        ("8 x 128 seqs", 1024, True),
+        ("8M tokens/step", 2048, True),
+        ("GBS=1024", 1024, True),
+    ],
+)
+def test_a_batch_is_read_as_far_as_it_goes(cell: str, sequences: int, is_noted: bool) -> None:
+    words = batch_words(cell)
+    assert words.sequences(4096) == sequences
+    assert len(words.notes) == is_noted
+    assert all(f"{cell!r} is read as" in note for note in words.notes)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["many", "-8 seqs", "1.2.3 seqs", "512abc", "2^20 tokens", "0", "1e30 tokens", "16 x 64", "2 seqs per GPU",
+     "micro-batch 4"],
+)  # fmt: skip
+def test_a_batch_that_cannot_be_read_is_as_if_not_given(cell: str) -> None:
+    row = next(row for row, _ in read_rows() if row.id == "llama3_405b_8k")
+    case, empty = case_of(replace(row, global_batch=cell)), case_of(replace(row, global_batch=""))
+    assert case.job == empty.job
+    assert not case.is_described
+    assert set(case.notes) - set(empty.notes) == {
+        f"global_batch = {cell!r} is no size that can be read: taken as not given"
+    }
+
+
+def test_a_batch_of_sequences_gives_their_length_where_the_row_has_none() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "llama3_405b_8k")
+    job = case_of(replace(row, global_batch="1536 x 2048", seq_len=None)).job
+    assert (job.batch_size, job.seq_len) == (1536, 2048)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"id": "another"}, {"id": "another", "chip": "NVIDIA A100-SXM4-40GB"}, {"id": "another", "n_chips": ""}],
+)
+def test_a_shipped_row_that_a_file_holds_back_is_not_fitted_on(tmp_path: Path, change: dict[str, str]) -> None:
+    row = cells(("mosaic_30b_a100-40gb_32",))[0]
+    assert row["calibration"] == "yes"
+    held_back = {**row, "calibration": "no", **change}
+    document = validate_rows(read_rows(written(tmp_path / "a.csv", [held_back])))
+    assert not any(row["id"] in each["fitted_on"] for each in document["parameters"].values())
+    assert document["parameters"]["H800"]["fitted_on"] == ["ds67b_per_T"]
+    # The control: another run on as many chips leaves it in.
+    other = {**held_back, "id": "another", "n_chips": "64"}
+    document = validate_rows(read_rows(written(tmp_path / "b.csv", [other])))
+    assert row["id"] in document["parameters"]["A100 40 GB"]["fitted_on"]
+
+
+def test_a_layout_of_a_runs_paper_does_not_describe_its_row() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "opt175b")
+    full = replace(row, global_batch="1024 seqs", seq_len=2048, num_chips=1024)
+    assert not full.parallelism
+    case = case_of(full)
+    assert dict(case.fixed)["tensor"] == 8
+    assert not case.is_described
+    assert case_of(replace(full, parallelism="FSDP TP8")).is_described
