@@ -23,7 +23,7 @@ from crosschip.handoff.certificate.tensors import differs_from_source
 from crosschip.handoff.source import ModelSource
 from crosschip.rundir import is_complete
 
-__all__ = ["check_numbers", "choose_bundle"]
+__all__ = ["check_numbers", "choose_bundle", "removed_if_refused"]
 
 Tell = Callable[[str], None]
 
@@ -54,15 +54,7 @@ def choose_bundle(
         GoldenError: it was cut or altered, says nothing about this dtype, or nothing can be recorded.
     """
     if given is not None:
-        bundle = load_bundle(given)
-        target_of(bundle.dtype, dtype, quantised)
-        wrong = differs_from_source(bundle, source.tensors, tell)
-        if wrong is not None:
-            raise HandoffError(
-                f"the bundle {given} was recorded from other weights than those that are handed off: {wrong}",
-                "record a bundle of these weights, or leave --golden out to record one now",
-            )
-        return GoldenUsed(bundle)
+        return GoldenUsed(_given(given, source, dtype, quantised, tell))
     own = beside.with_name(f"{beside.name}-{dtype}")
     for path in (beside, own):
         there = _fitting(path, source, dtype, quantised, tell)
@@ -71,30 +63,62 @@ def choose_bundle(
     place = own if beside.exists() else beside
     if place.exists() and not is_complete(place):
         raise GoldenError(f"{place} is there and is not a golden bundle", "give --golden DIR, or remove it")
-    tell(f"recorded now on {chip.name}: this bundle proves the conversion, not the training chip")
-    try:
-        with _recordable(source, tell) as directory:
-            record(directory, chip, place, dtype=getattr(torch, dtype), for_handoff=True, tell=tell)
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise HandoffError(
-            f"recording the golden bundle {place} failed: {error}", "make room, or give another directory with --out"
-        ) from error
-    return GoldenUsed(load_bundle(place))
+    _record(source, place, chip, dtype, tell)
+    return GoldenUsed(load_bundle(place), is_new=True)
 
 
 @contextmanager
-def _recordable(source: ModelSource, tell: Tell) -> Iterator[Path]:
-    """Where a bundle can be recorded from: our model reads weights in 8 bits, transformers mostly does not."""
+def removed_if_refused(used: GoldenUsed) -> Iterator[None]:
+    """Nothing stays behind of a handoff that is refused in this block: the bundle goes if it was recorded for it."""
+    try:
+        yield
+    except CrosschipError:
+        if used.is_new:
+            shutil.rmtree(used.bundle.path, ignore_errors=True)
+        raise
+
+
+def _given(path: Path, source: ModelSource, dtype: str, quantised: str | None, tell: Tell) -> Bundle:
+    bundle = load_bundle(path)
+    target_of(bundle.dtype, dtype, quantised)
+    wrong = differs_from_source(bundle, source.tensors, tell)
+    if wrong is not None:
+        raise HandoffError(
+            f"the bundle {path} was recorded from other weights than those that are handed off: {wrong}",
+            "record a bundle of these weights, or leave --golden out to record one now",
+        )
+    return bundle
+
+
+def _record(source: ModelSource, place: Path, chip: Chip, dtype: str, tell: Tell) -> None:
+    tell(f"recorded now on {chip.name}: this bundle proves the conversion, not the training chip")
+    try:
+        with _recordable(source, place, tell) as directory:
+            record(directory, chip, place, dtype=getattr(torch, dtype), for_handoff=True, tell=tell)
+    except (OSError, SafetensorError) as error:  # the second is what the library makes of a full disk
+        raise HandoffError(
+            f"recording the golden bundle {place} failed: {error}",
+            f"make room in {place.parent}, or record a bundle elsewhere and give it with --golden",
+        ) from error
+
+
+@contextmanager
+def _recordable(source: ModelSource, place: Path, tell: Tell) -> Iterator[Path]:
+    """Where a bundle can be recorded from: our model reads weights in 8 bits, transformers mostly does not.
+
+    What is multiplied out, 4 times the size of the files, lies beside the bundle `place` as long as it is needed.
+    """
     if source.quantised is None or source.settings is not None:
         yield source.directory
         return
     tell("multiplying the 8-bit weights out, to record from them")
-    with tempfile.TemporaryDirectory(prefix="crosschip-multiplied-out-") as place:
-        arrived = Arrived(source.tensors, source.config, source.directory, False)
-        write_multiplied_out(arrived, Path(place))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".multiplied-out-") as temporary:
+        directory = Path(temporary)
+        write_multiplied_out(Arrived(source.tensors, source.config, source.directory, False), directory)
         for file in source.tokenizer_files:
-            shutil.copyfile(file, Path(place) / file.name)
-        yield Path(place)
+            shutil.copyfile(file, directory / file.name)
+        yield directory
 
 
 def check_numbers(bundle: Bundle) -> None:

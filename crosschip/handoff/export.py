@@ -17,7 +17,7 @@ from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
 from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, sha256_of, write_json
 
-__all__ = ["export_hf", "export_model"]
+__all__ = ["check_place", "export_hf", "export_model"]
 
 HANDOFF_SCHEMA = 1
 
@@ -69,13 +69,7 @@ def export_model(
     dtype = dtype or target.dtypes[0]
     if dtype not in target.dtypes:
         raise HandoffError(f"{target.name} is not written in {dtype}", f"choose among {', '.join(target.dtypes)}")
-    if source.directory.resolve().is_relative_to(path.resolve()):
-        raise HandoffError(
-            f"{path} holds the model that is handed off, {source.directory}: writing there would take it away",
-            "give another directory",
-        )
-    if path.exists() and not is_complete(path):
-        raise RunDirectoryError(f"{path} is there and is not an export of crosschip", "give another directory")
+    check_place(source, path)
     try:
         with _partial(path) as partial:
             target.export(source, partial, dtype, tell, shard_bytes)
@@ -86,6 +80,22 @@ def export_model(
     except OSError as error:
         raise HandoffError(f"writing {path} failed: {error}", "make room, or give another directory") from error
     return path
+
+
+def check_place(source: ModelSource, path: Path) -> None:
+    """Refuse a directory that no export of `source` may replace.
+
+    Raises:
+        HandoffError: the source lies in it.
+        RunDirectoryError: it holds something that is not an export.
+    """
+    if source.directory.resolve().is_relative_to(path.resolve()):
+        raise HandoffError(
+            f"{path} holds the model that is handed off, {source.directory}: writing there would take it away",
+            "give another directory",
+        )
+    if path.exists() and not is_complete(path):
+        raise RunDirectoryError(f"{path} is there and is not an export of crosschip", "give another directory")
 
 
 @contextmanager

@@ -30,18 +30,16 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, Shape] | None:
     """
     if config.get("model_type") not in (*_ATTENTION, "deepseek_v2"):
         return None
-    try:
-        return dict(_whole(config))
-    except (TypeError, ValueError) as error:  # of a field that may be missing
-        raise HandoffError(f"config.json has a field of the wrong kind: {error}", "mend the file") from None
+    return dict(_whole(config))
 
 
-def _number(config: dict[str, Any], field: str) -> int:
-    value = config.get(field)
+def _number(config: dict[str, Any], field: str, least: int = 1, silent: int | None = None) -> int:
+    """A field that counts something, from `least` on; `silent` is what it means where it is missing or null."""
+    value = silent if config.get(field) is None else config[field]
     if value is None:
         raise HandoffError(f"config.json has no field {field!r}", "complete the file")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise HandoffError(f"config.json has {field} = {value!r}, which is no number of anything", "mend the file")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise HandoffError(f"config.json has {field} = {value!r}, which is no number from {least} on", "mend the file")
     return value
 
 
@@ -92,8 +90,8 @@ def _whole(config: dict[str, Any]) -> Named:
 
 def _attention(config: dict[str, Any]) -> Named:
     kind, width, heads = config["model_type"], _number(config, "hidden_size"), _number(config, "num_attention_heads")
-    head = int(config.get("head_dim") or _HEAD_DIM.get(kind) or width // heads)
-    key_rows = int(config.get("num_key_value_heads") or heads) * head
+    head = _number(config, "head_dim", silent=_HEAD_DIM.get(kind, max(width // heads, 1)))
+    key_rows = _number(config, "num_key_value_heads", silent=heads) * head
     biases = _BIASES.get(
         kind, ("q", "k", "v", "o") if kind in _MAY_HAVE_BIASES and config.get("attention_bias") else ()
     )
@@ -108,10 +106,11 @@ def _attention(config: dict[str, Any]) -> Named:
 def _latent_attention(config: dict[str, Any]) -> Named:
     width, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     latent, rotated, plain = (_number(config, n) for n in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
-    value, query = _number(config, "v_head_dim"), config.get("q_lora_rank")
+    value = _number(config, "v_head_dim")
+    query = None if config.get("q_lora_rank") is None else _number(config, "q_lora_rank")
     shapes: dict[str, Shape] = {"kv_a_proj_with_mqa": (latent + rotated, width), "o_proj": (width, heads * value)}
     if query is not None:
-        shapes["q_a_proj"] = (int(query), width)
+        shapes["q_a_proj"] = (query, width)
     for name, shape in shapes.items():
         yield f"self_attn.{name}.weight", shape
         if config.get("attention_bias"):
@@ -119,35 +118,40 @@ def _latent_attention(config: dict[str, Any]) -> Named:
     yield "self_attn.kv_a_layernorm.weight", (latent,)
     yield "self_attn.kv_b_proj.weight", (heads * (plain + value), latent)
     if query is not None:
-        yield "self_attn.q_a_layernorm.weight", (int(query),)
-    name, columns = ("q_proj", width) if query is None else ("q_b_proj", int(query))
+        yield "self_attn.q_a_layernorm.weight", (query,)
+    name, columns = ("q_proj", width) if query is None else ("q_b_proj", query)
     yield f"self_attn.{name}.weight", (heads * (plain + rotated), columns)
 
 
 def _mlp_or_experts(config: dict[str, Any], layer: int) -> Named:
-    width, dense = _number(config, "hidden_size"), _number(config, "intermediate_size")
-    number = _num_experts(config, layer)
+    width, number = _number(config, "hidden_size"), _num_experts(config, layer)
     if not number:
-        yield from _mlp("mlp", width, dense, bool(config["model_type"] == "llama" and config.get("mlp_bias")))
+        has_bias = bool(config["model_type"] == "llama" and config.get("mlp_bias"))
+        yield from _mlp("mlp", width, _number(config, "intermediate_size"), has_bias)
         return
     inner = _number(config, "moe_intermediate_size")
     yield "mlp.gate.weight", (number, width)
     for expert in range(number):
         yield from _mlp(f"mlp.experts.{expert}", width, inner)
-    if config["model_type"] == "deepseek_v2" and config.get("n_shared_experts"):
-        yield from _mlp("mlp.shared_experts", width, inner * _number(config, "n_shared_experts"))
+    if config["model_type"] == "deepseek_v2" and (shared := _number(config, "n_shared_experts", least=0, silent=0)):
+        yield from _mlp("mlp.shared_experts", width, inner * shared)
 
 
 def _num_experts(config: dict[str, Any], layer: int) -> int:
     """Of one layer; 0 where it is dense."""
     if config["model_type"] == "deepseek_v2":
-        is_dense = layer < int(config.get("first_k_dense_replace") or 0) or layer % int(config.get("moe_layer_freq", 1))
-        return 0 if is_dense else int(config.get("n_routed_experts") or 0)
+        first, every = _number(config, "first_k_dense_replace", 0, 0), _number(config, "moe_layer_freq", silent=1)
+        is_dense = layer < first or layer % every
+        return 0 if is_dense else _number(config, "n_routed_experts", least=0, silent=0)
     if config["model_type"] != "qwen3_moe":
         return 0
-    is_sparse = (layer + 1) % int(config.get("decoder_sparse_step", 1)) == 0
-    field = "num_experts" if "num_experts" in config else "num_local_experts"  # as transformers 5 calls it
-    return _number(config, field) if is_sparse and layer not in (config.get("mlp_only_layers") or ()) else 0
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise HandoffError(f"config.json has mlp_only_layers = {dense!r}, which is no list of layers", "mend the file")
+    if layer in dense or (layer + 1) % _number(config, "decoder_sparse_step", silent=1):
+        return 0
+    # The second is as transformers 5 calls it.
+    return _number(config, "num_experts" if "num_experts" in config else "num_local_experts", least=0)
 
 
 def _mlp(place: str, width: int, inner: int, has_bias: bool = False) -> Named:

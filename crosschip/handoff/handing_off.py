@@ -17,7 +17,7 @@ from crosschip.golden.bundle import Bundle, load_bundle
 from crosschip.golden.files import FileCheck
 from crosschip.golden.limits import QUANTISED
 from crosschip.golden.weights import WeightDifference
-from crosschip.handoff.bundles import check_numbers, choose_bundle
+from crosschip.handoff.bundles import check_numbers, choose_bundle, removed_if_refused
 from crosschip.handoff.certificate.arrived import Arrived, open_arrived
 from crosschip.handoff.certificate.engines import Trial, check_engine, default_engines, make_replays
 from crosschip.handoff.certificate.fields import fields_gate
@@ -30,7 +30,7 @@ from crosschip.handoff.certificate.taken_over import answer_gates, write_read_ga
 from crosschip.handoff.certificate.tensors import manifest_gate, unreadable
 from crosschip.handoff.certificate.tokenizers import both, certified_tokenizer_gate, tokenizer_gate
 from crosschip.handoff.conversion.rotary_pairs import FIELD
-from crosschip.handoff.export import export_model
+from crosschip.handoff.export import check_place, export_model
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.rundir import RunDirectory, read_json
@@ -80,7 +80,7 @@ def hand_off(
 ) -> HandoffResult:
     """Write the files of a target, replay the golden bundle through them, and certify what was found.
 
-    A model that fails leaves its files with a certificate that says FAIL.
+    A model that fails leaves its files with a certificate that says FAIL; one that is refused leaves nothing.
 
     Args:
         source: a run, a checkpoint, or a model directory in Hugging Face layout; whoever holds a run's lock gives the
@@ -111,10 +111,13 @@ def hand_off(
     beside = directory.with_name(f"{directory.name}-golden") if run is None else run.path / "golden"
     with run.lock() if run is not None else contextlib.nullcontext():
         computed, quantised = _arithmetic(chosen), _kind(target.quantised, chosen)
+        check_place(model, directory)
+        target.check(model)
         used = choose_bundle(model, golden, beside, wishes.chip, computed, quantised, tell)
-        check_numbers(used.bundle)
-        tell(f"writing {directory}")
-        export_model(model, target, directory, chosen, tell=tell, relative_to=None if run is None else run.path)
+        with removed_if_refused(used):
+            check_numbers(used.bundle)
+            tell(f"writing {directory}")
+            export_model(model, target, directory, chosen, tell=tell, relative_to=None if run is None else run.path)
         described = {"name": target.name, "dtype": chosen, "computed_in": computed, "quantised": quantised}
         made = _examine(directory, described, model, _description(source, model, run), used, wishes, None)
     return HandoffResult(directory, made.certificate, made.exit_code, used.recorded_now)

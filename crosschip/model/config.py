@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -30,6 +31,8 @@ _AT_LEAST_ONE = (
     *("num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "kv_lora_rank"),
     *("q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_position_embeddings"),
 )
+_AT_LEAST_ZERO = ("num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace")
+_YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, document: dict[str, Any]) -> ModelConfig:
         """Read a `config.json`, of transformers 4 or 5 or as published; refuse what this code does not compute."""
-        if document.get("model_type", "deepseek_v3") != "deepseek_v3":
-            raise ModelError(
-                f"model_type is {document['model_type']!r}, this engine runs 'deepseek_v3'",
-                "use a model of the DeepSeek-V3 architecture, or another engine for this one",
-            )
-        for field, allowed in _ONLY.items():
-            if field in document and document[field] not in allowed:
-                raise ModelError(
-                    f"config field {field} = {document[field]!r}; only {allowed[0]!r} is computed here",
-                    "use another engine for this model",
-                )
-        missing = [name for name in _NEEDED if name not in document]
-        if missing:
-            raise BrokenConfigError(f"config.json has no field {missing[0]!r}", "complete the file")
-        if document.get("num_key_value_heads") not in (document["num_attention_heads"], None):
-            raise ModelError(
-                f"num_key_value_heads = {document['num_key_value_heads']} differs from "
-                f"num_attention_heads = {document['num_attention_heads']}",
-                "latent attention has one key per query head; check config.json",
-            )
+        _refuse_others(document)
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in document.items() if key in known and value is not None}
         values["q_lora_rank"] = document.get("q_lora_rank")
@@ -129,7 +113,9 @@ class ModelConfig:
         if isinstance(document.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(document["eos_token_id"])
         _check_types(values)
-        return cls(**{**_PUBLISHED_DEFAULTS, **values})
+        config = cls(**{**_PUBLISHED_DEFAULTS, **values})
+        _check_relations(config)
+        return config
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The complete `config.json`: what transformers reads and the fields that only other engines ask for.
@@ -157,6 +143,30 @@ class ModelConfig:
         }
 
 
+def _refuse_others(document: dict[str, Any]) -> None:
+    """Refuse another architecture, a variant that is not computed here, and a file without its first fields."""
+    if document.get("model_type", "deepseek_v3") != "deepseek_v3":
+        raise ModelError(
+            f"model_type is {document['model_type']!r}, this engine runs 'deepseek_v3'",
+            "use a model of the DeepSeek-V3 architecture, or another engine for this one",
+        )
+    for field, allowed in _ONLY.items():
+        if field in document and document[field] not in allowed:
+            raise ModelError(
+                f"config field {field} = {document[field]!r}; only {allowed[0]!r} is computed here",
+                "use another engine for this model",
+            )
+    missing = [name for name in _NEEDED if document.get(name) is None]
+    if missing:
+        raise BrokenConfigError(f"config.json has no field {missing[0]!r}, or null in it", "complete the file")
+    if document.get("num_key_value_heads") not in (document["num_attention_heads"], None):
+        raise ModelError(
+            f"num_key_value_heads = {document['num_key_value_heads']} differs from "
+            f"num_attention_heads = {document['num_attention_heads']}",
+            "latent attention has one key per query head; check config.json",
+        )
+
+
 def _check_types(values: dict[str, Any]) -> None:
     """Refuse what a `config.json` written by hand may hold, such as a number in quotes, by its field."""
     hints = get_type_hints(ModelConfig)
@@ -166,8 +176,27 @@ def _check_types(values: dict[str, Any]) -> None:
         except ValidationError:
             wanted = str(hints[name]).removeprefix("<class '").removesuffix("'>")
             raise BrokenConfigError(f"config field {name} = {value!r} is no {wanted}", "mend config.json") from None
-        if name in _AT_LEAST_ONE and value is not None and value < 1:
-            raise BrokenConfigError(f"config field {name} = {value!r} is below 1", "mend config.json")
+        least = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO else None
+        if least is not None and value is not None and value < least:
+            raise BrokenConfigError(f"config field {name} = {value!r} is below {least}", "mend config.json")
+
+
+def _check_relations(config: ModelConfig) -> None:
+    """Refuse fields that contradict one another; those of experts only where a layer has some."""
+    experts, groups = config.n_routed_experts, config.n_group
+    if config.qk_rope_head_dim % 2:
+        wrong = f"qk_rope_head_dim = {config.qk_rope_head_dim} is odd, and rotations turn pairs"
+    elif not config.num_moe_layers:
+        return
+    elif config.topk_group > groups:
+        wrong = f"topk_group = {config.topk_group} is more than n_group = {groups}"
+    elif config.num_experts_per_tok > experts:
+        wrong = f"num_experts_per_tok = {config.num_experts_per_tok} is more than n_routed_experts = {experts}"
+    elif experts % groups:
+        wrong = f"n_group = {groups} does not divide n_routed_experts = {experts}"
+    else:
+        return
+    raise BrokenConfigError(f"config field {wrong}", "mend config.json")
 
 
 # What transformers and the published code assume where config.json is silent.
@@ -178,22 +207,51 @@ def _read_rope(document: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """theta and the YaRN fields, from `rope_theta` + `rope_scaling` (4) or `rope_parameters` (5)."""
     parameters = dict(document.get("rope_parameters") or {})
     scaling = dict(document.get("rope_scaling") or {})
-    theta = parameters.pop("rope_theta", None) or scaling.pop("rope_theta", None) or document.get("rope_theta", 10000.0)
-    if "rope_theta" in document and float(document["rope_theta"]) != float(theta):
-        raise ModelError(
-            f"rope_theta = {document['rope_theta']} but rope_parameters says {theta}",
-            "make the two fields of config.json agree",
-        )
+    theta = _read_theta(document, parameters.pop("rope_theta", None), scaling.pop("rope_theta", None))
     chosen = scaling or parameters
     kind = chosen.pop("rope_type", None) or chosen.pop("type", None) or "default"
     chosen.pop("type", None)
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "yarn":
         raise ModelError(f"rope type {kind!r} is not known here", "default and yarn are; use another engine")
-    chosen.setdefault("original_max_position_embeddings", document.get("max_position_embeddings"))
-    chosen.setdefault("factor", document["max_position_embeddings"] / chosen["original_max_position_embeddings"])
-    return float(theta), {"type": "yarn", "rope_type": "yarn", **chosen}
+    place, length = "rope_scaling" if scaling else "rope_parameters", "original_max_position_embeddings"
+    chosen.setdefault(length, document.get("max_position_embeddings"))
+    _check_number(f"{place}.{length}", chosen[length], can_be_zero=False)
+    if "factor" not in chosen:
+        chosen["factor"] = document["max_position_embeddings"] / chosen[length]
+    _check_number(f"{place}.factor", chosen["factor"], can_be_zero=False)
+    for name in _YARN_OPTIONAL:
+        if chosen.get(name) is not None:
+            _check_number(f"{place}.{name}", chosen[name])
+    return theta, {"type": "yarn", "rope_type": "yarn", **chosen}
+
+
+def _read_theta(document: dict[str, Any], of_parameters: Any, of_scaling: Any) -> float:
+    """The base of the rotations, from wherever it stands; 10,000 where it stands nowhere."""
+    nested = {"rope_parameters.rope_theta": of_parameters, "rope_scaling.rope_theta": of_scaling}
+    given = {name: value for name, value in nested.items() if value is not None}
+    if "rope_theta" in document:
+        given["rope_theta"] = document["rope_theta"]
+    for name, value in given.items():
+        _check_number(name, value, can_be_zero=False)
+    theta = next(iter(given.values()), 10000.0)
+    if given.get("rope_theta", theta) != theta:
+        raise ModelError(
+            f"rope_theta = {given['rope_theta']} but rope_parameters says {theta}",
+            "make the two fields of config.json agree",
+        )
+    return float(theta)
+
+
+def _check_number(name: str, value: Any, can_be_zero: bool = True) -> None:
+    """Refuse a rotary field that is no finite number above 0, or from 0 on."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf or (value == 0 and not can_be_zero):
+        wanted = "number from 0 on" if can_be_zero else "number above 0"
+        raise BrokenConfigError(
+            f"config field {name} = {value!r} of the rotary embeddings is no {wanted}", "write one, without quotes"
+        )
 
 
 def config_from_settings(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crosschip.errors import CrosschipError, HandoffError
 from crosschip.golden.config_fields import compare_fields
+from crosschip.handoff import bundles
+from crosschip.handoff.export import export_model
 from crosschip.handoff.families import expected_tensors
 from crosschip.handoff.handing_off import hand_off
 from crosschip.handoff.source import open_source
+from crosschip.handoff.targets import TARGETS
 from crosschip.model import save_model
+from crosschip.rundir import COMPLETE
 from tests.handoff.conversion.models import FAMILY, SQUARE, save_family
 from tests.model.configs import random_model
 
@@ -107,6 +115,32 @@ def test_a_field_that_says_no_shape_is_named(tmp_path: Path, field: str, value: 
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("llama", "num_attention_heads", 0),
+        ("llama", "head_dim", 0),
+        ("llama", "num_key_value_heads", "2"),
+        ("llama", "hidden_size", -64),
+        ("qwen3_moe", "decoder_sparse_step", 0),
+        ("qwen3_moe", "num_experts", -1),
+        ("qwen3_moe", "mlp_only_layers", 0.5),
+        ("deepseek_v2", "moe_layer_freq", 0),
+        ("deepseek_v2", "q_lora_rank", [24]),
+        ("deepseek_v2", "first_k_dense_replace", "one"),
+        ("deepseek_v2", "n_routed_experts", 4.0),
+        ("deepseek_v2", "n_shared_experts", -1),
+    ],
+)
+def test_a_number_that_counts_nothing_is_refused_by_its_field(kind: str, field: str, value: object) -> None:
+    config: dict[str, Any] = {"model_type": kind, **FAMILY, **(EXPERTS if kind == "qwen3_moe" else LATENT)}
+    config |= {"first_k_dense_replace": 0} if kind == "deepseek_v2" else {}
+    assert expected_tensors(config)
+    with pytest.raises(HandoffError) as refused:
+        expected_tensors({**config, field: value})
+    assert f"config.json has {field} = {value!r}, which is no " in refused.value.problem
+
+
 def test_prediction_modules_that_transformers_left_out_are_told_from_a_broken_download(tmp_path: Path) -> None:
     directory = tmp_path / "model"
     save_model(random_model(SQUARE), directory)
@@ -144,30 +178,86 @@ def test_a_number_that_is_none_is_refused_by_the_tensors_name(tmp_path: Path, ta
     directory = changed(save_family("llama", tmp_path / "model"), lambda t: t[UP_PROJ][3, 4].fill_(float("nan")))
     with pytest.raises(CrosschipError, match=f"{UP_PROJ} holds NaN or infinity"):
         hand_off(directory, target, engines=["transformers"], chip="cpu")
-    assert not (tmp_path / f"model-{target}").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left, no bundle either"
+
+
+def test_a_bundle_that_was_there_before_a_refused_handoff_stays(tmp_path: Path) -> None:
+    directory = save_family("llama", tmp_path / "model")
+    hand_off(directory, "hf", engines=["transformers"], chip="cpu")
+    out = tmp_path / "model-hf"
+    shutil.rmtree(out)
+    held = tmp_path / ".model-hf.partial"
+    held.mkdir()
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(HandoffError, match="another process writes"):
+        hand_off(directory, "hf", engines=["transformers"], chip="cpu")
+    os.close(lock)
+    assert (tmp_path / "model-hf-golden" / "COMPLETE").is_file()
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "words"),
+    [
+        ("hf", "model", "holds the model that is handed off"),
+        ("hf", "mine", "is not an export"),
+        ("gguf", "out", "tokenizer.json"),
+    ],
+)
+def test_what_is_refused_is_refused_before_a_bundle_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, out: str, words: str
+) -> None:
+    directory = save_family("llama", tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(bundles, "record", lambda *each, **more: pytest.fail("a bundle was recorded"))
+    with pytest.raises(CrosschipError, match=words):
+        hand_off(directory, to, out=tmp_path / out, chip="cpu")
 
 
 def test_a_quantiser_names_the_tensor_it_cannot_take(tmp_path: Path) -> None:
-    from crosschip.handoff.export import export_model
-    from crosschip.handoff.targets import TARGETS
-
     directory = changed(save_family("llama", tmp_path / "model"), lambda t: t[UP_PROJ][3, 4].fill_(float("inf")))
     with pytest.raises(CrosschipError, match=f"{UP_PROJ}: a weight holds NaN or infinity"):
         export_model(open_source(directory), TARGETS["w8a8"], tmp_path / "out")
 
 
-def test_a_disk_that_fills_while_the_bundle_is_recorded_is_refused(tmp_path: Path, monkeypatch) -> None:
-    from safetensors import SafetensorError
+FULL = "No space left on device"
 
-    from crosschip.handoff import bundles
 
+@pytest.mark.parametrize("error", [SafetensorError(f"Error while serializing: I/O error: {FULL}"), OSError(28, FULL)])
+def test_a_disk_that_fills_while_the_bundle_is_recorded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*words: object, **settings: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise error
 
     monkeypatch.setattr(bundles, "record", full)
-    with pytest.raises(HandoffError, match=r"model-hf-golden failed: .*No space left") as refused:
+    with pytest.raises(HandoffError, match=rf"model-hf-golden failed: .*{FULL}") as refused:
         hand_off(save_family("llama", tmp_path / "model"), "hf", engines=["transformers"], chip="cpu")
-    assert "make room" in refused.value.remedy
+    assert f"make room in {tmp_path}," in refused.value.remedy
+
+
+def test_what_is_multiplied_out_to_record_from_lies_beside_the_bundle_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = export_model(open_source(save_family("llama", tmp_path / "model")), TARGETS["w8a8"], tmp_path / "w8a8")
+    seen: list[Path] = []
+
+    def full(directory: Path, *words: object, **settings: object) -> None:
+        assert (directory / "model.safetensors").is_file()
+        seen.append(directory)
+        raise OSError(28, FULL)
+
+    monkeypatch.setattr(bundles, "record", full)
+    place = tmp_path / "elsewhere"
+    with pytest.raises(HandoffError, match=FULL):
+        hand_off(model, "hf", out=place / "hf", engines=["transformers"], chip="cpu")
+    assert [each.parent for each in seen] == [place]
+    assert list(place.iterdir()) == []
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(HandoffError, match=f"{place} has 10 B free, the files need"):
+        hand_off(model, "hf", out=place / "hf", engines=["transformers"], chip="cpu")
+    assert (len(seen), list(place.iterdir())) == (1, [])
 
 
 def test_a_quantised_model_of_another_family_is_a_source(tmp_path: Path) -> None:
@@ -179,10 +269,6 @@ def test_a_quantised_model_of_another_family_is_a_source(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("out", ["model", "."])
 def test_a_model_is_never_replaced_by_what_is_made_of_it(tmp_path: Path, out: str) -> None:
-    from crosschip.handoff.export import export_model
-    from crosschip.handoff.targets import TARGETS
-    from crosschip.rundir import COMPLETE
-
     directory = save_family("llama", tmp_path / "model")
     (tmp_path / out / COMPLETE).touch()
     with pytest.raises(HandoffError, match="holds the model that is handed off"):

@@ -37,9 +37,10 @@ _WHY_NOT = {
 
 @dataclass(frozen=True)
 class GoldenUsed:
-    """The bundle that was replayed."""
+    """The bundle that was replayed. `is_new`: this very handoff recorded it."""
 
     bundle: Bundle
+    is_new: bool = False
 
     @property
     def recorded_now(self) -> bool:

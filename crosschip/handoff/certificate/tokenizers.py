@@ -131,7 +131,10 @@ def certified_tokenizer_gate(directory: Path) -> Gate:
     wrong = [name for name in names if certified.get(name) != found.get(name)]
     if not wrong:
         return gate
-    words = f"{', '.join(wrong)}: not what the certificate that lies there was made of"
+    words = (
+        f"{', '.join(wrong)}: changed after the certificate that lies there was made; hand the model off again from "
+        "its source or, if the change is meant, remove certificate.json and certify anew"
+    )
     return Gate(_NAME, "FAIL", words, wrong[0], [Measure("files that differ", len(wrong), 0, f"{len(names)} files")])
 
 

@@ -20,6 +20,14 @@ GGUF_FILE = "model.gguf"
 NOTES_FILE = "not_in_the_file.json"
 
 
+def _check(source: ModelSource) -> None:
+    try:
+        from crosschip.handoff.gguf import plan_gguf
+    except ModuleNotFoundError as error:  # the other targets do without the package
+        raise HandoffError(f"the target gguf needs the package {error.name}", "pip install gguf") from None
+    plan_gguf(source.tensors.names(), source.config, source.tokenizer_files, "")
+
+
 def _export(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_bytes: int = SHARD_BYTES) -> None:
     try:
         from crosschip.handoff.gguf import export_gguf
@@ -45,5 +53,7 @@ def _export_q8_0(source: ModelSource, directory: Path, dtype: str, tell: Tell, s
     _export(source, directory, "q8_0", tell)
 
 
-GGUF = Target("gguf", ("float32", "bfloat16"), _export, None, "llama.cpp: one file with everything in it")
-GGUF_Q8_0 = Target("gguf-q8_0", ("float32",), _export_q8_0, "q8_0", "llama.cpp: 8 bits and a scale per 32 numbers")
+GGUF = Target("gguf", ("float32", "bfloat16"), _export, None, "llama.cpp: one file with everything in it", _check)
+GGUF_Q8_0 = Target(
+    "gguf-q8_0", ("float32",), _export_q8_0, "q8_0", "llama.cpp: 8 bits and a scale per 32 numbers", _check
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,13 +31,17 @@ class Export(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A form that models are handed off in. `quantised` is its key in `crosschip.golden.limits.QUANTISED`."""
+    """A form that models are handed off in. `quantised` is its key in `crosschip.golden.limits.QUANTISED`.
+
+    `check` refuses at once, by a HandoffError, a source whose configuration or tokenizer cannot take the form.
+    """
 
     name: str
     dtypes: tuple[str, ...]  # the first one is the usual
     export: Export
     quantised: str | None
     words: str
+    check: Callable[[ModelSource], None] = lambda source: None
 
 
 def write_hugging_face(

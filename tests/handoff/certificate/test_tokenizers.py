@@ -105,3 +105,8 @@ def test_a_tokenizer_changed_since_the_certificate_is_seen_without_the_source(tm
     assert gate.verdict == ("NOT COVERED" if change == "none" else "FAIL")
     expected = {"none": None, "changed": "tokenizer.json", "added": "chat_template.jinja"}
     assert gate.subject == expected.get(change, "tokenizer_config.json")
+    if change != "none":
+        assert "changed after the certificate" in gate.message
+        assert (
+            "hand the model off again from its source or, if the change is meant, remove certificate." in gate.message
+        )
