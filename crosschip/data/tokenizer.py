@@ -81,7 +81,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text as it stands: nothing is added, and `<|eos|>` in it is seven characters, not a token."""
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        return _ids(self._plain, text)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, in parallel threads."""
@@ -89,7 +89,7 @@ class ChatTokenizer:
 
     def encode_with_controls(self, text: str) -> list[int]:
         """The ids of a text in which control tokens are meant, such as what `render` gives. Not for users' words."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return _ids(self._tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; `<think>` tags stay, other control tokens are dropped, broken UTF-8 becomes U+FFFD."""
@@ -261,6 +261,11 @@ def load_tokenizer(directory: Path) -> ChatTokenizer:
     ends = _read_object(directory / "generation_config.json").get("eos_token_id", [])
     stop_ids = ends if isinstance(ends, list) else [ends]
     return ChatTokenizer(tokenizer, config, _find_template(directory, config), [i for i in stop_ids if i is not None])
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """As a batch of one: that lets go of the interpreter's lock, which `encode` holds for as long as a text is long."""
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["MOVING", "ROWS", "Case", "PlanRequest", "case_from", "needed_by", "plan_rounds"]
+__all__ = ["MOVING", "ROWS", "Case", "PlanRequest", "case_from", "kind_is_needed", "needed_by", "plan_rounds"]
 
 Values = Literal["drawn", "whole", "limits"]
 
@@ -122,3 +122,9 @@ def needed_by(role: str, case: Case, routes_tokens: bool, dtypes: Sequence[str])
     name = case.call.removesuffix(case.dtype).strip()
     wanted = name in _NEEDED[role] or (routes_tokens and name.startswith("all_to_all"))
     return wanted and case.dtype in dtypes
+
+
+def kind_is_needed(role: str, collective: str, routes_tokens: bool) -> bool:
+    """Whether the role cannot do without this kind of collective, such as `all_reduce`, in any form."""
+    kinds = {name.split()[0] for name in _NEEDED[role]}
+    return collective in kinds or (routes_tokens and collective.startswith("all_to_all"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.exams.links.collective_cases import needed_by
+from crosschip.qualify.exams.links.collective_cases import kind_is_needed, needed_by
 from crosschip.qualify.exams.links.conformance_findings import (
     CallResult,
     Defect,
@@ -267,7 +267,8 @@ def _report_links(exam: _Exam, session: Session) -> None:
     for document in fits_document(collectives):
         journal.measured(**bandwidth_entry(document, exam.num_ranks))
     for slow in find_slow_collectives(collectives, _HOST_WAIT_S if context.chip.device.type in ON_HOST else 0.0):
-        journal.finding(slow_collective_finding(context.exam, slow, exam.num_ranks))
+        needed = kind_is_needed(context.role, slow.collective, exam.layout.routes_tokens)
+        journal.finding(slow_collective_finding(context.exam, slow, exam.num_ranks, needed))
     for document in fits_document(pooled):
         journal.measured(**bandwidth_entry(document))
     planned = exam.num_ranks * (exam.num_ranks - 1) // 2

@@ -54,12 +54,12 @@ def find_slow_collectives(
     return sorted(found.values(), key=lambda each: -each.ratio)
 
 
-def slow_collective_finding(exam: str, slow: SlowCollective, num_ranks: int) -> Finding:
-    """A slow collective as a finding."""
+def slow_collective_finding(exam: str, slow: SlowCollective, num_ranks: int, is_needed: bool) -> Finding:
+    """A slow collective as a finding: a failure where the role needs it, else a limit."""
     return Finding(
         exam=exam,
         kind="links",
-        verdict="FAIL",
+        verdict="FAIL" if is_needed else "PASS WITH LIMITS",
         subject=f"{slow.collective} of {slow.num_bytes} bytes",
         check="collectives",
         message=f"the fastest {slow.collective} of {slow.num_bytes} bytes over {num_ranks} ranks takes "
@@ -68,6 +68,6 @@ def slow_collective_finding(exam: str, slow: SlowCollective, num_ranks: int) -> 
         measured=slow.ratio,
         limit=SLOW_RATIO,
         limit_source="the other collectives over the same links; the steps and bytes of good algorithms differ less",
-        critical=True,
+        critical=is_needed,
         severity=slow.ratio,
     )
