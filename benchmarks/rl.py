@@ -71,12 +71,12 @@ def their_side(options: argparse.Namespace, model: Path, place: Path, python: Pa
     records = rl_ours.read_lines(out / "steps.jsonl")
     for record in records:
         if (saved := out / f"step-{record['step']:05d}").is_dir():
-            record["score"] = score_of(saved, options)
+            record["score"] = score_of(saved, model, options)
     return records
 
 
-def score_of(model: Path, options: argparse.Namespace) -> float:
-    """The share of held-out problems that a model directory answers right."""
+def score_of(model: Path, start: Path, options: argparse.Namespace) -> float:
+    """The share of held-out problems that a model directory answers right; the tokenizer is that of the start."""
     settings = RlSettings(
         steps=3,
         seq_len=options.max_new_tokens + 64,
@@ -84,7 +84,7 @@ def score_of(model: Path, options: argparse.Namespace) -> float:
         validation_sequences=options.problems,
     )
     source = open_source(DataSettings(source="arithmetic", levels=[options.level], num_problems=8000), options.seed)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(start)
     found = HeldOutProblems(source, tokenizer, settings).score(load_model(model, dtype=torch.float32))
     return found.num_right / found.num_problems
 
@@ -159,7 +159,7 @@ def main() -> None:
             "benchmark": "rl",
             "command": shlex.join(["python", "benchmarks/rl.py", *sys.argv[1:]]),
             "settings": {name: str(value) for name, value in vars(options).items()},
-            "score_before": score_of(model, options),
+            "score_before": score_of(model, model, options),
             "samples_per_s": {"ours": rate(ours, options), "trl": rate(theirs, options)},
             "ratio": rate(ours, options) / rate(theirs, options),
             "both_work_share": [
