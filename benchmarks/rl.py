@@ -33,7 +33,7 @@ from crosschip.data.arithmetic import is_held_out
 from crosschip.engines.environments import engine_python, engine_versions
 from crosschip.model import load_model
 from crosschip.recipe import DataSettings, RlSettings
-from crosschip.rundir import write_json, write_text
+from crosschip.rundir import read_json, write_json, write_text
 from crosschip.train.rl.scoring import HeldOutProblems
 
 OUT = Path(__file__).parent.parent / "docs" / "results" / "rl"
@@ -71,8 +71,15 @@ def their_side(options: argparse.Namespace, model: Path, place: Path, python: Pa
     records = rl_ours.read_lines(out / "steps.jsonl")
     for record in records:
         if (saved := out / f"step-{record['step']:05d}").is_dir():
+            _forget_prediction_modules(saved)
             record["score"] = score_of(saved, model, options)
     return records
+
+
+def _forget_prediction_modules(model: Path) -> None:
+    """transformers saves none of their tensors, and goes on to say in config.json that there are some."""
+    config = read_json(model / "config.json")
+    write_json(model / "config.json", config | {"num_nextn_predict_layers": 0})
 
 
 def score_of(model: Path, start: Path, options: argparse.Namespace) -> float:
