@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -167,14 +168,21 @@ def _refuse_others(document: dict[str, Any]) -> None:
         )
 
 
+@cache
+def _kinds() -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    """Each field's annotation and what checks a value against it, which takes its time to be made."""
+    return {name: (hint, TypeAdapter(hint)) for name, hint in get_type_hints(ModelConfig).items()}
+
+
 def _check_types(values: dict[str, Any]) -> None:
     """Refuse what a `config.json` written by hand may hold, such as a number in quotes, by its field."""
-    hints = get_type_hints(ModelConfig)
+    kinds = _kinds()
     for name, value in values.items():
+        hint, kind = kinds[name]
         try:
-            TypeAdapter(hints[name]).validate_python(value, strict=True)
+            kind.validate_python(value, strict=True)
         except ValidationError:
-            wanted = str(hints[name]).removeprefix("<class '").removesuffix("'>")
+            wanted = str(hint).removeprefix("<class '").removesuffix("'>")
             raise BrokenConfigError(f"config field {name} = {value!r} is no {wanted}", "mend config.json") from None
         least = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO else None
         if least is not None and value is not None and value < least:

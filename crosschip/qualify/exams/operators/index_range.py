@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from crosschip.qualify.exams.operators.shapes import Encoded, base_name
+from crosschip.qualify.exams.operators.shapes import GRADIENT_OF, Encoded, base_name
 
 __all__ = ["to_the_last_place"]
 
-_GRADIENT_OF = "gradient of "
 _ALONG_DIM = (
     *("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"),
 )
@@ -22,7 +21,7 @@ _ALONG_DIM = (
 def to_the_last_place(operator: str, encoded: Encoded) -> Encoded | None:
     """The call with indices from the first to the last place that there is; None where it has no index."""
     args, kwargs = encoded
-    first = 1 if operator.startswith(_GRADIENT_OF) else 0  # a gradient's first argument is that of the output
+    first = 1 if operator.startswith(GRADIENT_OF) else 0  # a gradient's first argument is that of the output
     changed = _changed(base_name(operator), args[first:])
     return None if changed is None else ([*args[:first], *changed], kwargs)
 

@@ -14,6 +14,7 @@ from typing import Any
 from crosschip.qualify.tracing.trace import TracedCall, tensor_specs
 
 __all__ = [
+    "GRADIENT_OF",
     "Dimensions",
     "base_name",
     "is_contraction",
@@ -25,7 +26,7 @@ __all__ = [
 
 Encoded = tuple[list[Any], dict[str, Any]]  # args and kwargs as in a trace
 
-_GRADIENT_OF = "gradient of "
+GRADIENT_OF = "gradient of "
 
 # Letters for the dimensions of each tensor; K is deep. A bias is aligned with the result from the right.
 _CONTRACTIONS = {
@@ -130,7 +131,7 @@ def name_dimensions(call: TracedCall, pointwise: bool) -> Dimensions:
     """The dimensions of a call. Where nothing is known of the operator, all are deep unless it is `pointwise`."""
     specs = list(tensor_specs([call.args, call.kwargs]))
     base = base_name(call.operator)
-    if call.operator.startswith(_GRADIENT_OF) and base != "scaled_dot_product_attention":
+    if call.operator.startswith(GRADIENT_OF) and base != "scaled_dot_product_attention":
         return _of_gradient(call, pointwise)
     if base in _CONTRACTIONS and call.operator.startswith("aten."):
         letters = _CONTRACTIONS[base]
@@ -140,7 +141,7 @@ def name_dimensions(call: TracedCall, pointwise: bool) -> Dimensions:
         rows = [*[f"L{n}" for n in range(len(specs[0]["shape"]) - 1)], "K"]
         return _dimensions(specs, [tuple(rows), ("N", "K"), ("N",)][: len(specs)], {"K"})
     if base in _ATTENTION:
-        is_gradient = call.operator.startswith(_GRADIENT_OF)
+        is_gradient = call.operator.startswith(GRADIENT_OF)
         letters = _ATTENTION["attention_backward" if is_gradient else base]
         names = [_aligned(letters[n], spec["shape"]) for n, spec in enumerate(specs)]
         one_head_count = len({spec["shape"][-3] for spec in specs if len(spec["shape"]) > 2} - {1}) <= 1
@@ -169,7 +170,7 @@ def varied_dimensions(calls: Sequence[TracedCall], pointwise: bool) -> frozenset
 
 def _of_gradient(call: TracedCall, pointwise: bool) -> Dimensions:
     """The operator's own dimensions, and those of the output's gradient, which comes first, by their sizes."""
-    own = replace(call, operator=call.operator.removeprefix(_GRADIENT_OF), args=call.args[1:])
+    own = replace(call, operator=call.operator.removeprefix(GRADIENT_OF), args=call.args[1:])
     dims = name_dimensions(own, pointwise)
     shape = call.args[0]["tensor"]["shape"]
     specs = list(tensor_specs([own.args, own.kwargs]))

@@ -17,6 +17,13 @@ from tests.train.rl.rollouts.rollout_parts import FirstIsEven, Told, rollouts_of
 from tests.train.rl.rollouts.scripted_engine import ScriptedEngine, served
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second of silence is too much, and engines are looked at all the time."""
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._LOOK_EVERY_S", 0.1)
+
+
 def take_all(rollouts: Rollouts, num: int, first: int = 0) -> list[TakenBatch]:
     taken = []
     for version in range(first, first + num):
@@ -175,11 +182,8 @@ def test_an_engine_that_hangs_is_passed_over(tmp_path: Path) -> None:
     assert "no answer within 0.5 s" in told.of("bad answer")[0]
 
 
-def test_an_engine_that_falls_silent_is_not_waited_for_until_its_answer_is_due(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
-    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._LOOK_EVERY_S", 0.1)
+@pytest.mark.usefixtures("impatient")
+def test_an_engine_that_falls_silent_is_not_waited_for_until_its_answer_is_due(tmp_path: Path) -> None:
     told = Told()
     silent, good = ScriptedEngine(play=lambda number: "hang"), ScriptedEngine()
     settings = settings_of(rollouts_timeout_s=600.0)
@@ -191,11 +195,8 @@ def test_an_engine_that_falls_silent_is_not_waited_for_until_its_answer_is_due(
     assert "engine-0: unreachable: silent for 0.5 s" in told.of("bad answer")[0]
 
 
-def test_an_engine_that_takes_long_and_says_that_it_is_well_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
-    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._LOOK_EVERY_S", 0.1)
+@pytest.mark.usefixtures("impatient")
+def test_an_engine_that_takes_long_and_says_that_it_is_well_is_waited_for(tmp_path: Path) -> None:
     told = Told()
     with (
         served(ScriptedEngine(play=lambda number: 2.0)) as urls,
