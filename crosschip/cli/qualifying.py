@@ -63,6 +63,16 @@ def qualify(
     minutes: Annotated[
         float | None, typer.Option(min=0.1, help="Wall time, instead of the tier's.", show_default=False)
     ] = None,
+    planned_chips: Annotated[
+        int | None,
+        typer.Option(
+            "--planned-chips",
+            metavar="N",
+            min=1,
+            help="Chips of the run that is planned: how often silent corruption would strike it.",
+            show_default=False,
+        ),
+    ] = None,
     golden: GoldenOption = None,
     offline: Annotated[
         Path | None,
@@ -114,7 +124,7 @@ def qualify(
             json_path=json_path, seed=seed, minutes=minutes, tell=tell,
         )  # fmt: skip
     else:
-        request = _request(model, chip, role, tier, json_path, seed, exams, minutes, golden)
+        request = _request(model, chip, role, tier, json_path, seed, exams, minutes, golden, planned_chips)
         if trace_only:
             _print_trace(request, json_path)
         elif offline is not None or download is not None:
@@ -133,15 +143,19 @@ def _request(
     exams: str | None,
     minutes: float | None,
     golden: Path | None,
+    planned_chips: int | None,
 ) -> Request:
     if model is None:
         raise QualifyError(
             "--model is missing: a chip is examined for a model and its workload",
             "give a recipe (--model recipes/first.toml), a model directory, or package.module:function",
         )
-    from crosschip.qualify.programme import Request, named_exams
+    from crosschip.qualify.programme import GOLDEN, Request, named_exams
     from crosschip.rundir import RunDirectory
 
+    names = None if exams is None else [name.strip() for name in exams.split(",")]
+    if golden is None and GOLDEN.name in (names or []):
+        raise QualifyError("the exam 'golden' replays a bundle", "give one: --golden DIR")
     return Request(
         model,
         chip,
@@ -149,9 +163,10 @@ def _request(
         tier,
         report_place(json_path or RunDirectory(Path()).qualification(chip, role)),
         seed,
-        None if exams is None else named_exams([name.strip() for name in exams.split(",")]),
+        None if names is None else named_exams(names),
         None if minutes is None else 60.0 * minutes,
         golden=golden,
+        planned_chips=planned_chips,
     )
 
 

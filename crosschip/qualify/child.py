@@ -2,8 +2,8 @@
 
 It imports what a task needs, then reads the path of its job from standard input; without one it ends.
 
-Tasks: `identify` finds the chip and says what it is, `trace` records the subject's calls, `exam` examines, `write_call`
-writes a call that ended a process as a reproducer. What comes out is written to the job's result file; an exam writes
+Tasks: `identify` finds the chip and says what it is, `trace` records the subject's calls, `exam` examines, `write_end`
+writes what ended a process as a reproducer. What comes out is written to the job's result file; an exam writes
 its journal as it goes.
 """
 
@@ -113,6 +113,7 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
         died_in=frozenset(job.get("died_in", ())),
         only=job.get("only"),
         golden=Path(job["golden"]) if job.get("golden") else None,
+        planned_chips=job.get("planned_chips"),
     )
     importlib.import_module(job["module"]).examine(context)
     return {}
@@ -124,21 +125,21 @@ def _left_of(job: dict[str, Any]) -> float:
     return max(_LEAST_S, float(job["budget_s"]) - started_s)
 
 
-def _write_call(job: dict[str, Any]) -> dict[str, Any]:
-    """Write a reproducer of one traced call without making it."""
-    from crosschip.qualify.reproducing.reproducers import crash_reproducer
+def _write_end(job: dict[str, Any]) -> dict[str, Any]:
+    """Write a reproducer of what ended an exam's process, without making it again."""
+    from crosschip.qualify.reproducing.ends import reproducer_of_an_end
     from crosschip.qualify.tracing.trace import Trace
 
     trace = Trace.from_document(read_json(Path(job["trace"])))
-    call = next(each for each in trace.calls if each.id == job["call"])
-    return {"reproducer": crash_reproducer(Path(job["directory"]), job["slug"], job["title"], job["chip"], call)}
+    told = {key: job[key] for key in ("exam", "now", "how", "detail", "chip", "seed")}
+    return {"reproducer": reproducer_of_an_end(Path(job["directory"]), trace=trace, **told)}
 
 
 _TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "identify": _identify,
     "trace": _trace,
     "exam": _exam,
-    "write_call": _write_call,
+    "write_end": _write_end,
 }
 
 

@@ -15,11 +15,13 @@ from typing import Any, TextIO
 
 from crosschip.qualify.finding import LEAST_COVERAGE, Coverage, ExamRecord, Finding
 
-__all__ = ["Journal", "JournalReader", "JournalState", "read_journal"]
+__all__ = ["IN_OPERATOR", "Journal", "JournalReader", "JournalState", "part_of", "read_journal"]
+
+IN_OPERATOR = ", in "  # between a part and the operator that stands still in it
 
 
 class Journal:
-    """The lines an exam writes: `now`, `done`, `finding`, `checked`, `measured`, `covered`, `not_covered`."""
+    """The lines an exam writes: `now`, `ready`, `done`, `finding`, `checked`, `measured`, `covered`, `not_covered`."""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
@@ -35,6 +37,10 @@ class Journal:
     def now(self, what: str) -> None:
         """Name what is about to run on the chip: an operator call, a step. Each must take seconds at most."""
         self._write({"now": what, "at": time.time()})
+
+    def ready(self, what: str, reproducer: str) -> None:
+        """Name the file that does a part again, written before the part, which may end the process."""
+        self._write({"ready": what, "reproducer": reproducer})
 
     def done(self, what: str) -> None:
         """Say that a part of the exam is finished; after a crash the exam goes on with the parts that are not."""
@@ -69,12 +75,16 @@ class Journal:
 
 @dataclass
 class JournalState:
-    """What a journal says so far: the record, the parts that are done, and what was last begun, with its time."""
+    """What a journal says so far: the record, the parts that are done, and what was last begun, with its time.
+
+    `ready` has the file for each part that had one beforehand.
+    """
 
     record: ExamRecord
     done: set[str] = field(default_factory=set)
     now: str | None = None
     now_at: float | None = None
+    ready: dict[str, str] = field(default_factory=dict)
 
 
 class JournalReader:
@@ -99,6 +109,11 @@ class JournalReader:
         return self.state
 
 
+def part_of(now: str) -> str:
+    """The part of an exam, without the operator in which it stands still."""
+    return now.partition(IN_OPERATOR)[0]
+
+
 def read_journal(path: Path, exam: str) -> JournalState:
     """What a journal says."""
     return JournalReader(path, exam).read()
@@ -110,6 +125,8 @@ def _take(state: JournalState, line: dict[str, Any]) -> None:
         state.now, state.now_at = line["now"], line["at"]
     elif "begun" in line:
         state.now = None
+    elif "ready" in line:
+        state.ready[line["ready"]] = line["reproducer"]
     elif "done" in line:
         state.done.add(line["done"])
         state.now = None

@@ -10,7 +10,7 @@ from crosschip.errors import QualifyError
 from crosschip.qualify.finding import Role, Tier
 from crosschip.qualify.proctor import PART_LIMIT_S
 
-__all__ = ["EXAMS", "TIER_S", "Exam", "Request", "named_exams"]
+__all__ = ["EXAMS", "GOLDEN", "TIER_S", "Exam", "Request", "named_exams"]
 
 # Wall time of a whole qualification in seconds. A slower machine examines less within it and says what it left out.
 TIER_S: dict[Tier, float] = {"smoke": 112.0, "standard": 840.0, "soak": 1800.0}
@@ -54,7 +54,8 @@ class Request:
     """What is to be qualified. `origin` is a recipe, a model directory or `package.module:function`.
 
     `exams` are those that are wished for, whatever the tier; None for the tier's. `time_s` stands instead of the
-    tier's wall time. `golden` is a golden bundle, whose replay is an exam of its own.
+    tier's wall time. `golden` is a golden bundle, whose replay is an exam of its own. `planned_chips` is how many chips
+    the run shall have, for which rates of silent corruption are told.
     """
 
     origin: str
@@ -67,6 +68,7 @@ class Request:
     time_s: float | None = None
     part_limit_s: float = PART_LIMIT_S
     golden: Path | None = None
+    planned_chips: int | None = None
 
     @property
     def programme(self) -> list[tuple[Exam, float]]:
@@ -78,13 +80,13 @@ class Request:
 
 
 def named_exams(names: Sequence[str]) -> tuple[Exam, ...]:
-    """The exams of these names, in the programme's order.
+    """The exams of these names, in the programme's order. `golden` is no exam of the tiers: a bundle brings it.
 
     Raises:
         QualifyError: there is no exam of that name.
     """
     known = {exam.name: exam for exam in EXAMS}
     for name in names:
-        if name not in known:
-            raise QualifyError(f"there is no exam {name!r}", f"choose among {', '.join(known)}")
+        if name not in known and name != GOLDEN.name:
+            raise QualifyError(f"there is no exam {name!r}", f"choose among {', '.join([*known, GOLDEN.name])}")
     return tuple(exam for name, exam in known.items() if name in names)

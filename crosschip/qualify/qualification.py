@@ -6,7 +6,6 @@ holds everything measured up to then. The report is written anew after each exam
 
 from __future__ import annotations
 
-import re
 import signal
 import tempfile
 import time
@@ -17,7 +16,8 @@ from typing import Any
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.finding import ExamRecord, Finding, Verdict
-from crosschip.qualify.journal import read_journal
+from crosschip.qualify.journal import part_of, read_journal
+from crosschip.qualify.losses import drop_unused, loss_finding, names_a_call
 from crosschip.qualify.proctor import Child, Ended, run_child, start_child
 from crosschip.qualify.programme import TIER_S, Exam, Request
 from crosschip.qualify.report_document import ReportHead, report_document, reproducers_of
@@ -239,8 +239,10 @@ def _take_exam(going: _Qualification, exam: Exam, budget_s: float, then: Exam | 
     try:
         how = _try_exam(going, exam, journal, budget_s, losses, then)
     finally:
-        record = read_journal(journal, exam.name).record
+        state = read_journal(journal, exam.name)
+        record = state.record
         record.findings += losses
+        drop_unused(reproducers_of(going.request.report), state)
         record.not_covered += [f"{loss.subject}: the exam ended in it" for loss in losses]
         record.ended, record.time_s = how, time.monotonic() - began
         going.records.append(record)
@@ -264,7 +266,7 @@ def _try_exam(
             is_ours = True
             going.defects.append(f"the exam {exam.name}, in {ended.now or 'its beginning'}: {ours}")
         else:
-            losses.append(_loss(going, exam, ended))
+            losses.append(loss_finding(exam.name, ended, _reproducer_of_the_end(going, exam, journal, ended)))
         if ended.now is None or ended.how in ("budget", "refused") or going.is_overdue:
             break
         died_in.add(ended.now)
@@ -291,46 +293,29 @@ def _exam_job(
         "reproducers": str(reproducers_of(request.report)),
         "seed": request.seed,
         "golden": None if request.golden is None else str(request.golden),
+        "planned_chips": request.planned_chips,
         "skip": sorted(read_journal(journal, exam.name).done | died_in),
         "died_in": sorted(died_in),
     }
 
 
-def _loss(going: _Qualification, exam: Exam, ended: Ended) -> Finding:
-    """A child that did not end well, as a finding about the chip, with the call it was in as a reproducer."""
-    at = ended.now or "before its first part"
-    words = {"hang": "hangs", "crash": "takes the process down", "budget": "the exam did not end in time"}
-    return Finding(
-        exam=exam.name,
-        kind="software" if ended.how in ("raised", "refused") else "stability",
-        verdict="INCONCLUSIVE" if ended.how == "budget" else "FAIL",
-        subject=at,
-        check=ended.how,
-        message=f"{words.get(ended.how, 'raises')}: {ended.detail}",
-        measured=ended.how,
-        limit="ends by itself",
-        limit_source="every part of an exam takes seconds on the CPU",
-        critical=True,
-        severity=100.0,
-        reproducer=_reproducer_of_the_end(going, exam, ended),
-        details={"traceback": ended.result.get("raised", {}).get("traceback", "")},
-        found_at=time.time(),
-    )
-
-
-def _reproducer_of_the_end(going: _Qualification, exam: Exam, ended: Ended) -> str | None:
-    """A file that makes the traced call in which the child ended; None when it was in no traced call."""
-    found = re.search(r"\bc\d{4,}\b", ended.now or "")
-    if found is None:
+def _reproducer_of_the_end(going: _Qualification, exam: Exam, journal: Path, ended: Ended) -> str | None:
+    """A file that makes the work in which the child ended; None when no call can be told, or only time was up."""
+    if ended.now is None or ended.how == "budget":
         return None
+    ready = read_journal(journal, exam.name).ready.get(part_of(ended.now))
+    if ready is not None or not names_a_call(ended.now):
+        return ready
     job = {
-        "task": "write_call",
-        "call": found.group(),
-        "trace": str(going.directory / "trace.json"),
+        "task": "write_end",
+        "exam": exam.name,
+        "now": ended.now,
+        "how": ended.how,
+        "detail": ended.detail,
         "chip": going.identity["chip"],
+        "seed": going.request.seed,
+        "trace": str(going.directory / "trace.json"),
         "directory": str(reproducers_of(going.request.report)),
-        "slug": f"{exam.name}-{ended.how}-{ended.now}",
-        "title": f"{ended.now}: {ended.detail.partition(';')[0]}",
     }
     written = going.run(job, _IDENTIFY_LIMIT_S, alone=True)
     return written.result.get("reproducer")
@@ -343,11 +328,20 @@ def _fails_on_cpu(going: _Qualification, exam: Exam, job: dict[str, Any], ended:
     journal = going.directory / f"{exam.name}.control.jsonl"
     journal.unlink(missing_ok=True)
     control = _exam_job(going, exam, journal, job["budget_s"], set(), chip="cpu")
-    control |= {"skip": job["skip"], "only": ended.now}
+    control |= {"skip": job["skip"], "only": ended.now, "reproducers": str(going.directory / "control")}
     again = going.run(control, 2 * job["budget_s"] + going.request.part_limit_s)
     if again.how in ("complete", "budget"):
         return None
     return again.result.get("raised", {}).get("traceback") or f"{again.how}: {again.detail}"
+
+
+def _again(request: Request) -> list[str]:
+    """The command that takes one exam again, whose name is to follow."""
+    command = ["crosschip", "qualify", "--model", request.origin, "--chip", request.chip, "--role", request.role]
+    command += ["--tier", request.tier, "--seed", str(request.seed), "--json", "again.json"]
+    command += [] if request.time_s is None else ["--minutes", f"{request.time_s / 60:g}"]
+    command += [] if request.golden is None else ["--golden", str(request.golden)]
+    return [*command, "--exams"]
 
 
 def _document(going: _Qualification) -> dict[str, Any]:
@@ -364,6 +358,7 @@ def _document(going: _Qualification) -> dict[str, Any]:
         compute_dtype=identity.get("compute_dtype"),
         fingerprint=identity.get("fingerprint"),
         trace=going.trace,
+        again=_again(request),
     )
     return report_document(head, going.records, time.monotonic() - going.started, going.complete)
 

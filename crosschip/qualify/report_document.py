@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ReportHead:
-    """What a report is about. `began_at` is in seconds since the epoch."""
+    """What a report is about. `began_at` is in seconds since the epoch.
+
+    `again` is a command that takes one exam again, whose name follows it; empty where there is none.
+    """
 
     chip: str
     role: Role
@@ -32,6 +36,7 @@ class ReportHead:
     compute_dtype: str | None = None
     fingerprint: dict[str, Any] | None = None
     trace: dict[str, Any] = field(default_factory=dict)
+    again: Sequence[str] = ()
 
 
 def report_document(
@@ -83,12 +88,17 @@ def reproducers_of(report: Path) -> Path:
 
 
 def _in_report(finding: Finding, head: ReportHead) -> dict[str, Any]:
-    """A finding with the whole path of its reproducer and the time since the beginning."""
+    """A finding with the whole path of its reproducer and the time since the beginning.
+
+    A failure that no file shows has the command that looks for it again among its details.
+    """
     document = finding.document()
     found_at = document.pop("found_at")
     document["found_after_s"] = None if found_at is None else round(found_at - head.began_at, 1)
     if finding.reproducer:
         document["reproducer"] = str(reproducers_of(head.report) / finding.reproducer)
+    elif head.again and finding.verdict == "FAIL":
+        document["details"] = {"again": shlex.join([*head.again, finding.exam]), **finding.details}
     return document
 
 

@@ -106,11 +106,13 @@ def _checks(exam: Document) -> int:
 def _finding(finding: Document) -> dict[str, Any]:
     verdict = str(finding.get("verdict", "?"))
     limit = finding.get("limit")
+    details = finding["details"] if isinstance(finding.get("details"), dict) else {}
     rows = [
         ("measured", shown(finding.get("measured"))),
         ("limit", shown(limit)),
         ("where the limit comes from", str(finding.get("limit_source") or "")),
         ("for the vendor", str(finding.get("reproducer") or "")),
+        ("to see it again", str(details.get("again") or "")),
         ("not covered", str(finding.get("not_covered") or "")),
     ]
     return {
@@ -121,7 +123,7 @@ def _finding(finding: Document) -> dict[str, Any]:
         "where": f"{finding.get('kind', '?')}, {finding.get('exam', '?')}"
         + (", critical" if finding.get("critical") else ""),
         "rows": [(label, text) for label, text in rows if text not in ("", "–")],
-        "details": flat(finding.get("details")),
+        "details": flat({name: each for name, each in details.items() if name != "again"}),
     }
 
 

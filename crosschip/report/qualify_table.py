@@ -55,6 +55,8 @@ def _print_finding(console: Console, number: int, finding: dict[str, Any]) -> No
         console.print(f"   measured {_shown(finding['measured'])}{limit}{source}", markup=False, soft_wrap=True)
     if finding["reproducer"]:
         console.print(f"   for the vendor: {finding['reproducer']}", markup=False, soft_wrap=True)
+    elif again := (finding.get("details") or {}).get("again"):
+        console.print(f"   to see it again: {again}", markup=False, soft_wrap=True)
 
 
 def _print_others(console: Console, findings: list[dict[str, Any]]) -> None:

@@ -158,6 +158,7 @@ def _supervise_group(command: TrainCommand) -> int:
             committed=functools.partial(logged_steps if several else committed_steps, train),
             tell=EventLog(train, _say),
             settings=command.recipe.guard,
+            go_on_with=f"`{command.go_on_with}`" if command.go_on_with else "--resume",
         )
     )
 

@@ -26,6 +26,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
         (["--model", TINY, "--trace-only", "--offline", "x.whl"], "--offline and --trace-only are different"),
         (["--engine", "http://127.0.0.1:1", "--dry-voyage", "native"], "--engine and --dry-voyage are different"),
         (["--model", TINY, "--exams", "softwear"], "there is no exam 'softwear'"),
+        (["--model", TINY, "--exams", "golden"], "the exam 'golden' replays a bundle"),
         (["--model", TINY, "--minutes", "inf"], "--minutes inf is no time"),
         (["--model", TINY, "--json", "."], "it is a directory"),
         (["--model", TINY, "--json", "report.html"], "its page goes there"),

@@ -59,6 +59,21 @@ def test_a_wrong_cluster_is_refused_by_key(change: dict[str, object], words: str
         parse_cluster({"name": "x", "chip": "H100", "num_chips": 8, **change}, "x.toml")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Atlas 800T A2", "Ascend 910B"),
+        ("Atlas 900 A3 SuperPoD", "Ascend 910C"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
+        ("NVIDIA A2", None),  # a small card of another vendor
+        ("NVIDIA A30", None),
+    ],
+)
+def test_a_chip_is_told_by_its_name(name: str, kind: str | None) -> None:
+    found = kind_named(name)
+    assert (found.kind if found else None) == kind
+
+
 def test_given_figures_count_more_and_complete_an_unknown_chip() -> None:
     def given(value: float) -> dict[str, object]:
         return {"value": value, "origin": "measured", "source": "me"}

@@ -80,6 +80,16 @@ def test_a_report_is_json_whatever_was_measured() -> None:
     assert report["exams"][0]["measurements"] == [{"series": [[0.0, "-inf"], [1.0, 2.0]]}]
 
 
+def test_a_failure_without_a_reproducer_has_the_command_that_looks_again() -> None:
+    again = ["crosschip", "qualify", "--model", "my models/a.toml", "--exams"]
+    head = ReportHead("sim", "train", "smoke", "tiny", "tiny", Path("report.json"), 0.0, again=again)
+    findings = [finding("FAIL"), replace(finding("FAIL"), reproducer="file.py"), finding("PASS WITH LIMITS")]
+    found = report_document(head, [ExamRecord("operators", findings, {"made": 1})], 1.0)["findings"]
+    shown = {each["details"].get("again") for each in found if each["verdict"] == "FAIL" and not each["reproducer"]}
+    assert shown == {"crosschip qualify --model 'my models/a.toml' --exams operators"}
+    assert sum("again" in each["details"] for each in found) == 1
+
+
 def test_documents_go_both_ways() -> None:
     one = finding("FAIL", critical=True)
     assert Finding.from_document(one.document()) == one

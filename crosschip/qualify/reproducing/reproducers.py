@@ -21,19 +21,18 @@ import torch
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.reproducing.self_contained import self_contained
 from crosschip.qualify.reproducing.smaller_calls import smaller_calls
-from crosschip.qualify.tracing.inputs import make_arguments, operator_named
-from crosschip.qualify.tracing.trace import TracedCall
 from crosschip.rundir import write_text
 
 __all__ = [
     "Check",
     "Outcome",
-    "crash_reproducer",
     "outcome_of",
     "shrink",
     "slug_of",
     "smaller_calls",
+    "write_file",
     "write_reproducer",
+    "write_untried_reproducer",
 ]
 
 Outcome = tuple[bool, str, str]  # wrong, expected, got
@@ -109,34 +108,21 @@ def write_reproducer(context: ExamContext, slug: str, title: str, check: Check) 
 
     None when the check does not show the failure on the chip now, or shows one on the CPU as well.
     """
-    device = context.chip.device
-    if _manner(check, "cpu") is not None or _manner(check, device) is None:
+    if _manner(check, "cpu") is not None or _manner(check, context.chip.device) is None:
         return None
+    return write_untried_reproducer(context, slug, title, check)
+
+
+def write_untried_reproducer(context: ExamContext, slug: str, title: str, check: Check) -> str:
+    """Write the file for a check that would take too long to make again, of what the exam has just seen so itself."""
     name = f"{context.exam}-{slug_of(slug)}.py"
-    write_text(context.reproducers / name, _file(name, title, context.chip.name, device.type, check))
+    write_file(context.reproducers / name, title, context.chip.name, context.chip.device.type, check)
     return name
 
 
-def crash_reproducer(directory: Path, slug: str, title: str, chip: str, call: TracedCall, seed: int = 0) -> str:
-    """Write a file that makes one call of the trace, for a call that took the process down: nothing is run here.
-
-    `chip` is the device's name, such as `npu:0`. The call counts as right when it ends.
-    """
-    parameters = {"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "seed": seed}
-    name = f"{slug_of(slug)}.py"
-    text = _file(name, title, chip, chip.partition(":")[0], Check(ends, parameters))
-    write_text(directory / name, text)
-    return name
-
-
-def ends(device: str, operator: str, args: list[Any], kwargs: dict[str, Any], seed: int) -> tuple[bool, str, str]:
-    """Make one operator call and wait for its result. Nothing is judged: the call is known to end the process."""
-    made_args, made_kwargs = make_arguments(args, kwargs, seed, device)
-    result = operator_named(operator)(*made_args, **made_kwargs)
-    for each in result if isinstance(result, (list, tuple)) else [result]:
-        if isinstance(each, torch.Tensor):
-            each.cpu()
-    return False, "the call ends", "the call ended"
+def write_file(path: Path, title: str, chip: str, device: str, check: Check) -> None:
+    """Write a check as a file; `chip` is where it was found, `device` what the file takes unless it is told."""
+    write_text(path, _file(path.name, title, chip, device, check))
 
 
 def slug_of(text: str) -> str:
@@ -156,6 +142,9 @@ Exit code: 1 when the device is wrong, 0 when it is right, 2 when there is no su
 from __future__ import annotations
 
 {imports}
+PLUGIN = "PLUGIN_OF_THE_CHIP"  # an environment variable, so that processes that are started here import it, too
+if PLUGIN in os.environ:
+    importlib.import_module(os.environ[PLUGIN])
 
 {definitions}
 
@@ -169,6 +158,7 @@ def main() -> int:
     parser.add_argument("--plugin", help="a module to import first, for a plug-in that torch does not load by itself")
     options = parser.parse_args()
     if options.plugin:
+        os.environ[PLUGIN] = options.plugin
         importlib.import_module(options.plugin)
     try:
         torch.empty(1, device=options.device)
@@ -185,7 +175,7 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 '''
-_ALWAYS_IMPORTED = ("import argparse", "import importlib", "import sys", "import torch")
+_ALWAYS_IMPORTED = ("import argparse", "import importlib", "import os", "import sys", "import torch")
 
 
 def _file(name: str, title: str, chip: str, device: str, check: Check) -> str:

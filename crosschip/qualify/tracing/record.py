@@ -64,7 +64,19 @@ def record_trace(subject: Subject, role: Role, dtype: torch.dtype, seed: int = 0
         compute_dtype=str(dtype).removeprefix("torch."),
         calls=recorder.calls(),
         notes=list(workload.notes),
+        block_sizes=_block_sizes(workload.module),
     )
+
+
+def _block_sizes(module: torch.nn.Module) -> list[int]:
+    """Parameters in each block of the model's outermost lists of modules."""
+    found = []
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            found += [sum(each.numel() for each in block.parameters()) for block in child]
+        else:
+            found += _block_sizes(child)
+    return found
 
 
 def _run(workload: Workload, role: Role, index: int) -> None:

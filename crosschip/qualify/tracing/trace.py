@@ -60,7 +60,8 @@ class TracedCall:
 class Trace:
     """The calls of one role's step: a train step (forward, backward, clipping, optimizer) or a serving step.
 
-    `notes` say where the recorded step differs from the subject's own: fewer tokens, fewer layers.
+    `notes` say where the recorded step differs from the subject's own: fewer tokens, fewer layers. `block_sizes` are
+    the numbers of parameters in each of the model's repeated blocks, which a sharded run gathers one by one.
     """
 
     subject: str
@@ -68,6 +69,7 @@ class Trace:
     compute_dtype: str
     calls: list[TracedCall]
     notes: list[str] = field(default_factory=list)
+    block_sizes: list[int] = field(default_factory=list)
 
     @property
     def time_s(self) -> float:

@@ -1,4 +1,4 @@
-"""How long a rank may be silent: three times what the phase usually takes, and four seconds. Pure policy, no torch."""
+"""How long a rank may be silent: three times what the phase usually takes, and some seconds. Pure policy, no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 __all__ = ["FACTOR", "SLACK_S", "START", "Allowances"]
 
 FACTOR = 3.0
-SLACK_S = 4.0  # a hang is to be told within five: the last is for looking, and for the stack of a rank that answers
+SLACK_S = 3.4  # a hang is to be told within five: the rest is for looking, for a stack, and for ending the ranks
 START = "start"  # loading, tokenising, compiling: it never takes as long as the time before
 
 _REMEMBERED = 15

@@ -47,6 +47,7 @@ class SupervisedRun:
     committed: Callable[[], int]
     tell: Callable[[str, Event], None]
     settings: GuardSettings
+    go_on_with: str = "--resume"  # what a person types to go on after a stop
 
 
 def supervise(run: SupervisedRun) -> int:
@@ -89,19 +90,20 @@ def _go_on_or_stop(run: SupervisedRun, restarts: Restarts, ended: Ended) -> None
     action = restarts.words() if may_go_on else "stopped"
     run.tell(ended.stage, Event(ended.step, ended.event, _line(ended), action))
     if not may_go_on:
-        raise NoProgressError(restarts.diagnosis(), _remedy(ended))
+        raise NoProgressError(restarts.diagnosis(), _remedy(ended, run.go_on_with))
 
 
 def _line(ended: Ended) -> str:
     return f"{ended.where}: {ended.detail}"
 
 
-def _remedy(ended: Ended) -> str:
+def _remedy(ended: Ended, go_on_with: str) -> str:
+    what = "mend what the rank says above"
     if ended.event == "hang":
-        return "show the vendor that line or operator; `crosschip qualify` examines the chip; then go on with --resume"
-    if ended.event == "out-of-memory":
-        return "lower batch_size or raise gradient_accumulation, or give the run more memory; then go on with --resume"
-    return "mend what the rank says above, then go on with --resume"
+        what = "show the vendor that line or operator; `crosschip qualify` examines the chip"
+    elif ended.event == "out-of-memory":
+        what = "lower batch_size or raise gradient_accumulation, or give the run more memory"
+    return f"{what}; then go on with {go_on_with}"
 
 
 def wait_for_orphans(heartbeats: Path, patience_s: float = _ORPHANS_S) -> None:

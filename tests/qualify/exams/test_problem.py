@@ -16,7 +16,7 @@ import torch
 from crosschip.qualify.exams.operators import problem
 from crosschip.qualify.finding import ExamRecord, Finding
 from crosschip.qualify.tracing.trace import Trace, TracedCall
-from tests.qualify.exams.test_operators import tensor
+from tests.qualify.exams.operator_faults import tensor
 from tests.qualify.planted import On
 
 Examine = Callable[..., ExamRecord]

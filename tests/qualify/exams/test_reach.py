@@ -13,7 +13,7 @@ from crosschip.qualify.exams.operators.index_range import to_the_last_place
 from crosschip.qualify.finding import ExamRecord
 from crosschip.qualify.tracing.inputs import make_arguments, operator_named
 from crosschip.qualify.tracing.trace import Trace, TracedCall
-from tests.qualify.exams.test_operators import BF16, indices, tensor
+from tests.qualify.exams.operator_faults import BF16, indices, tensor
 from tests.qualify.planted import On
 
 Examine = Callable[..., ExamRecord]

@@ -23,10 +23,10 @@ from crosschip.chips.simulated import activate, plant
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.finding import ExamRecord
 from crosschip.qualify.journal import Journal
+from crosschip.qualify.reproducing.ends import reproducer_of_an_end
 from crosschip.qualify.reproducing.reproducers import (
     Check,
     Outcome,
-    crash_reproducer,
     outcome_of,
     shrink,
     slug_of,
@@ -154,7 +154,17 @@ def test_the_file_holds_what_the_check_uses_and_imports_nothing_else(context: Ex
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert imported == {"__future__", "argparse", "collections.abc", "importlib", "math", "sys", "torch", "typing"}
+    assert imported == {
+        "__future__",
+        "argparse",
+        "collections.abc",
+        "importlib",
+        "math",
+        "os",
+        "sys",
+        "torch",
+        "typing",
+    }
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     assert {"make_arguments", "make_tensor", "operator_named", "_largest", "product_is_near"} <= set(defined)
     assert len(defined) == len(set(defined))
@@ -215,12 +225,26 @@ def test_a_failure_that_comes_and_goes_is_tried_again(context: ExamContext) -> N
     assert "repeats=8" in (context.reproducers / name).read_text()
 
 
+def ended_in(directory: Path, now: str, calls: list[TracedCall]) -> str | None:
+    """The reproducer of a process that ended in this part of an exam."""
+    trace = Trace("none", "train", "float32", calls)
+    return reproducer_of_an_end(directory, "stability", now, "crash", "died of SIGABRT", "cpu", 0, trace)
+
+
 def test_a_call_that_ended_the_process_is_written_without_being_made(tmp_path: Path) -> None:
-    call = TracedCall("1", "aten.mm.default", [spec(3, 4), spec(4, 5)], {}, [])
-    name = crash_reproducer(tmp_path, "crash in mm", "The process ends in mm", "cpu", call)
-    assert name == "crash-in-mm.py"
+    calls = [TracedCall("c0001", "aten.mm.default", [spec(3, 4), spec(4, 5)], {}, [], count=3)]
+    name = ended_in(tmp_path, "soak: mm (c0001)", calls)
+    assert name == "stability-crash-c0001-soak-mm-c0001.py"
     code, printed = run_file(tmp_path / name, "cpu")
     assert (code, "right" in printed) == (0, True), printed
+    assert "'number': 1,\n" in (tmp_path / name).read_text()
+
+    of_operator = ended_in(tmp_path, "burst: 4 serving steps at once, in aten.mm.default", calls)
+    assert of_operator is not None
+    assert "'number': 1000,\n" in (tmp_path / of_operator).read_text(), "which call it was nobody knows"
+    assert run_file(tmp_path / of_operator, "cpu")[0] == 0
+    assert ended_in(tmp_path, "burst: 4 serving steps at once", calls) is None
+    assert ended_in(tmp_path, "a step (c0002)", calls) is None
 
 
 def test_numbers_that_are_no_literals_of_python_are_written_so_that_they_can_be_read(context: ExamContext) -> None:

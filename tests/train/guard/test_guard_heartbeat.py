@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from crosschip.train.guard.allowances import Allowances
+from crosschip.train.guard.allowances import SLACK_S, Allowances
 from crosschip.train.guard.blame import SilentRank, blame, innermost_frame
 from crosschip.train.guard.heartbeat import DIRECTORY, Beat, Heartbeat, open_heartbeat, read_beats
 from crosschip.train.guard.processes import is_alive, process_start, process_state
@@ -101,16 +101,16 @@ def steps_of(allowances: Allowances, first: int, last: int, now: float) -> tuple
     return now, allowed
 
 
-def test_a_phase_is_allowed_three_steps_and_four_seconds() -> None:
+def test_a_phase_is_allowed_three_steps_and_the_slack() -> None:
     allowances = Allowances(600.0)
     assert allowances.begin("start", 0, 0.0) == 600.0
     now, allowed = steps_of(allowances, 1, 1, 40.0)
     assert allowed == 600.0, "the first step may compile"
     now, allowed = steps_of(allowances, 2, 9, now)
-    assert allowed == pytest.approx(3 * 1.0 + 4.0)
+    assert allowed == pytest.approx(3 * 1.0 + SLACK_S)
     assert allowances.begin("validation", 9, now) == 600.0, "never seen"
-    assert allowances.begin("data", 10, now + 20.0) == pytest.approx(7.0)
-    assert allowances.begin("validation", 10, now + 21.0) == pytest.approx(3 * 20.0 + 4.0)
+    assert allowances.begin("data", 10, now + 20.0) == pytest.approx(3 * 1.0 + SLACK_S)
+    assert allowances.begin("validation", 10, now + 21.0) == pytest.approx(3 * 20.0 + SLACK_S)
     assert allowances.begin("start", 10, now + 41.0) == 600.0, "the next stage prepares its data"
 
 
@@ -119,7 +119,7 @@ def test_one_slow_step_does_not_stretch_the_allowance() -> None:
     now, _ = steps_of(allowances, 1, 8, 0.0)
     allowances.begin("data", 9, now)
     _, allowed = steps_of(allowances, 10, 10, now + 300.0)
-    assert allowed == pytest.approx(7.0)
+    assert allowed == pytest.approx(3 * 1.0 + SLACK_S)
 
 
 def test_another_stage_begins_with_the_allowance_of_what_was_never_seen() -> None:

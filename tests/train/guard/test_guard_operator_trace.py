@@ -80,7 +80,7 @@ def test_the_checksum_of_shards_is_that_of_the_whole() -> None:
 def test_the_second_hang_on_a_chip_names_the_operator(tmp_path: Path) -> None:
     events: list[Event] = []
     argv = [sys.executable, str(HERE / "traced_worker.py"), str(tmp_path), "sim:S7,operator=gelu,after=6"]
-    with pytest.raises(NoProgressError, match="2 times hang of rank 0 in forward-backward"):
+    with pytest.raises(NoProgressError, match="2 times hang of rank 0 in forward-backward") as raised:
         supervise(
             SupervisedRun(
                 launch=lambda attempt: Launch(argv, ENVIRONMENT),
@@ -88,8 +88,10 @@ def test_the_second_hang_on_a_chip_names_the_operator(tmp_path: Path) -> None:
                 committed=lambda: 0,
                 tell=lambda stage, event: events.append(event),
                 settings=GuardSettings(max_restarts=1, start_allowance_s=60.0),
+                go_on_with="`crosschip run`",
             )
         )
+    assert raised.value.remedy.endswith("then go on with `crosschip run`")
     first, second = events
     assert (first.step, second.step) == (7, 7)
     assert "stability.py" in first.detail, "the line of source where the planted fault sleeps"

@@ -81,6 +81,7 @@ def test_an_endless_crash_loop_ends_with_a_diagnosis(supervised) -> None:
     assert ended.attempts == [(0, 0), (5, 0), (5, 0)], "the first attempt made progress, its two restarts did not"
     assert "3 attempts in a row ended without a new checkpoint after step 5: " in raised.value.problem
     assert "3 times killed of rank 0 in forward-backward" in raised.value.problem
+    assert raised.value.remedy == "mend what the rank says above; then go on with --resume"
     assert raised.value.exit_code == 1
     assert ended.events[-1][1].action == "stopped"
 

@@ -77,6 +77,7 @@ class Skew:
 
     late_rank: int
     skew_s: float
+    timeout_s: float
     met_after_s: float | None  # from the first rank's start to the first collective's end; None when they never met
     deaths: list[Death]
 
@@ -94,4 +95,4 @@ def start_apart(
         ranks.wait(lambda: ranks.all_have("met") or ranks.is_over(), skew_s + start_limit_s, tick)
         met = [note["at"] for note in ranks.having("met")]
         met_after_s = max(met) - started_at if len(met) == len(chips) else None
-        return Skew(late, skew_s, met_after_s, ranks.deaths())
+        return Skew(late, skew_s, timeout_s, met_after_s, ranks.deaths())

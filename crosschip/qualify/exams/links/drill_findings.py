@@ -58,7 +58,7 @@ def skew_finding(exam: str, found: Skew) -> Finding | None:
         message=f"ranks that start {found.skew_s:g} s apart fail to connect (rank {found.late_rank} was late): {what}",
         measured="not connected",
         limit="connected",
-        limit_source=f"the time-out of {found.skew_s + 60:g} s that was set; ranks of a large job start minutes apart",
+        limit_source=f"the time-out of {found.timeout_s:g} s that was set; ranks of a large job start minutes apart",
         critical=True,
         severity=100.0,
     )

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from crosschip.qualify.exams.links.conformance_findings import (
     defects_of,
     refusals_of,
 )
-from crosschip.qualify.exams.links.drill import start_apart, strike
+from crosschip.qualify.exams.links.drill import GRACE_S, start_apart, strike
 from crosschip.qualify.exams.links.drill_findings import detection_finding, skew_finding
 from crosschip.qualify.exams.links.flaps import judge_sustained
 from crosschip.qualify.exams.links.group import backend_for
+from crosschip.qualify.exams.links.link_checks import late_rank_is_lost, loss_goes_unnoticed, pair_is_slow
 from crosschip.qualify.exams.links.link_findings import (
     bandwidth_entry,
     collective_times,
@@ -49,6 +50,7 @@ from crosschip.qualify.exams.links.session import START_LIMIT_S, Session, run_se
 from crosschip.qualify.exams.links.slow_collectives import find_slow_collectives, slow_collective_finding
 from crosschip.qualify.exams.peers import ON_HOST, chips_alike
 from crosschip.qualify.finding import Finding
+from crosschip.qualify.reproducing.reproducers import Check, write_untried_reproducer
 
 __all__ = ["chips_of_ranks", "examine"]
 
@@ -277,7 +279,9 @@ def _report_links(exam: _Exam, session: Session) -> None:
     ratio = _SHARED_RATIO if context.chip.device.type in ON_HOST else OUTLIER_RATIO
     largest = max((max(visits[0]) for visits in pairs.values() if visits[0]), default=0)
     for outlier in find_outliers(largest_times(pairs), ratio):
-        journal.finding(outlier_finding(context.exam, outlier, largest, len(pairs), ratio))
+        finding = outlier_finding(context.exam, outlier, largest, len(pairs), ratio)
+        parameters = {"pair": [*outlier.pair], "pairs": [[*each] for each in pairs], "num_ranks": exam.num_ranks}
+        _report_shown(exam, finding, Check(pair_is_slow, {**parameters, "num_bytes": largest, "most_ratio": ratio}))
     if len(pairs) < 3:
         journal.not_covered("slow pairs among others: that takes three ranks")
 
@@ -315,7 +319,8 @@ def _drill(exam: _Exam, how: str) -> None:
         words={str(rank): words[:300] for rank, words in found.words.items()},
     )
     if (finding := detection_finding(exam.context.exam, found)) is not None:
-        exam.context.journal.finding(finding)
+        parameters = {"how": how, "num_ranks": exam.num_ranks, "timeout_s": plan.timeout_s, "grace_s": GRACE_S}
+        _report_shown(exam, finding, Check(loss_goes_unnoticed, parameters))
 
 
 def _skew(exam: _Exam) -> None:
@@ -334,7 +339,17 @@ def _skew(exam: _Exam) -> None:
     exam.context.journal.checked("start skew", 1)
     exam.context.journal.measured(check="start skew", skew_s=found.skew_s, met_after_s=found.met_after_s)
     if (finding := skew_finding(exam.context.exam, found)) is not None:
-        exam.context.journal.finding(finding)
+        parameters = {"num_ranks": exam.num_ranks, "skew_s": found.skew_s, "timeout_s": found.timeout_s}
+        _report_shown(exam, finding, Check(late_rank_is_lost, parameters))
+
+
+def _report_shown(exam: _Exam, finding: Finding, check: Check) -> None:
+    """A finding about what ranks of their own have just shown; a failure comes with a file that starts such ranks."""
+    if finding.verdict == "FAIL":
+        title = finding.message.partition(";")[0]
+        slug = f"{finding.check} {finding.subject}"
+        finding = replace(finding, reproducer=write_untried_reproducer(exam.context, slug, title, check))
+    exam.context.journal.finding(finding)
 
 
 def _report_single(exam: _Exam) -> None:

@@ -10,17 +10,21 @@ __all__ = ["FLAP_FRACTION", "Flap", "Second", "Sustained", "judge_sustained"]
 
 FLAP_FRACTION = 0.25  # of the median: less for whole seconds is no neighbour's traffic but a link that went down
 _LEAST_SECONDS = 5
-_LEAST_IN_A_ROW = 2  # one second may be cut by its borders, or hold one pause of the host
+_LEAST_FOR_S = 2.0  # one second may be cut by its borders, or hold one pause of the host
 _LEAST_HOST_WAIT = 0.2  # of a rank's time spent ready to run and not running
 
 
 @dataclass(frozen=True)
 class Second:
-    """One second of the run. `host_wait` is the largest share of it that a rank waited for a core."""
+    """One second of the run, or as long as a message took that did not end within it.
+
+    `host_wait` is the largest share of it that a rank waited for a core.
+    """
 
     at_s: float
     bandwidth_gb_s: float
     host_wait: float = 0.0
+    passed_s: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,13 @@ def judge_sustained(seconds: Sequence[Second]) -> Sustained | None:
         elif runs[-1]:
             runs.append([])
     usual_wait = statistics.median(each.host_wait for each in kept)
-    flaps = [_flap(run, usual_wait) for run in runs if len(run) >= _LEAST_IN_A_ROW]
+    flaps = [_flap(run, usual_wait) for run in runs if sum(each.passed_s for each in run) >= _LEAST_FOR_S]
     return Sustained(len(kept), median, ordered[0], flap_below, flaps)
 
 
 def _flap(run: Sequence[Second], usual_wait: float) -> Flap:
     """Ranks that wait for a link sleep, those that wait for a core do so more than usual."""
-    mean = statistics.fmean(each.bandwidth_gb_s for each in run)
-    waits = statistics.fmean(each.host_wait for each in run)
-    return Flap(run[0].at_s, len(run), mean, waits >= max(_LEAST_HOST_WAIT, usual_wait))
+    for_s = [each.passed_s for each in run]
+    mean = statistics.fmean((each.bandwidth_gb_s for each in run), for_s)
+    waits = statistics.fmean((each.host_wait for each in run), for_s)
+    return Flap(run[0].at_s, round(sum(for_s)), mean, waits >= max(_LEAST_HOST_WAIT, usual_wait))

@@ -148,7 +148,7 @@ def sustained_seconds(notes: Iterable[Mapping[str, Any]]) -> list[Second]:
                 for each in found
                 if at_s - each["passed_s"] < each["second_at_s"] < at_s + note["passed_s"]
             ]
-            seconds.append(Second(at_s, note["num_bytes"] / note["passed_s"] / 1e9, max(waits)))
+            seconds.append(Second(at_s, note["num_bytes"] / note["passed_s"] / 1e9, max(waits), note["passed_s"]))
     return seconds
 
 

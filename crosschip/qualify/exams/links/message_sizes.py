@@ -41,7 +41,10 @@ class Layout:
 
 
 def layout_of(trace: Trace) -> Layout:
-    """The messages that data, expert and tensor parallelism of the traced step would send."""
+    """The messages that data, expert and tensor parallelism of the traced step would send.
+
+    A model in blocks is sharded block by block, as `train` does; another one sends its gradients in buckets.
+    """
     parameters = _parameter_sizes(trace)
     hidden, width = _hidden(trace)
     compute = ITEM_BYTES.get(trace.compute_dtype, 4)
@@ -51,11 +54,18 @@ def layout_of(trace: Trace) -> Layout:
         messages += [
             Message(4 * ordered[len(ordered) // 2], "the gradient of the median parameter, fp32"),
             Message(4 * ordered[-1], "the gradient of the largest parameter, fp32"),
-            Message(min(_BUCKET_BYTES, total), "a bucket of gradients, fp32"),
         ]
+        if trace.block_sizes:
+            messages.append(Message(4 * max(trace.block_sizes), "a block's parameters, gathered or reduced, fp32"))
+        else:
+            messages.append(Message(min(_BUCKET_BYTES, total), "a bucket of gradients, fp32"))
+    experts_per_token = _experts_per_token(trace)
     if hidden:
         messages.append(Message(compute * hidden, f"hidden x tokens of a step, {trace.compute_dtype}"))
-    return Layout(messages, width, _dtypes(trace), _routes_tokens(trace))
+        if experts_per_token > 1:
+            what = f"hidden x tokens of a step to {experts_per_token} experts each, {trace.compute_dtype}"
+            messages.append(Message(compute * hidden * experts_per_token, what))
+    return Layout(messages, width, _dtypes(trace), experts_per_token > 0)
 
 
 def sizes_for(layout: Layout, tier: Tier, most: int = 6) -> list[Message]:
@@ -124,9 +134,16 @@ def _all_specs(trace: Trace) -> Iterable[dict[str, Any]]:
         yield from tensor_specs([call.args, call.kwargs])
 
 
-def _routes_tokens(trace: Trace) -> bool:
-    """Whether tokens are sent to experts: a top-k outside of sampling."""
-    return any(call.operator.startswith(_ROUTING) and set(call.phases) != {"sampling"} for call in trace.calls)
+def _experts_per_token(trace: Trace) -> int:
+    """How many experts each token is sent to: what a top-k outside of sampling takes; 0 where there is none.
+
+    A router that limits groups first takes the best of each group and then of the groups: the last call counts.
+    """
+    found = [call for call in trace.calls if call.operator.startswith(_ROUTING) and set(call.phases) != {"sampling"}]
+    if not found:
+        return 0
+    args, kwargs = found[-1].args, found[-1].kwargs
+    return int(args[1] if len(args) > 1 else kwargs.get("k", 1))
 
 
 def _count(spec: dict[str, Any]) -> int:

@@ -7,23 +7,22 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.links.conformance_findings import Defect
 from crosschip.qualify.exams.links.one_collective import compare, contribution, digest, expected, run_collective
+from crosschip.qualify.exams.links.own_ranks import join_ranks, need_devices
 from crosschip.qualify.reproducing.reproducers import Check, write_reproducer
 
 __all__ = ["collective_is_wrong", "write_collective_reproducer"]
 
 SAME_ON_ALL = ("all_reduce", "all_gather", "broadcast")
-TIMEOUT_S = 60
+TIMEOUT_S = 60.0
 
 
 def collective_is_wrong(
@@ -34,6 +33,7 @@ def collective_is_wrong(
     Wrong: an element is beyond its bound, ranks that have to agree do not, or the first row's bits depend on how many
     `rows` there are.
     """
+    need_devices(device, num_ranks)
     with tempfile.TemporaryDirectory() as directory:
         arguments = (device, case, rows, num_ranks, seed, directory)
         spawn(one_rank, arguments, num_ranks)
@@ -56,15 +56,7 @@ def one_rank(
     rank: int, device: str, case: dict[str, Any], rows: list[int], num_ranks: int, seed: int, directory: str
 ) -> None:
     """One rank of it, in a process of its own; its outcome is written to the directory."""
-    kind = device.partition(":")[0]
-    own = torch.device(device if kind in ("cpu", "sim") else f"{kind}:{rank}")
-    if kind not in ("cpu", "sim"):
-        torch.accelerator.set_device_index(rank)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "gloo" if kind == "cpu" else dist.get_default_backend_for_device(own)
-    limit = timedelta(seconds=TIMEOUT_S)
-    where = f"file://{directory}/store"
-    dist.init_process_group(backend, init_method=where, rank=rank, world_size=num_ranks, timeout=limit)
+    own = join_ranks(rank, device, num_ranks, TIMEOUT_S, directory)
     found: dict[str, Any] = {"results": []}
     try:
         for number in rows:
@@ -74,7 +66,7 @@ def one_rank(
             result = compare(got, *expected(sized, rank, num_ranks, seed))
             found["results"].append({**result, "bits": digest(got), "row": digest(got[:1])})
     except RuntimeError as error:
-        if kind != "cpu" or "cannot use" not in str(error).lower():
+        if own.type != "cpu" or "cannot use" not in str(error).lower():
             raise
         found = {"refused": str(error).strip().partition("\n")[0]}  # gloo has no factor
     Path(directory, f"{rank}.json").write_text(json.dumps(found))

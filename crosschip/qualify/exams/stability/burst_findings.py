@@ -48,6 +48,7 @@ def _report(context: ExamContext, burst: Burst, measured: float | str, words: st
             limit_source="the same work gives the same bits, whatever runs beside it",
             critical=True,
             severity=20.0,
+            reproducer=burst.reproducer,
             details={"difference": burst.difference.document() if burst.difference else None},
         )
     )

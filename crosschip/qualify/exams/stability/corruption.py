@@ -12,7 +12,7 @@ from scipy.special import gammaincinv
 
 __all__ = ["PLANNED_CHIPS", "MismatchRate", "implied_words", "mismatch_rate", "rate_words"]
 
-PLANNED_CHIPS = (1_000, 10_000)
+PLANNED_CHIPS = (1_000, 10_000)  # where the plan is not told
 _LEVEL = 0.95
 _HOUR_S = 3600.0
 
@@ -57,7 +57,7 @@ def rate_words(rate: MismatchRate) -> str:
     )
 
 
-def implied_words(rate: MismatchRate, planned_chips: tuple[int, ...] = PLANNED_CHIPS) -> str:
+def implied_words(rate: MismatchRate, planned_chips: tuple[int, ...]) -> str:
     """What the rate means for so many chips."""
     each = []
     for chips in planned_chips:

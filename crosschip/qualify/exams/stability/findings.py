@@ -29,13 +29,15 @@ from crosschip.qualify.exams.stability.step_times import (
 )
 from crosschip.qualify.exams.stability.work import Repeats
 from crosschip.qualify.finding import LEAST_COVERAGE, Finding, Verdict
-from crosschip.qualify.reproducing.reproducers import Check, outcome_of, write_reproducer
+from crosschip.qualify.reproducing.ends import call_ends
+from crosschip.qualify.reproducing.reproducers import Check, outcome_of, write_reproducer, write_untried_reproducer
 from crosschip.qualify.tracing.criticality import is_critical
+from crosschip.qualify.tracing.trace import TracedCall
 
 __all__ = ["report_corruption", "report_sensors", "report_step_times"]
 
 _REPRODUCED_WITHIN_S = 20.0
-_MOST_REPEATS = 20_000
+_LEAST_REPEATS, _MOST_REPEATS = 1_000, 20_000
 _FOR_TIME = 4  # repeats that tell how long more of them take, with making the inputs and comparing
 _CONCLUSIONS = "soak: conclusions"
 _SAME_BITS = "fixed work on one chip gives the same bits each time"
@@ -60,19 +62,21 @@ def report_corruption(context: ExamContext, soaked: Soaked) -> None:
     # A step that holds an operator whose bits torch leaves open may vary with it.
     counted = [each for each in odd if each not in left_open and not (left_open and each.work.call is None)]
     rate = mismatch_rate(sum(each.mismatches for each in counted), soaked.device_s)
-    _measure_rate(context, soaked, rate)
+    chips = PLANNED_CHIPS if context.planned_chips is None else (context.planned_chips,)
+    words = f"{rate_words(rate)}; {implied_words(rate, chips)}"
+    _measure_rate(context, soaked, rate, chips)
     for each in sorted(odd, key=lambda repeats: -repeats.mismatches):
         context.journal.now(_CONCLUSIONS)
-        _report_mismatch(context, each, rate, each in counted)
+        _report_mismatch(context, each, words, each in counted)
     for each in soaked.repeats:
         if each.raised:
             _report_raised(context, each)
     if rate.mismatches == 0:
-        context.journal.not_covered(f"silent corruption that is rarer: {rate_words(rate)}; {implied_words(rate)}")
+        context.journal.not_covered(f"silent corruption that is rarer: {words}")
 
 
-def _measure_rate(context: ExamContext, soaked: Soaked, rate: MismatchRate) -> None:
-    implied = [(chips, rate.per_day(chips)) for chips in PLANNED_CHIPS]
+def _measure_rate(context: ExamContext, soaked: Soaked, rate: MismatchRate, planned_chips: tuple[int, ...]) -> None:
+    implied = [(chips, rate.per_day(chips)) for chips in planned_chips]
     context.journal.measured(
         check="silent corruption",
         num_repeats=sum(each.number for each in soaked.repeats),
@@ -83,11 +87,11 @@ def _measure_rate(context: ExamContext, soaked: Soaked, rate: MismatchRate) -> N
             {"chips": chips, "expected_per_day": finite(expected), "upper_per_day": finite(most)}
             for chips, (expected, most) in implied
         ],
-        implied_words=implied_words(rate),
+        implied_words=implied_words(rate, planned_chips),
     )
 
 
-def _report_mismatch(context: ExamContext, repeats: Repeats, rate: MismatchRate, counts: bool) -> None:
+def _report_mismatch(context: ExamContext, repeats: Repeats, rate: str, counts: bool) -> None:
     verdict: Verdict = "FAIL" if counts else "PASS WITH LIMITS"
     difference = repeats.difference()
     assert difference is not None, repeats.work.part
@@ -102,7 +106,7 @@ def _report_mismatch(context: ExamContext, repeats: Repeats, rate: MismatchRate,
             subject=repeats.work.subject,
             check="fixed work again",
             message=f"{title}: {repeats.mismatches} of {repeats.number} repeats, the first of them repeat "
-            f"{repeats.first_odd}: {difference.words()}{open_words}; in all {rate_words(rate)}; {implied_words(rate)}",
+            f"{repeats.first_odd}: {difference.words()}{open_words}; in all {rate}",
             measured=repeats.mismatches / repeats.number,
             limit=0.0,
             limit_source=_SAME_BITS,
@@ -155,8 +159,22 @@ def _report_raised(context: ExamContext, repeats: Repeats) -> None:
             limit_source=_SAME_BITS,
             critical=call is None or is_critical(context.trace, call.operator),
             severity=50.0,
+            reproducer=None if call is None else _reproducer_of_raising(context, repeats, call),
         )
     )
+
+
+def _reproducer_of_raising(context: ExamContext, repeats: Repeats, call: TracedCall) -> str | None:
+    """A file that repeats the call twice as often as went well, or a thousand times, since other calls went before it.
+
+    It is not tried: what has raised may do so at once now.
+    """
+    number = max(_LEAST_REPEATS, 2 * repeats.number)
+    if number > _MOST_REPEATS:
+        return None
+    title = f"{repeats.work.subject} raises after {repeats.number} calls that went well"
+    check = call_ends(call, number, context.seed)
+    return write_untried_reproducer(context, f"raises {call.operator}", title, check)
 
 
 def report_step_times(context: ExamContext, soaked: Soaked) -> None:

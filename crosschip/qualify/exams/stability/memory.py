@@ -1,4 +1,7 @@
-"""How much memory this process and its chip use now, and how much is left, as far as they tell."""
+"""How much memory this process and its chip use now, and how much is left, as far as they tell.
+
+Needs torch only, but for what is left: reproducers hold these functions' source.
+"""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ import math
 import time
 from array import array
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.stability.memory import garbage_set_aside, memory_left, read_memory
+from crosschip.qualify.exams.stability.memory_check import memory_grows
 from crosschip.qualify.exams.stability.memory_slope import (
     LEAST_READINGS,
     PLANNED_RUN_HOURS,
@@ -21,10 +22,14 @@ from crosschip.qualify.exams.stability.series import finite, thinned
 from crosschip.qualify.exams.stability.soak import Soaked
 from crosschip.qualify.exams.stability.work import Work
 from crosschip.qualify.finding import Finding, Verdict
+from crosschip.qualify.reproducing.ends import ends
+from crosschip.qualify.reproducing.reproducers import Check, outcome_of, write_reproducer
+from crosschip.qualify.tracing.trace import TracedCall
 
 __all__ = ["report_memory"]
 
 _BLAMED_CALLS = 32
+_REPRODUCED_CALLS, _REPRODUCED_WITHIN_S = 256, 10.0  # of what grows most; on the CPU, too
 _LEAST_BLAMING_S, _BLAMING_S = 2.0, 5.0
 _GIB = 1 << 30
 
@@ -130,6 +135,7 @@ def _report(context: ExamContext, soaked: Soaked, growth: _Growth) -> None:
             limit_source=f"bytes/h at which what is left would be full within a run of {PLANNED_RUN_HOURS:.0f} hours",
             critical=True,
             severity=1.0 if growth.hours is None else max(1.0, PLANNED_RUN_HOURS / max(growth.hours, 1e-6)),
+            reproducer=_reproducer(context, soaked, growth.where, blamed),
             details={"hours_until_full": finite(growth.hours), "bytes_per_call": blamed},
         )
     )
@@ -148,6 +154,30 @@ def _blamed(context: ExamContext, soaked: Soaked, where: Where) -> dict[str, flo
                 found[repeats.work.subject] = _growth_per_call(context, repeats.work, where)
     worst = sorted(found.items(), key=lambda pair: -pair[1])
     return {subject: size for subject, size in worst[:10] if size >= 1.0}
+
+
+def _reproducer(context: ExamContext, soaked: Soaked, where: Where, blamed: dict[str, float]) -> str | None:
+    """A file that repeats the call by which memory grows most, where one was found that is quick enough."""
+    calls = {repeats.work.subject: repeats.work.call for repeats in soaked.repeats}
+    for subject, size in blamed.items():  # the worst first; a step is no call
+        if (call := calls[subject]) is not None and _is_quick(context, call):
+            parameters = {**_parameters(context, call), "where": "device" if where == "device" else "allocated"}
+            check = Check(memory_grows, {**parameters, "number": _REPRODUCED_CALLS, "least": size / 2})
+            return write_reproducer(context, f"memory {call.operator}", f"{subject} keeps memory", check)
+    return None
+
+
+def _parameters(context: ExamContext, call: TracedCall) -> dict[str, Any]:
+    return {"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "seed": context.seed}
+
+
+def _is_quick(context: ExamContext, call: TracedCall) -> bool:
+    """Whether the CPU, too, makes the call often enough in time."""
+    context.journal.now(f"{call.title} ({call.id}), on the CPU as a control")
+    started = time.monotonic()
+    outcome_of(ends, "cpu", {**_parameters(context, call), "number": 2})
+    once_s = (time.monotonic() - started) / 2
+    return 2 * _REPRODUCED_CALLS * once_s < min(_REPRODUCED_WITHIN_S, max(_LEAST_BLAMING_S, context.remaining_s))
 
 
 def _growth_per_call(context: ExamContext, work: Work, where: Where) -> float:

@@ -14,13 +14,12 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.journal import Journal
+from crosschip.qualify.journal import IN_OPERATOR, Journal
 
 __all__ = ["STANDS_STILL_S", "OperatorWatch", "is_wanted"]
 
 STANDS_STILL_S = 3.0  # an operator that takes this long is named; the proctor ends one only much later
 _LOOK_S = 0.5
-_IN = ", in "  # between a part and the operator that it stands still in
 
 
 def is_wanted(context: ExamContext, part: str) -> bool:
@@ -31,7 +30,7 @@ def is_wanted(context: ExamContext, part: str) -> bool:
 
 
 def _names(said: str, part: str) -> bool:
-    return said == part or said.startswith(f"{part}{_IN}")
+    return said == part or said.startswith(f"{part}{IN_OPERATOR}")
 
 
 class OperatorWatch:
@@ -61,7 +60,7 @@ class OperatorWatch:
                 operator, since = mode.running
                 if operator is not None and since not in said and time.monotonic() - since > STANDS_STILL_S:
                     said.add(since)
-                    self._journal.now(f"{self._part}{_IN}{operator}")
+                    self._journal.now(f"{self._part}{IN_OPERATOR}{operator}")
 
     def __enter__(self) -> OperatorWatch:
         self._thread.start()

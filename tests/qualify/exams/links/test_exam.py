@@ -68,7 +68,7 @@ def test_what_the_time_did_not_allow_is_said_and_what_was_measured_is_drawn(exam
     ],
 )
 def test_each_fault_of_the_catalogue_is_named(
-    examine_on: Examine, spec: str, budget_s: float, check: str, words: str
+    examine_on: Examine, tmp_path: Path, spec: str, budget_s: float, check: str, words: str
 ) -> None:
     record = examine_on("links", chip_spec=spec, budget_s=budget_s)
     assert record.verdict == "FAIL"
@@ -76,6 +76,10 @@ def test_each_fault_of_the_catalogue_is_named(
     assert [each for each in failures if each.check == check and words in each.message], failures
     if check in ("pairs", "drill", "start skew"):
         assert {each.check for each in failures} == {check}, "nothing else is wrong with that chip"
+        assert failures[0].reproducer is not None
+        script = tmp_path / "reproducers" / failures[0].reproducer
+        assert exit_code(script, spec, "sim") == 1
+        assert exit_code(script, "sim", "sim") == 0
 
 
 @pytest.mark.slow

@@ -74,6 +74,13 @@ def test_a_flap_is_named() -> None:
     assert flap.bandwidth_gb_s == pytest.approx(0.5)
 
 
+def test_one_message_that_takes_as_long_as_the_link_is_down_is_a_flap() -> None:
+    for passed_s, number in ((4.0, 1), (1.2, 0)):
+        found = judge_sustained([*seconds(10, 10, 10, 9, 11), Second(5.0, 0.5, 0.05, passed_s), *seconds(10, 10)])
+        assert found is not None
+        assert [flap.for_s for flap in found.flaps] == [4] * number
+
+
 def test_half_of_the_time_down_is_a_flap_all_the_same() -> None:
     found = judge_sustained(seconds(10, 10, 0.5, 0.5, 0.5, 10, 0.5, 0.5, 0.5, 10))
     assert found is not None
@@ -154,7 +161,7 @@ def test_messages_come_from_the_trace() -> None:
         "model", "train", "bfloat16",
         [
             TracedCall("c0001", "aten.mm.default", factors, {}, [], count=9, phases=["forward"]),
-            TracedCall("c0002", "aten.topk.default", [spec(512, 8)], {}, [], phases=["forward"]),
+            TracedCall("c0002", "aten.topk.default", [spec(512, 8), 2], {}, [], phases=["forward"]),
             TracedCall("c0003", "aten._foreach_mul_.Scalar", [[spec(64, 256), spec(64), spec(256, 64)]], {}, [],
                        phases=["optimizer"]),
         ],
@@ -165,6 +172,12 @@ def test_messages_come_from_the_trace() -> None:
     assert sizes["the gradient of the largest parameter"] == 4 * 64 * 256
     assert sizes["a bucket of gradients"] == 4 * (2 * 64 * 256 + 64)
     assert sizes["hidden x tokens of a step"] == 2 * 512 * 64
+    assert sizes["hidden x tokens of a step to 2 experts each"] == 2 * 2 * 512 * 64
+
+    trace.block_sizes = [1000, 3000, 3000]
+    blocks = {each.what.split(",")[0]: each.num_bytes for each in layout_of(trace).messages}
+    assert blocks["a block's parameters"] == 4 * 3000
+    assert "a bucket of gradients" not in blocks, "the blocks are sent instead"
 
 
 @pytest.mark.parametrize("tier", ["smoke", "standard"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crosschip.qualify.exams.stability.corruption import implied_words, mismatch_rate, rate_words
+from crosschip.qualify.exams.stability.corruption import PLANNED_CHIPS, implied_words, mismatch_rate, rate_words
 
 HOUR_S = 3600.0
 
@@ -40,7 +40,7 @@ def test_bounds_hold_in_nineteen_of_twenty_cases(mean: float) -> None:
 def test_what_it_means_for_many_chips() -> None:
     once_in_a_thousand_hours = mismatch_rate(1, 1000 * HOUR_S)
     assert once_in_a_thousand_hours.per_day(1000)[0] == pytest.approx(24.0)
-    assert "on 10,000 chips 240 a day expected" in implied_words(once_in_a_thousand_hours)
+    assert "on 10,000 chips 240 a day expected" in implied_words(once_in_a_thousand_hours, PLANNED_CHIPS)
     assert implied_words(mismatch_rate(0, HOUR_S), (100,)) == "on 100 chips up to 7,190 a day not excluded"
 
 

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from crosschip.chips.faults import faults_from
 from crosschip.chips.faults.catalogue import CATALOGUE
 from crosschip.chips.faults.variants import VARIANTS
 from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.exams.stability.findings import report_corruption
 from crosschip.qualify.exams.stability.memory_findings import report_memory
 from crosschip.qualify.exams.stability.soak import Soaked
+from crosschip.qualify.exams.stability.work import Repeats, Work
 from crosschip.qualify.finding import ExamRecord, Finding
 from crosschip.report.measured_figures import measured_figures
 from tests.qualify.exams.stability.broken import GetsSlower, Keeps, RaisesLater
@@ -144,17 +147,58 @@ def test_a_soak_too_short_for_the_memorys_slope_is_inconclusive(
     assert record_of().verdict == verdict
 
 
+def shows(script: Path, spec: str) -> int:
+    """The exit code of a reproducer on the simulated chip, run where a vendor's engineer would."""
+    done = subprocess.run(
+        [sys.executable, str(script), "--device", "sim"],
+        env={**os.environ, "CROSSCHIP_SIM": spec, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode
+
+
+BROKEN = "sim:tests.qualify.exams.stability.broken"
+
+
 @pytest.mark.slow
-def test_a_mismatch_comes_with_a_file_that_shows_it(examine_on: Examine, tmp_path: Path) -> None:
-    record = examine_on("stability", CATALOGUE["S15"].make(every=50), budget_s=BUDGET_S)
-    names = [each.reproducer for each in record.findings if each.reproducer]
+@pytest.mark.parametrize(
+    ("planted", "shown_by", "check"),
+    [
+        ("sim:S15,every=50", "sim:S15,every=20", "fixed work again"),
+        ("sim:S5,bytes_per_call=4096", "sim:S5,bytes_per_call=4096", "memory slope"),
+        ("sim:S5,bytes_per_call=4096,where=device", "sim:S5,bytes_per_call=4096,where=device", "memory slope"),
+        (f"{BROKEN}:RaisesLater", f"{BROKEN}:RaisesLater", "fixed work again"),
+        (f"{BROKEN}:FailsInCompany", f"{BROKEN}:FailsInCompany", "burst"),
+        (f"{BROKEN}:OtherBitsInCompany", f"{BROKEN}:OtherBitsInCompany", "burst"),
+    ],
+)
+def test_a_failure_comes_with_a_file_that_shows_it(
+    examine_on: Examine, tmp_path: Path, planted: str, shown_by: str, check: str
+) -> None:
+    record = examine_on("stability", faults_from(planted), budget_s=BUDGET_S)
+    names = [each.reproducer for each in of_check(record, check) if each.reproducer]
     assert names
-    for spec, code in (("sim:S15,every=20", 1), ("sim", 0)):
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "reproducers" / names[0]), "--device", "sim"],
-            env={**os.environ, "CROSSCHIP_SIM": spec, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
+    script = tmp_path / "reproducers" / names[0]
+    assert "crosschip" not in script.read_text().replace("CROSSCHIP", ""), "it needs torch alone"
+    assert shows(script, shown_by) == 1
+    assert shows(script, "sim") == 0
+
+
+def test_a_burst_that_goes_well_leaves_no_file(examine_on: Examine, tmp_path: Path) -> None:
+    record = examine_on("stability", budget_s=BUDGET_S)
+    assert record.num_checks["burst"] > 0
+    assert not list((tmp_path / "reproducers").glob("*"))
+
+
+def test_the_rate_of_corruption_is_told_for_the_planned_chips(
+    context_on: Callable[..., ExamContext], record_of: Callable[[], ExamRecord]
+) -> None:
+    steady = Repeats(Work("soak: mm", "mm", dict), [], [], number=1000, time_s=3600.0)
+    report_corruption(context_on(planned_chips=384), Soaked([steady]))
+    (corruption,) = [each for each in record_of().measurements if each["check"] == "silent corruption"]
+    assert [each["chips"] for each in corruption["implied"]] == [384]
+    assert "on 384 chips up to" in corruption["implied_words"]

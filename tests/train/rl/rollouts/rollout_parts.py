@@ -13,7 +13,7 @@ from typing import Any
 
 from crosschip.recipe.reinforcement import RlSettings
 from crosschip.rewards import Attempt, Verdict
-from crosschip.train.rl.rollouts import LocalEngine, RemoteEngine, Rollouts
+from crosschip.train.rl.rollouts import LocalEngine, RemoteEngine, Rollouts, TakenBatch
 from crosschip.train.rl.sample import Group, Problem, Sample
 from tests.train.rl.rollouts.scripted_engine import STOP_ID, VOCAB_SIZE
 
@@ -123,3 +123,26 @@ def wait_until(holds: Callable[[], bool], what: str, most_s: float = 30.0) -> No
             return
         time.sleep(0.02)
     raise AssertionError(f"it did not come about: {what}")
+
+
+def take_all(rollouts: Rollouts, num: int, first: int = 0) -> list[TakenBatch]:
+    taken = []
+    for version in range(first, first + num):
+        rollouts.publish(version, write_nothing)
+        taken.append(rollouts.take(version))
+    return taken
+
+
+def numbers_of(batch: TakenBatch) -> list[int]:
+    return [group.problem.number for group in batch.groups]
+
+
+def versions_of(batch: TakenBatch) -> set[int]:
+    return {version for group in batch.groups for sample in group.samples for version in sample.versions}
+
+
+def bits_of(batch: TakenBatch) -> Any:
+    return [
+        (g.problem.number, [(s.token_ids, s.logprobs, s.versions, s.text, s.reward, s.parts) for s in g.samples])
+        for g in batch.groups
+    ]

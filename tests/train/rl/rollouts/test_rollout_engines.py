@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from crosschip.train.rl.rollouts import RolloutError, Rollouts, TakenBatch
+from crosschip.train.rl.rollouts import RolloutError
 from crosschip.train.rl.rollouts.engine import KEY_VARIABLE
-from tests.train.rl.rollouts.rollout_parts import FirstIsEven, Told, rollouts_of, settings_of, wait_until, write_nothing
+from tests.train.rl.rollouts.rollout_parts import (
+    FirstIsEven,
+    Told,
+    bits_of,
+    numbers_of,
+    rollouts_of,
+    settings_of,
+    take_all,
+    versions_of,
+    wait_until,
+    write_nothing,
+)
 from tests.train.rl.rollouts.scripted_engine import ScriptedEngine, served
 
 
@@ -22,29 +31,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second of silence is too much, and engines are looked at all the time."""
     monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.5)
     monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._LOOK_EVERY_S", 0.1)
-
-
-def take_all(rollouts: Rollouts, num: int, first: int = 0) -> list[TakenBatch]:
-    taken = []
-    for version in range(first, first + num):
-        rollouts.publish(version, write_nothing)
-        taken.append(rollouts.take(version))
-    return taken
-
-
-def numbers_of(batch: TakenBatch) -> list[int]:
-    return [group.problem.number for group in batch.groups]
-
-
-def versions_of(batch: TakenBatch) -> set[int]:
-    return {version for group in batch.groups for sample in group.samples for version in sample.versions}
-
-
-def bits_of(batch: TakenBatch) -> Any:
-    return [
-        (g.problem.number, [(s.token_ids, s.logprobs, s.versions, s.text, s.reward, s.parts) for s in g.samples])
-        for g in batch.groups
-    ]
 
 
 def test_on_policy_batches_are_of_the_published_weights_and_repeat_bit_for_bit(tmp_path: Path) -> None:
@@ -319,71 +305,6 @@ def test_problems_that_cannot_be_made_end_the_run(tmp_path: Path) -> None:
             rollouts.take(0)
 
 
-def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path: Path) -> None:
-    engine = ScriptedEngine()
-    with served(engine) as urls:
-        with rollouts_of(settings_of(), urls, tmp_path / "a") as rollouts:
-            take_all(rollouts, 2)
-            state = json.loads(json.dumps(rollouts.state()))
-            expected = [bits_of(batch) for batch in take_all(rollouts, 2, first=2)]
-        with rollouts_of(settings_of(), urls, tmp_path / "b") as rollouts:
-            rollouts.restore(state)
-            assert [bits_of(batch) for batch in take_all(rollouts, 2, first=2)] == expected
-            rollouts.restore(state)  # training was rolled back
-            assert [bits_of(batch) for batch in take_all(rollouts, 2, first=2)] == expected
-    assert (state["finished"], state["ask_again"]) == ([], [])
-
-
-def test_finished_groups_and_those_under_way_go_over_to_the_resumed_run(tmp_path: Path) -> None:
-    engine = ScriptedEngine(play=lambda number: 0.0 if number < 6 else "hang")
-    settings = settings_of(1, drop_without_signal=False)
-    with served(engine) as urls:
-        with rollouts_of(settings, urls, tmp_path / "a") as rollouts:
-            (first,) = take_all(rollouts, 1)
-            wait_until(lambda: len(rollouts.state()["finished"]) == 2, "two more are there")
-            state = json.loads(json.dumps(rollouts.state()))
-        assert state["version"] == 0
-        assert len(state["ask_again"]) == 2
-        engine.play = lambda number: "good"
-        with rollouts_of(settings, urls, tmp_path / "b") as rollouts:
-            rollouts.restore(state)
-            (second,) = take_all(rollouts, 1, first=1)
-    assert not set(numbers_of(first)) & set(numbers_of(second))
-    assert {group["problem"]["number"] for group in state["finished"]} <= set(numbers_of(second))
-    assert versions_of(second) == {0, 1}
-
-
-def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
-    engine = ScriptedEngine()
-    with served(engine) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
-        take_all(rollouts, 1)
-        wait_until(lambda: len(rollouts.state()["finished"]) == 4, "the next batch is there")
-        rollouts.publish(3, write_nothing)  # the trainer went on without them
-        batch = rollouts.take(3)
-    assert versions_of(batch) <= {3}
-    assert batch.num_stale >= 4
-
-
-def test_problems_that_are_begun_again_count_for_what_an_engine_can_hold(tmp_path: Path) -> None:
-    hanging, good = ScriptedEngine(play=lambda number: "hang"), ScriptedEngine()
-    with (
-        served(hanging, good) as urls,
-        rollouts_of(settings_of(1, rollouts_timeout_s=60.0), urls, tmp_path) as rollouts,
-    ):
-        driver, held = rollouts._driver, []
-        member = driver._fleet.upkeep.members[0]
-        for version in range(8):  # each second batch leaves what the first engine has behind as too old
-            rollouts.publish(version, write_nothing)
-            rollouts.take(version)
-            for _ in range(5):
-                rollouts.state()  # of the event loop, which has time to begin more
-                held.append(len(member.requests))
-                time.sleep(0.02)
-            wait_until(lambda: sorted(driver._groups) == driver._ledger.under_way, "each has a task that answers it")
-            assert len(member.groups) == len(member.requests)
-    assert max(held) <= 3
-
-
 def test_a_dropped_engine_gets_nothing_and_its_answers_are_not_used(tmp_path: Path) -> None:
     engines = ScriptedEngine(play=lambda number: 0.02), ScriptedEngine(play=lambda number: 0.02)
     with served(*engines) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
@@ -413,35 +334,6 @@ def test_an_engine_that_comes_back_is_taken_back_at_the_next_weights(
         wait_until(lambda: bool(rollouts.state()) and bool(told.of("engine back")), "it is back")
         batch = take_all(rollouts, 1, first=2)[0]
     assert "engine-0" in batch.tokens_by_engine
-
-
-def test_vllm_is_paused_reloaded_and_resumed_and_its_version_is_known_by_order(tmp_path: Path) -> None:
-    engine = ScriptedEngine(kind="vllm", play=lambda number: 0.02)
-    with served(engine) as urls, rollouts_of(settings_of(1), urls, tmp_path) as rollouts:
-        taken = take_all(rollouts, 3)
-    for version, batch in enumerate(taken):
-        assert versions_of(batch) <= {version - 1, version}
-    steps = ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
-    assert engine.steps[:5] == steps
-    assert engine.loads[0]["kwargs"] == {"weights_path": str(tmp_path / "version-00000000")}
-    assert taken[0].groups[0].samples[0].chip == "unknown"
-
-
-def test_an_older_vllm_without_pause_is_reloaded_all_the_same(tmp_path: Path) -> None:
-    engine = ScriptedEngine(kind="vllm", lacks=("/pause", "/resume", "/update_weight_version"))
-    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
-        take_all(rollouts, 2)
-    assert engine.steps == ["/collective_rpc", "/reset_prefix_cache"] * 2
-
-
-def test_vllm_without_its_development_mode_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    engine = ScriptedEngine(kind="vllm", lacks=("/pause", "/resume", "/collective_rpc"))
-    with (
-        served(engine) as urls,
-        rollouts_of(settings_of(), urls, tmp_path) as rollouts,
-        pytest.raises(RolloutError, match="VLLM_SERVER_DEV_MODE=1"),
-    ):
-        rollouts.publish(0, write_nothing)
 
 
 def test_the_key_of_the_environment_goes_with_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,19 +374,3 @@ def test_closing_ends_what_waits_and_can_be_done_twice(tmp_path: Path) -> None:
         rollouts.close()
         wait_until(lambda: engine.at_once == 0, "its requests were cancelled")
     assert isinstance(errors[0], RolloutError)
-
-
-@pytest.mark.parametrize("raw", [False, True])
-def test_vllm_must_tell_log_probs_at_the_temperature(tmp_path: Path, raw: bool) -> None:
-    engine = ScriptedEngine(kind="vllm", raw_logprobs=raw)
-    told = Told()
-    settings = settings_of(temperature=0.6)
-    with (
-        served(engine) as [url],
-        rollouts_of(settings, [url], tmp_path / "weights", told=told) as rollouts,
-        pytest.raises(RolloutError, match="processed_logprobs") if raw else nullcontext(),
-    ):
-        rollouts.publish(0, write_nothing)
-        assert len(rollouts.take(0).groups) == 4
-        sampled = [body for body in engine.bodies if body["max_tokens"] > 1]
-        assert {body["temperature"] for body in sampled} == {0.6}

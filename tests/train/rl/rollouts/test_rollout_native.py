@@ -120,12 +120,14 @@ def test_a_killed_engine_loses_nothing_and_is_started_again(tmp_path: Path, writ
 
 @dataclass
 class StopsAnEngine(FirstIsEven):
-    """Stops an engine's process when the first group is judged: one answer at a time, so others are under way."""
+    """Stops an engine's process when a group is judged for the first time after `is_armed` was set."""
 
     stop: Callable[[], None] = lambda: None
+    is_armed: bool = False
 
     def judge(self, attempts: list[Attempt], /) -> list[Verdict]:
-        if not self.seen:
+        if self.is_armed:
+            self.is_armed = False
             self.stop()
         return super().judge(attempts)
 
@@ -144,10 +146,17 @@ def test_a_stopped_engine_is_passed_over(tmp_path: Path, writer: Any) -> None:
         stopped.append(engines[0].pid)
         os.kill(engines[0].pid, signal.SIGSTOP)
 
-    with rollouts_of(settings, engines, tmp_path / "weights", StopsAnEngine(stop=stop), told) as rollouts:
-        rollouts.publish(0, writer(0))
-        batch = rollouts.take(0)
-        assert [group.problem.number for group in batch.groups] == list(range(8))
+    checker = StopsAnEngine(stop=stop)
+    with rollouts_of(settings, engines, tmp_path / "weights", checker, told) as rollouts:
+        version, batch = 0, None
+        while batch is None or len(batch.tokens_by_engine) < 2:  # one may start later
+            rollouts.publish(version, writer(version))
+            batch = rollouts.take(version)
+            version += 1
+        checker.is_armed = True
+        rollouts.publish(version, writer(version))
+        batch = rollouts.take(version)
+        assert [group.problem.number for group in batch.groups] == list(range(8 * version, 8 * version + 8))
         assert batch.num_retried >= 1, told.lines
     assert len(stopped) == 1
     assert not is_alive(stopped[0])  # a stopped one is ended, too
