@@ -155,6 +155,8 @@ def _started(
     words: list[str], environment: dict[str, str], threads: int, log: Path, stack: ExitStack, piped: bool = False
 ) -> subprocess.Popen[bytes]:
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    # By itself vLLM leaves a core to its server and binds all threads that it was told of to the rest.
+    counts["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
     pipe = subprocess.PIPE if piped else subprocess.DEVNULL
     with log.open("wb") as file:
         process = subprocess.Popen(

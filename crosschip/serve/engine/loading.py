@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from crosschip.certificate import Status
-from crosschip.chips import Chip, find_chip, keep_freed_memory
+from crosschip.chips import Chip, find_chip, in_passing_thread, keep_freed_memory
 from crosschip.errors import ModelError, ServeError
 from crosschip.model import Decoder, ModelConfig, Transformer, load_model
 from crosschip.serve.engine.blocks import BLOCK_TOKENS, BlockManager
@@ -27,6 +27,7 @@ logger = logging.getLogger("crosschip.serve")
 MAX_PREFILL_TOKENS = 1024  # prompt tokens per step: how long running answers may be held up by arriving prompts
 
 
+@in_passing_thread
 def load_engine(
     directory: Path,
     *,
@@ -174,6 +175,7 @@ def _weights_preparer(
     """What loads new weights beside the old ones, and refuses those that are not of this engine's model."""
     tokenizer, dtype = _tokenizer_bytes(first), getattr(torch, info.dtype)
 
+    @in_passing_thread
     def prepare(directory: Path) -> PreparedWeights:
         if _tokenizer_bytes(directory) != tokenizer:
             raise ServeError(

@@ -274,3 +274,19 @@ def test_updates_under_load_answer_every_request_on_one_version(engine: Engine, 
             assert ids_of(events) == expected[directories[0].name if name == "1" else name]
     assert len(versions) > 3
     assert engine.load.free_blocks == engine.load.num_blocks
+
+
+def test_weights_are_prepared_in_threads_that_end(
+    directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[threading.Thread] = []
+
+    def load(*args: Any, **kwargs: Any) -> Transformer:
+        seen.append(threading.current_thread())
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(loading, "load_model", load)
+    with running(directories[0], **OPTIONS) as engine:
+        engine.update_weights(directories[1])
+    assert [each.name for each in seen] == ["crosschip-passing"] * 2
+    assert not any(each.is_alive() for each in seen), "their OpenMP threads would slow the engine's down"
