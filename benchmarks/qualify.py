@@ -1,8 +1,9 @@
 """What `qualify` catches: each fault of the catalogue planted, honest variants over many seeds, the judge's power.
 
     python benchmarks/qualify.py                     # all; over an hour on two cores
-    python benchmarks/qualify.py --part faults       # or honest; the other parts stay as they were
-    python benchmarks/qualify.py --part honest-links # links, stability, golden on honest variants; goes on if cut off
+    python benchmarks/qualify.py --part faults       # the other parts stay as they were
+    python benchmarks/qualify.py --part honest       # honest variants; goes on if cut off, anew with --anew
+    python benchmarks/qualify.py --part honest-links # links, stability, golden on honest variants; the same
     python benchmarks/qualify.py --only N21 W1       # these faults again: their rows are replaced
 
 Each row is a run of the command's own machinery (`crosschip.qualify.qualify`) in child processes. Writes
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=None, help="catalogue ids; then honest variants are left out")
     parser.add_argument("--part", choices=("all", "faults", "honest", "honest-links"), default="all")
+    parser.add_argument("--anew", action="store_true", help="forget the rows of the honest parts that are asked for")
     parser.add_argument("--seeds", type=int, default=20, help="seeds of each honest variant")
     parser.add_argument("--honest-time", type=float, default=40.0, help="seconds of one honest qualification")
     parser.add_argument("--links-time", type=float, default=220.0, help="seconds of one of --part honest-links")
@@ -172,29 +174,43 @@ def clear(variant: str, seed: int, time_s: float, subject: str = TINY, **program
         "seed": seed,
         "role": role,
         "verdict": report["verdict"],
+        "dtype": report["compute_dtype"],
         "num_checks": sum(sum(exam["num_checks"].values()) for exam in report["exams"]),
         "accused": [f"{each['exam']}: {each['subject']}: {each['message']}" for each in accused],
     }
 
 
-def clear_links(options: argparse.Namespace, document: dict[str, Any], head: dict[str, Any], path: Path) -> None:
-    """Links, stability and a golden bundle on the honest variants; rows that `document` has already stay.
+def clear_all(
+    name: str, ask: Callable[[str, int], dict[str, Any]], options: argparse.Namespace, document: dict[str, Any],
+    head: dict[str, Any], path: Path,
+) -> None:  # fmt: skip
+    """Qualify the honest variants; rows that `document` has already stay.
 
-    The document is written after each row, so that the part goes on where it was cut off.
+    The document is written after each row, so that a part goes on where it was cut off.
     """
-    part = document.setdefault("honest-links", {"time_s": 0.0, "rows": []})
+    part: dict[str, Any] = document.setdefault(name, {"time_s": 0.0, "rows": []})
     part |= head
     done = {(row["variant"], row["seed"]) for row in part["rows"]}
     cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST if (variant, seed) not in done]
-    with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-        model, bundle = small_bundle(Path(name))
-        programme = {"exams": named_exams(["links", "stability"]), "golden": bundle}
-        began, before_s = time.monotonic(), part["time_s"]
-        asked = [pool.submit(clear, *case, options.links_time, str(model), **programme) for case in cases]
+    began, before_s = time.monotonic(), part["time_s"]
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        asked = [pool.submit(ask, *case) for case in cases]
         for row in _shown(each.result() for each in concurrent.futures.as_completed(asked)):
             part["rows"].append(row)
             part["time_s"] = round(before_s + time.monotonic() - began, 1)
             write_json(path, document)
+
+
+def clear_links(options: argparse.Namespace, document: dict[str, Any], head: dict[str, Any], path: Path) -> None:
+    """Links, stability and a golden bundle on the honest variants."""
+    with tempfile.TemporaryDirectory() as name:
+        model, bundle = small_bundle(Path(name))
+        programme = {"exams": named_exams(["links", "stability"]), "golden": bundle}
+
+        def ask(variant: str, seed: int) -> dict[str, Any]:
+            return clear(variant, seed, options.links_time, str(model), **programme)
+
+        clear_all("honest-links", ask, options, document, head, path)
 
 
 def small_bundle(directory: Path) -> tuple[Path, Path]:
@@ -323,10 +339,12 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}  # of the children; several run at a time
     path = options.out.with_suffix(".json")
     document: dict[str, Any] = read_json(path) if path.exists() else {}
+    for part in ("honest", "honest-links") if options.anew else ():
+        if options.part in ("all", part):
+            document.pop(part, None)
     # The others are for benchmarks/handoff.py, and for the serving exam, which asks a server.
     on_chips = [row for row in CATALOGUE.values() if not row.acts_on_files and _exams_of(row)]
     rows = [row for row in on_chips if options.only is None or row.id in options.only]
-    cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST]
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         head = {
             "command": " ".join(["python", "benchmarks/qualify.py", *sys.argv[1:]]),
@@ -339,10 +357,8 @@ def main() -> None:
             part = {**head, "subject": Path(options.subject).name, "time_s": time_s, "rows": found}
             document["faults"] = part if options.only is None else _replaced(document.get("faults"), part)
         if options.part in ("all", "honest") and options.only is None:
-            began = time.monotonic()
-            found = list(_shown(pool.map(lambda case: clear(*case, options.honest_time), cases)))
-            time_s = round(time.monotonic() - began, 1)
-            document["honest"] = {**head, "time_s": time_s, "rows": found, "power": power_sentence()}
+            ask = lambda *case: clear(*case, options.honest_time)  # noqa: E731
+            clear_all("honest", ask, options, document, {**head, "power": power_sentence()}, path)
         if options.part in ("all", "honest-links") and options.only is None:
             clear_links(options, document, head, path)
     write_json(path, document)

@@ -27,7 +27,8 @@ HTTP = ("native", "vllm", "llamacpp")
 OFFLINE = ("native", "transformers", "vllm")
 SLOTS = 64  # requests that each engine may compute together
 _START_S = 600.0
-_WORKER = Path(__file__).with_name("serve_offline.py")
+ROOT = Path(__file__).parent.parent
+_WORKER = ROOT / "benchmarks" / "serve_offline.py"
 _MAX_LENGTH = 128
 
 
@@ -192,7 +193,8 @@ def _as_gguf(model: Path) -> Path:
 
 
 def _description(engine: str, command: EngineCommand, environment: dict[str, str]) -> dict[str, Any]:
-    return {"versions": engine_versions(engine, command.words[0]), "words": list(command.words), **environment}
+    words = ["python", *(word.removeprefix(f"{ROOT}/") for word in command.words[1:])]
+    return {"versions": engine_versions(engine, command.words[0]), "words": words, **environment}
 
 
 def _end_of(log: Path) -> str:
