@@ -136,7 +136,8 @@ Found on: {chip}, torch {torch_version}.
 How to run: python {name} --device {device}
 It needs torch and the chip's plug-in for torch, nothing else. It prints what was expected and what the device gave;
 the check is `{function}`, with PARAMETERS, both at the end of this file.
-Exit code: 1 when the device is wrong, 0 when it is right, 2 when there is no such device.
+Exit code: 1 when the device is wrong, 0 when it is right, 2 when there is no such device; a device that takes the
+process down, or does not come back, shows in just that.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ from __future__ import annotations
 PLUGIN = "PLUGIN_OF_THE_CHIP"  # an environment variable, so that processes that are started here import it, too
 if PLUGIN in os.environ:
     importlib.import_module(os.environ[PLUGIN])
+
 
 {definitions}
 
