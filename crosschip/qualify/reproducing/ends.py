@@ -41,8 +41,7 @@ def reproducer_of_an_end(
 
 def call_ends(call: TracedCall, number: int, seed: int) -> Check:
     """The check that a traced call comes back, made so many times."""
-    parameters = {"operator": call.operator, "args": call.args, "kwargs": call.kwargs}
-    return Check(ends, {**parameters, "seed": seed, "number": number})
+    return Check(ends, {**call.parameters(seed), "number": number})
 
 
 def ends(

@@ -46,6 +46,10 @@ class TracedCall:
         """Whether the subject runs this call's backward pass, too."""
         return any(_asks_gradient(value) for value in (self.args, self.kwargs))
 
+    def parameters(self, seed: int) -> dict[str, Any]:
+        """Those of a check that makes the call with inputs drawn from a seed."""
+        return {"operator": self.operator, "args": self.args, "kwargs": self.kwargs, "seed": seed}
+
     @property
     def title(self) -> str:
         """The call in a line: `aten.mm.default bfloat16[2048,256] bfloat16[256,768]`."""

@@ -110,7 +110,7 @@ def _report_varying(context: ExamContext, call: TracedCall, found: Repetition) -
     remedy = "; torch.use_deterministic_algorithms(True) may help" if documented else ""
     title = f"{call.operator} gives other bits for the same inputs"
     number = min(2000, max(64, 4 * found.first, 4 * found.number // max(1, found.different)))
-    parameters = {"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "seed": context.seed}
+    parameters = call.parameters(context.seed)
     check = Check(repeats_differ, {**parameters, "number": number})
     check = shrink(check, context.chip.device, smaller_calls, limit_s=0.5)
     context.journal.finding(

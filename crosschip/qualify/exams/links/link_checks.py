@@ -9,14 +9,13 @@ import json
 import os
 import signal
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from crosschip.qualify.exams.links.own_ranks import START_LIMIT_S, join_ranks, meet, need_devices, start_ranks
+from crosschip.qualify.exams.links.own_ranks import START_LIMIT_S, exit_codes, join_ranks, meet, ranks_running
 
 __all__ = ["late_rank_is_lost", "loss_goes_unnoticed", "pair_is_slow"]
 
@@ -31,28 +30,21 @@ def loss_goes_unnoticed(
 
     Wrong: another rank still waits for it when the time-out and the grace are over.
     """
-    need_devices(device, num_ranks)
     struck, limit_s = num_ranks - 1, timeout_s + grace_s
     expected = f"the others end within {limit_s:g} s of rank {struck} being {how}"
-    with tempfile.TemporaryDirectory() as directory:
-        processes = start_ranks(reduce_for_ever, num_ranks, device, num_ranks, timeout_s, directory)
+    with ranks_running(reduce_for_ever, device, num_ranks, timeout_s) as (processes, directory):
         others = processes[:struck]
-        try:
-            started = time.monotonic()
-            while not all(Path(directory, f"reducing-{rank}").exists() for rank in range(num_ranks)):
-                if time.monotonic() - started > START_LIMIT_S or not all(each.is_alive() for each in processes):
-                    return True, "ranks that reduce together", "they do not even without any loss"
-                time.sleep(0.05)
-            os.kill(processes[struck].pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-            began = time.monotonic()
-            while any(each.is_alive() for each in others) and time.monotonic() - began < limit_s:
-                time.sleep(0.05)
-            took_s = time.monotonic() - began
-            waiting = [str(rank) for rank, each in enumerate(others) if each.is_alive()]
-        finally:
-            for each in processes:
-                each.kill()
-                each.join()
+        started = time.monotonic()
+        while not all(Path(directory, f"reducing-{rank}").exists() for rank in range(num_ranks)):
+            if time.monotonic() - started > START_LIMIT_S or not all(each.is_alive() for each in processes):
+                return True, "ranks that reduce together", "they do not even without any loss"
+            time.sleep(0.05)
+        os.kill(processes[struck].pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        began = time.monotonic()
+        while any(each.is_alive() for each in others) and time.monotonic() - began < limit_s:
+            time.sleep(0.05)
+        took_s = time.monotonic() - began
+        waiting = [str(rank) for rank, each in enumerate(others) if each.is_alive()]
     if waiting:
         return True, expected, f"rank {', '.join(waiting)} still waited after {took_s:.1f} s"
     return False, expected, f"they ended after {took_s:.1f} s"
@@ -76,19 +68,9 @@ def reduce_for_ever(rank: int, device: str, num_ranks: int, timeout_s: float, di
 
 def late_rank_is_lost(device: str, num_ranks: int, skew_s: float, timeout_s: float) -> tuple[bool, str, str]:
     """Let the last rank meet the others late, well within the time-out; wrong when they do not get together."""
-    need_devices(device, num_ranks)
     expected = f"{num_ranks} ranks that meet, the last {skew_s:g} s late"
-    with tempfile.TemporaryDirectory() as directory:
-        processes = start_ranks(reduce_once, num_ranks, device, num_ranks, skew_s, timeout_s, directory)
-        try:
-            deadline = time.monotonic() + START_LIMIT_S + skew_s + timeout_s
-            for each in processes:
-                each.join(max(0.0, deadline - time.monotonic()))
-            codes = [each.exitcode for each in processes]
-        finally:
-            for each in processes:
-                each.kill()
-                each.join()
+    with ranks_running(reduce_once, device, num_ranks, skew_s, timeout_s) as (processes, _):
+        codes = exit_codes(processes, START_LIMIT_S + skew_s + timeout_s)
     if all(code == 0 for code in codes):
         return False, expected, "they met"
     return True, expected, f"exit codes of the ranks: {codes} (None: it still waited)"
@@ -110,17 +92,8 @@ def pair_is_slow(
 
     The fastest of a pair's messages counts: a passing burden slows some of them, a bad link all.
     """
-    need_devices(device, num_ranks)
-    with tempfile.TemporaryDirectory() as directory:
-        processes = start_ranks(exchange_in_pairs, num_ranks, device, pairs, num_ranks, num_bytes, directory)
-        try:
-            for each in processes:
-                each.join(2 * START_LIMIT_S)
-            codes = [each.exitcode for each in processes]
-        finally:
-            for each in processes:
-                each.kill()
-                each.join()
+    with ranks_running(exchange_in_pairs, device, num_ranks, pairs, num_bytes) as (processes, directory):
+        codes = exit_codes(processes, 2 * START_LIMIT_S)
         if any(code != 0 for code in codes):
             return True, "messages between all pairs", f"exit codes of the ranks: {codes} (None: it still waited)"
         times: dict[tuple[int, int], float] = {}
@@ -133,7 +106,7 @@ def pair_is_slow(
 
 
 def exchange_in_pairs(
-    rank: int, device: str, pairs: list[list[int]], num_ranks: int, num_bytes: int, directory: str
+    rank: int, device: str, num_ranks: int, pairs: list[list[int]], num_bytes: int, directory: str
 ) -> None:
     """One rank of it; the first of a pair notes the time."""
     own = join_ranks(rank, device, num_ranks, 2 * START_LIMIT_S, directory)

@@ -6,8 +6,10 @@ What a rank has to say it writes into a directory that all of them share.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-__all__ = ["START_LIMIT_S", "join_ranks", "meet", "need_devices", "start_ranks"]
+__all__ = ["START_LIMIT_S", "exit_codes", "join_ranks", "meet", "need_devices", "ranks_running"]
 
 START_LIMIT_S = 120.0  # a rank imports torch and the chip's plug-in
 
@@ -53,13 +55,35 @@ def join_ranks(
     return own
 
 
-def start_ranks(run: Callable[..., None], num_ranks: int, *arguments: Any) -> list[Any]:
-    """A process for each rank that makes `run(rank, *arguments)`; whoever starts them has to end them."""
+@contextmanager
+def ranks_running(
+    run: Callable[..., None], device: str, num_ranks: int, *arguments: Any
+) -> Iterator[tuple[list[Any], str]]:
+    """A process for each rank that makes `run(rank, device, num_ranks, *arguments, directory)`, and their directory.
+
+    In the end none of them is left, stopped ones neither.
+    """
+    need_devices(device, num_ranks)
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(num_ranks)]
+    with tempfile.TemporaryDirectory() as directory:
+        given = (device, num_ranks, *arguments, directory)
+        processes = [context.Process(target=run, args=(rank, *given), daemon=True) for rank in range(num_ranks)]
+        for each in processes:
+            each.start()
+        try:
+            yield processes, directory
+        finally:
+            for each in processes:
+                each.kill()
+                each.join()
+
+
+def exit_codes(processes: list[Any], limit_s: float) -> list[int | None]:
+    """How the ranks have ended, within so many seconds; None for one that has not."""
+    deadline = time.monotonic() + limit_s
     for each in processes:
-        each.start()
-    return processes
+        each.join(max(0.0, deadline - time.monotonic()))
+    return [each.exitcode for each in processes]
 
 
 def meet(directory: str, what: str, rank: int, num_ranks: int) -> None:

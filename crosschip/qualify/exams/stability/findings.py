@@ -131,8 +131,7 @@ def _reproducer(context: ExamContext, repeats: Repeats, title: str) -> str | Non
     left_s = min(_REPRODUCED_WITHIN_S, context.remaining_s)
     if call is None or number > _MOST_REPEATS or left_s <= 0.0:
         return None
-    parameters: dict[str, Any] = {"operator": call.operator, "args": call.args, "kwargs": call.kwargs}
-    parameters["seed"] = context.seed
+    parameters = call.parameters(context.seed)
     started = time.monotonic()
     outcome_of(repeats_differ, str(context.chip.device), {**parameters, "number": _FOR_TIME})
     once_s = (time.monotonic() - started) / _FOR_TIME

@@ -6,7 +6,7 @@ import math
 import time
 from array import array
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.stability.memory import garbage_set_aside, memory_left, read_memory
@@ -161,21 +161,17 @@ def _reproducer(context: ExamContext, soaked: Soaked, where: Where, blamed: dict
     calls = {repeats.work.subject: repeats.work.call for repeats in soaked.repeats}
     for subject, size in blamed.items():  # the worst first; a step is no call
         if (call := calls[subject]) is not None and _is_quick(context, call):
-            parameters = {**_parameters(context, call), "where": "device" if where == "device" else "allocated"}
+            parameters = {**call.parameters(context.seed), "where": "device" if where == "device" else "allocated"}
             check = Check(memory_grows, {**parameters, "number": _REPRODUCED_CALLS, "least": size / 2})
             return write_reproducer(context, f"memory {call.operator}", f"{subject} keeps memory", check)
     return None
-
-
-def _parameters(context: ExamContext, call: TracedCall) -> dict[str, Any]:
-    return {"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "seed": context.seed}
 
 
 def _is_quick(context: ExamContext, call: TracedCall) -> bool:
     """Whether the CPU, too, makes the call often enough in time."""
     context.journal.now(f"{call.title} ({call.id}), on the CPU as a control")
     started = time.monotonic()
-    outcome_of(ends, "cpu", {**_parameters(context, call), "number": 2})
+    outcome_of(ends, "cpu", {**call.parameters(context.seed), "number": 2})
     once_s = (time.monotonic() - started) / 2
     return 2 * _REPRODUCED_CALLS * once_s < min(_REPRODUCED_WITHIN_S, max(_LEAST_BLAMING_S, context.remaining_s))
 
