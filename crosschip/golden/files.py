@@ -31,6 +31,16 @@ class FileCheck:
     weights: list[WeightDifference]
     dtype: str | None  # None: it cannot be told
 
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> FileCheck:
+        """What `document` gave, after a way through JSON."""
+        fields = [FieldDifference(**each) for each in document["fields"]]
+        return cls(fields, [WeightDifference(**each) for each in document["weights"]], document["dtype"])
+
 
 def check_files(bundle: Bundle, model_directory: Path, quantised: str | None = None) -> FileCheck:
     """Compare tensor by tensor and field by field; quantised tensors are compared within their rounding.

@@ -2,7 +2,8 @@
 
 It imports what a task needs, then reads the path of its job from standard input; without one it ends.
 
-Tasks: `identify` finds the chip and says what it is, `trace` records the subject's calls, `exam` examines, `write_end`
+Tasks: `identify` finds the chip and says what it is, `check_bundle` holds a golden bundle against the subject's files,
+`trace` records the subject's calls, `exam` examines, `write_end`
 writes what ended a process as a reproducer. What comes out is written to the job's result file; an exam writes
 its journal as it goes.
 """
@@ -37,10 +38,6 @@ def _identify(job: dict[str, Any]) -> dict[str, Any]:
     from crosschip.qualify.subjects.subject import load_subject, working_dtype
 
     subject = load_subject(job["origin"])
-    if job.get("golden"):
-        from crosschip.golden.bundle import load_bundle
-
-        load_bundle(Path(job["golden"]))  # a bundle that was cut or altered is refused before anything is examined
     try:
         chip = find_chip(job["chip_spec"])
     except ChipError as error:
@@ -79,6 +76,12 @@ def _classified(error: ChipError, wanted: str) -> CrosschipError:
     return error if is_here else ChipMissingError(error.problem, error.remedy)
 
 
+def _check_bundle(job: dict[str, Any]) -> dict[str, Any]:
+    from crosschip.qualify.exams.golden.exam import check_bundle
+
+    return check_bundle(job["origin"], Path(job["golden"]))
+
+
 def _trace(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
@@ -113,6 +116,7 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
         died_in=frozenset(job.get("died_in", ())),
         only=job.get("only"),
         golden=Path(job["golden"]) if job.get("golden") else None,
+        golden_files=Path(job["golden_files"]) if job.get("golden_files") else None,
         planned_chips=job.get("planned_chips"),
     )
     importlib.import_module(job["module"]).examine(context)
@@ -137,6 +141,7 @@ def _write_end(job: dict[str, Any]) -> dict[str, Any]:
 
 _TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "identify": _identify,
+    "check_bundle": _check_bundle,
     "trace": _trace,
     "exam": _exam,
     "write_end": _write_end,

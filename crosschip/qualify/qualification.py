@@ -35,6 +35,8 @@ _ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # for children that work on the
 _LEAST_BUDGET_S = 6.0  # with a child's start
 _IDENTIFY_LIMIT_S = 120.0
 _TRACE_LIMIT_S = 300.0
+_BUNDLE_LIMIT_S = 60.0
+_BUNDLE_FILES = "golden-files.json"
 _TRIES = 3  # of one exam, each without the parts that the earlier ones died in
 
 
@@ -130,6 +132,7 @@ def _examine_all(going: _Qualification) -> None:
     if ended.how != "complete":
         _report_unusable_chip(going, ended)
         return
+    _check_bundle(going)
     programme = going.request.programme
     going.prepare(programme[0][0])
     _trace(going)
@@ -145,13 +148,27 @@ def _examine_all(going: _Qualification) -> None:
         write_json(going.request.report, _document(going))
 
 
+def _check_bundle(going: _Qualification) -> None:
+    """Refuse a golden bundle that says nothing about the subject's weights. Large files take longer than there is time
+    for here: then the exam does it."""
+    request = going.request
+    if request.golden is None:
+        return
+    going.tell(f"holding {request.golden} against the weights of {request.origin}")
+    job = {"task": "check_bundle", "origin": request.origin, "golden": str(request.golden)}
+    ended = going.run(job, _BUNDLE_LIMIT_S, alone=True)
+    if ended.how == "refused":
+        raise QualifyError(ended.result["refused"]["problem"], ended.result["refused"]["remedy"])
+    if ended.how == "complete":
+        write_json(going.directory / _BUNDLE_FILES, ended.result)
+
+
 def _identify_job(request: Request, chip: str) -> dict[str, Any]:
     return {
         "task": "identify",
         "origin": request.origin,
         "chip_spec": chip,
         "role": request.role,
-        "golden": None if request.golden is None else str(request.golden),
     }
 
 
@@ -293,6 +310,7 @@ def _exam_job(
         "reproducers": str(reproducers_of(request.report)),
         "seed": request.seed,
         "golden": None if request.golden is None else str(request.golden),
+        "golden_files": str(going.directory / _BUNDLE_FILES),
         "planned_chips": request.planned_chips,
         "skip": sorted(read_journal(journal, exam.name).done | died_in),
         "died_in": sorted(died_in),

@@ -35,6 +35,7 @@ class ExamContext:
     died_in: frozenset[str] = frozenset()  # those of `skip` in which an earlier try ended
     only: str | None = None
     golden: Path | None = None  # a golden bundle to replay
+    golden_files: Path | None = None  # how the subject's files differ from the recorded ones, where that is known
     planned_chips: int | None = None  # of the run that is planned
     started: float = field(default_factory=time.monotonic)
 

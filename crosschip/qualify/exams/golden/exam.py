@@ -12,15 +12,28 @@ from typing import Any
 from crosschip.errors import CrosschipError, GoldenError
 from crosschip.golden.bundle import Bundle, load_bundle
 from crosschip.golden.comparison import Comparison
+from crosschip.golden.files import FileCheck, check_files
 from crosschip.golden.judge import Judgement, judge
 from crosschip.golden.record import model_directory_of
 from crosschip.golden.replay import replay
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.finding import Finding, Kind
+from crosschip.rundir import read_json
 
-__all__ = ["examine"]
+__all__ = ["check_bundle", "examine"]
 
 _FILES = ("conversion", "config field")  # causes that lie in what was handed over, not in the chip
+
+
+def check_bundle(origin: str, path: Path) -> dict[str, Any]:
+    """Hold the bundle against the files of the subject, before anything is examined; what differs, for JSON.
+
+    Raises:
+        GoldenError: the bundle was cut, altered, or made for other weights, or there are no weights to replay it with.
+        ModelError: there are no files to compare.
+    """
+    bundle = load_bundle(path)
+    return check_files(bundle, _weights_of(origin, bundle)).document()
 
 
 def examine(context: ExamContext) -> None:
@@ -38,6 +51,7 @@ def _replay(context: ExamContext, bundle: Bundle) -> None:
             bundle,
             directory,
             context.chip,
+            files=_files_of(context),
             with_curve=context.role == "train",
             has_time=lambda share: context.remaining_s > (1 - share) * context.budget_s,
             tell=journal.now,
@@ -57,6 +71,12 @@ def _replay(context: ExamContext, bundle: Bundle) -> None:
         journal.not_covered(f"golden bundle: {words}")
     for measurement in _measurements(comparison):
         journal.measured(**measurement)
+
+
+def _files_of(context: ExamContext) -> FileCheck | None:
+    """What was found before the exams, if that came to an end."""
+    path = context.golden_files
+    return FileCheck.from_document(read_json(path)) if path is not None and path.is_file() else None
 
 
 def _weights_of(origin: str, bundle: Bundle) -> Path:

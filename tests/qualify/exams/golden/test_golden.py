@@ -12,7 +12,7 @@ import torch
 from crosschip.chips import find_chip
 from crosschip.errors import QualifyError
 from crosschip.golden.record import record
-from crosschip.model import save_model
+from crosschip.model import load_model, save_model
 from crosschip.qualify.programme import Request
 from crosschip.qualify.qualification import qualify
 from tests.golden.conftest import CONFIG, PLAN
@@ -61,10 +61,22 @@ def test_a_faulty_operator_is_named(made: Path, tmp_path: Path) -> None:
     assert "training curve" not in report["exams"][0]["num_checks"]  # a chip that serves need not train
 
 
-def test_a_bundle_of_other_weights_makes_it_inconclusive(made: Path, tmp_path: Path) -> None:
-    report = examined(made, tmp_path / "report.json", "cpu", model="other")
-    assert report["verdict"] == "INCONCLUSIVE"
-    assert "was made for other weights" in report["findings"][0]["message"]
+def test_a_bundle_of_other_weights_is_refused_before_anything_is_examined(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(QualifyError, match="was made for other weights"):
+        examined(made, tmp_path / "report.json", "cpu", model="other")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_tensor_that_differs_is_named_though_the_files_are_read_once(made: Path, tmp_path: Path) -> None:
+    """What was found beforehand is what the exam reports."""
+    model = load_model(made / "model")
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight *= 1.5
+    save_model(model, tmp_path / "altered")
+    report = examined(made, tmp_path / "report.json", "cpu", model=str(tmp_path / "altered"))
+    worst = report["findings"][0]
+    assert (report["verdict"], worst["details"]["cause"]) == ("FAIL", "conversion")
+    assert "model.layers.0.self_attn.o_proj.weight is the recorded tensor times 1.5" in str(worst)
 
 
 def test_a_damaged_bundle_is_refused_before_anything_is_examined(made: Path, tmp_path: Path) -> None:
