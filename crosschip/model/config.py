@@ -26,7 +26,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-_NEEDED = ("vocab_size", "num_attention_heads")
+# What shapes the weights: published files and those of transformers always say it, and a file that is silent is cut.
+_NEEDED = (
+    *("vocab_size", "num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "kv_lora_rank"),
+    *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_position_embeddings"),
+)
+_NEEDED_OF_EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 _AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "kv_lora_rank"),
@@ -115,6 +120,8 @@ class ModelConfig:
             values["eos_token_id"] = tuple(document["eos_token_id"])
         _check_types(values)
         config = cls(**{**_PUBLISHED_DEFAULTS, **values})
+        if config.num_moe_layers:
+            _refuse_gaps(document, _NEEDED_OF_EXPERTS)
         _check_relations(config)
         return config
 
@@ -157,15 +164,19 @@ def _refuse_others(document: dict[str, Any]) -> None:
                 f"config field {field} = {document[field]!r}; only {allowed[0]!r} is computed here",
                 "use another engine for this model",
             )
-    missing = [name for name in _NEEDED if document.get(name) is None]
-    if missing:
-        raise BrokenConfigError(f"config.json has no field {missing[0]!r}, or null in it", "complete the file")
+    _refuse_gaps(document, _NEEDED)
     if document.get("num_key_value_heads") not in (document["num_attention_heads"], None):
         raise ModelError(
             f"num_key_value_heads = {document['num_key_value_heads']} differs from "
             f"num_attention_heads = {document['num_attention_heads']}",
             "latent attention has one key per query head; check config.json",
         )
+
+
+def _refuse_gaps(document: dict[str, Any], needed: tuple[str, ...]) -> None:
+    missing = [name for name in needed if document.get(name) is None]
+    if missing:
+        raise BrokenConfigError(f"config.json has no field {missing[0]!r}, or null in it", "complete the file")
 
 
 @cache

@@ -37,7 +37,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_its_field(field: str, value: 
         ModelConfig.from_hf({**GOOD, field: value})
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "num_attention_heads"])
+@pytest.mark.parametrize("field", ["vocab_size", "num_attention_heads", "hidden_size", "v_head_dim", "n_routed_experts"])
 def test_a_field_that_is_not_there_or_null_is_named(field: str) -> None:
     for document in ({name: value for name, value in GOOD.items() if name != field}, {**GOOD, field: None}):
         with pytest.raises(BrokenConfigError, match=f"no field '{field}'"):
@@ -47,6 +47,9 @@ def test_a_field_that_is_not_there_or_null_is_named(field: str) -> None:
 def test_numbers_of_experts_count_only_where_a_layer_has_some() -> None:
     document = {**GOOD, "first_k_dense_replace": GOOD["num_hidden_layers"], "num_experts_per_tok": 9, "topk_group": 2}
     assert ModelConfig.from_hf(document).num_moe_layers == 0
+    del document["moe_intermediate_size"]
+    assert ModelConfig.from_hf(document).num_moe_layers == 0
+    document["moe_intermediate_size"] = 8
     with pytest.raises(BrokenConfigError, match="topk_group = 2"):
         ModelConfig.from_hf({**document, "num_nextn_predict_layers": 1})
 
@@ -149,7 +152,7 @@ def test_what_is_published_is_read(published: dict[str, Any], changes: dict[str,
     [
         {"rope_theta": "many"},
         {"rope_parameters": [1]},
-        {"rope_scaling": {"type": "yarn"}, "max_position_embeddings": None, "rope_parameters": None},
+        {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}, "rope_parameters": None},
     ],
 )
 def test_rotary_fields_that_make_no_sense_are_refused(rope: dict[str, Any]) -> None:

@@ -167,6 +167,15 @@ def test_long_bodies_and_prompts_are_refused() -> None:
         assert httpx.post(f"{url}/v1/echo", json={"prompt": "x" * 100}).json()["length"] == 113
 
 
+def test_a_body_of_countless_small_parts_is_refused_unread() -> None:
+    with limited() as (url, backend, _):
+        for part in (b"{}", b"[]"):
+            response = httpx.post(f"{url}/v1/echo", content=b"[" + part * 200_000 + b"]")
+            assert (response.status_code, code_of(response)) == (413, "body_too_large")
+        assert backend.reached == []
+        assert httpx.post(f"{url}/v1/echo", content=b"[" + b"{}" * 199_999 + b"]").status_code == 200
+
+
 def test_a_body_that_does_not_come_holds_nothing() -> None:
     with limited(max_body_s=0.3, max_concurrent=1) as (url, backend, _):
         host, _, port = url.removeprefix("http://").partition(":")
