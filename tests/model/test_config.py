@@ -37,7 +37,9 @@ def test_a_value_that_makes_no_sense_is_refused_by_its_field(field: str, value: 
         ModelConfig.from_hf({**GOOD, field: value})
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "num_attention_heads", "hidden_size", "v_head_dim", "n_routed_experts"])
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "num_attention_heads", "hidden_size", "v_head_dim", "n_routed_experts"]
+)
 def test_a_field_that_is_not_there_or_null_is_named(field: str) -> None:
     for document in ({name: value for name, value in GOOD.items() if name != field}, {**GOOD, field: None}):
         with pytest.raises(BrokenConfigError, match=f"no field '{field}'"):
