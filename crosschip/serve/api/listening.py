@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from crosschip.errors import ServeError
+from crosschip.serve.api.http_protocol import BoundedHttp
 
 __all__ = ["LOOPBACK", "Tls", "bind", "log_to_stderr", "url_of", "uvicorn_config"]
 
@@ -73,6 +74,7 @@ def uvicorn_config(app: ASGIApp, *, grace_s: float, lifespan: bool = False, tls:
         timeout_graceful_shutdown=max(1, round(grace_s)),
         server_header=False,
         lifespan="on" if lifespan else "off",
+        http=BoundedHttp,
         ws="none",
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,
