@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crosschip.cli.default_command import DefaultCommandGroup
+from crosschip.cli.guard import guarded
 from crosschip.cli.options import RecipeArgument, SetOption
 from crosschip.errors import EXIT_FAIL, RecipeError
 
@@ -29,7 +30,24 @@ _JSON_HELP = "Write the JSON document there."
 
 
 class _RecipeOrCommand(DefaultCommandGroup):
+    """`plan RECIPE`, `plan validate`, and `plan --explain KEY` alone, which needs no recipe."""
+
     default = "run"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See the class (typer calls it)."""
+        option, _, key = " ".join(args).replace("=", " ", 1).partition(" ")
+        if option == "--explain" and key and " " not in key:
+            guarded(_explain_alone)(key)
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+def _explain_alone(key: str) -> None:
+    """Print what a key of a plan's document means, in every plan."""
+    from crosschip.plan.document import meaning
+
+    print(json.dumps(meaning(key), indent=2, ensure_ascii=False))
 
 
 plan_app = typer.Typer(
@@ -193,7 +211,10 @@ def plan(
     overrides: SetOption = None,
     json_path: Annotated[Path | None, _file("--json", _JSON_HELP)] = None,
     page: Annotated[Path | None, _file("--page", "Write the HTML page there.")] = None,
-    explain: Annotated[str | None, _number("--explain", "KEY", "Show one part only, as in step.parts_s.")] = None,
+    explain: Annotated[
+        str | None,
+        _number("--explain", "KEY", "Show one part only, as in step.parts_s; without RECIPE, what it means."),
+    ] = None,
 ) -> None:  # fmt: skip
     """Say memory, layout, step time, goodput, cost and date of every stage of a run on a cluster."""
     from crosschip.plan.whole_run import Asked, Switch

@@ -16,7 +16,15 @@ from pydantic import Field, ValidationError
 from crosschip.errors import RecipeError
 from crosschip.plan.calendar_tables import RecoveryTable, ScheduleTable, SeenTable
 from crosschip.plan.figures import Figure
-from crosschip.plan.hardware import CHIP_FIGURES, EAGER_CALL_S, EAGER_CALLS, Hardware, kind_named, names_of_kind
+from crosschip.plan.hardware import (
+    CHIP_FIGURES,
+    EAGER_CALL_S,
+    EAGER_CALLS,
+    Hardware,
+    kind_named,
+    names_of_kind,
+    usual_host,
+)
 from crosschip.plan.strict_table import StrictTable
 
 __all__ = ["KERNELS_SHARE", "Cluster", "ClusterFile", "GivenFigure", "PriceTable", "parse_cluster", "read_cluster"]
@@ -30,7 +38,7 @@ _FIELDS = {
     "network_gb_s": ("network_bytes_s", 1e9),
     "product_share": ("efficiency", 1.0),
 }
-_OPTIONAL = {"fp8_tflops", "product_share"}
+_OPTIONAL = {"fp8_tflops", "product_share", "host_chips"}
 # Kernels other than one large product, and everything around them: about what published runs reach of their largest
 # product. Assumed, and rounded.
 KERNELS_SHARE = 0.8
@@ -143,11 +151,28 @@ def _hardware(file: ClusterFile, origin: str) -> Hardware:
             f'`[figures.{missing[0]}]` with `value`, `origin` ("measured", "published" or "assumed") and `source`',
         )
     figures.setdefault("product_share", Figure(0.7, CHIP_FIGURES["product_share"], "assumed", "as other chips"))
-    values: dict[str, Any] = {_FIELDS[key][0]: figure.value * _FIELDS[key][1] for key, figure in figures.items()}
+    node_size = file.node_size or (base.node_size if base is not None else 0)
+    figures["host_chips"] = _host(file, figures.get("host_chips"), node_size, origin)
+    values: dict[str, Any] = {
+        _FIELDS[key][0]: figure.value * _FIELDS[key][1] for key, figure in figures.items() if key in _FIELDS
+    }
+    values["host_size"] = round(figures["host_chips"].value)
     values["efficiency"] *= KERNELS_SHARE
     sources = tuple((key, figures[key]) for key in CHIP_FIGURES if key in figures)
     if base is None:
         assert file.node_size is not None
         values.setdefault("fp8_flops", None)
         return Hardware(kind=file.chip, node_size=file.node_size, sources=sources, **values)
-    return replace(base, node_size=file.node_size or base.node_size, sources=sources, **values)
+    return replace(base, node_size=node_size, sources=sources, **values)
+
+
+def _host(file: ClusterFile, known: Figure | None, node_size: int, origin: str) -> Figure:
+    """The chips of a host: as given or known, as long as a node holds it."""
+    if "host_chips" in file.figures:
+        given = file.figures["host_chips"].value
+        if given != round(given) or given > node_size:
+            raise RecipeError(
+                f"{origin}: figures.host_chips = {given:g} is no whole number of chips of a node of {node_size}",
+                f"give 1 to {node_size} chips that a repair takes away together",
+            )
+    return usual_host(node_size) if known is None or known.value > node_size else known

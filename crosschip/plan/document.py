@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from crosschip.errors import RecipeError
-from crosschip.plan.cluster import Cluster
 from crosschip.plan.dates import Effect, bill, on_other_chip, sensitivity
 from crosschip.plan.failures import failure_outlook, outlook_document
 from crosschip.plan.fall_backs import fall_backs
-from crosschip.plan.figures import Figure
+from crosschip.plan.figures_of import figures_of
 from crosschip.plan.page.document import dates_document, money_document, sensitivity_document, serving_document
 from crosschip.plan.serving import plan_serving, served_model, serving_chip
 from crosschip.plan.stage_document import computed, layout_document, stage_document, step_document
 from crosschip.plan.step import Loser, Plan
+from crosschip.plan.units import joined, meanings_under, units_of
 from crosschip.plan.whole_run import WholeRun, prices_of
 
-__all__ = ["SCHEMA_VERSION", "explain", "plan_document"]
+__all__ = ["SCHEMA_VERSION", "explain", "meaning", "plan_document"]
 
 SCHEMA_VERSION = 2
 
@@ -31,20 +31,21 @@ def plan_document(run: WholeRun, notes: tuple[str, ...] = ()) -> dict[str, Any]:
     """Put together the whole plan: model, stages, layout, step, failures, dates, serving and money.
 
     `chip`, `role` and `ready` are what `compare` reads: `chip_matches` are regular expressions for the chip's names.
-    `step`, `counts` and `failures` are of the stage that takes longest, `stages` has all of them.
+    `step`, `counts` and `failures` are of the stage that takes longest, `stages` has all of them. `units` says the
+    unit, the origin and the source of every number that stands without them.
 
     Raises:
         PlanError: a load that no number of chips serves as promised, prices in two currencies.
     """
     plan, peak = run.main.plan, run.cluster.hardware.bf16_flops
     rules, rule_notes = fall_backs(run)
-    money = bill(run.schedule, prices_of(run), run.cluster.hardware.node_size)
-    return {
+    money = bill(run.schedule, prices_of(run))
+    document = {
         **_head(run),
         "counts": _counts(plan),
         "main_stage": run.main.name,
         "stages": [stage_document(each, peak) for each in run.stages],
-        "step": {**step_document(plan.best, peak), "figures": _figures(run.cluster)},
+        "step": {**step_document(plan.best, peak), "figures": figures_of(run.cluster)},
         "other_clusters": _other_clusters(run),
         "others": [step_document(each, peak) for each in plan.others],
         "losers": [_loser(each) for each in plan.losers],
@@ -57,6 +58,7 @@ def plan_document(run: WholeRun, notes: tuple[str, ...] = ()) -> dict[str, Any]:
         "money": money_document(money),
         "notes": [*_notes(run), *rule_notes, *notes],
     }
+    return {**document, "units": units_of(document)}
 
 
 def _head(run: WholeRun) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _other_clusters(run: WholeRun) -> dict[str, Any]:
     choices, asked = run.asked.choices, run.asked
     named = (choices.rollouts_on, *choices.joined_with, asked.serve_on, *asked.compared)
     return {
-        each.name: {"chip": each.hardware.kind, "num_chips": each.num_chips, "figures": _figures(each)}
+        each.name: {"chip": each.hardware.kind, "num_chips": each.num_chips, "figures": figures_of(each)}
         for each in named
         if each is not None and each.name != run.cluster.name
     }
@@ -90,6 +92,7 @@ def _failures(run: WholeRun) -> dict[str, Any]:
     dated = next(each for each in run.schedule.stages if each.stage.name == run.main.name)
     outlook = failure_outlook(run.rates, run.main.num_chips, run.recovery(run.main.name))
     document = outlook_document(outlook, run.rates, dated.ledger, float(np.median(dated.ledger.wall_s)) / 86400)
+    document["figures"]["chips_per_host"] = run.cluster.figures["host_chips"].document()
     soak = run.asked.soak
     return document if soak is None else {**document, "soak": soak.words(run.main.num_chips)}
 
@@ -145,19 +148,22 @@ def _counts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _figures(cluster: Cluster) -> dict[str, Any]:
-    hardware = cluster.hardware
-    found = dict(cluster.figures)
-    found["efficiency"] = Figure(hardware.efficiency, "of the datasheet's rate", "assumed", _EFFICIENCY)
-    found["overlap"] = Figure(hardware.overlap, "of collectives", "assumed", "as usual in published runs")
-    return {key: figure.document() for key, figure in found.items()}
+def meaning(key: str) -> list[dict[str, str]]:
+    """What the numbers under a dotted key are in every plan: unit, origin and source of each.
 
-
-_EFFICIENCY = "what a large product reaches, times what all kernels of published runs reach of that"
+    Raises:
+        RecipeError: no number of a plan is under that key.
+    """
+    if not (found := [each.document() for each in meanings_under(key)]):
+        raise RecipeError(
+            f"--explain {key}: no number of a plan is there",
+            "give a key such as step.parts_s or failures.goodput, or the recipe as well: plan RECIPE --explain KEY",
+        )
+    return found
 
 
 def explain(document: dict[str, Any], key: str) -> Any:
-    """Find what stands under a dotted key, such as `step.parts_s`.
+    """Find what stands under a dotted key, such as `step.parts_s`; every number with its unit, origin and source.
 
     Raises:
         RecipeError: no such key; names those that are there.
@@ -172,4 +178,4 @@ def explain(document: dict[str, Any], key: str) -> Any:
             there = list(found) if isinstance(found, dict) else range(len(found)) if isinstance(found, list) else []
             names = ", ".join(map(str, there)) or "none, it is a value"
             raise RecipeError(f"--explain {key}: there is no {part!r}", f"the keys there are: {names}")
-    return found
+    return joined(found, tuple(key.split(".")))

@@ -29,6 +29,13 @@ def fall_backs(run: WholeRun) -> tuple[list[dict[str, Any]], list[str]]:
                 "--delay-cost-per-day is given"
             )
             continue
+        ours, theirs = run.cluster.price.currency, other.cluster.price.currency
+        if cost_b > 0.0 and ours != theirs:
+            notes.append(
+                f"no fall-back rule to {name}: its price is in {theirs}, the price of {run.cluster.name} and "
+                f"--delay-cost-per-day are in {ours}; give all of them in one currency ([price] currency)"
+            )
+            continue
         if cost_b == 0.0:
             notes.append(f"{name} has no [price] per_chip_hour: the fall-back rule counts it as free")
         found.append(_rule(run, other, cost_a, cost_b))

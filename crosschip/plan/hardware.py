@@ -27,6 +27,7 @@ __all__ = [
     "kinds",
     "names_of_kind",
     "spread_over",
+    "usual_host",
 ]
 
 CHIP_FIGURES = {
@@ -37,7 +38,9 @@ CHIP_FIGURES = {
     "link_gb_s": "GB/s one way per chip",
     "network_gb_s": "GB/s one way per chip",
     "product_share": "of the datasheet's rate",
+    "host_chips": "chips of a host, which a repair takes away together",
 }
+_LARGEST_HOST = 16  # chips; a larger node is a domain of fast links over many hosts
 # Calls of torch for what is one operator here: a traced step of recipes/first.toml has 2,399 where 350 operators are
 # counted (docs/results/qualify-h100-train.json), and that step took 51.5 ms on an H100 with next to nothing to compute.
 EAGER_CALLS = 2399 / 350
@@ -51,7 +54,8 @@ class Hardware:
 
     `efficiency` is the share of the datasheet's product rate that a large product reaches, `overlap` the share of the
     collectives that could run beside computation and does. `launch_s` is what one more operator costs, `call_s` how
-    long the host of an eager trainer takes to issue one: the chip waits where its own work is shorter.
+    long the host of an eager trainer takes to issue one: the chip waits where its own work is shorter. `host_size`
+    chips go out together where one of them is repaired; a node, the domain of fast links, may hold many hosts.
     """
 
     kind: str
@@ -66,6 +70,7 @@ class Hardware:
     overlap: float = 0.8
     launch_s: float = 5e-6
     call_s: float = 0.0
+    host_size: int = 8
     link_latency_s: float = 3e-6
     network_latency_s: float = 1e-5
     link_share: float = 0.8  # of the datasheet's bandwidth that collectives reach
@@ -129,8 +134,17 @@ def _figure(row: dict[str, Any], key: str) -> Figure | None:
     return Figure(float(value), CHIP_FIGURES[key], origin, source)
 
 
+def usual_host(node_size: int) -> Figure:
+    """The chips of a host where nobody has said: a whole node of usual size, else a server of eight."""
+    unit = CHIP_FIGURES["host_chips"]
+    if node_size <= _LARGEST_HOST:
+        return Figure(float(node_size), unit, "assumed", "the whole node")
+    return Figure(8.0, unit, "assumed", f"a server of eight in a node of {node_size}")
+
+
 def _hardware(row: dict[str, Any]) -> Hardware:
     figures = {key: figure for key in CHIP_FIGURES if (figure := _figure(row, key)) is not None}
+    figures.setdefault("host_chips", usual_host(row["node_size"]))
 
     def of(key: str, scale: float) -> float:
         return figures[key].value * scale
@@ -145,6 +159,7 @@ def _hardware(row: dict[str, Any]) -> Hardware:
         link_bytes_s=of("link_gb_s", 1e9),
         network_bytes_s=of("network_gb_s", 1e9),
         efficiency=of("product_share", 1.0),
+        host_size=round(of("host_chips", 1.0)),
         sources=tuple(figures.items()),
     )
 

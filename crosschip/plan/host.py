@@ -96,6 +96,7 @@ def host_cluster(num_processes: int = 1) -> Cluster:
         "memory_gb": Figure(memory * share / 1e9, "GB", "measured", "what the system tells"),
         "memory_gb_s": Figure(stream * share / 1e9, "GB/s", "measured", "numpy, passes over 4,096 states, now"),
         "link_gb_s": Figure(link / 1e9, CHIP_FIGURES["link_gb_s"], "measured", "TCP inside this machine, now"),
+        "host_chips": Figure(float(num_processes), CHIP_FIGURES["host_chips"], "measured", "this machine is one host"),
     }
     hardware = Hardware(
         kind=f"this machine ({name})",
@@ -104,6 +105,7 @@ def host_cluster(num_processes: int = 1) -> Cluster:
         memory_bytes=memory * share,
         memory_bytes_s=stream * share,
         node_size=max(1, num_processes),
+        host_size=max(1, num_processes),
         link_bytes_s=link,
         network_bytes_s=link,
         link_share=1.0,

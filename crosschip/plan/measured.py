@@ -162,6 +162,7 @@ def _put_rates(found: _Measured, report: dict[str, Any]) -> None:
         found.lacks("product rate", "the datasheet's counts, times the stated share")
     if (stream := _of_kind(report, "memory rate", "bytes_per_s")) is not None:
         found.put("memory_gb_s", stream / 1e9, CHIP_FIGURES["memory_gb_s"], memory_bytes_s=stream, memory_share=1.0)
+        found.put("memory_share", 1.0, "of the bandwidth")
     else:
         found.lacks("memory rate", "the datasheet's counts, times the stated share")
     if (call := _call_s(report)) is not None:
@@ -185,10 +186,12 @@ def _put_links(found: _Measured, report: dict[str, Any]) -> None:
     if ranks <= hardware.node_size:
         changes = {"link_bytes_s": bandwidth / hardware.link_share, "link_latency_s": latency_s}
         found.put("link_gb_s", bandwidth / 1e9, CHIP_FIGURES["link_gb_s"], **changes)
+        found.put("link_latency_us", latency_s * 1e6, "µs")
         return
     each = bandwidth / hardware.node_size
     changes = {"network_bytes_s": each / hardware.link_share, "network_latency_s": latency_s}
     found.put("network_gb_s", each / 1e9, CHIP_FIGURES["network_gb_s"], **changes)
+    found.put("network_latency_us", latency_s * 1e6, "µs")
 
 
 def soak_of(path: Path, num_chips: int) -> tuple[Soak | None, list[str]]:

@@ -18,13 +18,23 @@ from crosschip.plan.search import Found, find_layouts
 from crosschip.plan.step import Plan
 from crosschip.recipe import Recipe, StageSettings
 
-__all__ = ["architecture_of", "plan_later_stage", "plan_run", "thin_link_of"]
+__all__ = [
+    "EAGER_KEPT",
+    "EAGER_STREAM",
+    "STATE_BYTES",
+    "TRAINED_BYTES",
+    "architecture_of",
+    "plan_later_stage",
+    "plan_run",
+    "thin_link_of",
+]
 
-_HOST_BYTES = 4.0  # fp32
+TRAINED_BYTES = 4.0  # of a weight and of a gradient: fp32
+STATE_BYTES = 8.0  # two moments in fp32
 # `crosschip train` is eager: each pass of an element-wise formula is one of its own, many in fp32. Counted by tracing a
 # step of recipes/first.toml and gsm8k.toml: 5.0 and 4.8 times the bytes that the planner counts for fused operators,
 # and 1.26 and 1.18 times the activations kept (docs/log.md).
-_EAGER_STREAM, _EAGER_KEPT = 4.9, 1.22
+EAGER_STREAM, EAGER_KEPT = 4.9, 1.22
 _VOCAB_MULTIPLE = 64  # training rounds the embedding's rows up to this
 _MOST_NUMBERS = 12  # of chips that are tried for a stage that cannot use all
 _OTHER_TRAINER = "`crosschip train` shares a model by data and experts only: this layout needs another trainer"
@@ -64,12 +74,12 @@ def job_of(recipe: Recipe, stage: StageSettings, cluster: Cluster) -> Job:
         architecture_of(recipe),
         stage.seq_len,
         stage.batch_size,
-        weight_bytes=_HOST_BYTES,
-        gradient_bytes=_HOST_BYTES,
-        state_bytes=8.0,
+        weight_bytes=TRAINED_BYTES,
+        gradient_bytes=TRAINED_BYTES,
+        state_bytes=STATE_BYTES,
         activation_bytes=4.0 if stage.dtype == "float32" else 2.0,
-        stream_factor=_EAGER_STREAM,
-        kept_factor=_EAGER_KEPT * cluster.allocator_factor,
+        stream_factor=EAGER_STREAM,
+        kept_factor=EAGER_KEPT * cluster.allocator_factor,
         fixed_bytes=cluster.fixed_bytes,
         thin_link=thin_link_of(recipe),
     )

@@ -10,11 +10,12 @@ from typing import Any
 from crosschip.errors import RecipeError
 from crosschip.plan.hardware import Hardware
 from crosschip.plan.job import Job
+from crosschip.plan.layout_check import Refusal, most_chunks, refusal
 from crosschip.plan.memory import memory_parts
 from crosschip.plan.step import Layout, Loser, StepEstimate
 from crosschip.plan.step_time import estimate_step
 
-__all__ = ["Found", "check_layout", "find_layouts", "layouts"]
+__all__ = ["Found", "find_layouts", "layouts"]
 
 _MOST_MICRO_BATCH = 16
 _MOST_INTERLEAVE = 8
@@ -33,38 +34,6 @@ class Found:
 
 def _divisors(number: int, most: int) -> list[int]:
     return [each for each in range(1, min(number, most) + 1) if number % each == 0]
-
-
-def _most_chunks(num_layers: int, pipeline: int) -> int:
-    """Chunks of a model: the first and the last may hold the embedding and the output alone (arXiv 2407.21783,
-    section 3.3.2), where a stage between them has layers."""
-    return num_layers + (2 if pipeline > 2 else 0)
-
-
-def check_layout(job: Job, layout: Layout, num_chips: int, hardware: Hardware) -> str | None:
-    """Why a layout cannot be, naming the numbers; None if it can."""
-    architecture, experts = job.architecture, job.architecture.experts
-    replicas = layout.data * layout.groups
-    if layout.num_chips != num_chips:
-        return f"{layout} takes {layout.num_chips} chips, there are {num_chips}"
-    if job.batch_size % (replicas * layout.micro_batch):
-        return f"a batch of {job.batch_size} sequences is no multiple of {replicas} x {layout.micro_batch}"
-    if architecture.attention.num_heads % layout.tensor:
-        return f"tensor parallelism of {layout.tensor} does not divide {architecture.attention.num_heads} heads"
-    if layout.pipeline * layout.interleave > _most_chunks(architecture.num_layers, layout.pipeline):
-        beside = " and one each for the embedding and the output" if layout.pipeline > 2 else ""
-        return f"{layout.pipeline} x {layout.interleave} stages are more than {architecture.num_layers} layers{beside}"
-    if layout.interleave > 1 and (layout.pipeline == 1 or job.batch_size // replicas < layout.pipeline):
-        return "interleaving needs a pipeline and at least as many micro-batches as stages"
-    if layout.expert > 1 and (experts is None or experts.num_experts % layout.expert):
-        return f"expert parallelism of {layout.expert} does not divide {experts.num_experts if experts else 0} experts"
-    if (layout.data * layout.context) % layout.expert:
-        return (
-            f"expert parallelism of {layout.expert} does not divide {layout.data * layout.context} data-parallel chips"
-        )
-    if layout.shard is not None and (layout.data * layout.context) % layout.shard:
-        return f"sharding over {layout.shard} does not divide {layout.data * layout.context} data-parallel chips"
-    return None
 
 
 def layouts(job: Job, num_chips: int, hardware: Hardware, fixed: Mapping[str, Any] | None = None) -> Iterator[Layout]:
@@ -113,7 +82,7 @@ _STAGES = {*range(1, 9), 10, 12, 15, 16, 20, 24, 32, 35, 40, 48, 60, 64}
 def _interleaves(layers: int, pipeline: int, sequences: int) -> list[int]:
     if pipeline == 1 or sequences < pipeline:
         return [1]
-    whole = [chunks for chunks in range(2, _MOST_INTERLEAVE + 1) if pipeline * chunks <= _most_chunks(layers, pipeline)]
+    whole = [chunks for chunks in range(2, _MOST_INTERLEAVE + 1) if pipeline * chunks <= most_chunks(layers, pipeline)]
     return [1, *whole]
 
 
@@ -127,12 +96,12 @@ def find_layouts(
     """
     fitting: list[StepEstimate] = []
     too_big: list[tuple[int, Layout]] = []
-    refused: list[Loser] = []
+    refused: list[tuple[Layout, Refusal]] = []
     tried = 0
     for layout in layouts(job, num_chips, hardware, fixed):
         tried += 1
-        if (reason := check_layout(job, layout, num_chips, hardware)) is not None:
-            refused.append(Loser(layout, reason))
+        if (against := refusal(job, layout, num_chips)) is not None:
+            refused.append((layout, against))
             continue
         num_bytes = sum(memory_parts(job, layout).values())
         if num_bytes <= hardware.memory_bytes:
@@ -148,16 +117,13 @@ def find_layouts(
 
 
 def _nothing_fits(
-    job: Job, num_chips: int, hardware: Hardware, nearest: list[StepEstimate], num_too_big: int, refused: list[Loser]
-) -> RecipeError:
+    job: Job, num_chips: int, hardware: Hardware, nearest: list[StepEstimate], num_too_big: int,
+    refused: list[tuple[Layout, Refusal]],
+) -> RecipeError:  # fmt: skip
     model = job.architecture.name
     if not nearest:
-        why = refused[0].reason if refused else f"no split of {num_chips} chips divides {job.batch_size} sequences"
-        return RecipeError(
-            f"no layout of {model} on {num_chips} x {hardware.kind}: {why}",
-            f"set a batch that is a multiple of the chips that share it, for example {max(1, num_chips)} sequences, or "
-            "another number of chips",
-        )
+        why = refused[0][1] if refused else _no_split(job, num_chips)
+        return RecipeError(f"no layout of {model} on {num_chips} x {hardware.kind}: {why.reason}", why.remedy)
     least = nearest[0]
     return RecipeError(
         f"{model} does not fit on {num_chips} x {hardware.kind}: the smallest of {num_too_big} layouts "
@@ -166,8 +132,16 @@ def _nothing_fits(
     )
 
 
+def _no_split(job: Job, num_chips: int) -> Refusal:
+    return Refusal(
+        f"no split of {num_chips} chips divides {job.batch_size} sequences",
+        f"set a batch that is a multiple of the chips that share it, for example {max(1, num_chips)} sequences, or "
+        "another number of chips",
+    )
+
+
 def _losers(
-    fitting: list[StepEstimate], nearest: list[StepEstimate], refused: list[Loser], hardware: Hardware
+    fitting: list[StepEstimate], nearest: list[StepEstimate], refused: list[tuple[Layout, Refusal]], hardware: Hardware
 ) -> tuple[Loser, ...]:
     """One of each kind: those that nearly fit, those with other widths that are slower, and refused ones."""
     best, told = fitting[0], []
@@ -186,7 +160,7 @@ def _losers(
             f"of which {size / 1e9:.0f} GB {part}"
         )
         told.append(Loser(each.layout, reason, each.step_s, each.memory_bytes))
-    return (*told, *refused[:2])
+    return (*told, *(Loser(layout, against.reason) for layout, against in refused[:2]))
 
 
 def _widths(layout: Layout) -> Layout:

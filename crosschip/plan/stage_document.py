@@ -8,6 +8,7 @@ from typing import Any
 from crosschip.plan.figures import Figure
 from crosschip.plan.page.document import serving_figures
 from crosschip.plan.stages import JoinedStage, PlannedStage, ReinforcedStage
+from crosschip.plan.stages.reinforcing import ANSWER_SHARE, SAMPLED_ANEW, SCORING_PASS
 from crosschip.plan.step import Layout, StepEstimate
 
 __all__ = ["computed", "layout_document", "stage_document", "step_document"]
@@ -77,8 +78,24 @@ def _rollouts(stage: ReinforcedStage) -> dict[str, Any]:
         "learning_s": computed(rollouts.learning_s, "s", "all updates of one batch"),
         "figures": {
             **serving_figures(stage.serving),
-            "tail": Figure(rollouts.tail, "times the mean", "assumed", "the slowest answer keeps a batch").document(),
+            **{name: figure.document() for name, figure in _rollout_figures(rollouts.tail).items()},
         },
+    }
+
+
+def _rollout_figures(tail: float) -> dict[str, Figure]:
+    """What is assumed of rollouts besides the chip's shares."""
+    return {
+        "tail": Figure(tail, "times the mean", "assumed", "the slowest answer keeps a batch"),
+        "answer_share": Figure(
+            ANSWER_SHARE, "of max_new_tokens", "assumed", "the mean answer, where --rollout-tokens is not given"
+        ),
+        "sampled_anew": Figure(
+            SAMPLED_ANEW, "answers made for one learnt from", "assumed", "where drop_without_signal is set"
+        ),
+        "scoring_pass": Figure(
+            SCORING_PASS, "of a step", "assumed", "a forward pass, for several updates of a batch and for kl_weight"
+        ),
     }
 
 

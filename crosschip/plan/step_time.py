@@ -20,12 +20,12 @@ from crosschip.plan.memory import memory_parts, parameters_per_chip
 from crosschip.plan.step import Layout, StepEstimate
 from crosschip.plan.work import LayerTime, Shape, head_time, layer_time
 
-__all__ = ["estimate_step"]
+__all__ = ["STATE_PASSES_BYTES", "estimate_step"]
 
 _cached_layer_time = functools.lru_cache(maxsize=65536)(layer_time)
 _cached_head_time = functools.lru_cache(maxsize=16384)(head_time)
 _ZERO_BUBBLE = 1 / 3  # of the bubble is left at the same memory: schedule ZB-H1 of arXiv 2401.10241, section 2.3
-_STATE_PASSES_BYTES = 30.0  # AdamW per parameter: weights, moments and gradient read, the first three and bf16 written
+STATE_PASSES_BYTES = 30.0  # AdamW per parameter: weights, moments and gradient read, the first three and bf16 written
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _optimizer_s(job: Job, layout: Layout, hardware: Hardware) -> float:
     members = layout.data * layout.context
     shards = (layout.shard or members) if layout.zero else 1
     held = common / shards + routed / min(_copies(layout), shards)
-    return held * _STATE_PASSES_BYTES / (hardware.memory_bytes_s * hardware.memory_share)
+    return held * STATE_PASSES_BYTES / (hardware.memory_bytes_s * hardware.memory_share)
 
 
 def _outer_s(job: Job, layout: Layout, inner_step_s: float) -> float:

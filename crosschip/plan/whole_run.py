@@ -16,9 +16,9 @@ from crosschip.plan.serving import Load
 from crosschip.plan.stages import PlannedStage, StageChoices, plan_stages
 from crosschip.recipe import Recipe
 
-__all__ = ["Asked", "Switch", "WholeRun", "plan_whole_run", "prices_of"]
+__all__ = ["SAVED_BYTES", "Asked", "Switch", "WholeRun", "plan_whole_run", "prices_of"]
 
-_SAVED_BYTES = 12.0  # of each parameter in a checkpoint: fp32 weights and two moments
+SAVED_BYTES = 12.0  # of each parameter in a checkpoint: fp32 weights and two moments
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,26 @@ def _dated(
     for place, each in enumerate(stages):
         ramp: tuple[Ramp, ...] = cluster.schedule.ramps() if place == 0 else ()
         recovery = _recovery(each, cluster, rates, parameters)
-        found.append(Stage(each.name, each.work_s, each.num_chips, recovery, label, ramp, each.beside))
+        spares = _paid_spares(each, cluster, recovery)
+        found.append(Stage(each.name, each.work_s, each.num_chips, recovery, label, ramp, each.beside, spares))
         found += [pause(rest.why, rest.days) for rest in cluster.schedule.pauses if rest.after == each.name]
     return tuple(found)
 
 
+def _paid_spares(stage: PlannedStage, cluster: Cluster, recovery: Recovery) -> int:
+    """Chips of the spare hosts: all that the cluster's file names, else as many of those wanted as the stage leaves."""
+    wanted = recovery.num_spares * recovery.chips_per_host
+    if cluster.recovery.num_spares is not None:
+        return wanted
+    here = stage.num_chips - sum(number for _, number in stage.beside)
+    return min(wanted, max(0, cluster.num_chips - here))
+
+
 def _recovery(stage: PlannedStage, cluster: Cluster, rates: FailureRates, parameters: int) -> Recovery:
     given = cluster.recovery
-    saved = _SAVED_BYTES * parameters if given.store_gb_s is not None else None
+    saved = SAVED_BYTES * parameters if given.store_gb_s is not None else None
     return usual_recovery(
-        rates, stage.num_chips, cluster.hardware.node_size, save_bytes=saved, store_gb_s=given.store_gb_s,
+        rates, stage.num_chips, cluster.hardware.host_size, save_bytes=saved, store_gb_s=given.store_gb_s,
         blocking=given.blocking_save, num_spares=given.num_spares, num_groups=stage.num_groups, **given.given(),
     )  # fmt: skip
 

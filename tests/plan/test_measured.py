@@ -10,9 +10,12 @@ import pytest
 
 from crosschip.errors import RecipeError
 from crosschip.plan.cluster import Cluster, parse_cluster
+from crosschip.plan.figures_of import figures_of
 from crosschip.plan.hardware import EAGER_CALLS, kind_named, kinds, names_of_kind
 from crosschip.plan.host import host_cluster
 from crosschip.plan.measured import soak_of, with_report
+from crosschip.plan.page.document import serving_figures
+from crosschip.plan.serving import serving_chip
 
 RESULTS = Path(__file__).parent.parent.parent / "docs" / "results"
 PRODUCT = {"kind": "product rate", "dtype": "bfloat16", "flop_per_s": 5e14}
@@ -46,6 +49,29 @@ def test_measured_rates_stand_in_the_place_of_the_datasheet(tmp_path: Path) -> N
     assert found.hardware.memory_bytes_s * found.hardware.memory_share == pytest.approx(4e12)
     assert found.hardware.link_bytes_s * found.hardware.link_share == pytest.approx(100e9)
     assert before.figures["product_share"].origin == "published"
+
+
+def test_what_was_measured_is_what_serving_gets_too(tmp_path: Path) -> None:
+    """Half of the products and 0.7 of the bandwidth are assumed of a datasheet's rates, not of measured ones."""
+    plain = serving_chip(cluster().hardware)
+    assert (plain.product_share, plain.memory_share) == (0.5, 0.7)
+    found, _ = with_report(cluster(), written(tmp_path / "r.json", PRODUCT, STREAM))
+    chip = serving_chip(found.hardware)
+    assert chip.memory_gb_s * chip.memory_share == pytest.approx(4000.0)
+    assert chip.product_tflop_s * chip.product_share == pytest.approx(0.8 * 500.0)
+    figures = serving_figures(chip)
+    assert {figures[name]["origin"] for name in ("memory_gb_s", "memory_share", "product_share")} == {"measured"}
+    assert figures["product_tflop_s"]["origin"] == "published"
+    assert figures["usable_memory"]["origin"] == "assumed"
+    only_products, _ = with_report(cluster(), written(tmp_path / "r.json", PRODUCT))
+    assert serving_chip(only_products.hardware).memory_share == 0.7
+
+
+def test_a_measured_latency_is_a_figure(tmp_path: Path) -> None:
+    found, _ = with_report(cluster(), written(tmp_path / "r.json", links("all_reduce SUM", 2)))
+    latency = figures_of(found)["link_latency_us"]
+    assert (latency["value"], latency["origin"]) == (pytest.approx(20.0), "measured")
+    assert figures_of(found)["network_latency_us"]["origin"] == "assumed"
 
 
 def test_what_a_report_lacks_is_said(tmp_path: Path) -> None:
@@ -107,6 +133,9 @@ LABELS = [
     ("8xH100", "H100"), ("8 x H100", "H100"), ("H100x8", "H100"), ("NVIDIA_H100_80GB", "H100"), ("DGXH100", "H100"),
     ("HGX H100", "H100"), ("H100 NVLink", "H100"), ("8xB200", "B200"), ("DGXB200", "B200"), ("8xGB200", "GB200"),
     ("GB200 NVL72", "GB200"), ("8xH20", "H20"), ("NVIDIA A800-SXM4-80GB", "A800"), ("8xA800", "A800"),
+    ("Huawei Ascend", "Ascend 910B"), ("Ascend NPU", "Ascend 910B"), ("Ascend 910B4", "Ascend 910B"),
+    ("Ascend 910 NPU", "Ascend 910B"), ("AMD Instinct MI300X", "MI300X"), ("8xMI300X", "MI300X"), ("MI355X", "MI355X"),
+    ("GH200 96GB", "GH200"), ("H20 96GB", "H20"),
     ("40GB A100", "A100 40 GB"), ("A100_40GB", "A100 40 GB"), ("A100x8", "A100 80 GB"), ("8xA100", "A100 80 GB"),
 ]  # fmt: skip
 

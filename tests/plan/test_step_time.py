@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from crosschip.plan.hardware import Hardware, all_to_all_s, collective_s, kind_named, kinds, spread_over
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import known_architecture
+from crosschip.plan.layout_check import check_layout
 from crosschip.plan.memory import memory_parts
-from crosschip.plan.search import check_layout, layouts
+from crosschip.plan.search import layouts
 from crosschip.plan.step import Layout
 from crosschip.plan.step_time import estimate_step
 from crosschip.plan.work import Shape, Work, layer_work, work_s
@@ -100,7 +101,7 @@ def test_layers_that_chunks_do_not_divide_cost_the_fullest_stage_alone() -> None
     # A bubble is as long as the largest chunk: 2 layers of 8 in four and in five chunks, 1 in eight.
     assert five["pipeline bubble"] == pytest.approx(four["pipeline bubble"])
     assert eight["pipeline bubble"] == pytest.approx(four["pipeline bubble"] / 2)
-    assert check_layout(case, layouts[2], 8192, hardware()) is None  # the first and the last chunk hold no layer
+    assert check_layout(case, layouts[2], 8192) is None  # the first and the last chunk hold no layer
 
 
 def test_no_second_of_computation_hides_two_collectives() -> None:

@@ -17,6 +17,7 @@ from crosschip.plan.cluster import Cluster, parse_cluster
 from crosschip.plan.counts import num_parameters
 from crosschip.plan.document import plan_document
 from crosschip.plan.failures import PlanError
+from crosschip.plan.fall_backs import fall_backs
 from crosschip.plan.page import plan_page
 from crosschip.plan.serving import Load
 from crosschip.plan.stages import StageChoices
@@ -135,6 +136,36 @@ def test_the_same_run_elsewhere_is_an_effect_and_a_fall_back_rule() -> None:
     free = plan_document(planned(of=recipe(PLAIN), compared=(slow,)))
     assert free["fall_backs"] == []
     assert any("no fall-back rule to slow" in note for note in free["notes"])
+
+
+def test_two_currencies_are_never_compared_as_one() -> None:
+    here = cluster(price={"per_chip_hour": 2.0, "currency": "USD"})
+    dear, same, free = (
+        cluster("Ascend 910B", 32, "there", price=price)
+        for price in ({"per_chip_hour": 14.0, "currency": "CNY"}, {"per_chip_hour": 2.0}, {"currency": "CNY"})
+    )
+    run = planned(here, recipe(PLAIN), compared=(dear,))
+    (there,) = run.others.values()
+    assert isinstance(there, WholeRun)
+    rules, notes = fall_backs(run)
+    assert rules == []
+    assert any("its price is in CNY" in note and "[price] currency" in note for note in notes)
+    for other in (same, free):
+        rules, _ = fall_backs(replace(run, others={"there": replace(there, cluster=other)}))
+        assert len(rules) == 1
+
+
+def test_fewer_stops_seen_never_end_the_run_later() -> None:
+    """As far as a save's interval: where in it a stop falls is chance, and which one is best hangs on the rates."""
+    ends = []
+    for stops in range(5):
+        run = planned(cluster(seen=[{"num_stops": stops, "days": 3.0, "num_chips": 32}]), recipe(PLAIN))
+        ends.append([run.schedule.end_days(share) for share in (0.1, 0.5, 0.9)])
+    recovery = run.recovery("pretrain")
+    allowed = (recovery.interval_s + recovery.mean_stop_s) / 86400
+    for few, many in pairwise(ends):
+        assert all(before <= after + allowed for before, after in zip(few, many, strict=True))
+    assert ends[-1][1] > ends[0][1]
 
 
 def test_what_is_known_of_the_calendar_counts() -> None:

@@ -31,7 +31,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Bill:
-    """P10, P50 and P90 of chip-hours (spare nodes included), energy in MWh and money; None where nothing was given."""
+    """P10, P50 and P90 of chip-hours (paid spares included), energy in MWh and money; None where nothing was given."""
 
     chip_hours: tuple[float, float, float]
     energy_mwh: tuple[float, float, float] | None
@@ -40,14 +40,14 @@ class Bill:
     left_out: tuple[str, ...]
 
 
-def bill(schedule: Schedule, prices: Prices | dict[str, Prices], chips_per_node: int = 8) -> Bill:
+def bill(schedule: Schedule, prices: Prices | dict[str, Prices]) -> Bill:
     """The bill of all stages; `prices` may differ by chip (train on one, serve or reinforce on another).
 
     Raises:
         PlanError: a stage's chip has no prices, or two chips are priced in two currencies.
     """
     hours, energy, money = np.zeros((3, schedule.scenario.num_trials))
-    left_out, shares = [], [share for each in schedule.stages for share in _shares(each, prices, chips_per_node)]
+    left_out, shares = [], [share for each in schedule.stages for share in _shares(each, prices)]
     currencies = {price.currency for _, price, _ in shares}
     if len(currencies) > 1:
         raise PlanError(f"the prices are in {', '.join(sorted(currencies))}", "give all prices in one currency")
@@ -60,6 +60,12 @@ def bill(schedule: Schedule, prices: Prices | dict[str, Prices], chips_per_node:
         kwh = share_hours * (price.chip_kw or 0.0)
         energy += kwh / 1000
         money += share_hours * (price.per_chip_hour or 0.0) + kwh * (price.per_kwh or 0.0)
+    left_out += [
+        f"{stage.name}: {stage.unpaid_spares} chips of spare hosts beyond the cluster, on which the dates count; give "
+        "[recovery] num_spares to have them in"
+        for stage in (each.stage for each in schedule.stages)
+        if stage.unpaid_spares
+    ]
     return Bill(
         _quantiles(hours),
         _quantiles(energy) if energy.any() else None,
@@ -70,14 +76,13 @@ def bill(schedule: Schedule, prices: Prices | dict[str, Prices], chips_per_node:
 
 
 def _shares(
-    dates: StageDates, prices: Prices | dict[str, Prices], chips_per_node: int
+    dates: StageDates, prices: Prices | dict[str, Prices]
 ) -> list[tuple[str, Prices, np.typing.NDArray[np.float64]]]:
-    """(stage and chip, prices, chip-hours) of each kind of chip in a stage; spare nodes are of its main kind."""
+    """(stage and chip, prices, chip-hours) of each kind of chip in a stage; spares are of its main kind."""
     stage, wall_h = dates.stage, dates.ledger.wall_s / 3600
-    spares = stage.recovery.num_spares * chips_per_node if stage.recovery else 0
     found = []
     for place, (chip, number) in enumerate(stage.chips):
-        paid = number + (spares if place == 0 else 0)
+        paid = number + (stage.spare_chips if place == 0 else 0)
         if paid:
             what = stage.name if place == 0 else f"{stage.name} on {chip}"
             found.append((what, _prices_of(chip, prices), wall_h * paid))

@@ -86,7 +86,7 @@ def _questions(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
         "saves in the tenfold time",
         _recovery(scenario, lambda each: replace(each, save_blocking_s=each.save_blocking_s * 10)),
     )
-    yield "half the spare nodes", _recovery(scenario, lambda each: replace(each, num_spares=each.num_spares // 2))
+    yield "half the spare hosts", _recovery(scenario, lambda each: replace(each, num_spares=each.num_spares // 2))
     if scenario.calendar.blackouts:
         yield "without blackouts", replace(scenario, calendar=replace(scenario.calendar, blackouts=()))
 

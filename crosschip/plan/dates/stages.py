@@ -28,6 +28,7 @@ class Stage:
     """One stage. `work_s` are seconds on all its chips if nothing ever stopped; without `recovery` nothing stops it.
 
     `num_chips` counts all of them, `beside` those among them that are not of the kind `chip`, as (chip, number).
+    `spare_chips` more are paid for to stand by: of the recovery's spare hosts those that the cluster has.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     chip: str = ""
     ramp: tuple[Ramp, ...] = ()
     beside: tuple[tuple[str, int], ...] = ()
+    spare_chips: int = 0
 
     def __post_init__(self) -> None:
         at_least(f"the work of {self.name}", self.work_s, 0.0)
@@ -46,7 +48,15 @@ class Stage:
             raise PlanError(f"the ramp-up of {self.name} names the days {days}", "begin at day 0 and let the days grow")
         if self.recovery is None and self.ramp:
             raise PlanError(f"{self.name} is a pause and has a ramp-up", "leave the ramp-up out")
+        at_least(f"the spare chips of {self.name}", self.spare_chips, 0)
         assert sum(number for _, number in self.beside) <= self.num_chips
+
+    @property
+    def unpaid_spares(self) -> int:
+        """Chips of spare hosts that the dates count on and nobody pays for: they lie beyond the cluster."""
+        if self.recovery is None:
+            return 0
+        return max(0, self.recovery.num_spares * self.recovery.chips_per_host - self.spare_chips)
 
     @property
     def chips(self) -> tuple[tuple[str, int], ...]:

@@ -38,7 +38,7 @@ class Outlook:
 def usual_recovery(
     rates: FailureRates,
     num_chips: int,
-    chips_per_node: int,
+    chips_per_host: int,
     *,
     save_bytes: float | None = None,
     store_gb_s: float | None = None,
@@ -53,8 +53,7 @@ def usual_recovery(
     waiting for all of it, else they wait as long as published for an asynchronous save and the rest is its lag.
     """
     at_least("num_chips", num_chips, 1)
-    at_least("chips_per_node", chips_per_node, 1)
-    draft = Recovery(interval_s=1e9, num_groups=num_groups, **given)  # type: ignore[arg-type]
+    draft = Recovery(interval_s=1e9, num_groups=num_groups, chips_per_host=chips_per_host, **given)  # type: ignore[arg-type]
     save, lag = draft.save_blocking_s, draft.save_lag_s
     if save_bytes is not None and store_gb_s is not None:
         whole = save_time(save_bytes, store_gb_s)
@@ -106,6 +105,7 @@ def outlook_document(outlook: Outlook, rates: FailureRates, ledger: Ledger, days
         },
         "spares": {
             "nodes": recovery.num_spares,
+            "chips_per_node": recovery.chips_per_host,
             "share_waiting": share_waiting(recovery.num_spares, outlook.swaps_per_day, recovery.repair_s / 86400),
         },
         "corruption": {

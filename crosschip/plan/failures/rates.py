@@ -17,6 +17,7 @@ from scipy.special import gammaincinv
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
+from crosschip.plan.failures.posterior import MOST_STOPS_PER_DAY, sample_posterior
 from crosschip.plan.failures.problem import PlanError, at_least, positive
 from crosschip.plan.failures.published import facts
 
@@ -25,8 +26,6 @@ __all__ = ["FailureRates", "Gamma", "Observation", "SampledRates", "fit_gamma", 
 Values = NDArray[np.float64]
 
 _CORRUPTION_SHAPE = 0.5  # assumed: one faulty chip has shown twenty times the published rate (ZAYA1: one a week)
-_CELLS = 600
-_TAIL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Gamma:
         """The rate below which `share` of the distribution lies."""
         return float(gammaincinv(self.shape, share)) / self.per_unit
 
-    def sample(self, random: np.random.Generator, num: int) -> Values:
-        """`num` draws."""
-        return random.gamma(self.shape, 1.0 / self.per_unit, num)
+    def at(self, uniform: Values) -> Values:
+        """The rates below which these shares of the distribution lie; more events seen give none that is lower."""
+        return np.asarray(gammaincinv(self.shape, uniform), dtype=np.float64) / self.per_unit
 
     def scaled(self, factor: float) -> Gamma:
         """The distribution of `factor` times the rate."""
@@ -88,6 +87,11 @@ class Observation:
         at_least("num_stops", self.num_stops, 0)
         positive("days", self.days)
         at_least("num_chips", self.num_chips, 1)
+        if self.num_stops > MOST_STOPS_PER_DAY * self.days:
+            raise PlanError(
+                f"{self.num_stops:,} stops in {self.days:g} days are more than one a second",
+                "give the stops of a job, and the days that it was at work",
+            )
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,15 @@ class FailureRates:
         return replace(self, seen=(*self.seen, *observations))
 
     def sample(self, num: int, seed: int) -> SampledRates:
-        """`num` draws of all rates, from the prior or, where something was seen, from the posterior."""
-        random = np.random.default_rng(seed)
-        corruption = self.corruption_per_day.sample(random, num)
+        """`num` draws of all rates, from the prior or, where something was seen, from the posterior.
+
+        The same seed gives the same luck, whatever was seen: fewer stops give no draw with more of them.
+        """
+        uniform = np.random.default_rng(seed).random((3, num))
+        corruption = self.corruption_per_day.at(uniform[0])
         if self.seen:
-            job, chip = _posterior(self, random, num)
-        else:
-            job, chip = self.job_per_day.sample(random, num), self.chip_per_day.sample(random, num)
-        return SampledRates(job, chip, corruption)
+            return SampledRates(*sample_posterior(self, uniform[1:]), corruption)
+        return SampledRates(self.job_per_day.at(uniform[1]), self.chip_per_day.at(uniform[2]), corruption)
 
     def hours_between_stops(self, num_chips: int, num: int = 20_000, seed: int = 0) -> tuple[float, float, float]:
         """P10, P50 and P90 of the mean time between stops of a job on so many chips, in hours."""
@@ -160,43 +165,3 @@ def upper_bound(num_events: int, exposure: float, level: float = 0.95) -> float:
     at_least("num_events", num_events, 0)
     positive("exposure", exposure)
     return float(gammaincinv(num_events + 1, level)) / exposure
-
-
-def _posterior(rates: FailureRates, random: np.random.Generator, num: int) -> tuple[Values, Values]:
-    """Draws from the joint posterior: the prior's mass on a grid over both rates, times the Poisson likelihoods.
-
-    The two rates are seen only as their sum, so there is no closed form; a grid stays sound where what was seen lies
-    far out in the prior's tail, which reweighted draws do not.
-    """
-    job = _edges(rates.job_per_day, [(each.num_stops, each.days) for each in rates.seen])
-    chip = _edges(rates.chip_per_day, [(each.num_stops, each.days * each.num_chips) for each in rates.seen])
-    log_mass = _log_mass(rates.job_per_day, job)[:, None] + _log_mass(rates.chip_per_day, chip)[None, :]
-    job_at, chip_at = np.sqrt(job[:-1] * job[1:]), np.sqrt(chip[:-1] * chip[1:])
-    for each in rates.seen:
-        expected = (job_at[:, None] + chip_at[None, :] * each.num_chips) * each.days
-        log_mass = log_mass + each.num_stops * np.log(expected) - expected
-    mass = np.exp(log_mass - log_mass.max()).ravel()
-    cells = random.choice(mass.size, size=num, p=mass / mass.sum())
-    row, column = np.divmod(cells, len(chip) - 1)
-    within = random.random((2, num))
-    return (
-        job[row] * (job[row + 1] / job[row]) ** within[0],
-        chip[column] * (chip[column + 1] / chip[column]) ** within[1],
-    )
-
-
-def _edges(prior: Gamma, seen: Sequence[tuple[int, float]]) -> Values:
-    """Edges of the grid, equally far apart in the logarithm; `seen` are stops with their exposure.
-
-    It reaches from where the rate would be had none of the stops been its own to ten times what all of them make.
-    """
-    largest = max([prior.quantile(1 - _TAIL), *(10 * stops / exposure for stops, exposure in seen)])
-    without = Gamma(prior.shape, prior.per_unit + sum(exposure for _, exposure in seen))
-    smallest = max(without.quantile(_TAIL), largest * 1e-12)
-    return np.geomspace(min(smallest, largest / 10), largest, _CELLS + 1)
-
-
-def _log_mass(prior: Gamma, edges: Values) -> Values:
-    """The logarithm of the prior's mass in each cell, up to a constant; sound where the mass rounds to nothing."""
-    middle = np.sqrt(edges[:-1] * edges[1:]) * prior.per_unit
-    return prior.shape * np.log(middle) - middle  # the density times the cell's width, which goes with the rate

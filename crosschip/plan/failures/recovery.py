@@ -20,7 +20,8 @@ class Recovery:
         save_blocking_s: how long a save keeps the chips from work; `save_lag_s` is how much later it is safe on disk.
         detection_s: from a crash to the launcher knowing; `hang_share` of stops are hangs and take `hang_detection_s`.
         restart_s: from knowing to the first step; `manual_share` of stops wait `manual_s` for people on top.
-        num_spares: nodes that stand by; `swap_share` of the chips' stops take a node away for `repair_s`.
+        num_spares: hosts of `chips_per_host` chips that stand by; `swap_share` of the chips' stops take a host away for
+            `repair_s`.
         corruption_caught: share of silent corruptions that the guard notices, `corruption_latency_s` later; the others
             stay in the weights.
         num_groups: replica groups; a stop halts one of them while the others go on, so the job loses that share.
@@ -36,6 +37,7 @@ class Recovery:
     manual_share: float = 0.0072
     manual_s: float = 4 * 3600.0
     num_spares: int = 0
+    chips_per_host: int = 8
     swap_share: float = 0.78
     repair_s: float = 3 * 86400.0
     corruption_caught: float = 0.5
@@ -46,6 +48,7 @@ class Recovery:
         positive("interval_s", self.interval_s)
         at_least("num_groups", self.num_groups, 1)
         at_least("num_spares", self.num_spares, 0)
+        at_least("chips_per_host", self.chips_per_host, 1)
         for each in fields(self):
             if each.name.endswith("_s"):
                 at_least(each.name, getattr(self, each.name), 0.0)
@@ -84,7 +87,8 @@ _PUBLISHED = {
 _ASSUMED = {
     "hang_detection_s": "a watchdog of ten minutes; the usual time-out of collectives is 10 to 30 min",
     "manual_s": "four hours until somebody has looked at it",
-    "repair_s": "three days until a node is back",
+    "repair_s": "three days until a host is back",
+    "chips_per_host": "a server of eight",
     "corruption_caught": "half: no figure was found",
     "corruption_latency_s": "an hour until a check or a loss spike tells",
     "save_lag_s": "none: no size of a checkpoint and no store were given",
@@ -94,7 +98,7 @@ _COMPUTED = {
     "interval_s": "from the rates and the cost of a save, unless given",
     "num_spares": "from the rates and the time of a repair, unless given",
 }
-_UNITS = {"num_spares": "nodes", "num_groups": "groups"}
+_UNITS = {"num_spares": "hosts", "chips_per_host": "chips", "num_groups": "groups"}
 
 
 def recovery_figures(recovery: Recovery) -> dict[str, Figure]:

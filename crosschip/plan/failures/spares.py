@@ -1,4 +1,4 @@
-"""How many nodes must stand by so that a job hardly ever waits for one."""
+"""How many hosts must stand by so that a job hardly ever waits for one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["share_waiting", "spares_needed"]
 
 
 def spares_needed(swaps_per_day: float, repair_days: float, share_waited: float = 0.01) -> int:
-    """Spare nodes so that at most `share_waited` of the swaps find none.
+    """Spare hosts so that at most `share_waited` of the swaps find none.
 
-    Nodes in repair are a Poisson number of mean swaps x repair time (the queue M/G/infinity), whatever the repair
+    Hosts in repair are a Poisson number of mean swaps x repair time (the queue M/G/infinity), whatever the repair
     times' distribution.
 
     Raises:
@@ -29,7 +29,7 @@ def spares_needed(swaps_per_day: float, repair_days: float, share_waited: float 
 
 
 def share_waiting(num_spares: int, swaps_per_day: float, repair_days: float) -> float:
-    """The share of swaps that find no spare: so many nodes are in repair already."""
+    """The share of swaps that find no spare: so many hosts are in repair already."""
     at_least("num_spares", num_spares, 0)
     share = float(poisson.sf(num_spares - 1, swaps_per_day * repair_days))
     is_share("the share of swaps that wait", share)

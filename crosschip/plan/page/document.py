@@ -9,7 +9,7 @@ import numpy as np
 
 from crosschip.plan.dates.fallback import FallBack, Milestone
 from crosschip.plan.dates.money import Bill
-from crosschip.plan.dates.schedule import QUANTILES, Schedule
+from crosschip.plan.dates.schedule import QUANTILES, Scenario, Schedule
 from crosschip.plan.dates.sensitivity import Effect
 from crosschip.plan.figures import Figure
 from crosschip.plan.serving.capacity import ServingPlan
@@ -66,7 +66,7 @@ def dates_document(schedule: Schedule, by: Any = None) -> dict[str, Any]:
             "speed spread": Figure(
                 schedule.scenario.speed_spread,
                 "log sd",
-                "given",
+                "assumed" if schedule.scenario.speed_spread == Scenario.speed_spread else "given",
                 "standard deviation of the logarithm of true over planned time",
             ).document()
         },
@@ -135,16 +135,16 @@ _CHIP_UNITS = {
 
 
 def serving_figures(chip: ServingChip) -> dict[str, Any]:
-    """What serving on a chip rests on; its unchanged shares are assumed."""
-    return {
-        name: Figure(
-            getattr(chip, name),
-            unit,
-            "assumed" if getattr(chip, name) == chip.__dataclass_fields__[name].default else "given",
-            f"{chip.name}, for serving",
-        ).document()
-        for name, unit in _CHIP_UNITS.items()
-    }
+    """What serving on a chip rests on: where the chip does not say, an unchanged share is assumed."""
+    sources = dict(chip.sources)
+    found = {}
+    for name, unit in _CHIP_UNITS.items():
+        is_usual = getattr(chip, name) == chip.__dataclass_fields__[name].default
+        figure = sources.get(name) or Figure(
+            0.0, unit, "assumed" if is_usual else "given", f"{chip.name}, for serving" + ", not measured" * is_usual
+        )
+        found[name] = Figure(getattr(chip, name), unit, figure.origin, figure.source).document()
+    return found
 
 
 def serving_document(plan: ServingPlan, chip: ServingChip) -> dict[str, Any]:
@@ -173,7 +173,12 @@ def serving_document(plan: ServingPlan, chip: ServingChip) -> dict[str, Any]:
             "token_s": decode.token_s,
             "bound_by": decode.bound_by,
         },
-        "figures": serving_figures(chip),
+        "figures": {
+            **serving_figures(chip),
+            "filled": Figure(
+                load.filled, "share", "assumed", "of an instance at most, the rest takes peaks"
+            ).document(),
+        },
         "answer_s": plan.answer_s,
         "answer_tokens_per_s": plan.answer_tokens_per_s,
     }

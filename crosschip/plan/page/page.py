@@ -20,7 +20,7 @@ _CAUSES = {
     "lost": "work that was lost",
     "restart": "detection and restart",
     "saving": "saving",
-    "idle": "waiting for a node",
+    "idle": "waiting for a host",
 }
 
 
@@ -67,6 +67,7 @@ def _view(document: dict[str, Any]) -> dict[str, Any]:
         "money": _money_rows(document.get("money")),
         "left_out": (document.get("money") or {}).get("left_out", []),
         "figures": _figure_rows(document),
+        "units": [[each[key] for key in ("path", "unit", "origin", "source")] for each in document.get("units", [])],
         "notes": [str(each) for each in document.get("notes", [])],
     }
 
@@ -88,7 +89,7 @@ def _tiles(document: dict[str, Any]) -> list[tuple[str, str, str]]:
         if cost:
             text = f"{_short(cost['p50'])}{NARROW_SPACE}{money['currency']}"
             tiles.append((text, "cost, P50", f"P90 {_short(cost['p90'])} {money['currency']}; computed"))
-        text = f"P90 {_short(hours['p90'])} h; spares included; computed"
+        text = f"P90 {_short(hours['p90'])} h; paid spares included; computed"
         tiles.append((f"{_short(hours['p50'])}{NARROW_SPACE}h", "chip-hours, P50", text))
     if document.get("serving"):
         serving = document["serving"]
@@ -165,7 +166,10 @@ def _share_rows(failures: dict[str, Any] | None) -> list[tuple[str, str]]:
         *rows,
         ("stops expected", f"{failures['stops']['mean']:.1f}"),
         ("saves", f"every {duration(interval['chosen_s'])} (Young: {duration(interval['young_s'])})"),
-        ("spare nodes", f"{count(spares['nodes'])}; {waiting} of the swaps find none"),
+        (
+            "spare hosts",
+            f"{count(spares['nodes'])} of {count(spares['chips_per_node'])} chips; {waiting} of the swaps find none",
+        ),
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crosschip.plan.failures.problem import PlanError, at_least, is_share, positive
+from crosschip.plan.figures import Figure
 
 __all__ = ["ServedModel", "ServingChip"]
 
@@ -85,7 +86,7 @@ class ServingChip:
     """A chip and what of it serving gets: shares of the peak rates are measured, or assumed and said so.
 
     `step_overhead_s` is added to each pass (launches, the collectives' latency), `link_loss` the share of a pass's
-    speed that a further chip of an instance does not bring.
+    speed that a further chip of an instance does not bring. `sources` says of its numbers where they come from.
     """
 
     name: str
@@ -97,6 +98,7 @@ class ServingChip:
     usable_memory: float = 0.9
     step_overhead_s: float = 0.005
     link_loss: float = 0.1
+    sources: tuple[tuple[str, Figure], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("product_tflop_s", "memory_gb_s", "memory_gb", "product_share", "memory_share", "usable_memory"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from crosschip.plan.architecture import Architecture, LatentAttention
+from crosschip.plan.cluster import KERNELS_SHARE
 from crosschip.plan.counts import active_parameters, cache_bytes_per_token, layer_parameters, num_parameters
+from crosschip.plan.figures import Figure
 from crosschip.plan.hardware import Hardware
 from crosschip.plan.serving.model import ServedModel, ServingChip
 
@@ -36,8 +38,27 @@ def served_model(architecture: Architecture, bytes_per_parameter: float = 2.0) -
     )
 
 
+_RATES = {"product_tflop_s": "bf16_tflops", "memory_gb_s": "memory_gb_s", "memory_gb": "memory_gb"}
+
+
 def serving_chip(hardware: Hardware) -> ServingChip:
-    """The chip with its rates; which shares of them serving reaches is assumed until it is measured."""
+    """The chip with its rates. Which shares of them serving reaches is assumed until they are measured.
+
+    What was measured of products and of passes over memory is what serving gets, as training does: of the product rate
+    what other kernels than one large product reach, of the bandwidth all.
+    """
+    figures = dict(hardware.sources)
+    sources = {name: figures[key] for name, key in _RATES.items() if key in figures}
+    shares = {}
+    if (product := figures.get("product_share")) is not None and product.origin == "measured":
+        shares["product_share"] = hardware.efficiency
+        source = f"{product.source}: {product.value:.3g} of the datasheet's rate, of which all kernels reach "
+        source += f"{KERNELS_SHARE:g} (assumed)"
+        sources["product_share"] = Figure(hardware.efficiency, "share", "measured", source)
+    if hardware.memory_share == 1.0:
+        shares["memory_share"] = 1.0
+        sources["memory_share"] = Figure(1.0, "share", "measured", "the bandwidth is what passes reached")
     return ServingChip(
-        hardware.kind, hardware.bf16_flops / 1e12, hardware.memory_bytes_s / 1e9, hardware.memory_bytes / 1e9
-    )
+        hardware.kind, hardware.bf16_flops / 1e12, hardware.memory_bytes_s / 1e9, hardware.memory_bytes / 1e9,
+        sources=tuple(sources.items()), **shares,
+    )  # fmt: skip

@@ -7,20 +7,21 @@ from dataclasses import replace
 
 from crosschip.plan.cluster import Cluster
 from crosschip.plan.dates import Rollouts
+from crosschip.plan.figures import Figure
 from crosschip.plan.planning import architecture_of
 from crosschip.plan.serving import AnswerBatch, RolloutPlan, plan_rollouts, served_model, serving_chip
 from crosschip.plan.stages.planned import PlannedStage, ReinforcedStage
 from crosschip.plan.step import Plan
 from crosschip.recipe import Recipe, RlSettings
 
-__all__ = ["reinforce_stage"]
+__all__ = ["ANSWER_SHARE", "SAMPLED_ANEW", "SCORING_PASS", "reinforce_stage"]
 
-_ANSWER_SHARE = 0.5  # of max_new_tokens that the mean answer has; assumed
+ANSWER_SHARE = 0.5  # of max_new_tokens that the mean answer has; assumed
 # Problems are sampled anew where all answers got the same reward; assumed. DAPO (arXiv 2503.14476, section 3.2) shows
 # the share of such problems growing during training.
-_SAMPLED_ANEW = 1.5
+SAMPLED_ANEW = 1.5
 _SHARED_MEMORY = 0.5  # of a chip that learns as well is left for weights and cache of the engine; assumed
-_SCORING_PASS = 1 / 3  # a forward pass of the three passes' worth of a step
+SCORING_PASS = 1 / 3  # a forward pass of the three passes' worth of a step
 
 
 def reinforce_stage(
@@ -38,7 +39,8 @@ def reinforce_stage(
     work = _work(stage, answer_tokens)
     serving = serving_chip((apart or learning).hardware)
     if apart is None:
-        serving = replace(serving, usable_memory=_SHARED_MEMORY)
+        half = Figure(_SHARED_MEMORY, "share", "assumed", "of a chip that learns as well, left to the engine")
+        serving = replace(serving, usable_memory=_SHARED_MEMORY, sources=(*serving.sources, ("usable_memory", half)))
     wide = 4.0 if stage.rollouts.dtype == "float32" else 2.0
     num_chips = plan.num_chips if apart is None else apart.num_chips
     engines = plan_rollouts(served_model(architecture_of(recipe), wide), serving, num_chips, work)
@@ -59,8 +61,8 @@ def reinforce_stage(
 
 def _rollouts(stage: RlSettings, plan: Plan, work: AnswerBatch, engines: RolloutPlan, beside: bool) -> Rollouts:
     """One batch: what is written, again where there was no signal, and what is learnt, scored by the trainer before."""
-    passes = 1 + _SCORING_PASS * ((stage.updates_per_batch > 1) + (stage.kl_weight > 0))
-    again = _SAMPLED_ANEW if stage.drop_without_signal else 1.0
+    passes = 1 + SCORING_PASS * ((stage.updates_per_batch > 1) + (stage.kl_weight > 0))
+    again = SAMPLED_ANEW if stage.drop_without_signal else 1.0
     return Rollouts(
         answers_per_step=round(work.answers),
         tokens_per_answer=work.answer_tokens,
@@ -72,7 +74,7 @@ def _rollouts(stage: RlSettings, plan: Plan, work: AnswerBatch, engines: Rollout
 
 
 def _work(stage: RlSettings, answer_tokens: float | None) -> AnswerBatch:
-    answer = min(answer_tokens or _ANSWER_SHARE * stage.max_new_tokens, float(stage.max_new_tokens))
+    answer = min(answer_tokens or ANSWER_SHARE * stage.max_new_tokens, float(stage.max_new_tokens))
     here = stage.rollouts.engines == ["native"]
     return AnswerBatch(
         stage.prompts, stage.samples, float(stage.seq_len - stage.max_new_tokens), answer,
@@ -84,11 +86,11 @@ def _notes(name: str, stage: RlSettings, answer_tokens: float | None, apart: Clu
     notes = []
     if answer_tokens is None:
         notes.append(
-            f"{name}: the mean answer is assumed to have {_ANSWER_SHARE:.0%} of max_new_tokens = "
+            f"{name}: the mean answer is assumed to have {ANSWER_SHARE:.0%} of max_new_tokens = "
             f"{stage.max_new_tokens}; give --rollout-tokens from a first run"
         )
     if stage.drop_without_signal:
-        notes.append(f"{name}: {_SAMPLED_ANEW:g} times as many answers are made as learnt from (assumed)")
+        notes.append(f"{name}: {SAMPLED_ANEW:g} times as many answers are made as learnt from (assumed)")
     if apart is None:
         notes.append(
             f"{name}: the chips that learn make the rollouts, in turns, on {_SHARED_MEMORY:.0%} of their memory "

@@ -16,6 +16,7 @@ from crosschip.plan.counts import num_parameters
 from crosschip.plan.hardware import Hardware, kind_named, kinds
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import architecture_for, known_architecture
+from crosschip.plan.step import Layout
 from crosschip.plan.validate.batches import batch_words
 from crosschip.plan.validate.parallelism import layout_words
 from crosschip.plan.validate.rows import QUANTITIES, Row
@@ -56,6 +57,11 @@ class Case:
 
 
 def _architecture(row: Row, notes: list[str]) -> Architecture:
+    if row.arch == "" and row.is_moe:
+        assert row.params_active is not None
+        assert row.params_total is not None
+        active, total = row.params_active / 1e9, row.params_total / 1e9
+        notes.append(f"arch not given: {active:g} of {total:g} B parameters active, so a mixture")
     known = known_architecture(row.model)
     if known is None and row.params_total is None:
         raise CannotPredict(f"no widths and no number of parameters for {row.model!r}", "fill params_total_b")
@@ -99,7 +105,8 @@ def _usual_batch(
 
 
 def _is_fused(row: Row, architecture: Architecture) -> bool:
-    if row.kind == "full_run" and not architecture.fused_attention:
+    """Whether attention's scores stay on the chip: not in a model's run from before, of whatever kind its row is."""
+    if not architecture.fused_attention:
         return False
     years = [int(found) for found in re.findall(r"arXiv (\d{4})\.\d", row.source)]
     return not years or max(years) >= _BEFORE_FUSED
@@ -141,13 +148,14 @@ def _hardware(row: Row, notes: list[str]) -> Hardware:
 
 
 def _num_chips(row: Row, fixed: dict[str, Any], notes: list[str]) -> int:
-    """Chips of the row, or a usual number; as many as the layout divides, of "about 6,000"."""
+    """Chips of the row, or a usual number; of "about 6,000" as many as the layout can be built on, experts included."""
     num_chips = row.num_chips or _DEFAULT_CHIPS
     if row.num_chips is None:
         notes.append(f"number of chips not given: {num_chips} assumed")
-    per_replica = math.prod(fixed.get(name, 1) for name in ("tensor", "pipeline", "context"))
-    if num_chips % per_replica:
-        whole = max(1, num_chips // per_replica) * per_replica
+    widths = Layout(**{name: fixed.get(name, 1) for name in ("tensor", "pipeline", "context", "expert")})
+    unit = widths.pipeline * math.lcm(widths.tensor * widths.context, widths.expert_shards)
+    if num_chips % unit:
+        whole = max(1, num_chips // unit) * unit
         notes.append(f"{row.parallelism!r} does not divide {num_chips} chips: {whole} taken")
         num_chips = whole
     return num_chips
@@ -184,7 +192,7 @@ def case_of(row: Row) -> Case:
     if row.seq_len is None:
         notes.append(f"sequence length not given: {seq_len} taken")
     is_run = row.kind == "full_run"
-    if zero := re.search(r"\b(?:DP|TP|PP|CP|EP|VP|micro-?batch|H)\s?=?\s?0+\b", row.parallelism, re.I):
+    if zero := re.search(r"\b(?:DP|TP|PP|CP|EP|VPP?|micro-?batch|H)[\s=:_-]*0+\b", row.parallelism, re.I):
         raise CannotPredict(f"{zero.group()!r} in parallelism = {row.parallelism!r}", "sizes of a layout begin at 1")
     words = layout_words(
         row.parallelism or (architecture.train_layout if is_run else ""), row.num_chips or _DEFAULT_CHIPS
@@ -212,7 +220,9 @@ def case_of(row: Row) -> Case:
         imbalance=1.0 if row.balanced else Job.imbalance,
         gradient_bytes=2.0 if words.bf16_sums else Job.gradient_bytes, thin_link=link,
     )  # fmt: skip
-    if not is_fused:  # selective recomputation and sequence parallelism are no older (arXiv 2205.05198)
+    # Selective recomputation and sequence parallelism are no older than fused attention (arXiv 2205.05198); operations
+    # that are counted with the recomputed ones were recomputed.
+    if not is_fused or "incl. recompute" in row.convention:
         fixed.setdefault("recompute", "full")
     fixed.setdefault("sequence_parallel", is_fused or "sequence-parallel" in row.parallelism)
     return Case(row, job, hardware, num_chips, tuple(sorted(fixed.items())), tuple(notes), is_described)

@@ -8,7 +8,8 @@ from typing import Any
 
 __all__ = ["LayoutWords", "layout_words"]
 
-_SIZES = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "VP": "interleave"}
+_SIZES = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "VPP?": "interleave"}
+_BETWEEN = r"[\s=:_-]*"  # a width and its number: `TP8`, `tp=8`, `TP-8`, `TP: 8`
 # `selective AC` is torchtitan's word for every second product; `selective recompute` Megatron's for the scores.
 _RECOMPUTE = (
     (r"\bno (act|recomp|AC)", "none"),
@@ -38,10 +39,10 @@ def layout_words(text: str, num_chips: int) -> LayoutWords:
     plain = text.lower().replace(" ", "").replace("-", "")
     words = LayoutWords(tensor_overlap="asynctp" in plain, bf16_sums="bf16sums" in plain)
     fixed = words.fixed
-    if found := re.search(r"micro-?batch (\d+)", text, re.I):
+    if found := re.search(rf"micro-?batch{_BETWEEN}(\d+)", text, re.I):
         fixed["micro_batch"] = int(found.group(1))
     for short, name in _SIZES.items():
-        if found := re.search(rf"(?<![A-Za-z]){short}\s?=?(\d+)", text):
+        if found := re.search(rf"(?<![A-Za-z]){short}{_BETWEEN}(\d+)", text, re.I):
             fixed[name] = int(found.group(1))
     if "interleave" not in fixed and re.search(r"interleaved", text, re.I):
         # What torch's own schedules take unless told (torchtitan, `generate_split_points`); Megatron names its number.
@@ -50,11 +51,11 @@ def layout_words(text: str, num_chips: int) -> LayoutWords:
         if re.search(pattern, text, re.I):
             fixed["recompute"] = recompute
             break
-    fsdp = re.search(r"\bH?FSDP(?!2)(\d*)|\bFSDP2\b", text)
+    fsdp = re.search(r"\bH?FSDP(?!2)(\d*)|\bFSDP2\b", text, re.I)
     if found := re.search(r"ZeRO[- ]?(\d)", text, re.I):
         fixed["zero"] = min(3, int(found.group(1)))
     named = any(name in fixed for name in ("tensor", "pipeline", "expert", "context")) or fsdp is not None
-    if re.search(r"(?<![A-Za-z])PP(?!\s?=?\d)", text) and "tensor" in fixed:
+    if "pipeline" not in fixed and re.search(r"(?<![A-Za-z])(?<!no )PP(?![A-Za-z])", text, re.I) and "tensor" in fixed:
         fixed["pipeline"] = max(1, num_chips // fixed["tensor"])
     if fsdp is not None:
         fixed["zero"] = 2 if fixed.get("pipeline", 1) > 1 else 3

@@ -7,7 +7,8 @@ from dataclasses import replace
 from crosschip.errors import RecipeError
 from crosschip.plan.counts import reported_flops_per_token, train_flops_per_token
 from crosschip.plan.hardware import Hardware
-from crosschip.plan.search import check_layout, find_layouts, layouts
+from crosschip.plan.layout_check import check_layout
+from crosschip.plan.search import find_layouts, layouts
 from crosschip.plan.step import Layout, StepEstimate
 from crosschip.plan.step_time import estimate_step
 from crosschip.plan.validate.cases import GOODPUT, CannotPredict, Case, with_batch
@@ -44,7 +45,7 @@ def choose_layout(case: Case, hardware: Hardware) -> tuple[Case, Layout]:
     if smallest.memory_bytes > hardware.memory_bytes:
         why = f"counted memory is {smallest.memory_bytes / 1e9:.0f} GB, more than the chip's"
     else:
-        reason = check_layout(case.job, smallest.layout, case.num_chips, hardware)
+        reason = check_layout(case.job, smallest.layout, case.num_chips)
         why = f"the layout as published cannot be built here ({reason})"
     note = f"{why}; the smallest layout is taken"
     return replace(case, notes=(*case.notes, note)), smallest.layout
@@ -55,11 +56,14 @@ _WHOLE_SQUARES = ("palm", "12lhqt", "megatron", "6n + attention", "non-causal", 
 
 
 def _reported_flops_per_s(case: Case, estimate: StepEstimate) -> float:
-    """Operations a second of a chip: attention's causal half, unless the row's convention names whole squares."""
+    """Operations a second of a chip: attention's causal half, unless the row's convention names whole squares.
+
+    Recomputed ones count where the convention includes them and the layout recomputes whole layers: a fourth pass.
+    """
     convention, job = case.row.convention, case.job
     whole = any(word in convention for word in _WHOLE_SQUARES)
     counted = reported_flops_per_token if whole else train_flops_per_token
-    again = 4 / 3 if "incl. recompute" in convention else 1.0
+    again = 4 / 3 if "incl. recompute" in convention and estimate.layout.recompute == "full" else 1.0
     return again * counted(job.architecture, job.seq_len) * estimate.tokens_per_s_per_chip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,8 @@ def _predicted(case: Case, outcome: Outcome, fitted: dict[str, Fitted], shares: 
     except CannotPredict as error:
         return {"skipped": _skipped(error)}
     value = predicted_value(case, layout, hardware)
+    if not math.isfinite(value):
+        return {"skipped": f"the prediction is {value}, no number: mend the row's sizes"}
     notes = [*case.notes, *([outcome.note] if outcome.note else [])]
     if hardware.kind not in fitted:
         of_it = "what others reach of theirs" if fitted else "0.85, assumed"

@@ -35,7 +35,10 @@ QUANTITIES = (
     "step_time_s",
 )
 _ROUNDED = 1.02  # active over all parameters that are the same but for rounding, at most
+_IS_MIXTURE = 0.95  # active over all parameters, below which a token does not meet them all
 _MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
+# Between these a number is taken for one: no run is as small or as large, and products of them stay finite.
+_LEAST_NUMBER, _MOST_NUMBER = 1e-6, 1e12
 _T = TypeVar("_T")
 _NEEDED = ("id", "quantity", "model", "chip")
 
@@ -49,6 +52,7 @@ class Row:
     is_calibration: bool
     quantity: str
     model: str
+    arch: str  # `dense`, `moe`, or nothing where the row does not say
     is_moe: bool
     params_total: float | None
     params_active: float | None
@@ -82,6 +86,10 @@ class _Odd(Exception):
         self.told = (problem, remedy)
 
 
+class _OutOfBounds(_Odd):
+    """A number that no run can have."""
+
+
 def _number(cell: str, name: str) -> float | None:
     text = cell.strip().replace(",", "").replace("_", "")
     if not text:
@@ -93,6 +101,8 @@ def _number(cell: str, name: str) -> float | None:
         value = math.nan
     if not math.isfinite(value) or value <= 0:
         raise _Odd(f"{name} = {cell!r} is not a positive number")
+    if not _LEAST_NUMBER <= value <= _MOST_NUMBER:
+        raise _OutOfBounds(f"{name} = {cell!r} is not between {_LEAST_NUMBER:g} and {_MOST_NUMBER:g}")
     return value
 
 
@@ -152,13 +162,32 @@ def _parameters(cells: _Cells) -> tuple[float | None, float | None]:
 
 
 def _outcome(cells: _Cells, quantity: str) -> Outcome:
-    """An outcome that cannot be read is none: whether a row is predicted does not hang on it."""
+    """An outcome that is no number is none, whether or not its row is predicted; one that is none a run can have makes
+    the row faulty: its error would be no number.
+    """
     if quantity not in QUANTITIES:
         return Outcome(None)
     try:
         return Outcome(_number(cells.text(quantity), quantity))
+    except _OutOfBounds as odd:
+        cells.faults.append(odd.told)
+        return Outcome(None)
     except _Odd as odd:
         return Outcome(None, f"{odd}: taken as not published")
+
+
+def _is_mixture(cells: _Cells, arch: str, total: float | None, active: float | None) -> bool:
+    """Whether the row is of a mixture of experts: as it says, else by its active parameters."""
+    by_size = total is not None and active is not None and active < _IS_MIXTURE * total
+    if arch == "dense" and by_size:
+        cells.faults.append(
+            (
+                f"arch = 'dense' with params_active_b = {cells.text('params_active_b')!r} of params_total_b = "
+                f"{cells.text('params_total_b')!r}",
+                "mend one of the three cells: a dense model uses all of its parameters for every token",
+            )
+        )
+    return arch == "moe" or by_size
 
 
 def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
@@ -167,13 +196,16 @@ def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
     if not text("id"):
         cells.faults.append(("id is empty", "give each row its own id"))
     total, active = _parameters(cells)
+    arch, quantity = cells.word("arch", "dense", "moe"), text("quantity")
+    is_moe, outcome = _is_mixture(cells, arch, total, active), _outcome(cells, quantity)
     row = Row(
         id=text("id") or f"line {line}",
         kind=text("kind"),
         is_calibration=cells.word("calibration", "yes", "no") == "yes",
-        quantity=text("quantity"),
+        quantity=quantity,
         model=text("model"),
-        is_moe=cells.word("arch", "dense", "moe") == "moe",
+        arch=arch,
+        is_moe=is_moe,
         params_total=total,
         params_active=active,
         tokens=cells.number("tokens_t", 1e12),
@@ -189,7 +221,7 @@ def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
         without_stops="ideal continuous time" in text("notes").lower(),
         faults=tuple(cells.faults),
     )
-    return row, _outcome(cells, row.quantity)
+    return row, outcome
 
 
 def read_rows(path: Path = SHIPPED_ROWS) -> list[tuple[Row, Outcome]]:

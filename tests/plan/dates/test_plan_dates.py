@@ -154,7 +154,8 @@ def test_the_last_day_of_a_switch_just_meets_the_deadline(deadline: float, days_
 
 
 def test_the_bill_adds_spares_energy_and_says_what_it_left_out() -> None:
-    schedule = plan_dates(scenario(rates=NEVER, speed_spread=0.0))
+    paid = replace(TEN_DAYS, spare_chips=20 * 8)
+    schedule = plan_dates(scenario(paid, rates=NEVER, speed_spread=0.0))
     found = bill(schedule, Prices(per_chip_hour=2.0, chip_kw=1.0, per_kwh=0.1))
     hours = schedule.end_days() * 24 * (1024 + 20 * 8)
     assert found.chip_hours[1] == pytest.approx(hours)

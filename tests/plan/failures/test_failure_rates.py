@@ -6,10 +6,19 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosschip.plan.failures import FailureRates, Gamma, Observation, PlanError, published_rates, upper_bound
+from crosschip.plan.failures import (
+    FailureRates,
+    Gamma,
+    Observation,
+    PlanError,
+    Soak,
+    published_rates,
+    upper_bound,
+    with_soak,
+)
 from crosschip.plan.failures.published import fact, facts, figure_of
 from crosschip.plan.failures.rates import fit_gamma
 
@@ -55,6 +64,7 @@ def test_rates_without_a_spread_are_refused(rates: list[float]) -> None:
         fit_gamma(rates)
 
 
+@settings(deadline=None, max_examples=40)
 @given(shape=st.floats(0.3, 8.0), stops=st.integers(0, 500), days=st.floats(1.0, 300.0))
 def test_evidence_on_one_rate_alone_gives_the_conjugate_posterior(shape: float, stops: int, days: float) -> None:
     """With a job term of nearly nothing the posterior of the chip's rate is a gamma distribution in closed form."""
@@ -72,6 +82,40 @@ def test_evidence_far_from_the_prior_wins() -> None:
     seen = Observation(num_stops=30_000, days=100, num_chips=1000)
     rates = published_rates().with_seen(seen)
     assert np.median(rates.sample(2000, 0).stops_per_day(1000)) == pytest.approx(300, rel=0.05)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    stops=st.integers(0, 300),
+    more=st.integers(1, 50),
+    days=st.floats(0.5, 200.0),
+    seen=st.sampled_from([1, 64, 2048, 30_000]),
+    num_chips=st.sampled_from([1, 64, 2048, 30_000]),
+)
+def test_no_draw_has_fewer_stops_where_more_were_seen(
+    stops: int, more: int, days: float, seen: int, num_chips: int
+) -> None:
+    """Exactly so for as many chips as were seen; for others to within the cells in which the ratio is drawn."""
+    rates = published_rates()
+    few, many = (rates.with_seen(Observation(each, days, seen)).sample(300, 0) for each in (stops, stops + more))
+    allowed = 1e-9 if seen == num_chips else 0.01
+    assert (many.stops_per_day(num_chips) >= few.stops_per_day(num_chips) * (1 - allowed)).all()
+    assert (many.corruption_per_day == few.corruption_per_day).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(stops=st.integers(0, 20), hours=st.floats(1.0, 1e5))
+def test_no_draw_has_fewer_stops_after_a_worse_soak(stops: int, hours: float) -> None:
+    few, many = (
+        with_soak(published_rates(), Soak("x", hours, each, each)).sample(300, 0) for each in (stops, stops + 1)
+    )
+    assert (many.stops_per_day(64) >= few.stops_per_day(64)).all()
+    assert (many.corruption_per_day >= few.corruption_per_day).all()
+
+
+def test_more_stops_than_seconds_are_refused() -> None:
+    with pytest.raises(PlanError, match="more than one a second"):
+        Observation(100_000, 1.0, 8)
 
 
 def test_the_rule_of_three() -> None:

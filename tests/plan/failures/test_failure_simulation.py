@@ -97,7 +97,9 @@ def test_more_stops_mean_less_goodput(recovery: Recovery, seed: int) -> None:
         simulate(same_rates(400, job=job), 8, recovery, horizon_s=30 * DAY_S, seed=seed).goodput for job in (1.0, 8.0)
     )
     error = math.sqrt((few.var() + many.var()) / 400)
-    assert many.mean() <= few.mean() + 5 * error + 1e-12
+    # A stop cuts a save short for all groups, and one of them alone loses its work: seven more a day, at most so much.
+    cut_short = 7 * (1 - 1 / recovery.num_groups) * recovery.save_blocking_s / DAY_S
+    assert many.mean() <= few.mean() + 5 * error + cut_short + 1e-12
 
 
 def test_corruption_that_is_caught_costs_its_latency_and_the_rest_stays() -> None:

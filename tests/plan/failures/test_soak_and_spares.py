@@ -76,7 +76,7 @@ def test_spares_keep_their_promise_in_a_simulated_repair_shop() -> None:
 def test_corruption_is_counted_over_the_rates_uncertainty() -> None:
     rate, random = Gamma(0.5, 0.5 / 7e-6), np.random.default_rng(0)
     found = expected_corruption(rate, 16_384, 54, 0.5)
-    drawn = random.poisson(rate.sample(random, 200_000) * 16_384 * 54 / 2)
+    drawn = random.poisson(rate.at(random.random(200_000)) * 16_384 * 54 / 2)
     assert found.expected_unnoticed == pytest.approx(drawn.mean(), rel=0.02)
     assert found.chance_unnoticed == pytest.approx((drawn > 0).mean(), abs=0.005)
 

@@ -31,6 +31,7 @@ from crosschip.plan.page import (
     serving_document,
 )
 from crosschip.plan.serving import Load, ServedModel, ServingChip, plan_serving
+from crosschip.plan.units import units_of
 
 START = date(2027, 1, 4)
 EXPERTS = ServedModel(671e9, 37e9, 61 * 576 * 2, 61 * 128 * 2 * (576 + 512), 653e9, 256, 8, 1.0)
@@ -54,7 +55,7 @@ def plan_document(num_trials: int = 200) -> dict[str, Any]:
     first = schedule.stages[0]
     outlook = failure_outlook(rates, 2048, recovery)
     load, chip = Load(50, 2000, 1000), ServingChip("H800", 989, 3350, 80)
-    return {
+    document = {
         "document": "plan", "schema_version": 1, "model": "DeepSeek-V3", "cluster": "2,048 × H800",
         "failures": outlook_document(outlook, rates, first.ledger, 60.0),
         "dates": dates_document(schedule, date(2027, 3, 20)),
@@ -66,3 +67,4 @@ def plan_document(num_trials: int = 200) -> dict[str, Any]:
         "serving": serving_document(plan_serving(EXPERTS, chip, load), chip),
         "notes": ["The time of a step was given."],
     }  # fmt: skip
+    return {**document, "units": units_of(document)}

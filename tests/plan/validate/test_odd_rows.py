@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from crosschip.plan.step import Layout
 from crosschip.plan.validate import read_rows, validate_rows
 from crosschip.plan.validate.batches import batch_words
 from crosschip.plan.validate.cases import case_of
+from crosschip.plan.validate.predicting import choose_layout, predicted_value
 from tests.plan.validate.test_validation import by_id, cells, written
 
 ROW = "mosaic_13b_a100-40gb_16"
@@ -28,6 +32,9 @@ ROW = "mosaic_13b_a100-40gb_16"
         ({"tokens_t": "a lot"}, "tokens_t = 'a lot'"),
         ({"arch": "hybrid"}, "arch = 'hybrid' is none of dense, moe"),
         ({"calibration": "maybe"}, "calibration = 'maybe' is none of yes, no"),
+        ({"tokens_t": "1e300"}, "tokens_t = '1e300' is not between 1e-06 and 1e+12"),
+        ({"params_total_b": "1e299"}, "params_total_b = '1e299' is not between"),
+        ({"arch": "dense", "params_active_b": "6"}, "arch = 'dense' with params_active_b = '6' of params_total_b"),
         ({"params_active_b": "13.2"}, "params_active_b = '13.2' is more than params_total_b = '12.854': mend"),
     ],
 )
@@ -58,6 +65,70 @@ def test_an_outcome_that_is_no_number_is_not_published(tmp_path: Path) -> None:
     assert found["odd"]["predicted"] == found[ROW]["predicted"]
     assert found["odd"]["published"] is None
     assert f"{row['quantity']} = 'inf' is not a positive number: taken as not published" in found["odd"]["notes"]
+
+
+@pytest.mark.parametrize("outcome", ["1e-320", "1e-310", "1e300"])
+def test_an_outcome_that_no_run_can_have_skips_its_row(tmp_path: Path, outcome: str) -> None:
+    row = cells((ROW,))[0]
+    odd = {**row, "id": "odd", row["quantity"]: outcome}
+    document = validate_rows(read_rows(written(tmp_path / "a.csv", [row, odd])))
+    assert f"{row['quantity']} = '{outcome}' is not between" in by_id(document)["odd"]["skipped"]
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_a_prediction_that_is_no_number_skips_its_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("crosschip.plan.validate.report.predicted_value", lambda *_: math.inf)
+    document = validate_rows(read_rows(written(tmp_path / "a.csv", cells((ROW,)))))
+    assert "the prediction is inf" in by_id(document)[ROW]["skipped"]
+
+
+def test_a_row_without_an_architecture_is_a_mixture_by_its_active_parameters(tmp_path: Path) -> None:
+    row = {**cells((ROW,))[0], "model": "Foo 100B-A10B", "params_total_b": "100", "params_active_b": "10"}
+    (empty, _), (named, _), (dense, _) = read_rows(
+        written(
+            tmp_path / "a.csv",
+            [
+                {**row, "arch": ""},
+                {**row, "id": "b", "arch": "moe"},
+                {**row, "id": "c", "arch": "", "params_active_b": "100"},
+            ],
+        )
+    )
+    assert case_of(empty).job.architecture == case_of(named).job.architecture
+    assert case_of(empty).job.architecture.experts is not None
+    assert "arch not given: 10 of 100 B parameters active, so a mixture" in case_of(empty).notes
+    assert case_of(dense).job.architecture.experts is None
+
+
+def test_a_layout_over_experts_decides_how_many_of_about_so_many_chips_are_taken() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "dsv2")
+    about = replace(row, num_chips=6000, parallelism="TP8 PP16 EP4 VP2", kind="throughput", quantity="mfu_pct_reported")
+    case = case_of(about)
+    assert case.num_chips == 11 * 16 * 32  # whole groups of 16 stages, whose experts lie on 4 x 8 chips
+    assert "'TP8 PP16 EP4 VP2' does not divide 6000 chips: 5632 taken" in case.notes
+    _, layout = choose_layout(case, case.hardware)
+    assert (layout.tensor, layout.pipeline, layout.expert, layout.interleave) == (8, 16, 4, 2)
+    assert case_of(replace(about, num_chips=6144)).num_chips == 6144
+
+
+@pytest.mark.parametrize("kind", ["throughput", "full_run", "step_time"])
+def test_a_run_from_before_fused_attention_is_so_in_every_kind_of_row(kind: str) -> None:
+    row = next(row for row, _ in read_rows() if row.id == "bloom176b")
+    case = case_of(replace(row, kind=kind, quantity="tflops_per_chip_reported"))
+    assert not case.job.fused_attention
+    assert dict(case.fixed)["recompute"] == "full"
+
+
+def test_operations_that_count_recomputed_ones_are_of_a_layout_that_recomputes() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "llama3_405b_8k")
+    assert "recompute" not in dict(case_of(row).fixed)
+    case = case_of(replace(row, convention="megatron, incl. recompute"))
+    assert dict(case.fixed)["recompute"] == "full"
+    named = case_of(replace(row, convention="megatron, incl. recompute", parallelism="TP8 PP16, no recompute"))
+    assert dict(named.fixed)["recompute"] == "none"
+    plain = case_of(replace(row, convention="megatron", parallelism="TP8 PP16, no recompute"))
+    layout = Layout(data=64, tensor=8, pipeline=16, interleave=8)
+    assert predicted_value(named, layout, named.hardware) == predicted_value(plain, layout, plain.hardware)
 
 
 def test_a_row_for_calibration_without_a_layout_is_skipped(tmp_path: Path) -> None:

@@ -138,19 +138,26 @@ def test_what_cannot_be_predicted_is_skipped_with_its_reason(tmp_path: Path) -> 
         {**row, "id": "quantity", "quantity": "happiness"},
         {**row, "id": "zero", "parallelism": "TP0 PP2"},
         {**row, "id": "chunks", "parallelism": "TP2 PP2 VP0"},
+        {**row, "id": "lower", "parallelism": "tp-0 pp2"},
         {**row, "id": "micro", "parallelism": "FSDP micro-batch 0"},
         {**row, "id": "rounds", "parallelism": "DiLoCo H=0", "kind": "lowcomm_run"},
-        {**row, "id": "huge", "model": "Unheard of", "params_total_b": "1e30", "params_active_b": ""},
+        {**row, "id": "huge", "model": "Unheard of", "params_total_b": "1e9", "params_active_b": ""},
         {**row, "id": "active", "model": "Unheard of", "arch": "moe", "params_active_b": ""},
     ]
     found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", rows))))
     assert "no figures for the chip" in found["chip"]["skipped"]
     assert "no number of parameters" in found["model"]["skipped"]
     assert "happiness" in found["quantity"]["skipped"]
-    for name, words in (("zero", "TP0"), ("chunks", "VP0"), ("micro", "micro-batch 0"), ("rounds", "H=0")):
+    for name, words in (
+        ("zero", "TP0"),
+        ("lower", "tp-0"),
+        ("chunks", "VP0"),
+        ("micro", "micro-batch 0"),
+        ("rounds", "H=0"),
+    ):
         assert words in found[name]["skipped"]
         assert "begin at 1" in found[name]["skipped"]
-    assert "1e+30 B parameters" in found["huge"]["skipped"]
+    assert "1e+09 B parameters" in found["huge"]["skipped"]
     assert "fill params_active_b" in found["active"]["skipped"]
 
 
@@ -168,8 +175,11 @@ def test_a_chip_is_one_kind_however_a_row_spells_it(tmp_path: Path, chip: str) -
 
 
 @pytest.mark.parametrize(
-    "chip", ["RTX A1000", "A100X", "A800 PCIe", "H100 PCIe", "NVIDIA H100 NVL", "B300", "GB300", "H2000"]
-)
+    "chip",
+    ["RTX A1000", "A100X", "A800 PCIe", "H100 PCIe", "NVIDIA H100 NVL", "B300", "GB300", "H2000", "Ascend 950DT",
+     "Ascend 950DT NPU", "Ascend 910A", "Ascend 310P", "Ascend 310P NPU", "MI300A", "AMD Instinct MI300A", "MI350X",
+     "H20-3e 141GB", "NVIDIA H20-3e", "H20 141GB", "GH200 144GB", "NVIDIA GH200 144G HBM3e"],
+)  # fmt: skip
 def test_a_chip_that_only_looks_like_a_known_one_is_refused(chip: str) -> None:
     row, _ = read_rows()[0]
     with pytest.raises(CannotPredict, match="no figures for the chip"):
@@ -204,7 +214,7 @@ def test_a_reported_utilisation_is_counted_by_its_convention() -> None:
 
     def predicted(convention: str) -> float:
         case = case_of(replace(row, convention=convention))
-        layout = Layout(data=64, tensor=8, pipeline=16, interleave=8)
+        layout = Layout(data=64, tensor=8, pipeline=16, interleave=8, recompute="full")
         return predicted_value(case, layout, case.hardware)
 
     model = case_of(row).job.architecture
@@ -240,6 +250,11 @@ def test_the_published_precision_of_a_run_stands_in_for_what_its_row_leaves_out(
         ("PP2 VP24 EP8", 16, {"interleave": 24, "pipeline": 2}),
         ("FSDP8 TP8 PP8 interleaved, full AC", 512, {"interleave": 2, "pipeline": 8, "zero": 2}),
         ("FSDP FULL_SHARD, micro-batch 14, bf16 sums", 32, {"micro_batch": 14, "zero": 3}),
+        ("tp8, pp16, vpp5, dp64", 8192, {"tensor": 8, "pipeline": 16, "interleave": 5, "context": 1, "expert": 1}),
+        ("TP-8 PP-16 EP-4", 8192, {"tensor": 8, "pipeline": 16, "expert": 4}),
+        ("TP: 8, PP: 16, CP = 2, VPP 3", 8192, {"tensor": 8, "pipeline": 16, "context": 2, "interleave": 3}),
+        ("fsdp tp=2", 64, {"tensor": 2, "pipeline": 1, "zero": 3}),
+        ("tp8, no pp", 64, {"tensor": 8, "pipeline": 1}),
         ("", 16, {}),
     ],
 )
