@@ -96,6 +96,7 @@ def test_overrides_and_files_say_the_same(steps: int, seed: int) -> None:
         ("train.learning_rate=nan", ["train.learning_rate = nan"]),
         ("train.learning_rate=inf", ["train.learning_rate = inf", "finite"]),
         ("train.warmup_steps=100", ["warmup_steps=100 leaves nothing of steps=100"]),
+        ("train.lora_alpha=8.0", ["lora_alpha=8 is the scale of adapters", "lora_rank"]),
         ("train.gradient_accumulation=3", ["batch_size=16 is not a multiple of gradient_accumulation=3"]),
         ("train.seq_len=2048", ["train.seq_len=2048 is more than model.max_position_embeddings=1024"]),
         ("model.n_group=3", ["n_routed_experts=8 is not a multiple of n_group=3"]),

@@ -79,7 +79,7 @@ def distill(
     A call that was interrupted goes on where it was when it is made again.
     """
     from crosschip.train.distill import training_problems
-    from crosschip.train.evaluate import find_subject
+    from crosschip.train.evaluate import find_subject, time_limit_s
 
     subject = find_subject(target, stage, step, say)
     known = recipe_for(recipe, subject)
@@ -103,7 +103,8 @@ def distill(
         say(f"there are {len(problems)} problems, fewer than {num_problems}")
     say(f"{subject.name}: {len(problems)} problems, {settings.samples} answers each")
     asked = (engine, concurrency) if engine is not None else None
-    report = _distilled(subject, problems, settings, out or _default_out(subject), chosen_seed, asked, chip, force)
+    how = {"seed": chosen_seed, "chip": chip, "force": force, "checker_timeout_s": time_limit_s(known)}
+    report = _distilled(subject, problems, settings, out or _default_out(subject), asked, how)
     print(f"{report.path}: {report.counts.kept} rows\n{report.manifest}")
 
 
@@ -112,10 +113,8 @@ def _distilled(
     problems: list[Any],
     settings: DistillSettings,
     out: Path,
-    seed: int,
     engine: tuple[str, int] | None,
-    chip: str,
-    force: bool,
+    how: dict[str, Any],
 ) -> DistillReport:
     from crosschip.data import load_tokenizer
     from crosschip.train.distill import Engine, distill
@@ -128,8 +127,7 @@ def _distilled(
             client = Client(engine[0], os.environ.get(API_KEY))
             stack.callback(client.close)
             answers = Engine(client, tokenizer, engine[1])
-        how: dict[str, Any] = {"seed": seed, "answers": answers, "chip": chip, "force": force}
-        return distill(subject.directory, tokenizer, problems, settings, out, say, **how)
+        return distill(subject.directory, tokenizer, problems, settings, out, say, answers=answers, **how)
 
 
 def _data(recipe: Recipe | None, path: str | None) -> DataSettings:

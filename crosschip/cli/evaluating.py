@@ -105,7 +105,7 @@ def evaluate(
         return
     from crosschip.report.evaluations import evaluation_lines
     from crosschip.rundir import write_json
-    from crosschip.train.evaluate import evaluate_subject, find_subject
+    from crosschip.train.evaluate import evaluate_subject, find_subject, time_limit_s
 
     subject = find_subject(target, stage, step, say)
     known = recipe_for(recipe, subject)
@@ -121,7 +121,7 @@ def evaluate(
     chosen_seed = seed if seed is not None else known.seed if known is not None else 0
     questions = _questions(known, settings, data, level, num_problems, chosen_seed)
     say(f"{subject.name}: {len(questions)} held-out problems" if data is None else f"{subject.name}: {data}")
-    document = evaluate_subject(subject, questions, settings, chosen_seed, chip, say)
+    document = evaluate_subject(subject, questions, settings, chosen_seed, chip, say, time_limit_s(known))
     if json_path is not None:
         write_json(json_path, document)
     print("\n".join(evaluation_lines(document)))

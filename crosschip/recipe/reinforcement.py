@@ -88,7 +88,8 @@ class RlSettings(StageSettings):
     rewards: Annotated[list[RewardSettings], Field(min_length=1)] = [  # noqa: RUF012  # pydantic copies it
         RewardSettings(checker="arithmetic")
     ]
-    reward_timeout_s: Annotated[float, Field(gt=0.0)] = 10.0
+    reward_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = 10.0
+    reward_workers: PositiveInt | None = None  # processes for checkers; None: the usable cores, at most 8
     divide_by_deviation: bool = True
     average: Literal["token", "answer"] = "token"  # whether long answers count more
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2

@@ -58,6 +58,11 @@ class StageSettings(Settings):
                 f"keep_every={self.keep_every} is not a multiple of checkpoint_every={self.checkpoint_every}; "
                 "only steps with a checkpoint can be kept"
             )
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(
+                f"lora_alpha={self.lora_alpha:g} is the scale of adapters, and without lora_rank there are none; "
+                "give lora_rank or leave out lora_alpha"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}; lower it")
         return self

@@ -56,6 +56,8 @@ def evaluation_lines(document: Document) -> list[str]:
         if f"mean_{what}_tokens" in document:
             middle = document[f"median_{what}_tokens"]
             rows.append((f"{what} length", f"{document[f'mean_{what}_tokens']:.1f} tokens", f"median {middle:g}"))
+    if document.get("num_checker_errors"):
+        rows.append(_failed_row(document))
     widths = [max(len(row[place]) for row in rows) for place in range(2)]
     return [f"{name:<{widths[0]}}  {value:<{widths[1]}}  {note}".rstrip() for name, value, note in rows]
 
@@ -63,6 +65,18 @@ def evaluation_lines(document: Document) -> list[str]:
 def _pass_row(each: dict[str, Any], document: Document) -> tuple[str, str, str]:
     note = f"of {document['samples']} answers drawn to each problem, temperature {document['temperature']:g}"
     return f"pass@{each['k']}", _share(each["value"], each["low_95"], each["high_95"]), note
+
+
+def _failed_row(document: Document) -> tuple[str, str, str]:
+    """How often the checker could not tell, and why the first time: these answers count as wrong."""
+    num_answers = document["num_problems"] + document.get("drawn", {}).get("num_answers", 0)
+    errors = (str(row["error"]) for row in objects(document, "problems") if row.get("error"))
+    first = document.get("first_checker_error") or next(errors, "no reason was written down")
+    return (
+        "checker failed",
+        f"{count(document['num_checker_errors'])} of {count(num_answers)} answers",
+        f"first: {first}",
+    )
 
 
 def _of_right(document: Document) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -100,6 +101,7 @@ class _SmallPlot:
     from_zero: bool = False
 
 
+_MISMATCH = _SmallPlot("mismatch_k3", "KL from engine to trainer in nats per token", log_scale=True, from_zero=True)
 SMALL_PLOTS = (
     _SmallPlot("gradient_norm", "Gradient norm before clipping", log_scale=True, from_zero=True),
     _SmallPlot("learning_rate", "Learning rate", from_zero=True),
@@ -108,7 +110,7 @@ SMALL_PLOTS = (
     _SmallPlot("router_imbalance", "Router imbalance"),
     _SmallPlot("answer_tokens", "Tokens per sampled answer", from_zero=True),
     _SmallPlot("entropy", "Entropy of the policy in nats", from_zero=True),
-    _SmallPlot("mismatch_k3", "KL from engine to trainer in nats per token", log_scale=True, from_zero=True),
+    _MISMATCH,
     _SmallPlot("truncated_share", "Share of tokens with a truncated weight", from_zero=True),
     _SmallPlot("both_work_share", "Share of time in which engines and trainer work", from_zero=True),
 )
@@ -117,22 +119,34 @@ SMALL_PLOTS = (
 def _figures(stage: StageDocuments, title: str) -> list[Figure]:
     figures = [_reward_figure(stage, title)] if series(stage.metrics.rows, "reward").steps else []
     figures += [_loss_figure(stage, title)] if series(stage.metrics.rows, "loss").steps else []
-    for small in SMALL_PLOTS:
-        values = series(stage.metrics.rows, small.key)
-        if not values.steps:
-            continue
-        lowest = min(values.values)
-        log_scale = small.log_scale and lowest > 0 and max(values.values) > LOG_FROM * lowest
-        plot = Plot(
-            name=f"{stage.name}-{small.key}",
-            title=f"{title}: {small.title.lower()}",
-            description=_describe(small.title, values),
-            curve=thin(values),
-            log_scale=log_scale,
-            from_zero=small.from_zero,
-        )
-        figures.append(Figure(small.title, draw(plot), [("", "logarithmic")] if log_scale else []))
+    for small in (*SMALL_PLOTS, *_plots_of_engines(stage)):
+        figures += _small_figure(stage, title, small)
     return figures
+
+
+def _plots_of_engines(stage: StageDocuments) -> list[_SmallPlot]:
+    """The mismatch of each engine, where several answered; of one alone it is the overall one."""
+    keys = sorted({key for row in stage.metrics.rows for key in row if key.endswith(f" {_MISMATCH.key}")})
+    if len(keys) < 2:
+        return []
+    return [replace(_MISMATCH, key=key, title=f"{_MISMATCH.title}: {key.rpartition(' ')[0]}") for key in keys]
+
+
+def _small_figure(stage: StageDocuments, title: str, small: _SmallPlot) -> list[Figure]:
+    values = series(stage.metrics.rows, small.key)
+    if not values.steps:
+        return []
+    lowest = min(values.values)
+    log_scale = small.log_scale and lowest > 0 and max(values.values) > LOG_FROM * lowest
+    plot = Plot(
+        name=re.sub(r"[^\w-]+", "-", f"{stage.name}-{small.key}"),  # an engine's address has more in it
+        title=f"{title}: {small.title.lower()}",
+        description=_describe(small.title, values),
+        curve=thin(values),
+        log_scale=log_scale,
+        from_zero=small.from_zero,
+    )
+    return [Figure(small.title, draw(plot), [("", "logarithmic")] if log_scale else [])]
 
 
 def _loss_figure(stage: StageDocuments, title: str) -> Figure:

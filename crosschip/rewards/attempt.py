@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Attempt", "Checker", "RewardTerm", "Verdict", "as_reward", "what_was_raised"]
+__all__ = ["Attempt", "Checker", "RewardTerm", "Verdict", "as_reward", "printable", "what_was_raised"]
 
 _MAX_REASON_CHARACTERS = 500
 
@@ -73,4 +73,16 @@ def what_was_raised(error: BaseException) -> str:
     """The exception's type and message, and the line of the code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARACTERS] + place
+    return printable(f"{type(error).__name__}: {_message(error)}"[:_MAX_REASON_CHARACTERS] + place)
+
+
+def printable(words: str) -> str:
+    """The words without lone surrogates, which no file and no terminal takes."""
+    return words.encode("utf-8", "replace").decode("utf-8")
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as again:  # a message that cannot be made is no reason to lose the error
+        return f"(its message cannot be told: {type(again).__name__})"

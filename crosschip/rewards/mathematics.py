@@ -12,6 +12,7 @@ from crosschip.rewards.attempt import Attempt
 __all__ = ["check_math", "last_boxed", "load_math_verify"]
 
 _BOX = "\\boxed{"
+_HASHES = "####"
 _MAX_BOX_CHARACTERS = 1_000  # no final answer is longer, and what sympy does with it grows faster than its length
 
 
@@ -24,12 +25,17 @@ def check_math(attempt: Attempt) -> float:
     boxed = last_boxed(attempt.answer) if attempt.closed else None
     if boxed is None or not boxed.strip() or len(boxed) > _MAX_BOX_CHARACTERS:
         return 0.0
-    expected = last_boxed(attempt.expected) or attempt.expected.strip().strip("$").strip()
+    expected = _expected_expression(attempt.expected)
     if not expected:
         raise DataError("the row's expected answer is empty", "give the rows that math checks an answer")
     if boxed.strip() == expected:
         return 1.0
     return float(_are_equal(expected, boxed))
+
+
+def _expected_expression(expected: str) -> str:
+    """What the row's answer holds: its box, else what follows the last `####` (as in GSM8K), else all of it."""
+    return last_boxed(expected) or expected.rpartition(_HASHES)[2].strip().strip("$").strip()
 
 
 def last_boxed(text: str) -> str | None:

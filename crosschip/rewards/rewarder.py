@@ -16,6 +16,7 @@ from crosschip.rewards.worker_process import CheckerError, WorkerLostError, Work
 
 __all__ = ["Rewarder"]
 
+_LONGEST_S = 86_400.0  # a day: clocks of the system have bounds
 _warned: set[tuple[str, ...]] = set()
 
 
@@ -152,7 +153,10 @@ def _checked_terms(terms: Sequence[tuple[str, float]]) -> list[RewardTerm]:
 
 
 def _check_numbers(timeout_s: float, workers: int) -> None:
-    if not (math.isfinite(timeout_s) and timeout_s > 0):
-        raise RecipeError(f"the time limit of the rewards is {timeout_s} s", "give a number of seconds above 0, as 10")
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise RecipeError(
+            f"the time limit of the rewards is {timeout_s} s",
+            f"give a number of seconds above 0 and at most {_LONGEST_S:,.0f}, as 10",
+        )
     if workers < 1:
         raise RecipeError(f"{workers} workers shall judge the rewards", "give at least 1")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosschip.data import ChatTokenizer
-from crosschip.errors import RecipeError
+from crosschip.errors import CheckpointError, RecipeError
 from crosschip.recipe import FurtherDistilling, Recipe
-from crosschip.rundir import RunDirectory
+from crosschip.rundir import RunDirectory, read_json
 from crosschip.train.distill import distill, manifest_path, training_problems
+from crosschip.train.evaluate import time_limit_s, weights_sha256
 from crosschip.train.group.world import World
 from crosschip.train.progress import StageProgress
 
@@ -29,6 +30,7 @@ def distil_stage(
 
     Raises:
         RecipeError: there is no model yet.
+        CheckpointError: the rows are there, and another model wrote them.
         DataError: no answer could be kept.
     """
     if model is None:
@@ -37,6 +39,7 @@ def distil_stage(
 
     def make() -> bool:
         if manifest_path(out).exists():
+            _check_model(name, out, model)
             return False
         progress.say(f"{name}: right answers of {model}")
         problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)
@@ -50,7 +53,19 @@ def distil_stage(
             seed=recipe.seed,
             chip=recipe.chips.serve,
             force=True,
+            checker_timeout_s=time_limit_s(recipe),
         )
         return True
 
     return world.from_rank_zero(make)
+
+
+def _check_model(name: str, out: Path, model: Path) -> None:
+    """Refuse rows that another model wrote than the one that would write them now."""
+    wrote = read_json(manifest_path(out)).get("model") or {}
+    if wrote.get("weights_sha256") not in (None, weights_sha256(model)):
+        raise CheckpointError(
+            f"{name}: the rows in {out} were written by {wrote.get('directory')}, with other weights than {model} has",
+            f"delete {out} and {manifest_path(out).name} beside it to write them again, and the directories of the "
+            "stages that train on them; or set the stages before back to go on as it was",
+        )

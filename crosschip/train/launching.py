@@ -206,14 +206,16 @@ class _Groups:
     def run(self, interruption: Interruption) -> None:
         """Watch until every group has ended, or too few are left to go on."""
         while running := [process for process in self._processes if process.poll() is None]:
-            if len(running) < self._settings.min_groups and self._failed():
+            if len(running) < self._settings.min_groups and self._failed(interruption):
                 return
             self._keep_alight()
             self._hand_on(interruption, running)
             time.sleep(_POLL_S)
 
-    def _failed(self) -> bool:
-        return any(process.returncode for process in self._processes)
+    def _failed(self, interruption: Interruption) -> bool:
+        """Whether one has failed; one that has saved after a signal, while others still do, has not."""
+        good = (None, 0, *(INTERRUPTED if interruption.received is not None else ()))
+        return any(process.returncode not in good for process in self._processes)
 
     def _keep_alight(self) -> None:
         """Start the lighthouse again under its address when it has died."""
@@ -244,10 +246,15 @@ class _Groups:
         self._lighthouse.close()
 
     def exit_code(self, interruption: Interruption) -> int:
-        """0 when every group has finished; else the signal's, or the first failed group's, which is named."""
+        """0 when every group has finished; else the signal's where all ended as it asked for, or were killed by the
+        second one; else the first failed group's, which is named.
+        """
         codes = [process.returncode for process in self._processes]
         if interruption.received is not None and any(codes):
-            return interruption.exit_code
+            in_order = (0, *INTERRUPTED, -interruption.received)
+            if interruption.is_urgent or all(code in in_order for code in codes):
+                return interruption.exit_code
+            codes = [0 if code in in_order else code for code in codes]
         for number, code in enumerate(codes):
             if code:
                 _say(

@@ -88,7 +88,7 @@ class _Stage:
         self.agreed_step = self.first_step  # up to which the groups are known to have had equal weights
         self.arithmetic = arithmetic_of(job.chip, job.compute_dtype, job.world)
         self.watch = StageWatch(
-            job.heartbeat, job.guard, job.settings.warmup_steps, job.chip, job.world.rank, self._tell_event
+            job.heartbeat, job.guard, job.settings.warmup_steps, job.chip, job.world, self._tell_event
         )
         after_backward = job.hooks.step.after_backward
         averaging = dataclasses.replace(
@@ -116,15 +116,27 @@ class _Stage:
                 job.heartbeat.beat("outer", position.step)
                 job.groups.finish()
             self._look(last)
-            if stopped_by := job.world.largest(self.stop.received or 0):
-                return self._end(None if last else stopped_by)
+            if self._stopped_by():
+                break
             if not last and position.step % settings.checkpoint_every == 0:
                 self._beat("save")
+                self.log.sync()  # no checkpoint may hold a step that a power cut takes from the log
                 self.saver.save(self._state())
                 job.groups.save(job.directory, position.step)
                 job.hooks.after_save(position.step)
             self._tell_of_the_background()
-        return self._end(None)
+            self._look_at_writing()
+        return self._end()
+
+    def _stopped_by(self) -> int:
+        """The signal that some rank has got; 0 for none."""
+        return self.job.world.largest(self.stop.received or 0)
+
+    def _look_at_writing(self) -> None:
+        """Wait for a checkpoint that takes too long to write, so that the supervisor sees a save that hangs."""
+        if self.saver.is_overdue():
+            self._beat("save")
+            self._wait_for_save()
 
     def _beat(self, phase: str) -> None:
         self.job.heartbeat.beat(phase, self.job.position.step)
@@ -135,6 +147,8 @@ class _Stage:
 
     def _tell_of_the_background(self) -> None:
         """Write down what savers and groups have done meanwhile; what is as it should be is not said."""
+        for unreadable in self.log.unreadable():
+            self._tell_event(unreadable)
         for saved in self.saver.events():
             self.log.event(saved.step, saved.event, saved.detail, saved.action)
             if saved.event != "checkpoint-verified":
@@ -341,18 +355,22 @@ class _Stage:
             settings=job.identity.settings,
             versions=library_versions(),
             num_processes=job.world.size,
+            expert_parallel=job.expert_parallel,
+            began_from=job.identity.began_from,
         )
 
-    def _end(self, interrupted_by: int | None) -> StageEnd:
+    def _end(self) -> StageEnd:
         """The last checkpoint, and the last word."""
         job, step = self.job, self.job.position.step
         self._beat("save")
+        self.log.sync()
         checkpoint = self.saver.finish(self._state())
         job.groups.save(job.directory, step)
         job.hooks.after_save(step)
         self._tell_of_the_background()
-        if interrupted_by is None:
+        end = StageEnd(job.name, step, job.settings.steps, checkpoint, self._stopped_by() or None)
+        if end.interrupted_by is None:
             self.log.event(step, "finished", "the last step is done", f"saved {checkpoint.name}")
         else:
-            self.log.event(step, "interrupted", f"signal {interrupted_by}", f"saved {checkpoint.name}")
-        return StageEnd(job.name, step, job.settings.steps, checkpoint, interrupted_by)
+            self.log.event(step, "interrupted", f"signal {end.received}", f"saved {checkpoint.name}")
+        return end

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from crosschip.errors import RunDirectoryError
-from crosschip.train.guard.run_files import cut_torn_line
+from crosschip.train.guard.observed import Event
+from crosschip.train.guard.run_files import cut_torn_line, record_of, unreadable_lines
 from crosschip.train.step import StepResult
 
 __all__ = ["METRICS_FILE", "Log", "NoLog", "StageLog", "cut_after_step", "step_record"]
@@ -53,25 +54,27 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def cut_after_step(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after `last_step`, and a line torn by a crash, so that each step stands there once."""
+def cut_after_step(path: Path, last_step: int) -> list[int]:
+    """Drop the lines of steps after `last_step`, and a line torn by a crash, so that each step stands there once.
+
+    Returns the numbers of other lines that are no records, as after a byte of them has changed: they are dropped, too.
+    """
+    unreadable: list[int] = []
     if not path.exists():
-        return
+        return unreadable
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+    reading = path.open(encoding="utf-8", errors="replace", newline="\n")  # no other byte may end a line
+    with reading as old, temporary.open("w", encoding="utf-8") as new:
         for number, line in enumerate(old, start=1):
-            if line.endswith("\n") and _step_of(line, f"{path}:{number}") <= last_step:
+            record = record_of(line)
+            if record is None:
+                unreadable += [number] if line.endswith("\n") else []
+            elif record["step"] <= last_step and line.endswith("\n"):
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())
     temporary.replace(path)
-
-
-def _step_of(line: str, place: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        raise RunDirectoryError(f"{place} is not a line of this log: {line[:60]!r}", "delete the line") from None
+    return unreadable
 
 
 class Log(Protocol):
@@ -91,6 +94,12 @@ class Log(Protocol):
 
     def roll_back(self, last_step: int) -> None:
         """What was written of steps after `last_step` does not count any more."""
+
+    def sync(self) -> None:
+        """What was written shall outlive a power cut."""
+
+    def unreadable(self) -> list[Event]:
+        """What could not be read of the logs that were there before, once."""
 
 
 class NoLog:
@@ -117,6 +126,13 @@ class NoLog:
     def roll_back(self, last_step: int) -> None:
         """Nothing was written."""
 
+    def sync(self) -> None:
+        """Nothing was written."""
+
+    def unreadable(self) -> list[Event]:
+        """Nothing was read."""
+        return []
+
 
 class StageLog:
     """The open log files of a stage, from the step after `first_step - 1` on; a context manager."""
@@ -124,16 +140,19 @@ class StageLog:
     def __init__(self, directory: Path, last_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._unreadable: list[Event] = []
         self._open(last_step)
 
     def _open(self, last_step: int) -> None:
         for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE):
-            cut_after_step(self._directory / name, last_step)
+            if numbers := cut_after_step(self._directory / name, last_step):
+                self._unreadable.append(unreadable_lines(self._directory / name, numbers, last_step))
         cut_torn_line(self._directory / EVENTS_FILE)
         self._files: dict[str, IO[str]] = {
             name: (self._directory / name).open("a", encoding="utf-8")
             for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE, EVENTS_FILE)
         }
+        _sync(self._directory)  # the names of files that were made just now
         from tensorboardX import SummaryWriter  # slow to import, and only a stage that runs needs it
 
         # purge_step hides what a run that was killed had drawn beyond the step it is resumed from.
@@ -149,6 +168,19 @@ class StageLog:
         """Drop what was written of steps after `last_step`; events stay."""
         self._close()
         self._open(last_step)
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk: the checkpoint that comes next must not outlive them in a power cut."""
+        for name, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise _not_written(str(self._directory / name), error) from error
+
+    def unreadable(self) -> list[Event]:
+        """Lines that were no records and were left out when the logs were opened; each is told once."""
+        found, self._unreadable = self._unreadable, []
+        return found
 
     def __enter__(self) -> StageLog:
         return self
@@ -181,11 +213,22 @@ class StageLog:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
         except OSError as error:
-            raise RunDirectoryError(
-                f"{file.name} could not be written: {error}", "free disk space, then go on with --resume"
-            ) from error
+            raise _not_written(file.name, error) from error
 
     def _draw(self, group: str, record: dict[str, Any], keys: set[str]) -> None:
         for key in sorted(keys & record.keys()):
             if record[key] is not None:
                 self._curves.add_scalar(f"{group}/{key}", record[key], record["step"])
+
+
+def _not_written(name: str, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(f"{name} could not be written: {error}", "free disk space, then go on with --resume")
+
+
+def _sync(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -112,15 +112,21 @@ class StageJob:
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None, 0, 600.0))
     groups: Groups = field(default_factory=AloneGroup)
     group: int = 0
+    expert_parallel: int = 1
     on_drop: OnDrop = "smaller-batch"
 
 
 @dataclass(frozen=True)
 class StageEnd:
-    """How a stage ended: at its last step, or at `interrupted_by`, the number of a signal."""
+    """How a stage ended: after `step`, of `num_steps`. `received` is the number of a signal that came until then."""
 
     stage: str
     step: int
     num_steps: int
     checkpoint: Path
-    interrupted_by: int | None = None
+    received: int | None = None
+
+    @property
+    def interrupted_by(self) -> int | None:
+        """The signal that ended it before its last step; one that came in the last step has interrupted nothing."""
+        return self.received if self.step < self.num_steps else None

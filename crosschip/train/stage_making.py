@@ -153,6 +153,7 @@ def make_job(run: StageRun, name: str, settings: StageSettings, start: Start) ->
         heartbeat=rank.heartbeat,
         groups=groups,
         group=rank.group or 0,
+        expert_parallel=run.recipe.parallel.expert_parallel,
         on_drop=run.recipe.groups.on_drop,
     )
     drilled = os.environ.get(orders.DIRECTORY)

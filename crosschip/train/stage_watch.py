@@ -15,6 +15,7 @@ import torch
 from crosschip.chips import Chip
 from crosschip.chips.host import available_memory_bytes
 from crosschip.recipe import GuardSettings
+from crosschip.train.group.world import World
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.guard.hook import StepGuard
 from crosschip.train.guard.memory_growth import MemoryWatch, host_memory
@@ -27,20 +28,25 @@ from crosschip.train.step import Judgement, StepHooks, StepResult, StepSums
 __all__ = ["StageWatch"]
 
 _REMEMBERED_STEPS = 64
+_HEAR_EVERY = 10  # steps after which ranks tell each other of their memory
 
 Tell = Callable[[Event], None]
 
 
 class StageWatch:
-    """Made on every rank of a stage. Events are told through `tell`, which only rank 0 has ears for."""
+    """Made on every rank of a stage. Events are told through `tell`, which only rank 0 has ears for.
+
+    Memory is a rank's own, so what a rank sees of it is handed to all; every other event is the same on each.
+    """
 
     def __init__(
-        self, heartbeat: Heartbeat, settings: GuardSettings, warmup_steps: int, chip: Chip, rank: int, tell: Tell
+        self, heartbeat: Heartbeat, settings: GuardSettings, warmup_steps: int, chip: Chip, world: World, tell: Tell
     ) -> None:
         self.heartbeat = heartbeat
         self.tracing = StepTracing(heartbeat)
         self.guard = StepGuard(settings, warmup_steps, chip.name, tell)
-        self._tell, self._rank, self._chip = tell, rank, chip
+        self._tell, self._world, self._chip = tell, world, chip
+        self._of_memory: list[Event] = []  # seen by this rank and not yet told
         self._host, self._device = (MemoryWatch(settings.memory_growth_gib_h) for _ in range(2))
         self._stragglers, self._links = StragglerWatch(), LinkWatch()
         self._exchange_began = 0.0
@@ -80,8 +86,16 @@ class StageWatch:
         if used is not None:
             growth = self._host.observe(step, used, available_memory_bytes(), steps_left, step_s)
             if growth is not None:
-                self._tell(growth.event(step, f"host memory of rank {self._rank}"))
+                self._of_memory.append(growth.event(step, f"host memory of rank {self._world.rank}"))
         self._look_at_device(step, steps_left, step_s)
+        if self._world.size == 1 or step % _HEAR_EVERY == 0 or steps_left <= 0:
+            self._tell_of_memory()
+
+    def _tell_of_memory(self) -> None:
+        seen, self._of_memory = self._of_memory, []
+        for events in self._world.from_all(seen):
+            for event in events:
+                self._tell(event)
 
     def _look_at_device(self, step: int, steps_left: int, step_s: float) -> None:
         if self._chip.device.type == "cpu":
@@ -94,7 +108,7 @@ class StageWatch:
         left = int(free(self._chip.device)[0]) if free is not None else None
         growth = self._device.observe(step, int(read(self._chip.device)), left, steps_left, step_s)
         if growth is not None:
-            self._tell(growth.event(step, f"memory of {self._chip.name}, rank {self._rank}"))
+            self._of_memory.append(growth.event(step, f"memory of {self._chip.name}, rank {self._world.rank}"))
 
     def begin_exchange(self) -> float:
         """The groups' gradients are averaged now; seconds since that was done before, 0 where it did not succeed."""

@@ -12,20 +12,20 @@ import torch
 from crosschip.chips import keep_freed_memory
 from crosschip.recipe import FurtherDistilling, Recipe, StageSettings
 from crosschip.rundir import RunDirectory, write_json
-from crosschip.train.checkpoint import CheckpointState, find_newest, read_state, set_damaged_aside
+from crosschip.train.beginning import beginning, check_next_stage
+from crosschip.train.checkpoint import find_newest, read_state, set_damaged_aside
 from crosschip.train.distil_stage import distil_stage
 from crosschip.train.group.device import find_rank_chip
 from crosschip.train.group.layout import check_experts, check_layout
 from crosschip.train.group.world import World, join_world
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
-from crosschip.train.guard.run_files import last_logged_step
 from crosschip.train.identity import Identity, check_same_run, digest
 from crosschip.train.loop import run_stage
-from crosschip.train.metrics import METRICS_FILE
 from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer
 from crosschip.train.progress import SilentProgress, StageProgress, open_progress
+from crosschip.train.resumption import beginning_events, resumption_events
 from crosschip.train.stage_job import StageEnd, StagePosition
-from crosschip.train.stage_making import Event, Rank, StageRun, Start, make_job
+from crosschip.train.stage_making import Rank, StageRun, Start, make_job
 from crosschip.train.stage_sources import StageSources
 
 __all__ = ["TrainOutcome", "train_recipe"]
@@ -109,8 +109,8 @@ def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -
             end, trained = _run_one(prepared, name, settings, before)
             ends.append(end)
             did_work |= trained
-            if end.interrupted_by is not None:
-                return TrainOutcome(tuple(ends), end.interrupted_by)
+            if end.received is not None and (end.interrupted_by or name != recipe.order[-1][0]):
+                return TrainOutcome(tuple(ends), end.received)
     except KeyboardInterrupt:  # outside a stage's loop, where nothing is half done
         return TrainOutcome(tuple(ends), signal.SIGINT.value)
     return TrainOutcome(tuple(ends), already_complete=not did_work)
@@ -151,7 +151,7 @@ def _layout(recipe: Recipe, world: World) -> str:
     return told if experts == 1 else f"{told}, {experts} of which hold one set of experts"
 
 
-def _identity(run: StageRun, settings: StageSettings) -> Identity:
+def _identity(run: StageRun, settings: StageSettings, before: Path | None) -> Identity:
     """Fingerprints of everything a checkpoint of this stage belongs to."""
     data = run.sources.settings(settings)
     model = json.loads(json.dumps(asdict(run.config)))
@@ -171,6 +171,7 @@ def _identity(run: StageRun, settings: StageSettings) -> Identity:
             "model": model,
             "stage": stage,
         },
+        began_from=run.rank.world.from_rank_zero(lambda: beginning(before, run.recipe.model.directory)),
     )
 
 
@@ -182,56 +183,31 @@ def _run_one(run: StageRun, name: str, settings: StageSettings, before: Path | N
     run.rank.heartbeat.stage(name)
     run.rank.heartbeat.beat("start", 0)
     directory = run.directory.stage(name)
-    identity = _identity(run, settings)
+    identity = _identity(run, settings, before)
     checkpoint = run.rank.world.from_rank_zero(
         lambda: find_newest(directory, run.rank.progress.say) if run.resume else None
     )
     state, position = None, StagePosition()
     if checkpoint is None:
-        events = [_beginning(run, name, before)]
+        events = beginning_events(run, name, before)
     else:
         state = read_state(checkpoint)
-        changed = check_same_run(Identity(state.fingerprints, state.settings), identity, str(checkpoint), name)
+        saved = Identity(state.fingerprints, state.settings, state.began_from)
+        changed = check_same_run(saved, identity, str(checkpoint), name)
         if state.step >= settings.steps:
             run.dtypes.setdefault(settings.dtype, getattr(torch, state.compute_dtype))
             return StageEnd(name, state.step, settings.steps, checkpoint), False
+        _check_next(run, name, settings)
         position = StagePosition(state.step, state.sequences_consumed, state.tokens_consumed)
         step = state.step
         aside = run.rank.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
-        events = _resumption(run, name, state, changed, aside)
+        events = resumption_events(run, name, state, changed, aside)
     job = make_job(run, name, settings, Start(checkpoint, before, state, identity, position, events))
     return run_stage(job), True
 
 
-def _beginning(run: StageRun, name: str, before: Path | None) -> Event:
-    if run.resume:
-        run.rank.progress.say(f"{name}: no checkpoint yet, so it begins at step 1")
-    return "started", f"from {before or run.recipe.model.directory or 'new weights'}", "training"
-
-
-def _lost(num_steps: int) -> str:
-    """What a resume has to do again, as the log tells: steps after the checkpoint."""
-    if num_steps <= 0:
-        return "nothing was lost"
-    return f"{num_steps} step{'s' if num_steps > 1 else ''} after it {'were' if num_steps > 1 else 'was'} lost"
-
-
-def _resumption(run: StageRun, name: str, state: CheckpointState, changed: list[str], aside: list[Path]) -> list[Event]:
-    """Tell what a resumed stage does not have in common with the run that was interrupted."""
-    lost = _lost(last_logged_step(run.directory.stage(name) / METRICS_FILE) - state.step)
-    run.rank.progress.say(f"{name}: going on after step {state.step}; {lost}")
-    events = [("resumed", f"after step {state.step}; {lost}", "training")]
-    events += [("damaged-checkpoint", str(path), "renamed and passed over") for path in aside]
-    if state.num_threads != torch.get_num_threads():
-        changed = [*changed, f"threads was {state.num_threads} and is now {torch.get_num_threads()}"]
-    if state.num_processes != run.rank.world.size:
-        changed = [*changed, f"ranks were {state.num_processes} and are now {run.rank.world.size}"]
-    if state.device != str(run.rank.chip.device):
-        changed = [*changed, f"device was {state.device} and is now {run.rank.chip.device}"]
-    if changed:
-        told = "; ".join(changed)
-        run.rank.progress.say(
-            f"{name}: NOT the same run any more, its numbers will differ from an uninterrupted one: {told}"
-        )
-        events.append(("changed-settings", told, "training with the new ones"))
-    return events
+def _check_next(run: StageRun, name: str, settings: StageSettings) -> None:
+    """See `check_next_stage`; nothing where the stage is the last one."""
+    names = [each for each, _ in run.recipe.stages]
+    for following in names[names.index(name) + 1 :][:1]:
+        check_next_stage(run.directory.stage(following), run.directory.stage(name), settings.steps)

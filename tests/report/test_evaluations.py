@@ -85,6 +85,25 @@ def test_older_documents_are_read_and_newer_ones_refused(tmp_path: Path) -> None
         read_evaluation(tmp_path / "none.json")
 
 
+def test_a_checker_that_failed_has_a_row_of_its_own() -> None:
+    figures = {
+        "score": 0.0,
+        "score_low_95": 0.0,
+        "score_high_95": 0.9,
+        "num_right": 0,
+        "num_problems": 2,
+        "closed_reasoning_share": 1.0,
+        "finished_share": 0.5,
+        "num_checker_errors": 3,
+        "first_checker_error": "my:checker: ValueError: no such unit",
+        "drawn": {"num_answers": 4},
+    }
+    line = evaluation_lines(evaluation([False, False]) | figures)[-1]
+    assert line.split("  ")[0] == "checker failed"
+    assert "3 of 6 answers" in line
+    assert line.endswith("first: my:checker: ValueError: no such unit")
+
+
 def test_the_table_of_a_version_1_document() -> None:
     figures = {
         "score": 0.5,

@@ -6,7 +6,7 @@ import pytest
 
 from crosschip.errors import RecipeError
 from crosschip.rewards import CHECKERS, find_checker
-from crosschip.rewards.attempt import as_reward
+from crosschip.rewards.attempt import as_reward, what_was_raised
 from crosschip.rewards.checkers import check_arithmetic, check_format
 from tests.rewards.attempts import attempt
 
@@ -99,3 +99,12 @@ def test_only_finite_numbers_are_rewards() -> None:
     for value in (None, "1", [1.0], 1j, numpy.ones(2), numpy.bool_(True)):
         with pytest.raises(TypeError, match="a reward is a number"):
             as_reward(value)
+
+
+def test_what_was_raised_can_be_written_down() -> None:
+    class Untold(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    assert what_was_raised(ValueError("no letter: \ud800")) == "ValueError: no letter: ?"
+    assert "Untold: (its message cannot be told" in what_was_raised(Untold())

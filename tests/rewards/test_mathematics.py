@@ -20,6 +20,7 @@ from tests.rewards.attempts import attempt
         ("72", "the answer is \\boxed{72}"),
         ("\\text{Monday}", "\\text{Monday}"),
         ("1,000", "1000"),
+        ("72", "48 / 2 = 24, and 48 + 24 = 72\n#### 72"),  # as GSM8K has it
     ],
 )
 def test_an_expression_in_another_form_is_right(box: str, expected: str) -> None:

@@ -202,6 +202,8 @@ def test_an_endless_expression_is_an_error_and_an_endless_program_a_zero() -> No
         ([("format", float("nan"))], {}, ["nan", "finite"]),
         ([("format", True)], {}, ["True"]),
         ([("format", 1.0)], {"timeout_s": 0.0}, ["0.0 s"]),
+        ([("format", 1.0)], {"timeout_s": 1e10}, ["10000000000.0 s", "86,400"]),
+        ([("format", 1.0)], {"timeout_s": float("nan")}, ["nan s"]),
         ([("format", 1.0)], {"workers": 0}, ["0 workers"]),
         ([("no.such:f", 1.0)], {}, ["'no.such:f'", "No module named 'no'"]),
         ([(OUTSIDE + "lenght", 1.0)], {}, ["lenght", "length"]),

@@ -20,10 +20,10 @@ from crosschip.recipe import DataSettings
 from crosschip.recipe.distilling import DistillSettings
 from crosschip.rundir import RunDirectory, sha256_of
 from crosschip.train.distill import Engine, Here, distill, manifest_path, training_problems
-from crosschip.train.distill.engine import Client
+from crosschip.train.distill.engine import Client, EngineAnswer
 from crosschip.train.distill.sampling import Manner, Place
 from crosschip.train.distill.selecting import Sampled, as_row, select
-from crosschip.train.evaluate import Question, find_subject
+from crosschip.train.evaluate import Question, find_subject, opened_checker
 from tests.handoff.answers.spoken import chat, speaking
 
 ARITHMETIC = DataSettings(source="arithmetic")
@@ -358,3 +358,22 @@ def test_the_documentation_has_every_key_with_its_default() -> None:
     assert {
         name: None if value == "none" else json.loads(value.strip("`")) for name, value in written.items()
     } == defaults
+
+
+@pytest.mark.parametrize(("prompt_end", "reasoning", "right"), [("<think>\n", "I try 2", False), ("", None, True)])
+def test_an_engines_answer_is_read_behind_what_its_prompt_has_opened(
+    prompt_end: str, reasoning: str | None, right: bool
+) -> None:
+    class Opening:
+        def encode_chat(self, messages: Any, add_generation_prompt: bool) -> list[int]:
+            return [1, 2]
+
+        def decode(self, ids: list[int]) -> str:
+            return f"question{prompt_end}"
+
+    engine = Engine(None, Opening())  # type: ignore[arg-type]
+    answer = EngineAnswer(content="I try 2", finished=True, num_tokens=3)
+    question = Question((Message("user", "1 + 1?"),), "2")
+    with opened_checker("arithmetic") as checker:
+        found = engine._judged(question, answer, checker)
+    assert (found.reasoning, found.right, found.closed) == (reasoning, right, False)

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from crosschip.cli import app
 from crosschip.data import Message
 from crosschip.errors import CheckpointError, DataError, RecipeError, RunDirectoryError
-from crosschip.recipe import DataSettings
+from crosschip.recipe import DataSettings, RlSettings
+from crosschip.rewards import Rewarder
 from crosschip.rundir import RunDirectory
 from crosschip.train.evaluate import (
     Question,
@@ -16,11 +17,16 @@ from crosschip.train.evaluate import (
     evaluating,
     file_questions,
     find_subject,
+    opened_checker,
     questions_of,
+    time_limit_s,
     weights_sha256,
 )
+from crosschip.train.evaluate.judging import Judge as EvaluationJudge
 from crosschip.train.evaluate.summary import pass_at_k
 from crosschip.train.progress import LineProgress
+from crosschip.train.rl.rollouts.judging import Judge as RolloutJudge
+from crosschip.train.rl.sample import Group, Problem, Sample
 
 
 def test_every_answer_is_written_down(tiny, uninterrupted) -> None:
@@ -102,6 +108,7 @@ def test_a_checker_that_fails_is_told_and_no_answer_is_right(tiny, uninterrupted
     document = evaluate_recipe(tiny('evaluate.checker="json:loads"'), run, LineProgress(None))
     assert (document["num_right"], document["num_checker_errors"]) == (0, 6)
     assert "loads" in document["problems"][0]["error"]
+    assert document["first_checker_error"] == document["problems"][0]["error"]
 
 
 def test_file_data_is_asked_from_its_validation_split(tiny, tmp_path) -> None:
@@ -199,3 +206,51 @@ def test_the_verb_takes_files_and_levels(uninterrupted, tmp_path) -> None:
     assert both.exit_code == 2
     more = CliRunner().invoke(app, ["evaluate", str(uninterrupted), "--samples", "2", "--pass-at", "4"])
     assert (more.exit_code, "needs 4 answers" in more.output) == (2, True)
+
+
+class OneText:
+    """A tokenizer for which every answer is the same text."""
+
+    stop_ids = frozenset({1})
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        return [9]
+
+    def encode(self, text: str) -> list[int]:
+        return [1] * len(text.split())
+
+    def decode(self, ids: list[int]) -> str:
+        return self.text
+
+
+@pytest.mark.parametrize("opening", ["", "<think>"])
+@pytest.mark.parametrize("text", ["1+1=2. The answer is 2", "so</think>2", "<think>so</think>2", "<think>first 2"])
+@pytest.mark.parametrize("name", ["arithmetic", "format"])
+def test_evaluation_gives_a_checker_what_reinforcement_learning_gives_it(opening: str, text: str, name: str) -> None:
+    question = Question((Message("user", "1+1?"),), "2")
+    with opened_checker(name) as checker:
+        evaluated = EvaluationJudge(OneText(text), checker).judge(question, [5, 1], opening)  # type: ignore[arg-type]
+    judge = RolloutJudge(Rewarder([(name, 1.0)]), lambda ids: text, frozenset({1}))
+    asked = Sample((5, 1), (-1.0, -1.0), (0, 0), True, "", "engine", "chip")
+    (judged,) = judge._judge([Group(Problem(0, "1+1?", "2", (1,), opening), (asked,))])
+    assert evaluated.right == (judged.samples[0].reward == 1.0)
+    assert evaluated.closed == ("</think>" in text)  # reasoning that is not there was not closed
+
+
+def test_an_answer_without_tags_is_judged_and_reasoning_that_was_cut_off_is_none() -> None:
+    question = Question((Message("user", "1+1?"),), "2")
+    for name in (None, "arithmetic"):
+        with opened_checker(name) as checker:
+            judge = EvaluationJudge(OneText("first I try 2"), checker)  # type: ignore[arg-type]
+            assert judge.judge(question, [5, 1]).right
+            assert not judge.judge(question, [5, 1], "<think>").right
+
+
+def test_a_checker_has_the_time_that_the_recipe_gives_rewards(tiny) -> None:
+    assert time_limit_s(None) == time_limit_s(tiny()) == 10.0
+    recipe = tiny()
+    recipe = recipe.model_copy(update={"rl": RlSettings(steps=3, reward_timeout_s=2.5)})
+    assert time_limit_s(recipe) == 2.5

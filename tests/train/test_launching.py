@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from crosschip.recipe import load_recipe
 from crosschip.rundir import RunDirectory
 from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken
 from crosschip.train.guard.heartbeat import read_beats
-from crosschip.train.launching import TrainCommand, group_directory, train_from_outside
+from crosschip.train.guard.interruption import Interruption
+from crosschip.train.launching import TrainCommand, _Groups, group_directory, train_from_outside
 from tests.train.launched import is_running, lines, settings
 
 LONG = ("train.steps=4000", "train.sample_every=4000", "train.validate_every=4000", "train.checkpoint_every=5")
@@ -167,3 +169,25 @@ def test_what_makes_no_sense_is_said_before_anything_starts(pretraining, tmp_pat
         train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, group=1))
     with pytest.raises(CrosschipError, match="which of the 2 is this"):
         train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, "groups.lighthouse=http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "is_urgent", "code"),
+    [
+        ([143, 143], False, 143),
+        ([143, 0], False, 143),
+        ([143, 2], False, 2),
+        ([0, -9], False, 137),
+        ([-9, 143], True, 143),
+    ],
+)
+def test_a_group_that_could_not_save_after_a_signal_decides_about_the_exit_code(
+    codes: list[int], is_urgent: bool, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = object.__new__(_Groups)
+    groups.__dict__["_processes"] = [SimpleNamespace(returncode=each) for each in codes]
+    groups.__dict__["_command"] = SimpleNamespace(run=SimpleNamespace(path=tmp_path))
+    interruption = Interruption()
+    interruption.received, interruption.is_urgent = signal.SIGTERM, is_urgent
+    assert groups.exit_code(interruption) == code
+    assert ("group 1 ended with exit code" in capsys.readouterr().err) is (code not in (143,))

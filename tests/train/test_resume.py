@@ -1,6 +1,7 @@
 """A training that is killed, stopped or resumed ends with the same bits as one that was not."""
 
 import json
+import os
 import signal
 import socket
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.rundir import RunDirectory
-from crosschip.train.checkpoint import read_state
+from crosschip.train.checkpoint import Checkpointer, CheckpointState, read_state
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
@@ -33,11 +34,17 @@ def test_the_comparison_of_runs_sees_a_single_other_bit(tiny, uninterrupted, sto
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(
-    tiny, uninterrupted, train, train_process, same_runs, capsys
+    tiny, uninterrupted, train, train_process, same_runs, capsys, tmp_path
 ) -> None:
     assert train_process("early", "--signal-at", "pretrain:2:SIGKILL").returncode == -signal.SIGKILL
     train(tiny(), "early", resume=True)
-    assert "no checkpoint yet" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "pretrain: no checkpoint yet, so it begins at step 1; 2 logged steps were lost" in told
+    assert "sft: no checkpoint yet, so it begins at step 1\n" in told
+    events = [json.loads(line) for line in (tmp_path / "early/train/pretrain/events.jsonl").read_text().splitlines()]
+    assert [event["detail"] for event in events if event["event"] == "steps-lost"] == [
+        "2 logged steps were lost: there was no checkpoint yet"
+    ]
     same_runs("early", "uninterrupted")
 
 
@@ -63,6 +70,30 @@ def test_a_second_ctrl_c_ends_at_once(tiny, train, train_process, tmp_path) -> N
 def test_a_signal_at_the_last_step_is_not_an_interruption(tiny, train_with_signal) -> None:
     recipe = tiny("train.steps=3").model_copy(update={"sft": None})
     assert train_with_signal(recipe, "last", "pretrain", 3, signal.SIGINT).exit_code == 0
+
+
+@pytest.mark.parametrize("during", ["step", "save"])
+def test_a_signal_at_a_stages_last_step_keeps_the_next_stage_from_beginning(
+    tiny, train, train_with_signal, during, tmp_path, capsys, monkeypatch
+) -> None:
+    recipe = tiny("train.steps=3", "sft.steps=2")
+    if during == "save":
+        finish = Checkpointer.finish
+
+        def struck(saver: Checkpointer, state: CheckpointState) -> Path:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return finish(saver, state)
+
+        monkeypatch.setattr(Checkpointer, "finish", struck)
+        outcome = train(recipe)
+        monkeypatch.undo()
+    else:
+        outcome = train_with_signal(recipe, "run", "pretrain", 3, signal.SIGTERM)
+    assert outcome.exit_code == 143
+    assert [(end.stage, end.step, end.interrupted_by) for end in outcome.stages] == [("pretrain", 3, None)]
+    assert f"go on with: crosschip train RECIPE --out {tmp_path / 'run'} --resume" in capsys.readouterr().err
+    assert not (tmp_path / "run/train/sft").exists()
+    assert [end.step for end in train(recipe, resume=True).stages] == [3, 2]
 
 
 def test_results_are_never_overwritten(tiny, train, uninterrupted) -> None:
@@ -152,7 +183,8 @@ def flip(path: Path) -> None:
         ("dcp/__0_0.distcp", Path.unlink, "dcp/__0_0.distcp is missing"),
         ("dcp/.metadata", cut, "dcp/.metadata has"),
         ("dcp/__0_0.distcp", flip, "dcp/__0_0.distcp has another SHA-256"),
-        ("state.json", cut, "state.json is not JSON"),
+        ("state.json", cut, "state.json has another SHA-256"),
+        ("state.json", flip, "state.json has another SHA-256"),
         ("COMPLETE", Path.unlink, "COMPLETE is missing"),
     ],
 )

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from crosschip.errors import RunDirectoryError
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.run_files import EventLog, cut_torn_line
 from crosschip.train.metrics import StageLog, cut_after_step, step_record
@@ -69,11 +68,22 @@ def test_a_log_of_one_torn_line_is_empty(tmp_path) -> None:
     assert path.read_text() == ""
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path) -> None:
+@pytest.mark.parametrize("line", [b"hello", b'{"step": "2"}', b"[2]", b'{"st\xffp": 2}', b'{"ste\rp": 2}', b"\0\0"])
+def test_a_line_that_is_no_record_is_left_out_and_named(tmp_path, line) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl:2 is not a line of this log: 'hello"):
-        cut_after_step(path, 5)
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with StageLog(tmp_path, 5) as log:
+        (event,) = log.unreadable()
+        assert event.detail == f"1 line of {path} cannot be read: line 2"
+        assert log.unreadable() == [], "each is told once"
+    assert [line["step"] for line in lines(path)] == [1, 3]
+
+
+def test_many_lines_that_are_no_records_are_counted(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("hello\n" * 9)
+    with StageLog(tmp_path, 5) as log:
+        assert log.unreadable()[0].detail == f"9 lines of {path} cannot be read: line 1, 2, 3, 4, 5, ..."
 
 
 def test_tensorboard_reads_the_curves(tmp_path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.rundir import COMPLETE, is_complete, read_json, sha256_of
-from crosschip.train.checkpoint.state import STATE_FILE, VERDICT_FILE
+from crosschip.train.checkpoint.state import SCHEMA_VERSION, STATE_FILE, VERDICT_FILE, flaw
 
 __all__ = [
     "checkpoint_path",
@@ -76,6 +76,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`: a missing, cut or altered file; None when it is whole."""
     if not is_complete(path):
         return f"{COMPLETE} is missing"
+    if found := _damage_of_state(path):
+        return found
     try:
         measured: Any = read_json(path / STATE_FILE)
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in measured["files"].items()}
@@ -83,6 +85,41 @@ def damage(path: Path) -> str | None:
         return error.problem
     except (KeyError, TypeError, ValueError, AttributeError):
         return f"{STATE_FILE} has no table of files"
+    return _damage_of_files(path, files)
+
+
+def _damage_of_state(path: Path) -> str | None:
+    """What is wrong with the file that holds the sums of all others; its own is in the marker."""
+    try:
+        told = (path / COMPLETE).read_text(encoding="utf-8", errors="replace").strip()
+        if not told:
+            return _damage_of_old_state(path)
+        if sha256_of(path / STATE_FILE) != told:
+            return f"{STATE_FILE} has another SHA-256 than {COMPLETE} says"
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except OSError as error:
+        return f"{STATE_FILE} or {COMPLETE} cannot be read: {error}"
+    return None
+
+
+def _damage_of_old_state(path: Path) -> str | None:
+    """Where the marker is empty, as it was before it held a sum: whether what stands in the file makes sense."""
+    try:
+        document: Any = read_json(path / STATE_FILE)
+    except RunDirectoryError as error:
+        return error.problem
+    if not isinstance(document, dict) or document.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
+        return f"{STATE_FILE} is of no version that has an empty {COMPLETE}"
+    if found := flaw(document):
+        return f"{STATE_FILE} {found}"
+    named = _NAME.fullmatch(path.name)  # a copy may have any name
+    if named and int(named[1]) != document["step"]:
+        return f"{STATE_FILE} has step {document['step']}"
+    return None
+
+
+def _damage_of_files(path: Path, files: dict[str, tuple[int, str]]) -> str | None:
     for name, (num_bytes, digest) in files.items():
         file = path / name
         if not file.is_file():

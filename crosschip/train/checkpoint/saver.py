@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +41,12 @@ __all__ = ["CheckpointEvent", "Checkpointer", "SaveReceipt", "background_group"]
 
 MOST_FAILURES = 3  # saves in a row that may fail, or be found wrong, before training stops
 _NICENESS = 10  # of the writing thread: training goes first
+
+# How long a write may take before training waits for it, which the supervisor then watches as a phase of its own: three
+# times what it usually takes and some seconds. A disk that others use may stop for seconds.
+_TIMES_USUAL, _SLACK_S, _LEAST_S = 3.0, 5.0, 10.0
+_FIRST_WRITE_S = 60.0  # while nobody knows how long one takes
+_REMEMBERED_WRITES = 15
 
 
 def background_group(timeout_s: float = 1800.0) -> dist.ProcessGroup | None:
@@ -93,6 +102,9 @@ class Checkpointer:
         self._staging = StagingBuffers(with_sums=settings.verify_checkpoints != "off")
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=_step_back)
         self._writing: Future[None] | None = None
+        self._writing_since = 0.0
+        self._write_s: deque[float] = deque(maxlen=_REMEMBERED_WRITES)
+        self._allowed_s = _FIRST_WRITE_S
         self._failure: CheckpointError | None = None
         self._failures_in_a_row = self._wrong_in_a_row = 0
         self._newest: CheckpointState | None = None  # of the newest checkpoint that is there
@@ -125,7 +137,9 @@ class Checkpointer:
         staged = self._staging.take(tensors_to_save(self._model, self._optimizer))
         path = checkpoint_path(self._directory, state.step)
         self._awaits_loss = state
+        self._writing_since = time.monotonic()
         self._writing = self._thread.submit(self._write, path, staged, state)
+        self._writing.add_done_callback(functools.partial(self._learn, self._writing_since))
         return SaveReceipt(path, time.perf_counter() - waited, waited - started)
 
     def observe(self, step: int, loss: float, batch: Callable[[], Batch], num_parts: int, num_groups: int = 1) -> None:
@@ -156,6 +170,17 @@ class Checkpointer:
         while not self._events.empty():
             found.append(self._events.get())
         return found
+
+    def is_overdue(self) -> bool:
+        """Whether the save that is going on takes longer than saves do, and should be waited for."""
+        if self._writing is None or self._writing.done():
+            return False
+        return time.monotonic() - self._writing_since > self._allowed_s
+
+    def _learn(self, since: float, writing: Future[None]) -> None:
+        """In the background: how long a write has taken, and so how long the next may take."""
+        self._write_s.append(time.monotonic() - since)
+        self._allowed_s = max(_LEAST_S, _TIMES_USUAL * statistics.median(self._write_s) + _SLACK_S)
 
     def wait(self) -> Path | None:
         """Wait for the save that is going on; return the newest checkpoint that this object wrote.

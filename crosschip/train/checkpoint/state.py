@@ -16,7 +16,7 @@ from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.recipe import StageSettings
 from crosschip.rundir import read_json
 
-__all__ = ["CheckpointState", "library_versions", "read_state", "state_document"]
+__all__ = ["SCHEMA_VERSION", "CheckpointState", "flaw", "library_versions", "read_state", "state_document"]
 
 SCHEMA_VERSION = 2
 STATE_FILE = "state.json"
@@ -25,6 +25,7 @@ VERDICT_FILE = "verified.json"
 OPTIMIZER_PREFIX = "optimizer."  # before PARAMETER/KEY in the DCP files
 ADAPTER_PREFIX = "adapter."  # before the names of low-rank adapters
 OLD_OPTIMIZER_FILE = "optimizer/state.safetensors"
+_KINDS: dict[str, type] = {"str": str, "int": int, "dict[str, str]": dict, "dict[str, Any]": dict}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class CheckpointState:
 
     `sequences_consumed` is the position in the data stream. `fingerprints` holds `data`, `tokenizer`, `architecture`
     and `recipe_stage`; `settings` holds the recipe's tables behind them, to name what differs. Compute dtype, number
-    of threads and number of processes belong to the rounding of every later step.
+    of threads and number of processes belong to the rounding of every later step. `began_from` says which weights the
+    stage began from (see `train.beginning`); None in checkpoints from before it was recorded.
     """
 
     stage: str
@@ -47,6 +49,8 @@ class CheckpointState:
     settings: dict[str, Any]
     versions: dict[str, str]
     num_processes: int = 1
+    expert_parallel: int = 1
+    began_from: dict[str, str] | None = None
 
 
 def library_versions() -> dict[str, str]:
@@ -74,15 +78,29 @@ def read_state(path: Path) -> CheckpointState:
         CheckpointError: `state.json` is missing, damaged, or of a newer schema than this code knows.
     """
     document = _read_document(path)
+    if problem := flaw(document):
+        raise CheckpointError(f"{path / STATE_FILE} {problem}", "delete the checkpoint and resume from the one before")
     if document["schema_version"] == 1:
-        document["num_processes"] = 1
         _add_new_keys(document["settings"]["stage"])
-    try:
-        return CheckpointState(**{field.name: document[field.name] for field in dataclasses.fields(CheckpointState)})
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path / STATE_FILE} has no {error.args[0]}", "delete the checkpoint and resume from the one before"
-        ) from None
+    fields = [field.name for field in dataclasses.fields(CheckpointState)]
+    return CheckpointState(**{name: document[name] for name in fields if name in document})
+
+
+def flaw(document: dict[str, Any]) -> str | None:
+    """What is missing or of another kind in a `state.json` of a version that is known; None when all is there.
+
+    What has come later, and so has a default, may be missing.
+    """
+    for field in dataclasses.fields(CheckpointState):
+        if field.name not in document:
+            if field.default is dataclasses.MISSING:
+                return f"has no {field.name}"
+            continue
+        value, kind = document[field.name], str(field.type)
+        if kind in _KINDS and (not isinstance(value, _KINDS[kind]) or isinstance(value, bool)):
+            return f"has {value!r} for {field.name}"
+    stage = document["settings"].get("stage")
+    return None if isinstance(stage, dict) else f"has {stage!r} for the settings of its stage"
 
 
 def _add_new_keys(stage: dict[str, Any]) -> None:

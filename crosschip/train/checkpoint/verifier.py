@@ -10,6 +10,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ __all__ = ["COMMAND", "Verifier", "VerifyJob"]
 
 COMMAND = (sys.executable, "-m", "crosschip.train.checkpoint.verify", "--serve")
 _END_S = 10.0  # for the process to end by itself once its input is closed
+LIMIT_S = 1800.0  # for an answer, at the lowest priority beside a training; a process that hangs never gives one
+_TIMES_LONGEST = 5.0  # so many times as long as the longest answer so far it may take in any case
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Verifier:
     """Asks the process about one checkpoint after the other, in a thread; `done` hears each verdict there.
 
     The process is started with the first job, once, as importing costs it seconds. It holds no chip, and ends itself
-    when this process ends, however that happens.
+    when this process ends, however that happens. One that does not answer in time is killed, and the verdict is
+    `unknown`.
     """
 
     def __init__(self, done: Callable[[VerifyJob, Verdict], None]) -> None:
@@ -46,6 +50,7 @@ class Verifier:
         self._unanswered: list[VerifyJob] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
+        self._longest_s = 0.0
         self._thread = threading.Thread(target=self._work, name="checkpoint-verifier", daemon=True)
         self._thread.start()
 
@@ -85,6 +90,26 @@ class Verifier:
                 self._done(job, verdict)
 
     def _ask(self, job: VerifyJob) -> Verdict:
+        limit_s, started = max(LIMIT_S, _TIMES_LONGEST * self._longest_s), time.monotonic()
+        deadline = threading.Timer(limit_s, self._kill)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            verdict = self._answer(job)
+        finally:
+            deadline.cancel()
+        if verdict.verdict == "unknown" and time.monotonic() - started >= limit_s:
+            told = f"the process that reads checkpoints back did not answer within {limit_s:.0f} s and was killed"
+            return dataclasses.replace(verdict, detail=told)
+        self._longest_s = max(self._longest_s, time.monotonic() - started)
+        return verdict
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _answer(self, job: VerifyJob) -> Verdict:
         try:
             process = self._started()
             assert process.stdin is not None

@@ -4,7 +4,7 @@
     config.json                          with it the directory is a model directory but for the tokenizer
     checksums.json                       what the device says is in each shard (see `checksum`)
     state.json                           step, data position, what it belongs to; size and SHA-256 of every other file
-    COMPLETE
+    COMPLETE                             the SHA-256 of state.json, so that every byte is in some sum
     verified.json                        added later, when the files were read back
 
 All of it lies under a temporary name until every process has written and every byte is on the disk.
@@ -167,7 +167,7 @@ def _finish(
         files[name] = _measured(temporary / name)
     write_json(temporary / STATE_FILE, state_document(state, dict(sorted(files.items()))))
     _sync_directory(temporary / DCP_DIRECTORY)
-    write_text(temporary / COMPLETE, "")
+    write_text(temporary / COMPLETE, f"{sha256_of(temporary / STATE_FILE)}\n")
     _sync_directory(temporary)
     replaced = path.with_name(f".{path.name}{REPLACED}")
     if path.exists():

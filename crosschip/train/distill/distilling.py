@@ -17,7 +17,7 @@ from crosschip.rundir import sha256_of, write_json, write_text
 from crosschip.train.distill.journal import Journal
 from crosschip.train.distill.sampling import Answers, Here, Manner, Place
 from crosschip.train.distill.selecting import REASONS, Sampled, as_row, select
-from crosschip.train.evaluate.checking import opened_checker
+from crosschip.train.evaluate.checking import DEFAULT_TIMEOUT_S, opened_checker
 from crosschip.train.evaluate.questions import Question
 from crosschip.train.evaluate.subject import weights_sha256
 from crosschip.train.evaluate.telling import AnswersTold, Tell
@@ -68,6 +68,7 @@ def distill(
     answers: Answers | None = None,
     chip: str = "auto",
     force: bool = False,
+    checker_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> DistillReport:
     """Answer `problems` with the model, and write the right answers to `out` as chats with their reasoning.
 
@@ -77,6 +78,7 @@ def distill(
     Args:
         answers: what answers; None is the model of `model_directory` in this process, on `chip`.
         force: replace what an earlier call wrote.
+        checker_timeout_s: of one answer; a checker that takes longer has failed.
 
     Raises:
         RunDirectoryError: `out` is there already.
@@ -91,7 +93,7 @@ def distill(
     answers = answers or Here(model_directory, tokenizer, chip)
     identity = _identity(model_directory, answers, problems, settings, seed)
     with Journal(out.with_name(f".{out.name}.journal"), identity) as journal:
-        _ask_all(journal, answers, problems, settings, seed, tell)
+        _ask_all(journal, answers, problems, settings, seed, tell, checker_timeout_s)
         rows, report = _chosen(journal.answered, problems, settings, out, seed)
         if not rows:
             journal.remove()  # nothing can be chosen from these answers, whatever `keep` is
@@ -132,6 +134,7 @@ def _ask_all(
     settings: DistillSettings,
     seed: int,
     tell: Tell,
+    checker_timeout_s: float,
 ) -> None:
     """Ask what the journal does not hold yet, and add each problem to it when all its answers are there."""
     missing = [number for number in range(len(problems)) if number not in journal.answered]
@@ -140,7 +143,7 @@ def _ask_all(
     places: list[Place] = [(number, sample) for number in missing for sample in range(settings.samples)]
     partly: dict[int, dict[int, Sampled]] = {}
     told = AnswersTold(len(places), tell)
-    with opened_checker(settings.checker) as checker:
+    with opened_checker(settings.checker, checker_timeout_s) as checker:
         manner = Manner(settings.max_new_tokens, settings.temperature, seed, checker)
         for (number, sample), sampled in answers.ask(problems, places, manner):
             partly.setdefault(number, {})[sample] = sampled

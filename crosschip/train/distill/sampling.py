@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from crosschip.chips import find_chip
-from crosschip.data import ChatTokenizer
+from crosschip.data import ChatTokenizer, split_reasoning
+from crosschip.data.answers import THINK_OPEN
 from crosschip.data.order import hashed_keys
 from crosschip.model import Decoder, load_model
 from crosschip.rewards import Attempt
@@ -20,6 +21,7 @@ from crosschip.train.distill.engine import Client, EngineAnswer
 from crosschip.train.distill.selecting import Sampled
 from crosschip.train.evaluate.checking import Checker
 from crosschip.train.evaluate.judging import Judge
+from crosschip.train.evaluate.opening import opening_of
 from crosschip.train.evaluate.questions import Question
 
 __all__ = ["Answers", "Engine", "Here", "Manner", "Place"]
@@ -80,7 +82,7 @@ class Here:
         limits = Limits(manner.max_new_tokens, judge.stop_ids, manner.temperature)
         for index, token_ids in answer_all(Decoder(model, torch.float32), askings, limits):
             number, sample = places[index]
-            found = judge.judge(problems[number], token_ids)
+            found = judge.judge(problems[number], token_ids, judge.opening_of(prompts[number]))
             how = (found.right, found.closed, found.finished, found.num_tokens, found.error)
             yield (number, sample), Sampled(found.reasoning, found.answer, *how)
 
@@ -136,7 +138,18 @@ class Engine:
         num_tokens = answer.num_tokens
         if num_tokens is None:
             num_tokens = len(self.tokenizer.encode((answer.reasoning or "") + answer.content))
-        how = (answer.closed, answer.finished, num_tokens)
-        attempt = Attempt(problem.text, problem.expected, answer.text, answer.reasoning, answer.content, *how)
+        answer = self._behind_its_opening(problem, answer)
+        closed = answer.closed or answer.reasoning is None  # as rewards are told: nothing was opened and left open
+        how = (answer.finished, num_tokens)
+        attempt = Attempt(problem.text, problem.expected, answer.text, answer.reasoning, answer.content, closed, *how)
         found = checker(attempt)
-        return Sampled(answer.reasoning, answer.content, found.right, *how, found.error)
+        return Sampled(answer.reasoning, answer.content, found.right, answer.closed, *how, found.error)
+
+    def _behind_its_opening(self, problem: Question, answer: EngineAnswer) -> EngineAnswer:
+        """Where the prompt has opened the reasoning and the engine does not split answers, all of it may be
+        reasoning that was cut off."""
+        if answer.reasoning is not None or answer.content.lstrip().startswith(THINK_OPEN):
+            return answer
+        prompt = self.tokenizer.encode_chat(problem.messages, add_generation_prompt=True)
+        reasoning, content, closed = split_reasoning(opening_of(self.tokenizer, prompt) + answer.content)
+        return replace(answer, reasoning=reasoning, content=content, closed=closed and reasoning is not None)

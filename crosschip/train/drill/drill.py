@@ -62,6 +62,7 @@ class DrillPlan:
     duration_s: float
     seed: int = 0
     start_s: float = 600.0
+    checkpoint_every: int = 0  # steps between two saves, which the faults in a save wait for
 
     def heartbeats(self, group: int) -> Path:
         """Where the ranks of a group beat."""
@@ -79,6 +80,7 @@ class _Drill:
     tell: Tell
     planted: list[Planted] = field(default_factory=list)
     not_planted: list[str] = field(default_factory=list)
+    step_s: float = 0.0  # of a step without faults
 
     def look(self) -> None:
         for log in self.logs:
@@ -102,6 +104,8 @@ class _Drill:
 def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
     """Drill for `plan.duration_s` seconds, or until the training ends; the document of what was seen.
 
+    `ended_early` in it says that the training ended before it was asked to, and the drill is none of that length.
+
     Raises:
         DrillError: the training ended before every group had made its first steps.
     """
@@ -122,15 +126,15 @@ def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _wait_for_first_steps(drill)
-            began, clean_s = time.monotonic(), median_step_s(drill.steps)
-            tell(f"a step takes {clean_s:.2f} s; faults strike every {plan.mean_between_s:.0f} s on average")
+            began, drill.step_s = time.monotonic(), median_step_s(drill.steps)
+            tell(f"a step takes {drill.step_s:.2f} s; faults strike every {plan.mean_between_s:.0f} s on average")
             _strike_until(drill, began + plan.duration_s)
-            ended = time.monotonic()
+            ended, ended_early = time.monotonic(), drill.is_over()
         finally:
             exit_code = _end(process)
             signal.signal(signal.SIGTERM, before)
     drill.look()
-    return _document(drill, began, ended, clean_s, exit_code)
+    return _document(drill, began, ended) | {"exit_code": exit_code, "ended_early": ended_early}
 
 
 def _wait_for_first_steps(drill: _Drill) -> None:
@@ -243,11 +247,11 @@ def _kill_lighthouse(drill: _Drill, strike: Strike) -> Planted | None:
 
 def _order(drill: _Drill, number: int, strike: Strike) -> Planted | None:
     give_order(drill.orders, strike.group, strike.rank, Order(number, strike.fault.name))
-    deadline = time.monotonic() + _TAKE_S
+    deadline = time.monotonic() + max(_TAKE_S, 2.0 * drill.plan.checkpoint_every * drill.step_s)
     while (done := taken(drill.orders, number)) is None:
         drill.look()
-        if time.monotonic() > deadline or drill.is_over():
-            withdraw(drill.orders, strike.group, strike.rank)
+        is_too_late = time.monotonic() > deadline or drill.is_over()
+        if is_too_late and withdraw(drill.orders, strike.group, strike.rank, number):
             return None
         time.sleep(_POLL_S)
     return _planted(drill, strike, done.at, done.step)
@@ -265,7 +269,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _document(drill: _Drill, began: float, ended: float, clean_s: float, exit_code: int) -> dict[str, Any]:
+def _document(drill: _Drill, began: float, ended: float) -> dict[str, Any]:
     plan = drill.plan
     events, steps = drill.events, [step for step in drill.steps if step.at >= began]
     # What the last fault did may be seen only while the training is being ended.
@@ -278,11 +282,10 @@ def _document(drill: _Drill, began: float, ended: float, clean_s: float, exit_co
         "num_ranks": plan.num_ranks,
         "mean_between_faults_s": plan.mean_between_s,
         "duration_s": round(ended - began, 1),
-        "clean_step_s": round(clean_s, 4),
+        "clean_step_s": round(drill.step_s, 4),
         "num_steps": max((step.step for step in steps), default=0) - min((step.step for step in steps), default=0),
         "seed": plan.seed,
-        "exit_code": exit_code,
-        "goodput": goodput(steps, events, clean_s, ended - began),
+        "goodput": goodput(steps, events, drill.step_s, ended - began),
         "faults": [each.document() for each in scores],
         "not_planted": drill.not_planted,
         "false_alarms": [

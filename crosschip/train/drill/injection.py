@@ -77,7 +77,7 @@ class _Disturber:
     def on_batch(self, batch: Batch) -> Batch:
         """A step begins: the time for orders. Its data, or noise in their place."""
         self._begin()
-        return batch if self._pending() != "loss-spike" else self._noise(batch)
+        return self._noise(batch) if self._pending() == "loss-spike" and self._strike() else batch
 
     def _begin(self) -> None:
         """Take an order; those that end a step at once are carried out."""
@@ -86,24 +86,18 @@ class _Disturber:
         if self._order is None:
             self._order = take_order(self._directory, self._group, self._job.world.rank)
         match self._pending():
-            case "segfault":
-                self._strike()
+            case "segfault" if self._strike():
                 ctypes.string_at(0)
-            case "exception":
-                self._strike()
+            case "exception" if self._strike():
                 raise DrillException(f"step {self._step}: an exception that the drill has ordered")
-            case "lock-held":
-                self._strike()
+            case "lock-held" if self._strike():
                 while True:
                     ctypes.PyDLL(None).sleep(int(_FOR_EVER_S))  # a signal ends it early
-            case "data":
-                self._strike()
+            case "data" if self._strike():
                 raise OSError(errno.EIO, os.strerror(errno.EIO), "the token store, as the drill has ordered")
-            case "out-of-memory":
-                self._strike()
+            case "out-of-memory" if self._strike():
                 _use_up_memory()
-            case "slow":
-                self._strike()
+            case "slow" if self._strike():
                 self._slow_steps, self._slow_s = _SLOW_STEPS, _SLOW_TIMES * self._step_s
             case "save-hang" | "full-disk" | "wrong-save" as fault:
                 self._disturb_next_save(fault)
@@ -111,14 +105,13 @@ class _Disturber:
     def _pending(self) -> str | None:
         return None if self._order is None else self._order.fault
 
-    def _strike(self) -> None:
-        """Note that the order is carried out now, and forget it."""
+    def _strike(self) -> bool:
+        """Note that the order is carried out now, and forget it; False when it was withdrawn meanwhile."""
         assert self._order is not None
         order, self._order = self._order, None
-        note_taken(self._directory, order, self._step)
+        return note_taken(self._directory, order, self._step)
 
     def _noise(self, batch: Batch) -> Batch:
-        self._strike()
         generator = torch.Generator().manual_seed(self._step)
         size = self._job.model.config.vocab_size
         noise = torch.randint(0, size, batch.input_ids_BT.shape, generator=generator)
@@ -133,11 +126,9 @@ class _Disturber:
             self._slow_steps -= 1
             time.sleep(self._slow_s)
         match self._pending():
-            case "operator-hang":
-                self._strike()
+            case "operator-hang" if self._strike():
                 time.sleep(_FOR_EVER_S)
-            case "activation-flip":
-                self._strike()
+            case "activation-flip" if self._strike():
                 flipped = output.detach().clone()
                 _flip_high_bit(flipped)
                 return output + (flipped - output.detach())
@@ -146,9 +137,8 @@ class _Disturber:
     def after_backward(self, model: Transformer) -> None:
         """What happens to gradients."""
         fault = self._pending()
-        if fault not in ("nan-gradient", "gradient-flip"):
+        if fault not in ("nan-gradient", "gradient-flip") or not self._strike():
             return
-        self._strike()
         gradient = next(local_part(p.grad) for p in reversed(list(model.parameters())) if p.grad is not None)
         if fault == "nan-gradient":
             gradient.view(-1)[0] = float("nan")
@@ -157,14 +147,13 @@ class _Disturber:
 
     def after_update(self, step: int) -> None:
         """What happens to weights."""
-        if self._pending() != "weight-flip":
+        if self._pending() != "weight-flip" or not self._strike():
             return
-        self._strike()
         with torch.no_grad():
             _flip_high_bit(local_part(self._job.model.lm_head.weight))
 
     def _disturb_next_save(self, fault: str) -> None:
-        """Put something else in the place of what writes a checkpoint, for one time."""
+        """Put something else in the place of what writes a checkpoint, for one time, unless the order is withdrawn."""
         from crosschip.train.checkpoint import writing
 
         order, self._order = self._order, None
@@ -173,7 +162,9 @@ class _Disturber:
 
         def write_checkpoint(path: Path, staged: Staged, *args: Any, **kwargs: Any) -> None:
             writing.write_checkpoint = honest
-            note_taken(self._directory, order, self._job.position.step)
+            if not note_taken(self._directory, order, self._job.position.step):
+                honest(path, staged, *args, **kwargs)
+                return
             if fault == "save-hang":
                 time.sleep(_FOR_EVER_S)
             if fault == "wrong-save":

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from crosschip.rundir import write_json
 
@@ -47,26 +48,43 @@ def take_order(directory: Path, group: int, rank: int) -> Order | None:
     return None
 
 
-def note_taken(directory: Path, order: Order, step: int) -> None:
-    """Say that it happens now. Written through to the disk: the process may not live much longer."""
-    write_json(directory / f"taken-{order.number}.json", {"at": time.monotonic(), "step": step, "pid": os.getpid()})
+def note_taken(directory: Path, order: Order, step: int) -> bool:
+    """Say that it happens now; False when the order was withdrawn, and nothing may happen.
+
+    Written through to the disk: the process may not live much longer.
+    """
+    return _decide(directory, order.number, {"at": time.monotonic(), "step": step, "pid": os.getpid()})
 
 
 def taken(directory: Path, number: int) -> Taken | None:
     """When an order was carried out; None while it was not."""
     with contextlib.suppress(FileNotFoundError):
-        found = json.loads((directory / f"taken-{number}.json").read_text())
-        return Taken(found["at"], found["step"])
+        found = json.loads(_decision(directory, number).read_text())
+        return Taken(found["at"], found["step"]) if "at" in found else None
     return None
 
 
-def withdraw(directory: Path, group: int, rank: int) -> bool:
-    """Take an order back; False when the rank was faster."""
-    path = _path(directory, group, rank)
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-        return True
-    return False
+def withdraw(directory: Path, group: int, rank: int, number: int) -> bool:
+    """Take an order back, also one that the rank has read and waits to carry out; False when the rank was faster."""
+    _path(directory, group, rank).unlink(missing_ok=True)
+    return _decide(directory, number, {"withdrawn": True})
+
+
+def _decide(directory: Path, number: int, document: dict[str, Any]) -> bool:
+    """What becomes of an order is said by whoever is first, the rank or the drill; whether this was the first."""
+    written = directory / f".decided-{number}-{os.getpid()}.json"
+    write_json(written, document)
+    try:
+        os.link(written, _decision(directory, number))  # there whole or not at all, and only once
+    except FileExistsError:
+        return False
+    finally:
+        written.unlink()
+    return True
+
+
+def _decision(directory: Path, number: int) -> Path:
+    return directory / f"taken-{number}.json"
 
 
 def _path(directory: Path, group: int, rank: int) -> Path:

@@ -70,15 +70,14 @@ def score(
 ) -> tuple[list[Score], list[SeenEvent]]:
     """The score of each planted fault, and the alarms that no fault explains.
 
-    A fault explains the alarms from its strike until the next fault strikes, and for its own `within_s` those that it
-    is noticed by.
+    A fault explains alarms for its own `within_s` and no longer: those that it is noticed by until it strikes again,
+    others, which may follow from it, until the next fault strikes.
     """
     scores, explained = [], set()
     for number, each in enumerate(planted):
         until = planted[number + 1].at if number + 1 < len(planted) else ended_at
         again = next((other.at for other in planted[number + 1 :] if other.fault == each.fault), ended_at)
-        latest = max(until, min(again, each.at + each.fault.within_s))
-        mine = [event for event in events if each.at <= event.at < latest]
+        mine = [event for event in events if each.at <= event.at < min(again, each.at + each.fault.within_s)]
         noticed = next((event for event in mine if is_of(event, each)), None)
         explained |= {id(event) for event in mine if event.at < until or is_of(event, each)}
         lost, exact = _repeated(each, [step for step in steps if step.group == each.group], until)

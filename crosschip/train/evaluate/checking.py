@@ -7,9 +7,12 @@ from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 from crosschip.data import check_answer
+from crosschip.recipe import Recipe, RlSettings
 from crosschip.rewards import Attempt, Rewarder
 
-__all__ = ["Checker", "Finding", "opened_checker"]
+__all__ = ["DEFAULT_TIMEOUT_S", "Checker", "Finding", "opened_checker", "time_limit_s"]
+
+DEFAULT_TIMEOUT_S: float = RlSettings.model_fields["reward_timeout_s"].default
 
 FULL_REWARD = 1.0  # of a named checker: less is not right
 
@@ -24,11 +27,19 @@ class Finding(NamedTuple):
 Checker = Callable[[Attempt], Finding]
 
 
+def time_limit_s(recipe: Recipe | None) -> float:
+    """What a recipe's last reinforcement learning gives a checker for one answer, in seconds; else the default."""
+    stages = [settings for _, settings in recipe.stages] if recipe is not None else []
+    limits = [stage.reward_timeout_s for stage in stages if isinstance(stage, RlSettings)]
+    return limits[-1] if limits else DEFAULT_TIMEOUT_S
+
+
 @contextmanager
-def opened_checker(name: str | None) -> Iterator[Checker]:
+def opened_checker(name: str | None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Checker]:
     """The judge of this name, until the block ends; None compares the final answer with the expected one.
 
-    A named one is a reward's checker (docs/rewards.md): right is what it gives 1.0 or more.
+    A named one is a reward's checker (docs/rewards.md): right is what it gives 1.0 or more. One that takes longer than
+    `timeout_s` for an answer has failed.
 
     Raises:
         RecipeError: there is none of this name.
@@ -36,7 +47,7 @@ def opened_checker(name: str | None) -> Iterator[Checker]:
     if name is None:
         yield _is_expected
         return
-    with closing(Rewarder([(name, 1.0)])) as rewarder:
+    with closing(Rewarder([(name, 1.0)], timeout_s)) as rewarder:
 
         def judge(attempt: Attempt) -> Finding:
             verdict = rewarder.judge([attempt])[0]

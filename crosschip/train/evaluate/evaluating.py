@@ -16,7 +16,7 @@ from crosschip.recipe import EvaluateSettings, Recipe
 from crosschip.rundir import RunDirectory, write_json
 from crosschip.train.answering import Asking, Limits, answer_all
 from crosschip.train.checkpoint import find_newest, read_state
-from crosschip.train.evaluate.checking import opened_checker
+from crosschip.train.evaluate.checking import DEFAULT_TIMEOUT_S, opened_checker, time_limit_s
 from crosschip.train.evaluate.judging import Answered, Judge
 from crosschip.train.evaluate.questions import Question, questions_of
 from crosschip.train.evaluate.subject import Subject, weights_sha256
@@ -53,7 +53,15 @@ def evaluate_recipe(recipe: Recipe, run: RunDirectory, progress: StageProgress |
     questions = questions_of(recipe, recipe.evaluate)
     if len(questions) < recipe.evaluate.num_problems:
         progress.say(f"the validation split has {len(questions)} questions, fewer than {recipe.evaluate.num_problems}")
-    document = evaluate_subject(subject, questions, recipe.evaluate, recipe.seed, recipe.chips.train, progress.say)
+    document = evaluate_subject(
+        subject,
+        questions,
+        recipe.evaluate,
+        recipe.seed,
+        recipe.chips.train,
+        progress.say,
+        checker_timeout_s=time_limit_s(recipe),
+    )
     write_json(run.evaluation, document)
     return document
 
@@ -65,6 +73,7 @@ def evaluate_subject(
     seed: int,
     chip: str = "auto",
     tell: Tell = lambda line: None,
+    checker_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> dict[str, Any]:
     """Answer `questions` with a model, in fp32, and return the document of `evaluation.json`.
 
@@ -77,7 +86,7 @@ def evaluate_subject(
     places: list[_Place] = [(number, None) for number in range(len(questions))]
     if settings.samples > 1:
         places += [(number, sample) for number in range(len(questions)) for sample in range(settings.samples)]
-    with opened_checker(settings.checker) as checker:
+    with opened_checker(settings.checker, checker_timeout_s) as checker:
         answers = _ask(decoder, Judge(tokenizer, checker), questions, places, settings, seed, tell)
     greedy = [answers[number, None] for number in range(len(questions))]
     drawn = [
@@ -112,6 +121,7 @@ def _ask(
     tell: Tell,
 ) -> dict[_Place, Answered]:
     prompts = [judge.prompt_of(question) for question in questions]
+    openings = [judge.opening_of(prompt) for prompt in prompts]
     askings = [
         Asking(prompts[number], None if sample is None else ("evaluate", seed, questions[number].text, sample))
         for number, sample in places
@@ -121,7 +131,7 @@ def _ask(
     answers: dict[_Place, Answered] = {}
     for index, token_ids in answer_all(decoder, askings, limits):
         place = places[index]
-        answers[place] = judge.judge(questions[place[0]], token_ids)
+        answers[place] = judge.judge(questions[place[0]], token_ids, openings[place[0]])
         told.count(answers[place].right)
     return answers
 

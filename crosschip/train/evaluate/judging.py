@@ -9,6 +9,7 @@ from crosschip.data import ChatTokenizer, split_reasoning
 from crosschip.data.answers import THINK_CLOSE
 from crosschip.rewards import Attempt
 from crosschip.train.evaluate.checking import Checker
+from crosschip.train.evaluate.opening import opening_of
 from crosschip.train.evaluate.questions import Question
 
 __all__ = ["Answered", "Judge"]
@@ -18,8 +19,8 @@ __all__ = ["Answered", "Judge"]
 class Answered:
     """One question as it stands in `evaluation.json`.
 
-    `text` is all that the model wrote, `answer` what follows its reasoning, `closed` whether the reasoning was ended,
-    `finished` whether the model ended by itself within the limit, `token_ids` the answer as it was generated.
+    `text` is all that the model wrote, `answer` what follows its reasoning, `closed` whether there was reasoning that
+    was ended, `finished` whether the model ended by itself within the limit, `token_ids` the answer as it was made.
     `num_reasoning_tokens` counts up to and with `</think>`; the other tokens are the answer's, its end among them.
     """
 
@@ -54,14 +55,18 @@ class Judge:
         """The question as the model reads it, up to where its answer begins."""
         return tuple(self._tokenizer.encode_chat(question.messages, add_generation_prompt=True))
 
-    def judge(self, question: Question, token_ids: list[int]) -> Answered:
-        """What is to be said of this answer."""
+    def opening_of(self, prompt_ids: Sequence[int]) -> str:
+        """What a prompt has begun of the answer."""
+        return opening_of(self._tokenizer, prompt_ids)
+
+    def judge(self, question: Question, token_ids: list[int], opening: str = "") -> Answered:
+        """What is to be said of this answer, which goes on behind `opening`. The checker is given what the rewards of
+        reinforcement learning are given."""
         text = self._tokenizer.decode(token_ids)
-        reasoning, answer, closed = split_reasoning(text)
+        reasoning, answer, closed = split_reasoning(opening + text)
         finished = bool(token_ids) and token_ids[-1] in self._tokenizer.stop_ids
-        is_closed = closed and reasoning is not None
         attempt = Attempt(
-            question.text, question.expected, text, reasoning, answer, is_closed, finished, len(token_ids)
+            question.text, question.expected, opening + text, reasoning, answer, closed, finished, len(token_ids)
         )
         found = self._checker(attempt)
         return Answered(
@@ -70,7 +75,7 @@ class Judge:
             answer=answer,
             right=found.right,
             reasoning=reasoning,
-            closed=is_closed,
+            closed=closed and reasoning is not None,
             finished=finished,
             num_tokens=len(token_ids),
             num_reasoning_tokens=0 if reasoning is None else self._reasoning_length(token_ids, reasoning, closed),

@@ -34,6 +34,7 @@ def summarise(
     """
     num_asked, num_right = len(greedy), sum(answer.right for answer in greedy)
     low, high = wilson_interval(num_right, num_asked)
+    errors = [answer.error for answers in (greedy, *drawn) for answer in answers if answer.error is not None]
     summary: dict[str, Any] = {
         "num_problems": num_asked,
         "num_right": num_right,
@@ -42,7 +43,8 @@ def summarise(
         "score_high_95": high,
         **_form(greedy),
         "pass_at_k": [_pass_at(drawn or [[answer] for answer in greedy], k, seed) for k in sorted(set(pass_at))],
-        "num_checker_errors": sum(answer.error is not None for answers in (greedy, *drawn) for answer in answers),
+        "num_checker_errors": len(errors),
+        "first_checker_error": errors[0] if errors else None,
         "pass_at_k_of": "drawn answers" if drawn else "greedy answers",
     }
     if drawn:

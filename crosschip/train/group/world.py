@@ -69,6 +69,9 @@ class World(Protocol):
     def from_rank_zero(self, make: Callable[[], Made]) -> Made:
         """What `make` gives on rank 0, on every rank; the others wait for it, however long it takes."""
 
+    def from_all(self, item: Made) -> list[Made]:
+        """What each rank hands in, in the order of ranks, on every rank."""
+
     def rank_zero_first(self) -> AbstractContextManager[None]:
         """Within the block, rank 0 goes first and the others follow, to find what it left in files."""
 
@@ -100,6 +103,10 @@ class Alone:
     def from_rank_zero(self, make: Callable[[], Made]) -> Made:
         """What `make` gives."""
         return make()
+
+    def from_all(self, item: Made) -> list[Made]:
+        """The one item."""
+        return [item]
 
     def rank_zero_first(self) -> AbstractContextManager[None]:
         """Nothing to wait for."""
@@ -155,6 +162,12 @@ class Ranks:
         self._distributed.broadcast_object_list(made, src=0, group=self.group, device=torch.device("cpu"))
         result: Made = made[0]
         return result
+
+    def from_all(self, item: Made) -> list[Made]:
+        """What all handed in, pickled, over gloo: the device is not waited for."""
+        items: list[Any] = [None] * self.size
+        self._distributed.all_gather_object(items, item, group=self.group)
+        return items
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:

@@ -130,10 +130,24 @@ class Attempt:
         ran_out = None not in (self._oom_kills, now_oom_kills) and now_oom_kills != self._oom_kills
         is_announced = code is not None and code in {beat.left_with for beat in self._beats}
         kind, detail, is_final = classify_death(code, is_announced, ran_out)
-        exit_code = EXIT_FAIL if code is None else code
+        ended = Ended(kind, detail, EXIT_FAIL if code is None else code, is_final)
         if self._interruption.received is not None and code != 0:
-            kind, is_final, exit_code = "interrupted", True, self._interruption.exit_code
-        return self._located(rank, Ended(kind, detail, exit_code, is_final))
+            has_saved = any(beat.left_with in INTERRUPTED for beat in self._beats if rank in (None, beat.rank))
+            ended = self._after_signal(ended, has_saved)
+        return self._located(rank, ended)
+
+    def _after_signal(self, ended: Ended, has_saved: bool) -> Ended:
+        """The same where a signal was handed on: as orderly as it was, and final.
+
+        A rank that dies of the signal was still beginning. Any other end is told as what it is: the ranks were saving.
+        """
+        if has_saved or ended.exit_code in (*INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+            return dataclasses.replace(
+                ended, event="interrupted", exit_code=self._interruption.exit_code, is_final=True
+            )
+        code = ended.exit_code if ended.exit_code > 0 else 128 - ended.exit_code
+        detail = f"after signal {self._interruption.received}, nothing was saved: {ended.detail}"
+        return dataclasses.replace(ended, detail=detail, exit_code=code, is_final=True)
 
     def _hung(self, now: float, running_s: float) -> Ended | None:
         """The rank that hangs, when one is overdue or has not begun in time."""
@@ -152,7 +166,7 @@ class Attempt:
         if beat.left_with is not None:  # all is done, and only the process does not go away
             ended = dataclasses.replace(ended, exit_code=beat.left_with, is_final=beat.left_with == 0)
         elif self._interruption.received is not None:
-            ended = dataclasses.replace(ended, exit_code=self._interruption.exit_code, is_final=True)
+            ended = self._after_signal(ended, has_saved=False)
         return self._located(culprit.rank, ended)
 
     def _look_at(self, beat: Beat, now: float) -> SilentRank:

@@ -33,16 +33,12 @@ _LEAST_SIGMA = 1e-3  # below it a loss repeats itself, and its noise says nothin
 
 def suspect_at_once(numbers: StepNumbers) -> Suspicion | None:
     """What one step alone shows: numbers that are not finite, a loss or gradients of exactly zero."""
-    told = f"loss {numbers.loss:.6g}, gradient norm {numbers.gradient_norm:.6g}"
     if not all(map(math.isfinite, numbers.compared)):
-        return Suspicion("non-finite", told)
+        return Suspicion("non-finite", f"loss {numbers.loss:.6g}, gradient norm {numbers.gradient_norm:.6g}")
     if numbers.loss == 0.0:
         return Suspicion("zero-loss", f"the loss is exactly 0.0, gradient norm {numbers.gradient_norm:.6g}")
     if numbers.gradient_norm == 0.0:
         return Suspicion("zero-gradient", f"every gradient is exactly zero at loss {numbers.loss:.6g}")
-    if 2 * numbers.num_zero_gradients > numbers.num_gradients > 0:
-        share = f"{numbers.num_zero_gradients} of {numbers.num_gradients}"
-        return Suspicion("zero-gradient", f"the gradients of {share} parameters are exactly zero; {told}")
     return None
 
 

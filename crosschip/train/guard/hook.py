@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,6 +11,7 @@ from crosschip.recipe import GuardSettings
 from crosschip.train.guard.observed import Event, StepNumbers
 from crosschip.train.guard.policy import Decision, GuardPolicy
 from crosschip.train.guard.replicas import Disagreement
+from crosschip.train.guard.run_files import record_of, unreadable_lines
 
 __all__ = ["GuardError", "ReplayStep", "RollBack", "StepGuard"]
 
@@ -72,23 +72,33 @@ class StepGuard:
 
     def remember(self, stage_directory: Path, last_step: int) -> None:
         """Take up what was seen until `last_step`, from the logs; call it when a stage is resumed."""
-        metrics, events = (_lines(stage_directory / name) for name in ("metrics.jsonl", "events.jsonl"))
+        metrics = self._records(stage_directory / "metrics.jsonl", _is_of_a_step, last_step)
+        events = self._records(stage_directory / "events.jsonl", _is_an_event, last_step)
         self.policy.remember(metrics, events, last_step)
+
+    def _records(self, path: Path, is_one: Callable[[dict[str, Any]], bool], step: int) -> list[dict[str, Any]]:
+        """The records of a log. One that a crash has torn is left out, and so is, with a word, one with other bytes."""
+        records, unreadable = [], []
+        content = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        for number, line in enumerate(content.split("\n")[:-1], start=1):
+            record = record_of(line)
+            if record is not None and is_one(record):
+                records.append(record)
+            else:
+                unreadable.append(number)
+        if unreadable:
+            self._tell(unreadable_lines(path, unreadable, step))
+        return records
 
     def judge(self, step: int, result: Measured) -> Literal["update", "skip"]:
         """Decide about a step before a weight is touched (see `GuardPolicy.judge`).
-
-        `result` is the step's, or `StepNumbers` where more was measured.
 
         Raises:
             ReplayStep: compute it again and ask again.
             RollBack: to the last good checkpoint.
             GuardError: every remedy was tried.
         """
-        if isinstance(result, StepNumbers):
-            numbers = result
-        else:
-            numbers = StepNumbers(result.loss, result.gradient_norm, result.mtp_loss)
+        numbers = StepNumbers(result.loss, result.gradient_norm, result.mtp_loss)
         return self._carry_out(step, self.policy.judge(step, numbers))
 
     def replicas_differ(self, step: int, disagreement: Disagreement) -> None:
@@ -111,8 +121,11 @@ class StepGuard:
                 return decision.action
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a log; a line that a crash has torn is left out, as the log's own reader does."""
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+def _is_of_a_step(record: dict[str, Any]) -> bool:
+    """Whether it is a whole line of `metrics.jsonl`; a skipped step may have measured no numbers."""
+    numbers = (record.get("loss", ""), record.get("gradient_norm", ""))
+    return all(isinstance(number, int | float) or (number is None and "skipped" in record) for number in numbers)
+
+
+def _is_an_event(record: dict[str, Any]) -> bool:
+    return all(isinstance(record.get(key), str) for key in ("event", "detail", "action"))

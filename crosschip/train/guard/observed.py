@@ -17,24 +17,16 @@ ROUNDING = 1e-2
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What a step has computed, before any weight is touched.
-
-    `num_zero_gradients` of `num_gradients` parameters have a gradient of zeros only; both are 0 where nobody counts.
-    `rank_losses` is each rank's own sum of losses, in the order of ranks; empty where they were not gathered. It names
-    the rank whose result changes when a step is replayed.
-    """
+    """What a step has computed over all ranks, before any weight is touched."""
 
     loss: float
     gradient_norm: float
     mtp_loss: float | None = None
-    num_zero_gradients: int = 0
-    num_gradients: int = 0
-    rank_losses: tuple[float, ...] = ()
 
     @property
     def compared(self) -> tuple[float, ...]:
         """The numbers that a replay has to give again."""
-        return (self.loss, self.gradient_norm, self.mtp_loss or 0.0, *self.rank_losses)
+        return (self.loss, self.gradient_norm, self.mtp_loss or 0.0)
 
 
 @dataclass(frozen=True)

@@ -143,16 +143,15 @@ class GuardPolicy:
             return Decision(
                 "update", Event(step, wrong.suspicion.kind, f"{wrong.suspicion.detail}; just so", "went on")
             )
-        return self._transient(step, wrong.suspicion.detail, wrong, right)
+        return self._transient(step, wrong.suspicion.detail, right)
 
-    def _transient(self, step: int, detail: str, wrong: _Run, right: _Run) -> Decision:
+    def _transient(self, step: int, detail: str, right: _Run) -> Decision:
         self._transients.append(step)
         while self._transients[0] <= step - RECENT_STEPS:
             self._transients.popleft()
         count, limit = len(self._transients), self._settings.max_transient_faults
-        where = self._chip + _ranks_that_differ(wrong.numbers, right.numbers)
         numbers = right.numbers
-        detail = f"{where}: {detail}; computed again: loss {numbers.loss:.6g}, norm {numbers.gradient_norm:.6g}"
+        detail = f"{self._chip}: {detail}; computed again: loss {numbers.loss:.6g}, norm {numbers.gradient_norm:.6g}"
         if count > limit:
             return _stop(step, TRANSIENT, f"{detail}; that was fault {count} within {RECENT_STEPS} steps")
         return Decision("update", Event(step, TRANSIENT, detail, f"went on with the replay ({count} of {limit})"))
@@ -163,20 +162,20 @@ class GuardPolicy:
         if self._is_equal(first, last):
             if len(self._runs) == 2:
                 return Decision("update")
-            return self._transient(step, _told(self._runs[1]), self._runs[1], last)
+            return self._transient(step, _told(self._runs[1]), last)
         if len(self._runs) == 2:
             return Decision("replay")
         if last.suspicion is not None:
             return self._persistent(step, last.suspicion, self._is_equal(self._runs[1], last))
         if self._is_equal(self._runs[1], last):
-            return self._transient(step, _told(first), first, last)
+            return self._transient(step, _told(first), last)
         return self._does_not_repeat(step)
 
     def _does_not_repeat(self, step: int) -> Decision:
         """Three computations, three results: from now on equal but for rounding has to do."""
         told = "three computations of one step gave three results"
         if not self._repeats_itself or not self._all_close():
-            return self._transient(step, told, self._runs[0], self._runs[-1])
+            return self._transient(step, told, self._runs[-1])
         self._repeats_itself = False
         action = "audits compare within one per cent from now on"
         return Decision("update", Event(step, "not-repeatable", f"{self._chip}: {told}", action))
@@ -224,9 +223,3 @@ def _told(run: _Run) -> str:
     if run.suspicion is not None:
         return run.suspicion.detail
     return f"loss {run.numbers.loss!r}, norm {run.numbers.gradient_norm!r}, which a replay did not give"
-
-
-def _ranks_that_differ(wrong: StepNumbers, right: StepNumbers) -> str:
-    pairs = zip(wrong.rank_losses, right.rank_losses, strict=True)
-    ranks = [str(rank) for rank, (one, other) in enumerate(pairs) if not is_same(one, other)]
-    return f", rank {' and '.join(ranks)}" if ranks else ""

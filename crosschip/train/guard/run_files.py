@@ -6,16 +6,27 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from crosschip.rundir import is_complete
 from crosschip.train.guard.observed import Event
 
-__all__ = ["EventLog", "committed_steps", "cut_torn_line", "last_logged_step", "logged_steps", "newest_stage"]
+__all__ = [
+    "EventLog",
+    "committed_steps",
+    "cut_torn_line",
+    "last_logged_step",
+    "logged_steps",
+    "newest_stage",
+    "record_of",
+    "unreadable_lines",
+]
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TAIL = 4096  # bytes at the end of a log, more than most lines
+_NAMED_LINES = 5  # so many lines that cannot be read are told by number
 
 
 def committed_steps(train_directory: Path) -> int:
@@ -34,7 +45,7 @@ def logged_steps(train_directory: Path) -> int:
 
 
 def last_logged_step(metrics: Path) -> int:
-    """The step of the last whole line; 0 where there is none."""
+    """The step of the last whole line that can be read; 0 where there is none."""
     if not metrics.exists():
         return 0
     size = tail = metrics.stat().st_size
@@ -43,10 +54,30 @@ def last_logged_step(metrics: Path) -> int:
         while True:
             file.seek(size - tail)
             lines = file.read().splitlines(keepends=True)
-            whole = [line for line in (lines if tail == size else lines[1:]) if line.endswith(b"}\n")]
-            if whole or tail == size:
-                return int(json.loads(whole[-1])["step"]) if whole else 0
+            for line in reversed(lines if tail == size else lines[1:]):
+                record = record_of(line.decode(errors="replace")) if line.endswith(b"\n") else None
+                if record is not None:
+                    return int(record["step"])
+            if tail == size:
+                return 0
             tail = min(size, 2 * tail)  # a line that is longer than that
+
+
+def record_of(line: str) -> dict[str, Any] | None:
+    """What a whole line of a log holds; None when it is no record of a step, as after a byte of it has changed."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def unreadable_lines(log: Path, numbers: Sequence[int], step: int) -> Event:
+    """The event about lines of a log that are no records: how many, and where."""
+    first = ", ".join(map(str, numbers[:_NAMED_LINES])) + (", ..." if len(numbers) > _NAMED_LINES else "")
+    lines = f"{len(numbers)} lines" if len(numbers) > 1 else "1 line"
+    told = f"{lines} of {log} cannot be read: line {first}"
+    return Event(step, "unreadable-log", told, "left out; the disk or the memory of this machine may be failing")
 
 
 def cut_torn_line(path: Path) -> None:

@@ -53,7 +53,8 @@ class SupervisedRun:
 def supervise(run: SupervisedRun) -> int:
     """Run to the end, with as many restarts as progress is worth; returns the exit code of the training.
 
-    The first SIGINT or SIGTERM is handed on to every rank for an orderly end, the second ends all at once. When this
+    The first SIGINT or SIGTERM is handed on to every rank for an orderly end, the second ends all at once. Where that
+    end does not come in order, it is told, and the exit code is the real one instead of the signal's. When this
     process is killed, the kernel ends the ranks. Call it in the main thread.
 
     Raises:
@@ -69,7 +70,7 @@ def supervise(run: SupervisedRun) -> int:
             attempt = Attempt(run.launch(number), run.heartbeats, run.settings.start_allowance_s, interruption)
             ended = attempt.run(traced_steps)
             if ended.is_final:
-                _tell_of_the_end(run, ended)
+                _tell_of_the_end(run, ended, interruption.received is not None)
                 return ended.exit_code
             _go_on_or_stop(run, restarts, ended)
             interruption.wait(restarts.wait_s())
@@ -79,9 +80,9 @@ def supervise(run: SupervisedRun) -> int:
             number += 1
 
 
-def _tell_of_the_end(run: SupervisedRun, ended: Ended) -> None:
-    """What ended by itself has told of it."""
-    if ended.event == "hang":
+def _tell_of_the_end(run: SupervisedRun, ended: Ended, is_interrupted: bool) -> None:
+    """What ended by itself has told of it, but no rank says that the save which a signal asked for is missing."""
+    if ended.event == "hang" or (is_interrupted and ended.event not in ("interrupted", "finished")):
         run.tell(ended.stage, Event(ended.step, ended.event, _line(ended), f"ended with exit code {ended.exit_code}"))
 
 

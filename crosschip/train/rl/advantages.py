@@ -8,7 +8,7 @@ import numpy.typing as npt
 from crosschip.recipe import RlSettings
 from crosschip.train.rl.sample import Group, Sample
 
-__all__ = ["advantages", "counts", "is_left_out", "shaped_reward"]
+__all__ = ["advantages", "counts", "has_signal", "is_left_out", "shaped_reward"]
 
 _LEAST_DEVIATION = 1e-6  # rewards that differ by less are equal
 
@@ -52,3 +52,8 @@ def advantages(group: Group, settings: RlSettings) -> npt.NDArray[np.float32]:
         return found
     found[used] = centred / deviation if settings.divide_by_deviation else centred
     return found
+
+
+def has_signal(group: Group, settings: RlSettings) -> bool:
+    """Whether the group teaches anything: some advantage is not 0."""
+    return bool(advantages(group, settings).any())

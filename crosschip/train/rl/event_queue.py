@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 
+from crosschip.rewards.attempt import printable
+
 __all__ = ["EventQueue"]
 
 
@@ -15,7 +17,7 @@ class EventQueue:
 
     def put(self, event: str, detail: str, action: str) -> None:
         """Something happened, and something was done about it."""
-        self._events.put((event, detail, action))
+        self._events.put((event, printable(detail), printable(action)))
 
     def taken(self) -> list[tuple[str, str, str]]:
         """What has happened since the last call."""

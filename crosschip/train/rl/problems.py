@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from crosschip.data.answers import THINK_OPEN
 from crosschip.data.order import permutation
 from crosschip.errors import DataError
+from crosschip.train.evaluate.opening import opening_of
 from crosschip.train.rl.sample import Problem
 
 if TYPE_CHECKING:
     from crosschip.data import ChatTokenizer, Row, Source
 
 __all__ = ["Problems"]
-
-_LAST_TOKENS = 8  # of a prompt: more than an opening tag and a line break have
 
 
 class Problems:
@@ -50,8 +48,8 @@ class Problems:
         epoch, place = divmod(number, len(self._asked))
         row, prompt_ids = self._asked[int(self._order(epoch)[place])]
         messages = row.as_messages()
-        opens = self._tokenizer.decode(prompt_ids[-_LAST_TOKENS:]).rstrip().endswith(THINK_OPEN)
-        return Problem(number, messages[-2].content, messages[-1].content, prompt_ids, THINK_OPEN if opens else "")
+        opening = opening_of(self._tokenizer, prompt_ids)
+        return Problem(number, messages[-2].content, messages[-1].content, prompt_ids, opening)
 
     def _prompt_ids(self, row: Row) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode_chat(row.as_messages()[:-1], add_generation_prompt=True))

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from crosschip.errors import EXIT_FAIL, CrosschipError
+from crosschip.data import NOT_TRAINED
+from crosschip.errors import EXIT_FAIL, CrosschipError, RunDirectoryError
 from crosschip.model import save_model
 from crosschip.recipe import RlSettings
-from crosschip.rundir import read_json, write_json
 from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.world import World
 from crosschip.train.outer.errors import StepNotCommitted
 from crosschip.train.rl.batch import RlBatch, batch_of_groups
 from crosschip.train.rl.event_queue import EventQueue
+from crosschip.train.rl.kept import Kept, read_kept, remove_kept, write_kept
+from crosschip.train.rl.measured import measured_agreement, measured_rollouts
 from crosschip.train.rl.objective import Agreement, GrpoObjective, score_batch
-from crosschip.train.rl.panel import EngineAgreement, panel
-from crosschip.train.rl.rollouts import Rollouts, TakenBatch
+from crosschip.train.rl.panel import EngineAgreement, over_all, panel
+from crosschip.train.rl.rollouts import RolloutError, Rollouts, TakenBatch
+from crosschip.train.rl.sample import Group
 from crosschip.train.rl.stream import RolloutStream
 
 if TYPE_CHECKING:
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MismatchError", "Reinforcer"]
 
-STATES = "rollouts"  # beside the checkpoints: what was sampled and not yet trained
 _BEAT_EVERY_S = 1.0
 
 
@@ -63,7 +65,9 @@ class Reinforcer:
     version: int = 0
     stream: RolloutStream = field(init=False)
     objective: GrpoObjective = field(init=False)
-    _engines: list[str] = field(default_factory=list, init=False)
+    _engines: dict[str, str] = field(default_factory=dict, init=False)  # of the batch: names and chips
+    _updates_left: int = field(default=0, init=False)  # with the batch of rollouts that is being trained
+    _kept_step: int | None = field(default=None, init=False)
     _heard: list[Agreement] = field(default_factory=list, init=False)
     _numbers: dict[str, float] = field(default_factory=dict, init=False)
 
@@ -72,37 +76,76 @@ class Reinforcer:
         self.objective = GrpoObjective(self.settings, self._heard.append)
 
     def begin(self, step: int) -> None:
-        """Bring the present weights to the engines; with those of a checkpoint comes what was sampled by then."""
-        state = self._state_file(step)
-        if step and self.rollouts is not None and state.exists():
-            document = read_json(state)
-            self.rollouts.restore(document["rollouts"])
-            self.version = document["version"]
-        self.version = self.world.largest(self.version)
+        """Bring the present weights to the engines; with those of a checkpoint comes what was sampled by then.
+
+        In the middle of a batch of rollouts what is left of it is trained first; no engine begins the next batch until
+        then.
+        """
+        kept = self.world.from_rank_zero(lambda: self._restored(step)) if step else None
+        if kept is not None:
+            self.version, self._engines = kept.version, kept.engines
+            self._go_on_with(kept)
         self._publish()
 
-    def _state_file(self, step: int) -> Path:
-        return self.directory / STATES / f"step-{step:08d}.json"
+    def _restored(self, step: int) -> Kept | None:
+        """On rank 0: what was kept, with the engines' side of it given back to them."""
+        assert self.rollouts is not None
+        try:
+            kept = read_kept(self.directory, step)
+        except RunDirectoryError as error:
+            self.events.put(
+                "rollouts lost",
+                f"the checkpoint of step {step} comes without what was sampled by then: {error.problem}",
+                "problems are asked from the first one on, and sampled anew",
+            )
+            return None
+        self.rollouts.restore(kept.rollouts)
+        return kept
+
+    def _go_on_with(self, kept: Kept) -> None:
+        size = self.settings.batch_size
+        if kept.rest is not None and len(kept.rest) % size == 0:
+            self.stream.go_on_with(kept.rest)
+            self._updates_left = len(kept.rest) // size
+            return
+        if kept.rest is not None:
+            detail = f"{len(kept.rest)} answers of a batch were left to train, no multiple of the new batch_size={size}"
+            self.events.put("rollouts lost", detail, "they are not trained")
+        self.version = max(self.version, kept.rollouts.get("due") or 0)  # the batch of the saved version is trained
 
     def after_save(self, step: int) -> None:
-        """Put what was sampled and not yet trained beside the checkpoint; what belongs to deleted ones goes."""
-        if self.rollouts is None:
-            return
-        write_json(self._state_file(step), {"version": self.version, "rollouts": self.rollouts.state()})
-        kept = {path.name for path in (self.directory / "checkpoints").glob("step-*")} | {self._state_file(step).stem}
-        for other in (self.directory / STATES).glob("step-*.json"):
-            if other.stem not in kept:
-                other.unlink(missing_ok=True)
+        """Put what was sampled and not yet trained beside the checkpoint, unless `after_update` already has; what
+        belongs to deleted ones goes."""
+        if self._kept_step != step:
+            self._keep(step)
+        if self.rollouts is not None:
+            there = {path.name for path in (self.directory / "checkpoints").glob("step-*")}
+            remove_kept(self.directory, {*there, f"step-{step:08d}"})
 
     def after_update(self, step: int) -> None:
-        """New weights go out when the batch of rollouts is used up, but not after the last step."""
-        if step % self.settings.updates_per_batch == 0 and step < self.settings.steps:
+        """New weights go out when the batch of rollouts is used up, but not after the last step.
+
+        Where a checkpoint is due, what was sampled is written before it, so that no checkpoint is without.
+        """
+        self._updates_left -= 1
+        if not self._updates_left and step < self.settings.steps:
             self.version += 1
             self._publish()
+        if step % self.settings.checkpoint_every == 0:
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self._kept_step = step
+        if self.rollouts is None:
+            return
+        rest = self.stream.rest(self._updates_left * self.settings.batch_size)
+        write_kept(self.directory, step, Kept(self.version, self.rollouts.state(), rest, self._engines))
 
     def renew(self) -> None:
         """Begin anew with the weights as they are: rollouts of before are not used any more."""
         self.stream.forget()
+        self._updates_left = 0
+        self._kept_step = None
         self.version += 1
         self._publish()
 
@@ -121,9 +164,12 @@ class Reinforcer:
     def _collect(self) -> RlBatch:
         """A batch of rollouts on every rank, scored by the trainer where the objective needs it."""
         taken: TakenBatch = self.world.from_rank_zero(self._take)
-        self._engines = sorted({sample.engine for group in taken.groups for sample in group.samples})
-        self._numbers |= _counted(taken)
-        batch = batch_of_groups(taken.groups, self._engines, self.settings, self.tokenizer.pad_id)
+        self._engines = {sample.engine: sample.chip for group in taken.groups for sample in group.samples}
+        self._updates_left = self.settings.updates_per_batch
+        self._numbers |= measured_rollouts(taken)
+        batch = batch_of_groups(taken.groups, list(self._engines), self.settings, self.tokenizer.pad_id)
+        if not (batch.labels_BT != NOT_TRAINED).any():
+            raise _nothing_to_train(taken.groups, self.settings)
         if self.settings.updates_per_batch > 1:
             batch = replace(batch, old_BT=self._scored(self.model, batch))
         if self.reference is not None:
@@ -159,10 +205,12 @@ class Reinforcer:
             MismatchError: an engine is beyond the bound, and the recipe says to stop.
             StepNotCommitted: it was dropped, and the step is begun anew with other rollouts.
         """
-        found = self.world.from_rank_zero(lambda: panel(self._heard, self._engines))
+        found = panel(self._heard, self._engines, self.world, next(model.parameters()).device)
         self._heard.clear()
+        if found:
+            self._numbers |= measured_agreement(over_all(found))
         for agreement in found:
-            self._numbers |= _told(agreement, prefix="" if len(found) == 1 else f"{agreement.engine} ")
+            self._numbers |= measured_agreement(agreement, f"{agreement.engine} ")
         beyond = [agreement for agreement in found if agreement.k3 > self.settings.rollouts.mismatch_limit]
         for agreement in beyond:
             self._answer(agreement)
@@ -195,32 +243,16 @@ class Reinforcer:
             self.rollouts.close()
 
 
-def _told(agreement: EngineAgreement, prefix: str) -> dict[str, float]:
-    return {
-        f"{prefix}mismatch_k3": agreement.k3,
-        f"{prefix}mismatch_mean_dp": agreement.mean_dp,
-        f"{prefix}mismatch_max_dp": agreement.max_dp,
-        f"{prefix}truncated_share": agreement.truncated_share,
-        f"{prefix}left_out": agreement.left_out,
-    }
-
-
-def _counted(taken: TakenBatch) -> dict[str, float]:
-    """What the log keeps of a batch of rollouts."""
-    shares, wall_s = taken.shares, max(taken.shares.wall_s, 1e-9)
-    numbers = {
-        "answer_tokens": taken.mean_answer_tokens,
-        "finished_share": taken.share_finished,
-        "closed_share": taken.share_closed,
-        "groups_asked": taken.num_asked,
-        "groups_without_signal": taken.num_without_signal,
-        "groups_stale": taken.num_stale,
-        "reward_errors": taken.num_errors,
-        "garbage": taken.num_garbage,
-        "retried": taken.num_retried,
-        "sampled_tokens": sum(taken.tokens_by_engine.values()),
-        "waited_share": shares.waited_s / wall_s,
-        "engines_work_share": shares.engines_s / wall_s,
-        "both_work_share": shares.both_s / wall_s,
-    }
-    return numbers if taken.mean_reward is None else {"reward": taken.mean_reward} | numbers
+def _nothing_to_train(groups: Sequence[Group], settings: RlSettings) -> RolloutError:
+    """Why no answer of a batch is trained."""
+    samples = [sample for group in groups for sample in group.samples]
+    num_failed = sum(sample.reward is None for sample in samples)
+    num_empty = sum(not sample.token_ids for sample in samples)
+    num_cut = len(samples) - sum(sample.finished for sample in samples)
+    return RolloutError(
+        f"all {len(samples)} answers of a batch were left out: {num_cut} were cut off at "
+        f"max_new_tokens={settings.max_new_tokens} (over_long={settings.over_long!r}), the rewards of {num_failed} "
+        f"failed, {num_empty} were empty",
+        "raise rl.max_new_tokens (and rl.seq_len with it) or set rl.over_long = 'as judged'; mend the checker where "
+        "rewards failed; then go on with --resume",
+    )

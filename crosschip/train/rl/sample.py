@@ -58,9 +58,3 @@ class Group:
     def oldest_version(self) -> int:
         """The earliest version that any token of it was sampled with."""
         return min(min(sample.versions, default=0) for sample in self.samples)
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether rewards differ; else every advantage is 0."""
-        rewards = {sample.reward for sample in self.samples if sample.reward is not None}
-        return len(rewards) > 1

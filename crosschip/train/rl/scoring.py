@@ -12,6 +12,7 @@ from crosschip.errors import DataError
 from crosschip.model import Decoder
 from crosschip.recipe import RlSettings
 from crosschip.train.answering import Asking, Limits, answer_all
+from crosschip.train.evaluate.opening import opening_of
 
 if TYPE_CHECKING:
     from crosschip.data import ChatTokenizer, Source
@@ -40,6 +41,7 @@ class HeldOutProblems:
         self._tokenizer = tokenizer
         self._limits = Limits(settings.max_new_tokens, frozenset(tokenizer.stop_ids))
         self._askings: list[Asking] = []
+        self._openings: list[str] = []
         self._expected: list[str] = []
         longest = settings.seq_len - settings.max_new_tokens
         for row in source.rows("validation"):
@@ -47,6 +49,7 @@ class HeldOutProblems:
             prompt_ids = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
             if len(prompt_ids) <= longest:
                 self._askings.append(Asking(tuple(prompt_ids)))
+                self._openings.append(opening_of(tokenizer, prompt_ids))
                 self._expected.append(messages[-1].content)
             if len(self._askings) == settings.validation_sequences:
                 break
@@ -61,6 +64,7 @@ class HeldOutProblems:
         num_right = num_tokens = 0
         for number, answer in answer_all(Decoder(model, torch.float32), self._askings, self._limits):
             num_tokens += len(answer)
-            num_right += check_answer(self._tokenizer.decode(answer), self._expected[number])
+            text = self._openings[number] + self._tokenizer.decode(answer)
+            num_right += check_answer(text, self._expected[number])
         num_problems = len(self._askings)
         return HeldOutScore(num_right, num_problems, num_tokens / num_problems)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from crosschip.chips.host import usable_cores
 from crosschip.recipe import Recipe, RlSettings
 from crosschip.rewards import Rewarder
 from crosschip.train.group.full_model import gather_model
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from crosschip.model import Transformer
 
 __all__ = ["Surroundings", "loop_hooks", "open_reinforcer"]
+
+_MOST_REWARD_WORKERS = 8  # where the recipe does not say: each may hold what its checkers load
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def _open_rollouts(
     problems = Problems(around.source, tokenizer, settings.seq_len - settings.max_new_tokens, recipe.seed)
     if problems.num_too_long:
         around.progress.say(f"{problems.num_too_long} problems were left out: their prompts are too long for seq_len")
-    rewarder = Rewarder([(term.checker, term.weight) for term in settings.rewards], settings.reward_timeout_s)
+    terms = [(term.checker, term.weight) for term in settings.rewards]
+    workers = settings.reward_workers or min(_MOST_REWARD_WORKERS, usable_cores())
+    rewarder = Rewarder(terms, settings.reward_timeout_s, workers)
     around.progress.say(f"{len(problems)} problems; answers come from {', '.join(settings.rollouts.engines)}")
     engines = engines_of(
         settings, recipe.chips.serve, str(compute_dtype).removeprefix("torch."), around.directory / "engines"

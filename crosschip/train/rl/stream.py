@@ -26,6 +26,7 @@ class RolloutStream:
     def __init__(self, settings: RlSettings, seed: int, collect: Callable[[], RlBatch]) -> None:
         self._settings, self._seed, self._collect = settings, seed, collect
         self._batches: OrderedDict[int, RlBatch] = OrderedDict()
+        self._rest: RlBatch | None = None
 
     def batch(self, first_sequence: int, count: int) -> RlBatch:
         """[count, T] the answers at places from `first_sequence` on."""
@@ -33,9 +34,22 @@ class RolloutStream:
         first = first_sequence - begin
         return batch.rows(torch.arange(first, first + count))
 
+    def rest(self, num_answers: int) -> RlBatch | None:
+        """The last `num_answers` answers of the newest batch of rollouts; None for none."""
+        if not num_answers:
+            return None
+        batch = next(reversed(self._batches.values()))
+        return batch.rows(torch.arange(len(batch) - num_answers, len(batch)))
+
+    def go_on_with(self, rest: RlBatch) -> None:
+        """The next places hold what was left of a batch of rollouts, in the order in which it was dealt out."""
+        self._batches.clear()
+        self._rest = rest
+
     def forget(self) -> None:
         """Let go of what is remembered: the next batch is collected anew."""
         self._batches.clear()
+        self._rest = None
 
     def _around(self, place: int) -> tuple[int, RlBatch]:
         for begin, batch in self._batches.items():
@@ -43,9 +57,7 @@ class RolloutStream:
                 return begin, batch
         size = self._settings.batch_size
         begin = place // size * size  # where a step's batch begins: ranks ask for places within it
-        batch = self._collect()
-        if self._settings.updates_per_batch > 1:
-            batch = batch.rows(torch.from_numpy(permutation(len(batch), "answers", self._seed, begin)))
+        batch = self._next(begin)
         # What was remembered beyond this place is of a time before the stage was rolled back.
         for other in [other for other in self._batches if other >= begin]:
             del self._batches[other]
@@ -53,3 +65,12 @@ class RolloutStream:
         while len(self._batches) > _REMEMBERED:
             self._batches.popitem(last=False)
         return begin, batch
+
+    def _next(self, begin: int) -> RlBatch:
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            return rest
+        batch = self._collect()
+        if self._settings.updates_per_batch == 1:
+            return batch
+        return batch.rows(torch.from_numpy(permutation(len(batch), "answers", self._seed, begin)))

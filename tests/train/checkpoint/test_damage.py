@@ -13,6 +13,7 @@ from crosschip.errors import CheckpointError, ModelError
 from crosschip.model import load_model
 from crosschip.rundir import write_json
 from crosschip.train.checkpoint import clear_leftovers, find_newest, save_checkpoint, set_damaged_aside
+from crosschip.train.checkpoint.directory import damage
 
 FILES = ["dcp/__0_0.distcp", "dcp/.metadata", "config.json", "checksums.json", "state.json"]
 
@@ -58,19 +59,50 @@ def remove(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_named_and_passed_over(two, tmp_path, file: str, harm: Callable[[Path], None]) -> None:
     older, newer = two
-    if file == "state.json" and harm is flip_a_byte:
-        pytest.skip("it holds the sums and is in none; the next test is about it")
     harm(newer / file)
     told: list[str] = []
     assert find_newest(tmp_path, told.append) == older
     assert len(told) == 1
-    assert f"step-00000002: {newer / file if file == 'state.json' else file}" in told[0]
+    assert f"step-00000002: {file}" in told[0]
     assert [path.name for path in set_damaged_aside(tmp_path, 1)] == ["damaged-step-00000002"]
     assert find_newest(tmp_path, warn=pytest.fail) == older
 
 
+@pytest.mark.parametrize("file", ["state.json", "COMPLETE"])
+def test_a_single_bit_of_the_sums_or_of_their_sum_is_seen(two, file: str) -> None:
+    path = two[1] / file
+    content = path.read_bytes()
+    for place in range(0, len(content) - 1, max(1, len(content) // 40)):  # but the newline that ends the marker
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert damage(two[1]) == "state.json has another SHA-256 than COMPLETE says", place
+    path.write_bytes(content)
+    assert damage(two[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"step": 3}, "state.json has step 3"),
+        ({"step": "2"}, "state.json has '2' for step"),
+        ({"sequences_consumed": None}, "state.json has None for sequences_consumed"),
+        ({"settings": {}}, "state.json has None for the settings of its stage"),
+        ({"schema_version": 66}, "state.json is of no version that has an empty COMPLETE"),
+        ({"tokens_consumed": ...}, "state.json has no tokens_consumed"),
+        ({"num_processes": ..., "expert_parallel": ..., "began_from": ...}, None),
+    ],
+)
+def test_an_empty_marker_is_of_the_old_form_whose_state_has_to_make_sense(two, changed, named) -> None:
+    path = two[1]
+    (path / "COMPLETE").write_text("")
+    assert damage(path) is None
+    document = json.loads((path / "state.json").read_text()) | changed
+    write_json(path / "state.json", {key: value for key, value in document.items() if value is not ...})
+    assert damage(path) == named
+
+
 def test_a_table_of_files_that_is_not_one_is_damage(two, tmp_path) -> None:
     older, newer = two
+    (newer / "COMPLETE").write_text("")
     for files in ({"dcp/.metadata": {"bytes": "many"}}, [], None, {"config.json": {}}):
         write_json(newer / "state.json", {**json.loads((newer / "state.json").read_text()), "files": files})
         told: list[str] = []

@@ -96,6 +96,22 @@ def test_a_second_save_waits_for_the_first(tmp_path, gate) -> None:
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_a_save_that_takes_too_long_is_overdue_until_it_is_done(tmp_path, gate, monkeypatch) -> None:
+    monkeypatch.setattr("crosschip.train.checkpoint.saver._FIRST_WRITE_S", 0.0)
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, OFF) as saver:
+        assert not saver.is_overdue(), "nothing is being written"
+        saver.save(state_of(1))
+        assert saver.is_overdue()
+        gate.set()
+        saver.wait()
+        assert not saver.is_overdue()
+        gate.clear()
+        saver.save(state_of(2))
+        assert not saver.is_overdue(), "one that has begun just now, when it is known how long they take"
+        gate.set()
+
+
 def test_the_end_of_the_block_waits_even_when_training_failed(tmp_path, gate) -> None:
     model, optimizer = trained(1)
 

@@ -107,6 +107,19 @@ def test_right_stale_spoilt_and_old_ones_beside_a_training(tmp_path, monkeypatch
     assert "its loss is" in told[0]
 
 
+def test_a_reader_that_does_not_answer_in_time_is_killed_and_told(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("crosschip.train.checkpoint.verifier.COMMAND", ("sleep", "1000"))
+    monkeypatch.setattr("crosschip.train.checkpoint.verifier.LIMIT_S", 0.2)
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, STAGE) as saver:
+        save_and_go_on(saver, model, optimizer, 1)
+        (told,) = wait_for_events(saver, 1)
+        assert (told.event, told.step, told.action) == ("checkpoint-not-verified", 1, "training goes on")
+        assert "did not answer within 0 s and was killed" in told.detail
+        assert saver._verifier is not None
+        assert saver._verifier.pid is None, "the next one gets another process"
+
+
 def test_one_that_training_ended_before_is_told(tmp_path, monkeypatch) -> None:
     never_answers = ("sh", "-c", "cat > /dev/null")
     monkeypatch.setattr("crosschip.train.checkpoint.verifier.COMMAND", never_answers)
@@ -219,6 +232,7 @@ def test_sums_that_do_not_fit_the_tensors_are_named(tmp_path) -> None:
     sums = json.loads((path / "checksums.json").read_text())
     del state["files"]["checksums.json"]
     (path / "state.json").write_text(json.dumps(state))
+    (path / "COMPLETE").write_text("")
     for changed, named in (
         (sums[1:], sums[0]["name"]),
         ([{**sums[0], "sums": [1, 2, 3]}, *sums[1:]], sums[0]["name"]),

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from crosschip.errors import CheckpointError
 from crosschip.model import load_model, save_model
-from crosschip.rundir import atomic_directory, write_json
+from crosschip.rundir import atomic_directory, sha256_of, write_json, write_text
 from crosschip.train.checkpoint import find_newest, load_optimizer, load_weights, read_state, save_checkpoint
 from crosschip.train.optimizer import build_optimizer, optimizer_tensors
 
@@ -73,6 +73,7 @@ def test_a_newer_version_is_refused_by_name_and_is_no_damage(tmp_path) -> None:
     path = save_checkpoint(tmp_path, *trained(1), state_of(1), keep=1)
     document = json.loads((path / "state.json").read_text())
     write_json(path / "state.json", {**document, "schema_version": 3})
+    write_text(path / "COMPLETE", sha256_of(path / "state.json"))
     assert find_newest(tmp_path, warn=pytest.fail) == path
     with pytest.raises(CheckpointError, match="schema_version 3; this crosschip reads up to 2"):
         read_state(path)

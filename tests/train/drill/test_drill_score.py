@@ -46,6 +46,17 @@ def test_alarms_without_a_fault_are_false() -> None:
     assert [each.event for each in false] == ["loss-spike"]
 
 
+def test_a_fault_explains_no_alarm_after_its_time() -> None:
+    faults = [planted("kill", 100.0)]
+    events = [event("killed", 101.0), event("checkpoint-wrong", 150.0)]  # the second may follow from the fault
+    assert not score(faults, events, [], 500.0)[1]
+    for kind in ("checkpoint-wrong", "killed"):
+        _, false = score(faults, [event("killed", 101.0), event(kind, 100.0 + FAULTS["kill"].within_s)], [], 500.0)
+        assert [each.event for each in false] == [kind]
+    (found,), _ = score(faults, [event("killed", 300.0)], [], 500.0)
+    assert found.event is None, "too late to have noticed it"
+
+
 def test_a_late_event_of_the_fault_before_is_not_the_next_ones() -> None:
     faults = [planted("stop", 100.0), planted("kill", 105.0)]
     scores, false = score(faults, [event("hang", 108.0), event("killed", 109.0)], [], 200.0)
@@ -123,10 +134,20 @@ def test_an_order_is_taken_once(tmp_path: Path) -> None:
     assert order == Order(7, "kill")
     assert take_order(tmp_path, 0, 1) is None
     assert taken(tmp_path, 7) is None
-    note_taken(tmp_path, order, 42)
+    assert note_taken(tmp_path, order, 42)
     found = taken(tmp_path, 7)
     assert found is not None
     assert found.step == 42
     give_order(tmp_path, 0, 1, Order(8, "stop"))
-    assert withdraw(tmp_path, 0, 1)
-    assert not withdraw(tmp_path, 0, 1)
+    assert withdraw(tmp_path, 0, 1, 8)
+    assert take_order(tmp_path, 0, 1) is None
+    assert not withdraw(tmp_path, 0, 1, 7), "the rank was faster"
+
+
+def test_an_order_that_a_rank_has_read_can_still_be_withdrawn(tmp_path: Path) -> None:
+    give_order(tmp_path, 0, 0, Order(7, "save-hang"))
+    order = take_order(tmp_path, 0, 0)
+    assert order is not None
+    assert withdraw(tmp_path, 0, 0, 7)
+    assert not note_taken(tmp_path, order, 42), "the rank must not strike any more"
+    assert taken(tmp_path, 7) is None

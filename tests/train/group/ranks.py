@@ -147,6 +147,8 @@ def main() -> None:
             if world.rank == 0:
                 torch.save(found, out / f"{name}.pt")
         (out / f"rank-{world.rank}.json").write_text(json.dumps({"size": world.size, "alone": world is ALONE}))
+        handed = world.from_all({"rank": world.rank})
+        assert handed == [{"rank": rank} for rank in range(world.size)], handed
 
 
 if __name__ == "__main__":

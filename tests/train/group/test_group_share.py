@@ -88,5 +88,6 @@ def test_a_process_alone_agrees_with_itself() -> None:
     assert ALONE.totals([1, 2]) == [1, 2]
     assert ALONE.largest(7) == 7
     assert ALONE.from_rank_zero(lambda: "made") == "made"
+    assert ALONE.from_all("made") == ["made"]
     with ALONE.rank_zero_first():
         pass

@@ -62,14 +62,6 @@ def test_what_is_gone_in_the_replay_was_a_passing_fault_of_the_chip() -> None:
     assert event.action == "went on with the replay (1 of 3)"
 
 
-def test_the_rank_is_named_whose_result_has_changed() -> None:
-    wrong = StepNumbers(math.nan, math.nan, rank_losses=(1.0, 2.0, math.nan, 4.0))
-    right = StepNumbers(2.0, 1.0, rank_losses=(1.0, 2.0, 3.0, 4.0))
-    _, event = decide(learned(), 101, wrong, right)
-    assert event is not None
-    assert event.detail.startswith("chip0, rank 2: ")
-
-
 def test_too_many_passing_faults_end_the_run_and_old_ones_are_forgotten() -> None:
     made = learned(max_transient_faults=2)
     assert decide(made, 101, NAN, good(101))[0] == "update"

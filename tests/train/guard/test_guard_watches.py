@@ -7,8 +7,14 @@ import random
 
 import pytest
 
+from crosschip.chips import find_chip
 from crosschip.chips.host import available_memory_bytes
+from crosschip.recipe import GuardSettings
+from crosschip.train import stage_watch
+from crosschip.train.group.world import Alone
+from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.guard.memory_growth import MemoryGrowth, MemoryWatch, host_memory
+from crosschip.train.guard.observed import Event
 from crosschip.train.guard.replicas import find_disagreement
 from crosschip.train.guard.stragglers import Straggler, StragglerWatch
 
@@ -107,6 +113,39 @@ def test_a_warm_up_is_no_leak() -> None:
     warm = [1000 * MIB + min(step, 60) * MIB for step in range(3000)]
     told = growths(warm, left=10 * MIB, num_steps=10**9, limit=0.001)
     assert told == []
+
+
+class OneOfTwo(Alone):
+    """Rank 0, or rank 1, which hands it what it has seen."""
+
+    def __init__(self, rank: int, handed: list[Event]) -> None:
+        super().__init__(rank, size=2)
+        self.__dict__["handed"] = handed
+
+    def from_all(self, item: list[Event]) -> list[list[Event]]:
+        handed: list[Event] = self.__dict__["handed"]
+        if self.rank == 1:
+            handed += item
+            return []
+        found = [item, list(handed)]
+        handed.clear()
+        return found
+
+
+def test_a_leak_of_another_rank_is_told_by_the_first(monkeypatch) -> None:
+    handed: list[Event] = []
+    told: list[Event] = []
+    monkeypatch.setattr(stage_watch, "available_memory_bytes", lambda: 100 * MIB)
+    for rank in (1, 0):
+        sizes = iter(leaking(300, (64 << 10) * rank, 1 << 10))
+        monkeypatch.setattr(stage_watch, "host_memory", lambda sizes=sizes: next(sizes))
+        world, tell = OneOfTwo(rank, handed), told.append if rank == 0 else pytest.fail
+        watch = stage_watch.StageWatch(Heartbeat(None, rank, 1.0), GuardSettings(), 0, find_chip("cpu"), world, tell)
+        for step in range(1, 291):  # the reading that tells is the 288th
+            watch.after_step(step, 100_000 - step, 0.1)
+    (event,) = told
+    assert event.event == "memory-growth"
+    assert event.detail.startswith("host memory of rank 1 grows by ")
 
 
 def test_the_memory_of_this_process_is_seen() -> None:

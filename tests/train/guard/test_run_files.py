@@ -27,3 +27,12 @@ def test_no_line_is_step_zero(tmp_path: Path) -> None:
     assert last_logged_step(path) == 0
     path.write_text('{"step": 1')
     assert last_logged_step(path) == 0
+
+
+@pytest.mark.parametrize(
+    "spoilt", [b"\xff\xfe\n", b'{"stfp": 8}\n', b'{"step": 8, "loss": 1..0}\n', b"8\n", b"\0" * 5000 + b"\n"]
+)
+def test_a_line_that_cannot_be_read_is_passed_over(tmp_path: Path, spoilt: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((line(6, 10) + line(7, 10)).encode() + spoilt)
+    assert last_logged_step(path) == 7

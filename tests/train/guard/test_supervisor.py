@@ -136,12 +136,12 @@ def state_of(supervised: Callable[..., Supervised]) -> Path:
 
 
 def supervisor_process(
-    supervised: Callable[..., Supervised], *arguments: str, ranks: int = 1
+    supervised: Callable[..., Supervised], *arguments: str, ranks: int = 1, stdout: int | None = None
 ) -> subprocess.Popen[bytes]:
     """The supervisor in a process of its own, which can be killed."""
     state = state_of(supervised)
     command = [sys.executable, str(HERE / "supervisor_process.py"), str(state), str(ranks), *arguments]
-    return subprocess.Popen(command, env=ENVIRONMENT)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=stdout)
 
 
 def test_the_first_signal_is_handed_on_once(supervised) -> None:
@@ -151,6 +151,35 @@ def test_the_first_signal_is_handed_on_once(supervised) -> None:
     assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
     assert (state_of(supervised) / "interrupted-0").read_text() == str(int(signal.SIGTERM))
     assert processes_of(state_of(supervised)) == []
+
+
+@pytest.mark.parametrize(
+    ("save", "code", "told"),
+    [
+        ("refused", 2, "refused: rank 0 in .*: after signal 15, nothing was saved: it ended with exit code 2"),
+        ("broken", 4, "exception: rank 0 in .*: after signal 15, nothing was saved: it ended with exit code 4"),
+        ("killed", 137, "killed: rank 0 in .*: after signal 15, nothing was saved: .*SIGKILL"),
+    ],
+)
+def test_a_save_that_fails_after_a_signal_is_told_and_its_exit_code_is_kept(supervised, save, code, told) -> None:
+    process = supervisor_process(supervised, "--steps", "100000", "--save", save, stdout=subprocess.PIPE)
+    until(lambda: (state_of(supervised) / "rank-0").exists(), "the training begins")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == code
+    assert re.search(told, said.decode()), said
+    assert len((state_of(supervised) / "attempts-0").read_text().splitlines()) == 1, "it is final"
+
+
+def test_a_rank_that_hangs_after_a_signal_has_saved_nothing(supervised) -> None:
+    process = supervisor_process(
+        supervised, "--steps", "100000", "--deaf", "--fault", "sleep@30", stdout=subprocess.PIPE
+    )
+    until(lambda: (state_of(supervised) / "rank-0").exists(), "the training begins")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert b"after signal 15, nothing was saved: silent for" in said
 
 
 def test_the_second_signal_ends_all_at_once(supervised) -> None:

@@ -38,6 +38,15 @@ FAULTS = {
 }
 
 
+def die() -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+# How a rank ends that was asked to, from the exit code of an orderly end.
+SAVES = {"well": lambda code: code, "refused": lambda code: 2, "broken": lambda code: 4, "killed": lambda code: die()}
+
+
 class Interrupted(Exception):
     pass
 
@@ -108,6 +117,7 @@ def main() -> int:
     parser.add_argument("--slack", type=float, default=1.5)
     parser.add_argument("--thread", action="store_true")
     parser.add_argument("--deaf", action="store_true", help="go on at the first SIGTERM")
+    parser.add_argument("--save", choices=SAVES, default="well", help="how the save that a signal asks for ends")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.SIG_IGN if arguments.deaf else interrupted)
     signal.signal(signal.SIGINT, interrupted)
@@ -116,7 +126,7 @@ def main() -> int:
         return train(arguments, rank)
     except Interrupted as number:
         (arguments.state / f"interrupted-{rank}").write_text(str(number))
-        return 128 + int(str(number))
+        return SAVES[arguments.save](128 + int(str(number)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosschip.train.rl.advantages import advantages, counts, shaped_reward
+from crosschip.train.rl.advantages import advantages, counts, has_signal, shaped_reward
 from crosschip.train.rl.sample import Group
 from tests.train.rl.made import group, problem, sample, settings
 
@@ -56,3 +56,13 @@ def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float | None], 
     assert abs(found.sum()) < 1e-3
     ranked = sorted((reward, found[place]) for place, reward in enumerate(rewards) if reward is not None)
     assert all(later[1] >= earlier[1] - 1e-6 for earlier, later in itertools.pairwise(ranked))
+
+
+def test_a_group_has_a_signal_where_an_advantage_is_not_zero() -> None:
+    cut_off = Group(problem(), (sample(1.0), sample(1.0), sample(0.0, finished=False)))
+    assert has_signal(cut_off, settings())
+    assert not has_signal(cut_off, settings(over_long="leave out"))
+    longer = Group(problem(), (sample(1.0), sample(1.0, token_ids=range(10, 24))))
+    assert not has_signal(longer, settings())
+    assert has_signal(longer, settings(over_long_buffer=8))
+    assert not has_signal(group(1.0, None), settings())

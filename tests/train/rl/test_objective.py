@@ -99,7 +99,7 @@ def test_the_objective_tells_what_engine_and_trainer_disagree_about() -> None:
     minimised.backward()
     found = model.logprobs(made.input_ids_BT, made.labels_BT).logprobs_BT.detach()
     assert numbers[0] == pytest.approx(-float(found.sum()), rel=1e-5)
-    (agreement,) = panel(heard, ["engine"])
+    (agreement,) = panel(heard, {"engine": "cpu"})
     expected_dp = (found.exp() - made.behaviour_BT.exp()).abs()[made.labels_BT != NOT_TRAINED]
     assert agreement.num_tokens == 3
     assert agreement.mean_dp == pytest.approx(float(expected_dp.mean()), rel=1e-4)
@@ -114,6 +114,6 @@ def test_an_engine_that_agrees_shows_nothing() -> None:
     made = batch([[0.0, -1.0, -2.0]], [1.0])
     own = model.logprobs(made.input_ids_BT, made.labels_BT).logprobs_BT.detach()
     GrpoObjective(settings(), heard.append)(model, replace(made, behaviour_BT=own), torch.float32, 2)
-    (agreement,) = panel(heard, ["engine"])
+    (agreement,) = panel(heard, {"engine": "cpu"})
     assert agreement.k3 < 1e-9
     assert agreement.max_dp < 1e-6

@@ -139,12 +139,30 @@ def test_a_killed_trainer_leaves_no_engine_and_goes_on(recipe_file: Path, tmp_pa
     assert states == {path.name for path in (out / "train/rl/checkpoints").glob("step-*")}
 
 
+def test_a_trainer_that_is_stopped_in_the_middle_of_a_batch_trains_its_rest(recipe_file: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "train_process.py"
+    out = tmp_path / "stopped"
+    command = [sys.executable, str(script), str(recipe_file), str(out), "--set", "rl.steps=6"]
+    command += ["--set", "rl.updates_per_batch=2", "--set", "rl.checkpoint_every=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    for more, code in ((["--signal-at", "rl:3:SIGINT"], 130), (["--resume"], 0)):
+        ended = subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert ended.returncode == code, ended.stderr
+    metrics = lines(out / "train/rl/metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert ["reward" in line for line in metrics] == [True, False] * 3  # a batch begins where a reward stands
+    assert all(float(str(line["mismatch_k3"])) < 1e-6 for line in metrics[::2])  # of the weights that it trains first
+    assert "rollouts lost" not in [line["event"] for line in lines(out / "train/rl/events.jsonl")]
+
+
 def test_an_engine_that_computes_otherwise_stops_the_run_before_a_weight_is_touched(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     settings = ["rl.rollouts.dtype=bfloat16", "rl.rollouts.mismatch_limit=1e-9"]
-    with pytest.raises(MismatchError, match="native: KL"):
+    with pytest.raises(MismatchError, match=r"native \(chip .+\): KL"):
         train_recipe(load_recipe(recipe_file, settings), run, progress=LineProgress(None))
     assert not lines(run.stage("rl") / "metrics.jsonl")
 

@@ -8,6 +8,7 @@ from crosschip.data import ChatTokenizer, open_source, train_tokenizer
 from crosschip.errors import DataError
 from crosschip.model import ModelConfig, Transformer, init_weights
 from crosschip.recipe import DataSettings, RlSettings
+from crosschip.train.evaluate.opening import opening_of
 from crosschip.train.rl.scoring import HeldOutProblems
 
 SOURCE = open_source(DataSettings(source="arithmetic", levels=[1], num_problems=400), seed=1)
@@ -44,3 +45,20 @@ def test_as_many_as_asked_for_are_answered(tokenizer: ChatTokenizer) -> None:
 def test_no_room_for_any_prompt_is_told(tokenizer: ChatTokenizer) -> None:
     with pytest.raises(DataError, match="no held-out prompt has at most 2 tokens"):
         HeldOutProblems(SOURCE, tokenizer, settings_of(seq_len=18))
+
+
+def test_reasoning_that_the_prompt_opened_and_nobody_closed_is_no_answer(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = HeldOutProblems(SOURCE, tokenizer, settings_of())
+    written = [tokenizer.encode(f"I try {expected}") for expected in held_out._expected]
+    monkeypatch.setattr("crosschip.train.rl.scoring.answer_all", lambda *_: enumerate(written))
+    monkeypatch.setattr("crosschip.train.rl.scoring.Decoder", lambda *_: None)
+    assert held_out.score(None).num_right == 5  # type: ignore[arg-type]
+    held_out._openings = ["<think>"] * 5
+    assert held_out.score(None).num_right == 0  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_ends_with_the_tag_opens_the_reasoning(tokenizer: ChatTokenizer) -> None:
+    assert opening_of(tokenizer, tokenizer.encode_with_controls("Question? <think>\n")) == "<think>"
+    assert opening_of(tokenizer, tokenizer.encode_with_controls("<think></think> Question?")) == ""

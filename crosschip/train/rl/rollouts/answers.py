@@ -7,7 +7,6 @@ request. They differ in how experts come back: ours as shape, dtype and bytes, v
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from crosschip.rewards.attempt import printable
 from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.publishing import ModelFacts
 
@@ -25,6 +25,7 @@ __all__ = ["Answer", "Ask", "answer_chip", "gap_of_likeliest", "read_answers", "
 _MOST_LOGPROB = 1e-3
 _NO_LOGPROB = -9999.0  # what vLLM writes in place of minus infinity: nobody can have sampled that token
 _FINISHED = {"stop": True, "length": False}
+_EXPERT_TYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,17 @@ def read_answers(document: Any, ask: Ask, facts: ModelFacts) -> list[Answer]:
     """The answers in a response's document, in the order of their index.
 
     Raises:
-        BadAnswer: anything that cannot be true.
+        BadAnswer: anything that cannot be true, or cannot be read for whatever reason.
     """
+    try:
+        return _read_all(document, ask, facts)
+    except BadAnswer:
+        raise
+    except Exception as error:  # numbers without bounds, types that nobody expects: one engine's garbage is its own
+        raise BadAnswer("garbage", f"an answer that cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _read_all(document: Any, ask: Ask, facts: ModelFacts) -> list[Answer]:
     choices = document.get("choices") if isinstance(document, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise BadAnswer("garbage", "the response has no list of choices")
@@ -102,7 +112,7 @@ def answer_chip(document: Any) -> str | None:
     """The chip that a response or a list of models says it comes from."""
     status = document.get("crosschip") if isinstance(document, dict) else None
     chip = status.get("chip") if isinstance(status, dict) else None
-    return chip if isinstance(chip, str) else None
+    return printable(chip) if isinstance(chip, str) else None
 
 
 def gap_of_likeliest(document: Any) -> float:
@@ -110,7 +120,7 @@ def gap_of_likeliest(document: Any) -> float:
     try:
         told = sorted(document["choices"][0]["logprobs"]["top_logprobs"][0].values())
         return float(told[-1] - told[-2])
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except Exception:  # whatever is there in their place
         raise BadAnswer("garbage", "no top_logprobs came back, and they were asked for") from None
 
 
@@ -126,8 +136,8 @@ def _read_choice(choice: dict[str, Any], ask: Ask, facts: ModelFacts, name: str 
     if told_prompt is not None and told_prompt != list(ask.prompt_ids):
         raise BadAnswer("garbage", f"it answers the prompt {_short(told_prompt)}, not {_short(list(ask.prompt_ids))}")
     reason = choice.get("finish_reason")
-    if reason not in _FINISHED:
-        raise BadAnswer("garbage", f"finish_reason is {reason!r}, neither 'stop' nor 'length'")
+    if not isinstance(reason, str) or reason not in _FINISHED:
+        raise BadAnswer("garbage", f"finish_reason is {_short(reason)}, neither 'stop' nor 'length'")
     own_name = choice.get("weights_version")  # a choice that waited may be of other weights than the first one
     routes = _routes(choice.get("routed_experts"), len(ask.prompt_ids) + len(token_ids) - 1, facts)
     return Answer(token_ids, logprobs, _FINISHED[reason], str(own_name) if own_name is not None else name, routes)
@@ -154,8 +164,8 @@ def _logprobs(told: Any, num_tokens: int) -> tuple[float, ...]:
         raise BadAnswer("garbage", f"{found} log-probs came back with {num_tokens} tokens")
     for value in values:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not _NO_LOGPROB < value <= _MOST_LOGPROB:
-            raise BadAnswer("garbage", f"the log-prob {value!r} is not that of a token that was sampled")
+        if not is_number or not _NO_LOGPROB < value <= _MOST_LOGPROB:  # NaN is not between them
+            raise BadAnswer("garbage", f"the log-prob {_short(value)} is not that of a token that was sampled")
     return tuple(float(value) for value in values)
 
 
@@ -180,16 +190,39 @@ def _routes(told: Any, num_positions: int, facts: ModelFacts) -> npt.NDArray[np.
 
 def _decoded_routes(told: Any) -> npt.NDArray[Any]:
     try:
-        if isinstance(told, str):
-            return np.asarray(np.load(io.BytesIO(base64.b64decode(told, validate=True)), allow_pickle=False))
-        data = base64.b64decode(told["data"], validate=True)
-        dtype = np.dtype(str(told["dtype"])).newbyteorder("<")
-        array = np.frombuffer(data, dtype).reshape([int(size) for size in told["shape"]])
-        return array.astype(dtype.newbyteorder("="))  # our own copy
-    except (binascii.Error, ValueError, TypeError, KeyError, EOFError) as error:
+        return _array_in_npy(told) if isinstance(told, str) else _array_in_parts(told)
+    except Exception as error:  # numpy has many ways to say that bytes are no array
         raise BadAnswer("garbage", f"routed experts cannot be read: {error}") from None
 
 
+def _array_in_parts(told: Any) -> npt.NDArray[Any]:
+    data, name, shape = base64.b64decode(told["data"], validate=True), told["dtype"], told["shape"]
+    if name not in _EXPERT_TYPES:
+        raise ValueError(f"their type is {_short(name)}, no integer")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"their shape is {_short(shape)}")
+    dtype = np.dtype(name).newbyteorder("<")
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))  # our own copy
+
+
+def _array_in_npy(told: str) -> npt.NDArray[Any]:
+    """What numpy's own file holds; its header is compared with what there is before room is made for it."""
+    file = io.BytesIO(base64.b64decode(told, validate=True))
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read:
+        raise ValueError(f"a file of numpy's format {version}")
+    shape, _, dtype = read[version](file)
+    num_bytes = len(file.getbuffer()) - file.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != num_bytes:
+        raise ValueError(f"{dtype} {_short(shape)} is announced, and {num_bytes} bytes follow")
+    file.seek(0)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+
 def _short(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        shown = f"({type(value).__name__} too long to write)"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

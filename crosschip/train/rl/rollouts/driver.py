@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.recipe.reinforcement import RlSettings
+from crosschip.rewards.attempt import printable
+from crosschip.train.rl.advantages import has_signal
 from crosschip.train.rl.rollouts.answers import Ask
 from crosschip.train.rl.rollouts.errors import RolloutError
 from crosschip.train.rl.rollouts.fleet import Fleet
@@ -29,6 +31,8 @@ from crosschip.train.rl.sample import Group, Problem
 
 __all__ = ["Driver", "seed_of"]
 
+_FEWEST_JUDGED = 16  # answers, from which on the share of failed rewards is looked at
+_FEWEST_FAILED = 2  # problems with failed rewards, without which that may be one bad row of the data
 _SEED_BITS = 48  # leaves room for engines that add the number of the answer
 
 
@@ -57,9 +61,10 @@ class Driver:
         self._window, self._clock = Window(), WorkClock(time.monotonic())
         self._groups: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
+        self._has_told_failure = False
         self._changed = asyncio.Event()
         self._version: int | None = None
-        events = FleetEvents(self._tell, self._note_again, self._note_work, self._pump, self._fail)
+        events = FleetEvents(self._tell, self._note_again, self._note_work, self._pump, self._fail, self._raise_failure)
         self._fleet = Fleet(sources, settings, events)
 
     async def publish(self, publication: Publication) -> None:
@@ -105,6 +110,7 @@ class Driver:
         return {
             "schema_version": 1,
             "version": self._version,
+            "due": self._ledger.due,
             "next_number": self._ledger.next_number,
             "ask_again": sorted(again | {*self._ledger.under_way, *self._ledger.to_ask_again}),
             "finished": [saved_group(group) for group in kept],
@@ -114,7 +120,8 @@ class Driver:
         """Go on where `state` was told, also after other batches; nothing begins before the next publication."""
         assert state["schema_version"] == 1
         await self._cancel_groups()
-        self._ledger.restore(state["next_number"], state["ask_again"], [group_of(each) for each in state["finished"]])
+        finished = [group_of(each) for each in state["finished"]]
+        self._ledger.restore(state["next_number"], state["ask_again"], finished, state.get("due"))
         self._window = Window()
         self._clock.cut(time.monotonic())
         self._failure = None
@@ -177,10 +184,13 @@ class Driver:
         self._fleet.release(number)  # its rewards are no work of the engine
         group = await self._judge.judged(Group(problem, tuple(samples)))
         self._window.note_judged(group)
+        self._tell_first_failure(group)
         fate = ledger.finish(group)
         self._window.num_stale += fate == "stale"
         self._window.num_without_signal += fate == "without signal"
-        self._check_rewards(num_enough=settings.prompts * settings.samples)
+        size = settings.prompts * settings.samples
+        has_spread = self._window.num_failed_groups >= _FEWEST_FAILED
+        self._check_rewards(num_enough=min(_FEWEST_JUDGED, size) if has_spread else size)
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
         if self._groups.get(number) is task:  # else the problem was given up, and may be under way again
@@ -193,10 +203,10 @@ class Driver:
         groups = self._ledger.take()
         wanted, window = self._settings.prompts, self._window
         is_full = len(groups) == wanted and (
-            not self._settings.drop_without_signal or all(group.has_signal for group in groups)
+            not self._settings.drop_without_signal or all(self._has_signal(group) for group in groups)
         )
         if not is_full:
-            num_useful = sum(group.has_signal for group in groups)
+            num_useful = sum(self._has_signal(group) for group in groups)
             detail = f"{num_useful} of {wanted} groups have a signal after {window.num_without_signal} without"
             self._tell("batch without signal", detail, f"it is trained as it is, with {len(groups)} groups")
         if window.num_errors:
@@ -219,6 +229,14 @@ class Driver:
                 "mend the checker, then go on with --resume; or raise rl.max_error_share",
             )
 
+    def _tell_first_failure(self, group: Group) -> None:
+        """The first reward of the stage that failed is told at once: a checker that hangs takes long for a batch."""
+        failed = [sample for sample in group.samples if sample.reward is None]
+        if failed and not self._has_told_failure:
+            self._has_told_failure = True
+            detail = f"problem {group.problem.number}: {failed[0].error or 'no reward and no reason'}"
+            self._tell("reward failed", detail, "the answer is left out; others are counted and told with their batch")
+
     def _drop_hopeless(self) -> None:
         """End what would be too old when it comes."""
         hopeless = self._ledger.drop_hopeless()
@@ -240,7 +258,10 @@ class Driver:
 
     def _new_ledger(self) -> Ledger:
         s = self._settings
-        return Ledger(s.prompts, s.rollouts.max_staleness, s.max_groups_tried, s.drop_without_signal)
+        return Ledger(s.prompts, s.rollouts.max_staleness, s.max_groups_tried, s.drop_without_signal, self._has_signal)
+
+    def _has_signal(self, group: Group) -> bool:
+        return has_signal(group, self._settings)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -249,10 +270,11 @@ class Driver:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
+            self._fleet.upkeep.wake()
         self._changed.set()
 
     def _tell(self, event: str, detail: str, action: str) -> None:
-        self.lines.append((event, detail, action))
+        self.lines.append((event, printable(detail), action))
 
     def _note_again(self, is_garbage: bool) -> None:
         self._window.num_retried += 1

@@ -7,7 +7,6 @@ with every request; our engine lets only an administrator's key change weights.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -26,9 +25,10 @@ KEY_VARIABLE = "CROSSCHIP_API_KEY"
 _CONNECT_S = 10.0
 _ASK_WHO_S = 5.0
 _BUSY_S = 1.0
+_MOST_BATCH_SIZE = 2**20  # of what an engine may say of itself
 _TEMPERED = 0.75  # at temperature 2 two log-probs are half as far apart as at 1, however likely the first is
 _OTHER_UPDATE = "another update of the weights is under way"
-_KINDS: dict[Any, Literal["crosschip", "vllm"]] = {"crosschip": "crosschip", "vllm": "vllm"}
+_KINDS: dict[str, Literal["crosschip", "vllm"]] = {"crosschip": "crosschip", "vllm": "vllm"}
 _FAULTS: dict[int, Fault] = {429: "busy", 500: "failed", 502: "failed", 503: "failed", 504: "slow"}
 
 
@@ -50,6 +50,9 @@ class HttpEngine:
         key: an API key; None takes the environment's, if there is one.
         timeout_s: of one request.
         wants_routes: ask for the experts of each position, where the engine can tell them.
+
+    Raises:
+        BadAnswer: `url` is no address.
     """
 
     def __init__(self, url: str, key: str | None, timeout_s: float, wants_routes: bool) -> None:
@@ -60,31 +63,28 @@ class HttpEngine:
         self._mode_is_right = False
         self.identity: EngineIdentity | None = None
         secret = key or os.environ.get(KEY_VARIABLE)
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers={"authorization": f"Bearer {secret}"} if secret else {},
-            timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # a proxy of the environment is not for machines of the cluster
-        )
+        try:
+            self._client = httpx.AsyncClient(
+                base_url=self.url,
+                headers={"authorization": f"Bearer {secret}"} if secret else {},
+                timeout=httpx.Timeout(None, connect=_CONNECT_S),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                trust_env=False,  # a proxy of the environment is not for machines of the cluster
+            )
+        except httpx.InvalidURL as error:
+            raise _no_address(self.url, error) from None
+        if not 0 < (self._client.base_url.port or 80) < 2**16:
+            raise _no_address(self.url, "a port is a number from 1 to 65535")
 
-    async def identify(self, timeout_s: float = _ASK_WHO_S) -> EngineIdentity:
+    async def identify(self) -> EngineIdentity:
         """Ask who it is.
 
         Raises:
             BadAnswer: it does not answer, or is neither of the engines known here.
         """
-        document = _json_of(await self._send("GET", "/v1/models", timeout_s))
-        cards = document.get("data") if isinstance(document, dict) else None
-        card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
-        kind = _KINDS.get(card.get("owned_by"))
-        if kind is None or not isinstance(card.get("id"), str):
-            raise BadAnswer("refused", f"/v1/models says owned_by={card.get('owned_by')!r}, not crosschip or vllm")
-        size = card.get("crosschip", {}).get("max_batch_size") if kind == "crosschip" else None
+        document = _json_of(await self._send("GET", "/v1/models", _ASK_WHO_S))
         self._mode_is_right = False  # it may be another process than before
-        self.identity = EngineIdentity(
-            kind, card["id"], answer_chip(document) or "unknown", size if isinstance(size, int) else None
-        )
+        self.identity = _identity_of(document)
         return self.identity
 
     async def is_well(self) -> bool:
@@ -181,8 +181,29 @@ class HttpEngine:
                 return await self._client.request(method, path, json=body, params=query)
         except TimeoutError:
             raise BadAnswer("slow", f"{path}: no answer within {timeout_s:g} s") from None
-        except httpx.HTTPError as error:
+        except httpx.InvalidURL as error:
+            raise _no_address(self.url, error) from None
+        except Exception as error:  # ports and names that the system refuses come as more than `httpx.HTTPError`
             raise BadAnswer("unreachable", f"{path}: {type(error).__name__}: {error}") from None
+
+
+def _no_address(url: str, error: Exception | str) -> BadAnswer:
+    return BadAnswer(
+        "refused", f"{url!r} is no address ({error}); give one like http://HOST:PORT in rl.rollouts.engines"
+    )
+
+
+def _identity_of(document: Any) -> EngineIdentity:
+    """Who a list of models says that it is."""
+    cards = document.get("data") if isinstance(document, dict) else None
+    card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
+    owner, model, told = card.get("owned_by"), card.get("id"), card.get("crosschip")
+    kind = _KINDS.get(owner) if isinstance(owner, str) else None
+    if kind is None or not isinstance(model, str):
+        raise BadAnswer("refused", f"/v1/models says owned_by={owner!r:.60}, not crosschip or vllm")
+    size = told.get("max_batch_size") if kind == "crosschip" and isinstance(told, dict) else None
+    is_size = type(size) is int and 0 < size <= _MOST_BATCH_SIZE
+    return EngineIdentity(kind, model, answer_chip(document) or "unknown", size if is_size else None)
 
 
 def _read(response: httpx.Response, ask: Ask, facts: ModelFacts) -> list[Answer]:
@@ -196,13 +217,13 @@ def _json_of(response: httpx.Response) -> Any:
         raise BadAnswer(_FAULTS.get(response.status_code, default), _words_of(response))
     try:
         return response.json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadAnswer("garbage", f"the response is not JSON: {error}") from None
+    except Exception as error:  # nested too deeply, numbers too long: whatever an engine sends is its own fault
+        raise BadAnswer("garbage", f"the response is no JSON that can be read: {error}") from None
 
 
 def _words_of(response: httpx.Response) -> str:
     try:
         words = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # no document with a message, or one that cannot be read
         words = response.text
     return f"{response.request.url.path}: HTTP {response.status_code} {str(words)[:300]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from crosschip.errors import EXIT_FAIL, CrosschipError
+from crosschip.rewards.attempt import printable
 
 __all__ = ["BadAnswer", "Fault", "RolloutError"]
 
@@ -24,6 +25,6 @@ class BadAnswer(Exception):
     """An engine's answer that is not used, and why."""
 
     def __init__(self, fault: Fault, reason: str) -> None:
-        super().__init__(f"{fault}: {reason}")
         self.fault: Fault = fault
-        self.reason = reason
+        self.reason = printable(reason)  # an engine's words may hold anything
+        super().__init__(f"{fault}: {self.reason}")

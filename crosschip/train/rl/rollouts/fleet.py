@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 from crosschip.recipe.reinforcement import RlSettings
@@ -10,6 +11,7 @@ from crosschip.train.rl.rollouts.answers import Answer, Ask
 from crosschip.train.rl.rollouts.errors import BadAnswer, RolloutError
 from crosschip.train.rl.rollouts.local import LocalEngine
 from crosschip.train.rl.rollouts.member import Member, RemoteEngine, is_able, pick, samples_of
+from crosschip.train.rl.rollouts.standing import MOST_REFUSED_IN_A_ROW
 from crosschip.train.rl.rollouts.upkeep import FleetEvents, Upkeep
 from crosschip.train.rl.sample import Sample
 
@@ -27,6 +29,7 @@ class Fleet:
         self.upkeep = Upkeep(sources, settings, events)
         self._settings, self._events = settings, events
         self._without_routes: set[str] = set()  # engines of which that was told
+        self._busy: set[str] = set()  # likewise
 
     def with_room(self, may_begin: Callable[[int], bool]) -> Member | None:
         """An engine with room for a group that may begin with its weights. The one with the fewest groups: a slow one
@@ -60,7 +63,9 @@ class Fleet:
         while True:
             try:
                 if is_able(member):
-                    return await self._ask(member, make_ask)
+                    samples = await self._ask(member, make_ask)
+                    self._note_refusals(refusals)
+                    return samples
             except BadAnswer as bad:
                 self._events.asked_again(bad.fault in ("garbage", "wrong version"))
                 if bad.fault == "refused":
@@ -118,10 +123,32 @@ class Fleet:
             self._events.tell("ENGINE WITHOUT ROUTES", detail, "its answers are trained with the trainer's experts")
         return samples
 
+    def _note_refusals(self, refusals: dict[str, str]) -> None:
+        """Engines that refused a problem which another one has answered: in a row they are of no use."""
+        for member in self.upkeep.members:
+            reason = refusals.get(member.name)
+            if reason is not None and member.state != "dropped" and member.standing.note_refused() == "give up":
+                why = f"it refused {MOST_REFUSED_IN_A_ROW} problems in a row that others answered, the last: {reason}"
+                self.upkeep.give_up(member, why)
+
+    def _note_busy(self, member: Member, bad: BadAnswer) -> None:
+        """That an engine is busy is told once; one that says nothing else for as long as an answer may take goes."""
+        busy_s, most_s = member.standing.note_busy(time.monotonic()), self._settings.rollouts.timeout_s
+        member.said = str(bad)
+        if busy_s > most_s:
+            self.upkeep.give_up(member, f"nothing but {bad} for {most_s:g} s", may_return=True)
+        elif member.name not in self._busy:
+            self._busy.add(member.name)
+            action = f"asked again every {_BUSY_S:g} s, and given up if it says nothing else for {most_s:g} s"
+            self._events.tell("engine busy", f"{member.name}: {bad}", action)
+
     def _note_bad(self, member: Member, bad: BadAnswer, has_new_weights: bool) -> None:
         """`has_new_weights`: the engine has loaded weights since it was asked."""
-        if member.state != "up" or bad.fault == "busy":
-            return  # told already, or nothing bad
+        if member.state != "up":
+            return  # told already
+        if bad.fault == "busy":
+            self._note_busy(member, bad)
+            return
         self._events.tell("bad answer", f"{member.name}: {bad}", "asked again, elsewhere if there is another")
         if bad.fault == "refused":
             return

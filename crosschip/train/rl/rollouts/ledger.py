@@ -13,6 +13,7 @@ are asked in order until exactly `prompts` of them gave a signal, and those are 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from typing import Literal
 
 from crosschip.train.rl.sample import Group
@@ -29,14 +30,23 @@ class Ledger:
         prompts: groups in a batch.
         max_staleness: how many versions behind the batch's a group's oldest token may be.
         max_groups_tried: times `prompts`; after so many groups a batch is what there is.
-        drop_without_signal: do not use groups whose answers all have the same reward, as long as there are others.
+        drop_without_signal: do not use groups that teach nothing, as long as there are others.
+        has_signal: whether a group teaches anything.
     """
 
-    def __init__(self, prompts: int, max_staleness: int, max_groups_tried: int, drop_without_signal: bool) -> None:
-        self._prompts, self._max_staleness = prompts, max_staleness
+    def __init__(
+        self,
+        prompts: int,
+        max_staleness: int,
+        max_groups_tried: int,
+        drop_without_signal: bool,
+        has_signal: Callable[[Group], bool],
+    ) -> None:
+        self._prompts, self._max_staleness, self._has_signal = prompts, max_staleness, has_signal
         self._most_tried = max_groups_tried * prompts
         self._drops_without_signal = drop_without_signal
         self.due: int | None = None
+        self._least_due = 0
         self.next_number = 0
         self._to_ask_again: list[int] = []
         self._under_way: dict[int, int] = {}  # number to the version that it was begun with
@@ -62,7 +72,7 @@ class Ledger:
     def set_due(self, version: int) -> int:
         """Weights of this version are published, so it is their batch that comes next. Returns how many groups are too
         old for it."""
-        self.due = version if self.due is None else max(self.due, version)
+        self.due = max(version, self._least_due, self.due or 0)
         return self._drop_stale()
 
     def may_begin(self, version: int) -> bool:
@@ -96,7 +106,7 @@ class Ledger:
         if self._is_stale(group):
             self._ask_again(number)
             return "stale"
-        if self._drops_without_signal and not group.has_signal:
+        if self._drops_without_signal and not self._has_signal(group):
             self._num_without_signal += 1
             self._reserve[number] = group
             if len(self._reserve) > self._prompts:
@@ -145,8 +155,12 @@ class Ledger:
         self.due += 1
         return sorted(groups, key=lambda group: group.problem.number)
 
-    def restore(self, next_number: int, to_ask_again: list[int], finished: list[Group]) -> None:
-        """Go on where another ledger was: `to_ask_again` holds what was under way there."""
+    def restore(
+        self, next_number: int, to_ask_again: list[int], finished: list[Group], least_due: int | None = None
+    ) -> None:
+        """Go on where another ledger was: `to_ask_again` holds what was under way there, and batches before that of
+        version `least_due` were taken."""
+        self._least_due = least_due or 0
         assert not self._under_way
         assert not self._finished
         self.next_number = next_number

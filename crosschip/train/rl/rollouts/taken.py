@@ -60,6 +60,7 @@ class Window:
     num_without_signal: int = 0
     num_judged: int = 0
     num_errors: int = 0
+    num_failed_groups: int = 0  # with at least one reward that failed
     num_garbage: int = 0
     num_retried: int = 0
     tokens_by_engine: Counter[str] = field(default_factory=Counter)
@@ -68,6 +69,7 @@ class Window:
     def note_judged(self, group: Group) -> None:
         """Count the answers of a group and the rewards that failed."""
         self.num_judged += len(group.samples)
+        self.num_failed_groups += any(sample.reward is None for sample in group.samples)
         for sample in group.samples:
             self.tokens_by_engine[sample.engine] += len(sample.token_ids)
             if sample.reward is None:

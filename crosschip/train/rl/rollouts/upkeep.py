@@ -15,7 +15,7 @@ from typing import Any
 
 from crosschip.recipe.reinforcement import RlSettings
 from crosschip.train.rl.rollouts.engine import HttpEngine
-from crosschip.train.rl.rollouts.errors import BadAnswer, RolloutError
+from crosschip.train.rl.rollouts.errors import BadAnswer, Fault, RolloutError
 from crosschip.train.rl.rollouts.local import LocalEngine
 from crosschip.train.rl.rollouts.member import MOST_RESTARTS, Member, RemoteEngine
 from crosschip.train.rl.rollouts.publishing import Publication
@@ -26,6 +26,7 @@ _PROBE_EVERY_S = 1.0
 _DEATH_S = 1.0
 _LOOK_EVERY_S = 5.0  # at an engine that loads weights, or answers
 MOST_SILENCE_S = 30.0  # of an engine that was asked a small question again and again
+_MAY_PASS: tuple[Fault, ...] = ("unreachable", "slow", "busy")
 
 Work = Callable[[Member], Coroutine[Any, Any, None]]
 
@@ -33,13 +34,15 @@ Work = Callable[[Member], Coroutine[Any, Any, None]]
 @dataclass(frozen=True)
 class FleetEvents:
     """Whom the fleet tells. `asked_again(is_garbage)`: a request; `works`: whether any engine has a request;
-    `changed`: more can be asked than before, or an engine is gone; `failed`: a defect of ours."""
+    `changed`: more can be asked than before, or an engine is gone; `failed`: a defect of ours; `raise_failure` raises
+    what has ended the rollouts, if anything has."""
 
     tell: Callable[[str, str, str], None]
     asked_again: Callable[[bool], None]
     works: Callable[[bool], None]
     changed: Callable[[], None]
     failed: Callable[[BaseException], None]
+    raise_failure: Callable[[], None]
 
 
 class Upkeep:
@@ -88,6 +91,7 @@ class Upkeep:
             elif member.may_return:
                 self._start(member, "return", self._return)
         while wait and not all(member.state == "dropped" or self._is_settled(member) for member in self.members):
+            self._events.raise_failure()
             await self.wait()
 
     def probe(self, member: Member, loses_weights: bool) -> None:
@@ -169,7 +173,7 @@ class Upkeep:
                 await self._load(member, member.client, target)
             except BadAnswer as bad:
                 why = f"weights of version {target.version}: {bad}{await _death_of(member)}"
-                self.give_up(member, why, bad.fault == "unreachable")
+                self.give_up(member, why, bad.fault in _MAY_PASS)
                 return
             member.confirmed, member.was_up = target, True
             if member.state == "down":
@@ -202,8 +206,8 @@ class Upkeep:
             member.starts_on = None
         client = HttpEngine(url, key, rollouts.timeout_s, rollouts.replay_routes)
         try:
-            await client.identify()
-        except BadAnswer:
+            await _identified(client)
+        except BaseException:
             await client.close()
             raise
         member.client = client
@@ -276,6 +280,19 @@ class Upkeep:
 
         member.tasks[purpose] = asyncio.create_task(work(member))
         member.tasks[purpose].add_done_callback(ended)
+
+
+async def _identified(client: HttpEngine) -> None:
+    """Ask who it is, again and again where it has too much to do to answer soon: one slow answer says little."""
+    ends = time.monotonic() + MOST_SILENCE_S
+    while True:
+        try:
+            await client.identify()
+            return
+        except BadAnswer as bad:
+            if bad.fault not in ("slow", "busy", "failed") or time.monotonic() >= ends:
+                raise
+        await asyncio.sleep(_PROBE_EVERY_S)
 
 
 async def _end(member: Member) -> None:

@@ -21,8 +21,8 @@ from starlette.routing import Route
 
 VOCAB_SIZE = 64
 STOP_ID = 1
-# What an engine does with a request; also a number, the seconds that it takes.
-Play = str | float
+# What an engine does with a request; also a number, the seconds that it takes, or bytes, the body that it sends.
+Play = str | float | bytes
 
 
 def _draw(*parts: object) -> int:
@@ -51,6 +51,11 @@ class ScriptedEngine:
     is_well: bool = True
     lacks: tuple[str, ...] = ()
     raw_logprobs: bool = False  # vLLM's default: those before the temperature
+    card: dict[str, Any] = field(default_factory=dict)  # what is otherwise in its list of models
+    slow_answers: int = 0  # so many questions for its models are answered after `slow_s`
+    slow_s: float = 1.0
+    finish_reason: str = "stop"
+    fails_with: str = "out of memory"
 
     def __post_init__(self) -> None:
         self.may_load.set()
@@ -70,13 +75,16 @@ class ScriptedEngine:
 
     async def _models(self, request: Request) -> Response:
         self.keys.add(request.headers.get("authorization"))
+        if self.slow_answers:
+            self.slow_answers -= 1
+            await asyncio.sleep(self.slow_s)
         if not self.is_well:
             return JSONResponse({}, 500)
         card = {"id": "m", "owned_by": self.kind}
         if self.kind == "vllm":
             return JSONResponse({"data": [card]})
         card |= {"crosschip": {"max_batch_size": self.max_batch_size}}
-        return JSONResponse({"data": [card], "crosschip": self._status()})
+        return JSONResponse({"data": [card | self.card], "crosschip": self._status()})
 
     def _status(self) -> dict[str, Any]:
         return {"chip": "scripted", "weights_version": self.names[-1]}
@@ -115,12 +123,14 @@ class ScriptedEngine:
             self.at_once -= 1
 
     async def _played(self, play: Play, body: dict[str, Any]) -> Response:
+        if isinstance(play, bytes):
+            return Response(play, media_type="application/json")
         if isinstance(play, int | float):
             await asyncio.sleep(play)
         document = self.document(body)
         choice = document["choices"][-1]
         if play == "500":
-            return JSONResponse({"error": {"message": "out of memory"}}, 500)
+            return Response(json.dumps({"error": {"message": self.fails_with}}), 500)
         if play == "400":
             return JSONResponse({"error": {"message": "the prompt is too long"}}, 400)
         if play == "429":
@@ -148,7 +158,8 @@ class ScriptedEngine:
             if body["logprobs"]:
                 gap = 12.0 / (1.0 if self.raw_logprobs else body["temperature"])  # the first token is all but certain
                 logprobs["top_logprobs"] = [{"a": 0.0, "b": -gap}] * len(ids)
-            choice = {"index": index, "text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}
+            choice = {"index": index, "text": "", "token_ids": ids, "logprobs": logprobs}
+            choice["finish_reason"] = self.finish_reason
             choices.append(choice | ({"prompt_token_ids": body["prompt"]} if index == 0 else {}))
         return {"choices": choices} | ({"crosschip": self._status()} if self.kind == "crosschip" else {})
 

@@ -73,6 +73,13 @@ def test_experts_are_read_as_our_engine_and_as_vllm_send_them(encode: Callable[[
     assert np.array_equal(read_answers(document, ASK, FACTS)[1].routes, routes)  # type: ignore[arg-type]
 
 
+def npy_that_announces(shape: tuple[int, ...]) -> str:
+    """A header without its array."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": shape})
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def choice(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda document: document["choices"][1].update(changes)
 
@@ -119,6 +126,15 @@ def routes(shape: tuple[int, ...], value: int = 0, dtype: Any = np.int16) -> Cal
         (choice(routed_experts={"shape": [5, 2, 2], "dtype": "int16", "data": "AAAA"}), "cannot be read"),
         (choice(routed_experts={"shape": [5, 2, 2]}), "cannot be read"),
         (choice(routed_experts="AAAA"), "cannot be read"),
+        (choice(finish_reason=["stop"]), "finish_reason is ['stop']"),
+        (choice(finish_reason={}), "finish_reason is {}"),
+        (logprobs(-1.0, -(10**400), -1.0), "the log-prob -1000"),
+        (logprobs(-1.0, -(10**5000), -1.0), "int too long to write"),
+        (choice(routed_experts=base64.b64encode(b"PK\x03\x04" + b"junk" * 20).decode()), "cannot be read"),
+        (choice(routed_experts={"shape": [float("inf")], "dtype": "int32", "data": "AAAA"}), "their shape is [inf]"),
+        (choice(routed_experts={"shape": [3], "dtype": "(1,", "data": "AAAA"}), "their type is '(1,'"),
+        (choice(routed_experts={"shape": [3], "dtype": ["int8"], "data": "AAAA"}), "cannot be read"),
+        (choice(routed_experts=npy_that_announces((10**14,))), "(100000000000000,) is announced, and 0 bytes follow"),
     ],
 )
 def test_what_cannot_be_true_is_garbage(spoil: Callable[[dict[str, Any]], Any], reason: str) -> None:

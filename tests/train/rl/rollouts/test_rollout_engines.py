@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from crosschip.train.rl.advantages import has_signal
 from crosschip.train.rl.rollouts import RolloutError
 from crosschip.train.rl.rollouts.engine import KEY_VARIABLE
 from tests.train.rl.rollouts.rollout_parts import (
@@ -42,7 +43,7 @@ def test_on_policy_batches_are_of_the_published_weights_and_repeat_bit_for_bit(t
             assert batch.is_full
             assert versions_of(batch) == {version}
             assert len(batch.groups) == 4
-            assert all(group.has_signal for group in batch.groups)
+            assert all(has_signal(group, settings_of()) for group in batch.groups)
             assert batch.num_asked == 4 + batch.num_without_signal
             assert (batch.num_garbage, batch.num_stale, batch.num_errors) == (0, 0, 0)
         return [bits_of(batch) for batch in taken]
@@ -207,7 +208,110 @@ def test_an_engine_that_has_too_much_to_do_is_asked_later(tmp_path: Path) -> Non
     with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
         (batch,) = take_all(rollouts, 1)
     assert len(batch.groups) == 4
-    assert told.lines == []
+    ((event, detail, action),) = told.lines  # once, however often it says so
+    assert (event, "too many" in detail) == ("engine busy", True)
+    assert "given up" in action
+
+
+def test_an_engine_that_says_nothing_but_that_it_is_busy_is_given_up(tmp_path: Path) -> None:
+    told = Told()
+    busy = ScriptedEngine(play=lambda number: "429")
+    settings = settings_of(rollouts_timeout_s=0.5)
+    with served(busy) as urls, rollouts_of(settings, urls, tmp_path / "a", told=told) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(RolloutError, match=r"nothing but busy: .*too many for 0\.5 s"):
+            rollouts.take(0)
+    assert "nothing but busy" in told.of("ENGINE DROPPED")[0]
+
+
+def test_an_engine_that_refuses_what_another_one_answers_is_dropped(tmp_path: Path) -> None:
+    told = Told()
+    refusing, good = ScriptedEngine(play=lambda number: "400"), ScriptedEngine()
+    with served(refusing, good) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        batches = take_all(rollouts, 1)
+        while not told.of("ENGINE DROPPED") and len(batches) < 50:
+            batches += take_all(rollouts, 1, len(batches))
+        num_asked = len(refusing.bodies)
+        batches += take_all(rollouts, 1, len(batches))
+    assert len(refusing.bodies) == num_asked
+    assert "it refused 3 problems in a row that others answered" in told.of("ENGINE DROPPED")[0]
+    assert all(len(batch.groups) == 4 for batch in batches)
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999"])
+def test_an_address_that_is_none_is_refused_and_the_others_go_on(tmp_path: Path, address: str) -> None:
+    told = Told()
+    with served(ScriptedEngine()) as urls, rollouts_of(settings_of(), [address, *urls], tmp_path, told=told) as made:
+        (batch,) = take_all(made, 1)
+    assert len(batch.groups) == 4
+    assert "is no address" in told.of("ENGINE DROPPED")[0]
+
+
+def test_a_defect_ends_the_wait_for_new_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a defect of ours")
+
+    monkeypatch.setattr("crosschip.train.rl.rollouts.engine.HttpEngine.load", fail)
+    with (
+        served(ScriptedEngine()) as urls,
+        rollouts_of(settings_of(), urls, tmp_path) as rollouts,
+        pytest.raises(ZeroDivisionError, match="a defect of ours"),
+    ):
+        rollouts.publish(0, write_nothing)
+
+
+@pytest.mark.parametrize("spoilt", [{"crosschip": None}, {"owned_by": ["crosschip"]}, {"crosschip": {"x": 1}, "id": 3}])
+def test_a_list_of_models_of_another_form_is_no_defect(tmp_path: Path, spoilt: dict[str, Any]) -> None:
+    odd, good = ScriptedEngine(card=spoilt), ScriptedEngine()
+    with served(odd, good) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(batch.groups) == 4
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"choices": [' + b"9" * 5_000 + b"]}"])
+def test_json_that_python_does_not_read_is_garbage(tmp_path: Path, body: bytes) -> None:
+    told = Told()
+    engine = ScriptedEngine(play=lambda number: body if number == 0 else "good")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert (len(batch.groups), batch.num_garbage) == (4, 1)
+    assert "no JSON that can be read" in told.of("bad answer")[0]
+
+
+def test_words_of_an_engine_can_be_written_down(tmp_path: Path) -> None:
+    told = Told()
+    engine = ScriptedEngine(play=lambda number: "400" if number else "500", fails_with="\ud800 is no letter")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(RolloutError) as raised:
+            rollouts.take(0)
+    assert str(raised.value).encode()
+    assert all(" ".join(line).encode() for line in told.lines)
+
+
+def test_an_engine_that_is_slow_to_say_who_it_is_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosschip.train.rl.rollouts.engine._ASK_WHO_S", 0.2)
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep._PROBE_EVERY_S", 0.1)
+    told = Told()
+    engine = ScriptedEngine(slow_answers=2)
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert len(batch.groups) == 4
+    assert not told.lines
+
+
+def test_an_engine_that_was_slow_to_say_who_it_is_may_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosschip.train.rl.rollouts.upkeep.MOST_SILENCE_S", 0.0)
+    monkeypatch.setattr("crosschip.train.rl.rollouts.engine._ASK_WHO_S", 0.5)
+    told = Told()
+    slow, good = ScriptedEngine(slow_answers=1, slow_s=1.0), ScriptedEngine()
+    with served(slow, good) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        take_all(rollouts, 1)
+        assert "no answer within" in told.of("ENGINE DROPPED")[0]
+        take_all(rollouts, 1, first=1)
+        wait_until(lambda: bool(rollouts.state()) and bool(told.of("engine back")), "it is back")
 
 
 def test_a_request_that_all_refuse_ends_the_run_with_its_reason(tmp_path: Path) -> None:
@@ -282,6 +386,38 @@ def test_rewards_that_fail_are_counted_and_too_many_end_the_run(tmp_path: Path) 
             with pytest.raises(RolloutError, match="first_is_even") as raised:
                 rollouts.take(0)
     assert raised.value.problem.count("first_is_even") == 3
+    (line,) = told.of("reward failed")
+    assert line.startswith("problem 1: checker 'first_is_even' failed")
+
+
+def test_rewards_that_fail_are_told_at_once_and_end_the_run_before_the_batch_is_full(tmp_path: Path) -> None:
+    told, failing = Told(), FirstIsEven(fails=lambda _: True)
+    engine = ScriptedEngine(play=lambda number: 0.0 if number < 5 else "hang")
+    settings = settings_of(prompts=32)
+    with served(engine) as urls, rollouts_of(settings, urls, tmp_path, failing, told) as rollouts:
+        rollouts.publish(0, write_nothing)
+        with pytest.raises(RolloutError, match="of 16 rewards failed"):
+            rollouts.take(0)
+    assert "checker 'first_is_even' failed" in told.of("reward failed")[0]
+
+
+def test_one_problem_whose_rewards_fail_is_no_reason_to_end_early(tmp_path: Path) -> None:
+    failing = FirstIsEven(fails=lambda attempt: attempt.question == "question 0")
+    settings = settings_of(samples=16, prompts=8, drop_without_signal=False)
+    with served(ScriptedEngine()) as urls, rollouts_of(settings, urls, tmp_path, failing) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert (batch.num_errors, len(batch.groups)) == (16, 8)
+
+
+def test_a_group_has_a_signal_where_its_advantages_do(tmp_path: Path) -> None:
+    """Rewards that differ are not enough: with a penalty for length equal rewards teach, and cut-off answers do not."""
+    cut_off = ScriptedEngine(finish_reason="length")
+    settings = settings_of(over_long="leave out", max_groups_tried=2)
+    told = Told()
+    with served(cut_off) as urls, rollouts_of(settings, urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert (batch.is_full, batch.num_without_signal) == (False, 8)
+    assert "0 of 4 groups have a signal" in told.of("batch without signal")[0]
 
 
 def test_a_checker_that_breaks_the_contract_is_a_defect_and_no_hang(tmp_path: Path) -> None:

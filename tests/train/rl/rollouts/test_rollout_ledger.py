@@ -9,15 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosschip.train.rl.advantages import has_signal
 from crosschip.train.rl.rollouts.ledger import Ledger
 from crosschip.train.rl.sample import Group
-from tests.train.rl.rollouts.rollout_parts import group_of_rewards
+from tests.train.rl.rollouts.rollout_parts import group_of_rewards, settings_of
 
 SIGNAL, NO_SIGNAL = (0.0, 1.0), (1.0, 1.0)
 
 
+def teaches(group: Group) -> bool:
+    return has_signal(group, settings_of(samples=2))
+
+
 def ledger_of(prompts: int = 2, max_staleness: int = 0, max_groups_tried: int = 3, drops: bool = True) -> Ledger:
-    return Ledger(prompts, max_staleness, max_groups_tried, drops)
+    return Ledger(prompts, max_staleness, max_groups_tried, drops, teaches)
 
 
 def begin_all(ledger: Ledger, version: int) -> list[int]:
@@ -144,7 +149,7 @@ def test_a_trainer_that_waits_gets_its_batch(
         taken = world.take()
         assert len(taken) == prompts
         if share == 1.0:
-            assert all(group.has_signal for group in taken)
+            assert all(teaches(group) for group in taken)
 
 
 @settings(deadline=None)

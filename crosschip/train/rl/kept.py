@@ -1,0 +1,77 @@
+"""What was sampled and not yet trained, kept beside each checkpoint.
+
+rollouts/step-00000200.json          the version of the weights, groups that no batch has taken, the next problem
+rollouts/step-00000200.safetensors   the rest of a batch that was taken, where more updates were to come with it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from crosschip.errors import RunDirectoryError
+from crosschip.rundir import read_json, sha256_of, write_json
+from crosschip.train.rl.batch import RlBatch
+
+__all__ = ["Kept", "read_kept", "remove_kept", "write_kept"]
+
+_DIRECTORY = "rollouts"
+_NAMES = "step-*.*"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`version` counts the weights that were published, `rollouts` is `Rollouts.state()`. `rest` are the answers of the
+    batch that is being trained which no update has used, and `engines` are those that its `engine_B` numbers, with
+    their chips."""
+
+    version: int
+    rollouts: dict[str, Any]
+    rest: RlBatch | None = None
+    engines: dict[str, str] = field(default_factory=dict)
+
+
+def write_kept(stage: Path, step: int, kept: Kept) -> None:
+    """Write what belongs to the checkpoint of `step`, the document last."""
+    document, tensors = _paths(stage, step)
+    document.parent.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {"version": kept.version, "rollouts": kept.rollouts, "engines": kept.engines}
+    if kept.rest is not None:
+        named = {name: value.contiguous() for name, value in vars(kept.rest).items() if value is not None}
+        temporary = tensors.with_name(f".{tensors.name}.tmp")
+        safetensors.torch.save_file(named, temporary)
+        temporary.replace(tensors)
+        told["rest_sha256"] = sha256_of(tensors)
+    write_json(document, told)
+
+
+def remove_kept(stage: Path, but_of: Collection[str]) -> None:
+    """Remove what belongs to checkpoints that are not there any more; `but_of` names those that are."""
+    for path in (stage / _DIRECTORY).glob(_NAMES):
+        if path.stem not in but_of:
+            path.unlink(missing_ok=True)
+
+
+def read_kept(stage: Path, step: int) -> Kept:
+    """What was written beside the checkpoint of `step`.
+
+    Raises:
+        RunDirectoryError: it is missing or damaged.
+    """
+    path, tensors = _paths(stage, step)
+    document = read_json(path)
+    rest = None
+    if digest := document.get("rest_sha256"):
+        if not tensors.is_file() or sha256_of(tensors) != digest:
+            raise RunDirectoryError(f"{tensors} is missing or damaged", "nothing: its answers are sampled anew")
+        rest = RlBatch(**safetensors.torch.load_file(tensors))
+    return Kept(document["version"], document["rollouts"], rest, document.get("engines", {}))
+
+
+def _paths(stage: Path, step: int) -> tuple[Path, Path]:
+    document = stage / _DIRECTORY / f"step-{step:08d}.json"
+    return document, document.with_suffix(".safetensors")

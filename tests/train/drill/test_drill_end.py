@@ -1,0 +1,72 @@
+"""A drill whose training does not last, and orders that come too late for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from crosschip.cli.drilling import _exit_code
+from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK
+from crosschip.train.checkpoint import writing
+from crosschip.train.drill.drill import DrillPlan, run_drill
+from crosschip.train.drill.injection import _Disturber
+from crosschip.train.drill.orders import Order, give_order, taken, withdraw
+
+# As far as a drill looks: a log that grows, and how it ends.
+TRAINING = """
+import json, signal, sys, time
+from pathlib import Path
+stage = Path(sys.argv[1]) / "train" / "pretrain"
+stage.mkdir(parents=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with (stage / "metrics.jsonl").open("a") as log:
+    for step in range(1, int(sys.argv[2])):
+        line = {"step": step, "loss": 1.0, "gradient_norm": 1.0, "seconds": 0.01}
+        print(json.dumps(line), file=log, flush=True)
+        time.sleep(0.01)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "duration_s", "code", "is_early"), [(40, 60.0, 3, True), (100_000, 0.5, 143, False)]
+)
+def test_a_training_that_ends_before_the_drill_is_no_success(
+    tmp_path: Path, num_steps: int, duration_s: float, code: int, is_early: bool
+) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    run = tmp_path / "run"
+    command = [sys.executable, str(script), str(run), str(num_steps)]
+    report = run_drill(DrillPlan(command, run, "pretrain", 1, 1, [], 60.0, duration_s), print)
+    assert (report["exit_code"], report["ended_early"]) == (code, is_early)
+    assert _exit_code(report, is_clean=True) == (EXIT_FAIL if is_early else EXIT_OK)
+    assert _exit_code(report, is_clean=False) == (EXIT_FAIL if is_early else EXIT_INCONCLUSIVE)
+
+
+@pytest.mark.parametrize("is_withdrawn", [True, False])
+def test_a_fault_in_a_save_that_was_withdrawn_does_not_strike_later(tmp_path: Path, monkeypatch, is_withdrawn) -> None:
+    written: list[tuple[object, ...]] = []
+    monkeypatch.setattr(writing, "write_checkpoint", lambda *arguments: written.append(arguments))
+    honest = writing.write_checkpoint
+    slept: list[float] = []
+    monkeypatch.setattr("crosschip.train.drill.injection.time.sleep", slept.append)
+    job: Any = SimpleNamespace(
+        position=SimpleNamespace(step=4),
+        world=SimpleNamespace(rank=0),
+        model=SimpleNamespace(norm=SimpleNamespace(register_forward_hook=lambda hook: None)),
+    )
+    disturber = _Disturber(job, tmp_path, 0)
+    give_order(tmp_path, 0, 0, Order(1, "save-hang"))
+    disturber.on_batch(None)  # type: ignore[arg-type]
+    assert writing.write_checkpoint is not honest, "the next save is the one"
+    assert withdraw(tmp_path, 0, 0, 1) if is_withdrawn else taken(tmp_path, 1) is None
+    writing.write_checkpoint("path", "staged")  # type: ignore[call-arg, arg-type]
+    assert bool(slept) is not is_withdrawn
+    assert written == [("path", "staged")]
+    assert writing.write_checkpoint is honest
+    assert (taken(tmp_path, 1) is None) is is_withdrawn

@@ -1,0 +1,218 @@
+"""A stage that goes on in the middle of a batch: what was answered is trained, and batches stay on policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from crosschip.data import NOT_TRAINED
+from crosschip.recipe import RlSettings
+from crosschip.train.group.world import ALONE
+from crosschip.train.rl import reinforcer as reinforcer_module
+from crosschip.train.rl.batch import RlBatch
+from crosschip.train.rl.event_queue import EventQueue
+from crosschip.train.rl.reinforcer import Reinforcer
+from crosschip.train.rl.rollouts import RolloutError, Rollouts
+from crosschip.train.rl.rollouts.ledger import Ledger
+from crosschip.train.rl.rollouts.taken import TakenBatch, Window, WorkClock
+from crosschip.train.rl.sample import Group
+from tests.train.rl.made import problem, sample, settings
+
+BATCH = 4  # answers that a step trains
+
+
+@dataclass
+class InstantRollouts:
+    """The bookkeeping of real rollouts with engines that answer at once; each answer's first token numbers it."""
+
+    settings: RlSettings
+    finished: bool = True
+    published: list[int] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.settings.prompts, 0, 8, drop_without_signal=False, has_signal=lambda group: True)
+
+    def publish(self, version: int, write: Any) -> None:
+        self.published.append(version)
+        self.ledger.set_due(version)
+
+    def take(self, version: int) -> TakenBatch:
+        assert version == self.ledger.due == self.published[-1]
+        self.taken.append(version)
+        while self.ledger.may_begin(version):
+            number = self.ledger.begin(version)
+            answers = [
+                sample(float(place % 2), (4 * number + place, 2), version=version, finished=self.finished)
+                for place in range(4)
+            ]
+            self.ledger.finish(Group(problem(number), tuple(answers)))
+        return Window().batch(self.ledger.take(), True, WorkClock(0.0).cut(1.0))
+
+    def state(self) -> dict[str, Any]:
+        return {"due": self.ledger.due, "next_number": self.ledger.next_number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.ledger.restore(state["next_number"], [], [], state["due"])
+
+
+@dataclass
+class Stage:
+    """A loop as far as the reinforcer sees it."""
+
+    directory: Path
+    settings: RlSettings
+    rollouts: InstantRollouts = field(init=False)
+    trained: list[int] = field(default_factory=list)
+    published_after: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rollouts = InstantRollouts(self.settings)
+        self.events = EventQueue()
+        self.reinforcer = Reinforcer(
+            settings=self.settings,
+            directory=self.directory,
+            model=cast(Any, None),
+            tokenizer=cast(Any, Tokenizer()),
+            compute_dtype=torch.float32,
+            world=ALONE,
+            rollouts=cast(Rollouts, self.rollouts),
+            seed=3,
+            beat=lambda: None,
+            events=self.events,
+        )
+
+    def go(self, after: int, until: int) -> None:
+        """From the checkpoint of one step to that of another."""
+        self.reinforcer.begin(after)
+        for step in range(after + 1, until + 1):
+            self.step(step)
+        self.save(until)
+
+    def step(self, step: int) -> None:
+        batch = self.reinforcer.stream.batch((step - 1) * BATCH, BATCH)
+        self.trained += answers_in(batch)
+        num_published = len(self.rollouts.published)
+        self.reinforcer.after_update(step)
+        if len(self.rollouts.published) > num_published:
+            self.published_after.append(step)
+
+    def save(self, step: int) -> None:
+        (self.directory / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        self.reinforcer.after_save(step)
+
+
+class Tokenizer:
+    pad_id = 0
+
+
+def answers_in(batch: RlBatch) -> list[int]:
+    return [int(row[row != NOT_TRAINED][0]) for row in batch.labels_BT]
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed: weights are nobody's, and old log-probs say when they were computed."""
+    scored = iter(range(1, 100))
+    monkeypatch.setattr(reinforcer_module, "gather_model", lambda model, world: object())
+    monkeypatch.setattr(
+        Reinforcer, "_scored", lambda self, model, batch: torch.full_like(batch.behaviour_BT, float(next(scored)))
+    )
+
+
+def two_updates(**more: object) -> RlSettings:
+    return settings(updates_per_batch=2, steps=8, checkpoint_every=3, **more)
+
+
+def test_a_resume_in_the_middle_of_a_batch_trains_the_same_answers(tmp_path: Path) -> None:
+    whole = Stage(tmp_path / "whole", two_updates())
+    whole.go(0, 8)
+    before = Stage(tmp_path / "cut", two_updates())
+    before.go(0, 3)
+    after = Stage(tmp_path / "cut", two_updates())
+    after.go(3, 8)
+    assert len(set(whole.trained)) == 8 * BATCH
+    assert before.trained + after.trained == whole.trained
+    assert before.published_after + after.published_after == whole.published_after == [2, 4, 6]
+    assert before.rollouts.taken + after.rollouts.taken == whole.rollouts.taken == [0, 1, 2, 3]
+    assert after.events.taken() == []
+
+
+def test_the_rest_of_a_batch_keeps_what_the_trainer_computed_before_its_first_update(tmp_path: Path) -> None:
+    before = Stage(tmp_path, two_updates())
+    before.go(0, 3)
+    old_BT = before.reinforcer.stream.batch(3 * BATCH, BATCH).old_BT
+    after = Stage(tmp_path, two_updates())
+    after.reinforcer.begin(3)
+    rest = after.reinforcer.stream.batch(3 * BATCH, BATCH)
+    assert old_BT is not None
+    assert rest.old_BT is not None
+    assert torch.equal(rest.old_BT, old_BT)
+
+
+def test_after_a_roll_back_batches_begin_anew_and_weights_go_out_when_they_are_used_up(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, two_updates())
+    stage.go(0, 3)
+    stage.reinforcer.renew()  # back to the weights of step 3, in the middle of a batch
+    stage.published_after.clear()
+    for step in range(4, 8):
+        stage.step(step)
+    assert stage.published_after == [5, 7]
+    assert stage.rollouts.taken == [0, 1, 2, 3]
+    assert stage.rollouts.published == [0, 1, 2, 3, 4]
+
+
+def test_a_stage_that_was_finished_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    Stage(tmp_path, two_updates()).go(0, 8)
+    longer = Stage(tmp_path, two_updates().model_copy(update={"steps": 10}))
+    longer.go(8, 10)
+    assert longer.rollouts.taken == [4]
+    assert longer.trained == sorted(longer.trained) or len(set(longer.trained)) == 2 * BATCH
+
+
+def test_a_checkpoint_whose_rollouts_are_missing_says_so(tmp_path: Path) -> None:
+    Stage(tmp_path, two_updates()).go(0, 3)
+    (tmp_path / "rollouts/step-00000003.json").unlink()
+    stage = Stage(tmp_path, two_updates())
+    stage.reinforcer.begin(3)
+    ((event, detail, _),) = stage.events.taken()
+    assert event == "rollouts lost"
+    assert "step-00000003.json is missing" in detail
+    stage.step(4)
+    assert stage.rollouts.taken == [0]
+
+
+def test_a_damaged_rest_is_not_trained(tmp_path: Path) -> None:
+    Stage(tmp_path, two_updates()).go(0, 3)
+    (tmp_path / "rollouts/step-00000003.safetensors").write_bytes(b"cut")
+    stage = Stage(tmp_path, two_updates())
+    stage.reinforcer.begin(3)
+    assert [event for event, _, _ in stage.events.taken()] == ["rollouts lost"]
+
+
+def test_what_was_sampled_is_written_before_the_checkpoint_and_goes_with_it(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, two_updates())
+    stage.reinforcer.begin(0)
+    for step in range(1, 4):
+        stage.step(step)
+    names = [path.name for path in sorted((tmp_path / "rollouts").iterdir())]
+    assert names == ["step-00000003.json", "step-00000003.safetensors"]
+    stage.save(3)
+    for step in range(4, 7):
+        stage.step(step)
+    (tmp_path / "checkpoints/step-00000003").rmdir()
+    stage.save(6)
+    assert [path.name for path in sorted((tmp_path / "rollouts").iterdir())] == ["step-00000006.json"]
+
+
+def test_a_batch_of_answers_that_are_all_left_out_says_why(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, two_updates(over_long="leave out"))
+    stage.rollouts.finished = False
+    stage.reinforcer.begin(0)
+    with pytest.raises(RolloutError, match="all 8 answers of a batch were left out: 8 were cut off") as raised:
+        stage.step(1)
+    assert "max_new_tokens" in raised.value.remedy
