@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ NOT_COVERED = "NOT COVERED"  # of a gate that nobody went through
 PASSED = ("PASS", "PASS WITH LIMITS")
 
 _LARGEST_BYTES = 64 << 20  # a certificate of 10,000 shards has some 2 MB
+_SHOWN = 80  # characters of a strange value that a message shows
+_DEEPEST = 64  # lists and objects in one another; ours have some 8
 # What a certificate must have to be one, and of what type.
 _FORM: dict[str, type] = {
     "made_at": str,
@@ -129,7 +132,10 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise HandoffError(f"{path} has {size} B, more than any certificate ({_LARGEST_BYTES} B)", _REMEDY)
     try:
         text = path.read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        document = json.loads(
+            text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant, parse_float=_finite_float
+        )
+        _check_writable(document)
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise HandoffError(f"{path} is not JSON: {type(error).__name__}: {error}", _REMEDY) from None
     if not isinstance(document, dict):
@@ -149,6 +155,32 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:_SHOWN]} is larger than any number")
+    return value
+
+
+def _check_writable(document: Any) -> None:
+    """What is read must be possible to write again, to seal, and to print: no depth without end, no half characters.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    level, depth = [document], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"lists and objects lie more than {_DEEPEST} deep in one another")
+        inside = [each for value in level if isinstance(value, dict) for pair in value.items() for each in pair]
+        inside += [each for value in level if isinstance(value, list) for each in value]
+        for text in inside:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()  # half of a surrogate pair is no character: UnicodeEncodeError
+        level = [each for each in inside if isinstance(each, dict | list)]
 
 
 def _check_form(path: Path, document: dict[str, Any]) -> None:
@@ -180,4 +212,4 @@ def _field(entry: Any, name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return repr(value)[:80]
+    return repr(value)[:_SHOWN]

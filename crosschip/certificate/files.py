@@ -47,7 +47,7 @@ def files_of(directory: Path) -> list[str]:
     Hidden names (`.git`, `.cache`) are what tools of version control and download leave; no engine reads them.
 
     Raises:
-        HandoffError: a name leads to something that is no file, such as a pipe or a link to a directory.
+        HandoffError: a name leads to something that is no file, such as a pipe or a link to a directory, or is no text.
     """
     found = []
     for parent, directories, names in os.walk(directory):
@@ -57,10 +57,19 @@ def files_of(directory: Path) -> list[str]:
             if (here / name).is_symlink():
                 raise _no_file(here / name, "a link to a directory")
         for name in names:
-            relative = (here / name).relative_to(directory).as_posix()
+            relative = _as_text((here / name).relative_to(directory).as_posix(), directory)
             if not name.startswith(".") and relative not in _OURS:
                 found.append(relative)
     return sorted(found)
+
+
+def _as_text(name: str, directory: Path) -> str:
+    """A name as it is; the bytes of some are no UTF-8, and no certificate could hold them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise HandoffError(f"{directory} holds a file whose name is no UTF-8: {name!a}", "rename it") from None
+    return name
 
 
 def hash_files(directory: Path, names: list[str], tell: Tell = lambda line: None) -> list[FileEntry]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crosschip.golden.config_fields import FieldDifference
 from crosschip.golden.distance import MeanBound
-from crosschip.golden.limits import FLOOR_FACTOR, Limit
+from crosschip.golden.limits import FLIP_SHARE, FLOOR_FACTOR, QUANTISED, Limit
 
 if TYPE_CHECKING:  # that module imports torch
     from crosschip.golden.weights import WeightDifference
@@ -78,6 +78,11 @@ class View:
     margin_noise: float = 0.0
 
     @property
+    def flip_share(self) -> float:
+        """The share of the judged router choices that fell otherwise by more than rounding explains."""
+        return self.unexplained_flips / self.judged_choices if self.judged_choices else 0.0
+
+    @property
     def first_diverging(self) -> PointDistance | None:
         """The first point, in the order of computation, that is beyond its limit."""
         return next((point for point in self.points if point.is_beyond), None)
@@ -133,6 +138,19 @@ class Comparison:
         return (
             self.limit.target == "bf16 to bf16" and self.limit.mean_kl < noise and view.kl.mean <= FLOOR_FACTOR * noise
         )
+
+    @property
+    def logprob_limit(self) -> float:
+        """The largest difference of one log-prob that is allowed."""
+        return self.limit.logprob(self.floor["logprob"])
+
+    def is_logprob_beyond(self, view: View) -> bool:
+        """Whether some log-prob alone is off by more than its own limit; what is not a number is."""
+        return not view.largest_logprob_difference <= self.logprob_limit
+
+    def are_flips_beyond(self, view: View) -> bool:
+        """Whether more router choices than chance gives fell otherwise by more than rounding explains."""
+        return self.limit.target not in QUANTISED and view.flip_share > FLIP_SHARE
 
     def document(self) -> dict[str, Any]:
         """The comparison for JSON; numbers that are not finite become words."""

@@ -5,23 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FieldDifference", "compare_fields", "fields_of_document", "numeric_fields"]
+__all__ = [
+    "OTHER_ENGINES_READ",
+    "TIED",
+    "FieldDifference",
+    "compare_fields",
+    "fields_of_document",
+    "numeric_fields",
+    "special_tokens",
+]
 
-# Names of tokens, room for positions, what only training reads; and tied embeddings, which are always written out.
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TIED = "tie_word_embeddings"
+# Names of tokens, room for positions, what only training reads; and tied embeddings, which are always written out, so
+# that the field changes numbers only where the tensors differ (`crosschip.golden.files.field_differences`).
 _WITHOUT_EFFECT = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings"),
-    *("tie_word_embeddings", "num_nextn_predict_layers", "vocab_size"),
+    *(*_SPECIAL_TOKENS, "initializer_range", "max_position_embeddings"),
+    *(TIED, "num_nextn_predict_layers", "vocab_size"),
 }
 # Of any architecture: names, dtypes and forms of storage, and what only training or generation reads.
 _ANYWHERE_WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings", "use_cache"),
+    *(*_SPECIAL_TOKENS, "initializer_range", "max_position_embeddings", "use_cache"),
     *("attention_dropout", "output_attentions", "output_hidden_states", "return_dict", "vocab_size", "auto_map"),
     *("output_router_logits", "router_aux_loss_coef", "pretraining_tp", "id2label", "label2id", "problem_type"),
 }
 # What other engines read from config.json as well, and drop numbers without; our model computes these values alone, so
 # a file of its architecture that is silent, as transformers writes them, means them.
-_ONLY_OTHER_ENGINES = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hidden_act": "silu", "moe_layer_freq": 1}
+OTHER_ENGINES_READ = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hidden_act": "silu", "moe_layer_freq": 1}
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ def numeric_fields(config: dict[str, Any], document: dict[str, Any]) -> dict[str
     The order of a table's keys is dropped; tuples become lists, as in JSON.
     """
     fields = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
-    fields |= {key: document.get(key) for key in _ONLY_OTHER_ENGINES}
+    fields |= {key: document.get(key) for key in OTHER_ENGINES_READ}
     return {key: _plain(value) for key, value in fields.items()}
 
 
@@ -58,6 +69,16 @@ def fields_of_document(document: dict[str, Any]) -> dict[str, Any]:
         for key, value in sorted(document.items())
         if key not in _ANYWHERE_WITHOUT_EFFECT
     }
+
+
+def special_tokens(document: Any) -> dict[str, Any]:
+    """The tokens that begin, end and fill up texts, as a `config.json` names them; a list of one is the one.
+
+    They change no number of a replay, and all where an answer ends.
+    """
+    fields = document if isinstance(document, dict) else {}
+    found = {name: _plain(fields.get(name)) for name in _SPECIAL_TOKENS}
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -79,4 +100,4 @@ def compare_fields(recorded: dict[str, Any], found: dict[str, Any]) -> list[Fiel
 
 def _is_written_out(each: FieldDifference, recorded: dict[str, Any]) -> bool:
     is_silent = each.field in recorded and each.recorded is None
-    return is_silent and each.found is not None and each.found == _ONLY_OTHER_ENGINES.get(each.field)
+    return is_silent and each.found is not None and each.found == OTHER_ENGINES_READ.get(each.field)

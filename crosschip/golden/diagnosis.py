@@ -8,7 +8,7 @@ from typing import Literal
 from crosschip.golden.comparison import Comparison, RowDistance, View
 from crosschip.golden.limits import QUANTISED
 
-__all__ = ["Cause", "Diagnosis", "diagnose"]
+__all__ = ["Cause", "Diagnosis", "diagnose", "of_noise", "one_log_prob"]
 
 Cause = Literal["conversion", "config field", "length", "operator", "engine", "recording", "noise", "none"]
 
@@ -36,15 +36,30 @@ def diagnose(comparison: Comparison) -> Diagnosis:
     if comparison.fields:
         words = "; ".join(each.words for each in comparison.fields)
         return Diagnosis("config field", comparison.fields[0].field, f"the configuration differs: {words}")
-    for view in comparison.views:
-        found = _of_view(comparison, view)
-        if found is not None:
-            return found
+    found = [each for view in comparison.views if (each := _of_view(comparison, view)) is not None]
+    told = next((each for each in found if each.cause != "noise"), None)
+    if told is not None:  # noise explains nothing that another way of running the rows shows beyond it
+        return told
     if comparison.curve is not None and _curve_is_bad(comparison):
         return Diagnosis(
             "operator", "training step", "the forward pass agrees and the training curve does not: look at the backward"
         )
-    return Diagnosis("none", comparison.engine, "nothing differs by more than its limit")
+    return found[0] if found else Diagnosis("none", comparison.engine, "nothing differs by more than its limit")
+
+
+def of_noise(comparison: Comparison) -> Diagnosis:
+    """The limit cannot tell the model from itself."""
+    noise = comparison.floor["mean_kl"]
+    words = (
+        f"the recording chip's own noise in {comparison.dtype}, {noise:.1e} nats, is beyond the limit, which "
+        "cannot tell this model from itself then: hand it off in float32, or train it until rounding decides less"
+    )
+    return Diagnosis("noise", comparison.dtype, words)
+
+
+def one_log_prob(comparison: Comparison, view: View) -> str:
+    """That some log-prob alone is beyond its limit, in words."""
+    return f"one log-prob is off by {view.largest_logprob_difference:.2e} nats, limit {comparison.logprob_limit:.2e}"
 
 
 def _curve_is_bad(comparison: Comparison) -> bool:
@@ -57,16 +72,13 @@ def _curve_is_bad(comparison: Comparison) -> bool:
 
 def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
     is_bad = [_row_is_bad(row, comparison) for row in view.rows]
-    if not any(is_bad) and view.first_diverging is None and not view.kl.mean > comparison.limit.mean_kl:
-        return None
     first = view.first_diverging
-    if first is None and comparison.is_drowned(view):
-        noise = comparison.floor["mean_kl"]
-        words = (
-            f"the recording chip's own noise in {comparison.dtype}, {noise:.1e} nats, is beyond the limit, which "
-            "cannot tell this model from itself then: hand it off in float32, or train it until rounding decides less"
-        )
-        return Diagnosis("noise", comparison.dtype, words)
+    is_beyond_noise = comparison.is_logprob_beyond(view) or comparison.are_flips_beyond(view)
+    is_far = any(is_bad) or view.kl.mean > comparison.limit.mean_kl
+    if not is_far and first is None and not is_beyond_noise:
+        return None
+    if first is None and comparison.is_drowned(view):  # noise moves whole rows, too, so their lengths tell nothing
+        return _without_layers(comparison, view) if is_beyond_noise else of_noise(comparison)
     length = _of_length(view, is_bad)
     if length is not None:
         return length
@@ -83,21 +95,34 @@ def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
 def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
     """Only answers were seen to differ: the files are the recorded ones, as far as they were compared."""
     engine, other, limit = comparison.engine, comparison.transformers, comparison.limit.mean_kl
+    differ = _how_answers_differ(comparison, view)
     if comparison.route != "http":
-        return Diagnosis(
-            "operator", engine, f"{engine}, {view.name}: answers differ, and no layer is seen to differ first"
-        )
+        return Diagnosis("operator", engine, f"{engine}, {view.name}: {differ}, and no layer is seen to differ first")
     if other is None:
         unknown = "" if comparison.files_checked else "; its files were not given, so they may be the cause as well"
-        return Diagnosis("engine", engine, f"{engine}, {view.name}: answers differ{unknown}")
-    if other.kl.mean <= limit:
-        words = f"the same files in transformers agree (mean KL {other.kl.mean:.1e}): {engine} computes otherwise"
+        return Diagnosis("engine", engine, f"{engine}, {view.name}: {differ}{unknown}")
+    is_drowned = comparison.is_drowned(view)  # then the mean tells nothing of the same files elsewhere, either
+    is_right = not comparison.is_logprob_beyond(other) if is_drowned else other.kl.mean <= limit
+    what = f"{differ}; " if is_drowned else ""
+    if is_right:
+        words = f"{what}the same files in transformers agree (mean KL {other.kl.mean:.1e}): {engine} computes otherwise"
         return Diagnosis("engine", engine, words)
-    both = f"the same files in transformers differ as well (mean KL {other.kl.mean:.1e})"
+    both = f"{what}the same files in transformers differ as well (mean KL {other.kl.mean:.1e})"
     if comparison.limit.target in QUANTISED:
         return Diagnosis("conversion", comparison.limit.target, f"{both}: look at how they were quantised")
     words = f"{both} and are those of the recording: the chip that recorded may be the one that computes otherwise"
     return Diagnosis("recording", "the bundle", words)
+
+
+def _how_answers_differ(comparison: Comparison, view: View) -> str:
+    """Where the mean is within the limit, or within the noise, the numbers that are not."""
+    if not view.kl.mean <= comparison.limit.mean_kl and not comparison.is_drowned(view):
+        return "answers differ"
+    if comparison.is_logprob_beyond(view):
+        return one_log_prob(comparison, view)
+    if comparison.are_flips_beyond(view):
+        return f"router choices fall otherwise by more than rounding explains: {view.worst_flip}"
+    return "answers differ"
 
 
 def _row_is_bad(row: RowDistance, comparison: Comparison) -> bool:

@@ -12,15 +12,23 @@ from safetensors import safe_open
 
 from crosschip.errors import GoldenError, ModelError, RunDirectoryError
 from crosschip.golden.bundle import Bundle
-from crosschip.golden.config_fields import FieldDifference, compare_fields, fields_of_document, numeric_fields
+from crosschip.golden.config_fields import TIED, FieldDifference, compare_fields, fields_of_document, numeric_fields
 from crosschip.golden.weights import TensorRecord, WeightDifference, compare_weights, records_of
 from crosschip.model import ModelConfig, read_config
 from crosschip.rundir import read_json
 
-__all__ = ["FileCheck", "check_files", "dtype_of_directory", "dtype_of_records", "fields_in", "fields_of"]
+__all__ = [
+    "FileCheck",
+    "check_files",
+    "dtype_of_directory",
+    "dtype_of_records",
+    "field_differences",
+    "fields_in",
+    "fields_of",
+]
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ def check_files(bundle: Bundle, model_directory: Path, quantised: str | None = N
     """
     try:
         fields = compare_fields(bundle.manifest["config"], fields_of(model_directory, bundle.route))
+        fields += _wrongly_tied(bundle, read_json(model_directory / "config.json"))
     except (ModelError, RunDirectoryError) as error:
         if not model_directory.is_dir():
             raise
@@ -68,6 +77,28 @@ def check_files(bundle: Bundle, model_directory: Path, quantised: str | None = N
             "record a bundle of these weights; for a quantised form of them give --quantised",
         )
     return FileCheck(fields, weights, dtype)
+
+
+def field_differences(bundle: Bundle, document: dict[str, Any]) -> list[FieldDifference]:
+    """Every field of a `config.json`, which was read already, that is not the recorded one.
+
+    Raises:
+        ModelError: our own model is the bundle's route and cannot run this configuration.
+    """
+    found = compare_fields(bundle.manifest["config"], fields_in(document, bundle.route))
+    return found + _wrongly_tied(bundle, document)
+
+
+def _wrongly_tied(bundle: Bundle, document: dict[str, Any]) -> list[FieldDifference]:
+    """A `config.json` that ties the output to the embedding, where the recorded tensors are two.
+
+    On the route through transformers the field is compared as all others are.
+    """
+    embedding, output = bundle.weights.get(_EMBEDDING), bundle.weights.get(_OUTPUT)
+    are_two = embedding is not None and output is not None and embedding.sha256 != output.sha256
+    if bundle.route == "model" and are_two and document.get(TIED):
+        return [FieldDifference(TIED, False, document[TIED])]
+    return []
 
 
 def fields_of(model_directory: Path, route: str) -> dict[str, Any]:

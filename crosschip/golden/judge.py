@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosschip.golden.comparison import Comparison, View
-from crosschip.golden.diagnosis import Diagnosis, diagnose
-from crosschip.golden.limits import QUANTISED
+from crosschip.golden.diagnosis import Diagnosis, diagnose, of_noise, one_log_prob
+from crosschip.golden.limits import FLIP_SHARE, QUANTISED
 
 __all__ = ["Judgement", "judge"]
 
-_FLIP_SHARE = 1e-3  # of choices beyond the noise; the noise is a 99.9 % quantile
 _NUM_SEEN = {"model": 4, "transformers": 3, "http": 2}
 _RANK = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS WITH LIMITS": 2, "PASS": 3}
 
@@ -90,13 +89,14 @@ def _of_view(comparison: Comparison, view: View, cause: Diagnosis) -> list[dict[
     limit = comparison.limit
     found = []
     if not view.kl.upper_95 < limit.mean_kl:
-        is_within = view.kl.mean <= limit.mean_kl or comparison.is_drowned(view)
-        verdict = "INCONCLUSIVE" if is_within else "FAIL"
+        is_drowned = comparison.is_drowned(view)
+        verdict = "INCONCLUSIVE" if is_drowned or view.kl.mean <= limit.mean_kl else "FAIL"
+        why = of_noise(comparison) if is_drowned else cause
         bound = f"mean KL {view.kl.mean:.2e} nats (upper 95 % bound {view.kl.upper_95:.2e})"
-        words = f"{bound}, limit {limit.mean_kl:.2e}: {cause.words}"
+        words = f"{bound}, limit {limit.mean_kl:.2e}: {why.words}"
         found.append(
             _finding(
-                verdict, cause.subject, f"mean KL, {view.name}", words, view.kl.upper_95, limit.mean_kl, limit.source
+                verdict, why.subject, f"mean KL, {view.name}", words, view.kl.upper_95, limit.mean_kl, limit.source
             )
         )
     point = view.first_diverging
@@ -106,26 +106,24 @@ def _of_view(comparison: Comparison, view: View, cause: Diagnosis) -> list[dict[
         source = "5 x the recording chip's own noise there, or a stated share of the dtype's unit"
         found.append(_finding("FAIL", cause.subject, f"activations, {view.name}", cause.words, measured, most, source))
     found += _of_log_probs(comparison, view, cause)
-    share = view.unexplained_flips / view.judged_choices if view.judged_choices else 0.0
     if view.unexplained_flips and limit.target not in QUANTISED:
-        verdict = "FAIL" if share > _FLIP_SHARE else "PASS WITH LIMITS"
+        verdict = "FAIL" if comparison.are_flips_beyond(view) else "PASS WITH LIMITS"
         number = f"{view.unexplained_flips} of {view.judged_choices} router choices fell otherwise"
         words = f"{number} by more than rounding explains: {view.worst_flip}"
         source = "share of choices whose recorded margin exceeds 5 x the recorded noise"
-        found.append(
-            _finding(verdict, cause.subject, f"router choices, {view.name}", words, share, _FLIP_SHARE, source)
-        )
+        check = f"router choices, {view.name}"
+        found.append(_finding(verdict, cause.subject, check, words, view.flip_share, FLIP_SHARE, source))
     return found
 
 
 def _of_log_probs(comparison: Comparison, view: View, cause: Diagnosis) -> list[dict[str, Any]]:
     limit = comparison.limit
     found = []
-    most = limit.logprob(comparison.floor["logprob"])
-    if not view.largest_logprob_difference <= most:
-        words = f"one log-prob is off by {view.largest_logprob_difference:.2e} nats, limit {most:.2e}: {cause.words}"
+    if comparison.is_logprob_beyond(view):
+        words = one_log_prob(comparison, view)
+        words = cause.words if words in cause.words else f"{words}: {cause.words}"
         source = "10 x the recording chip's own largest, or what was stated for the dtype"
-        number = view.largest_logprob_difference
+        number, most = view.largest_logprob_difference, comparison.logprob_limit
         found.append(_finding("FAIL", cause.subject, f"log-probs, {view.name}", words, number, most, source))
     for row in view.rows:
         # One row among many is held to the limit by its lower bound: the upper one of few positions says little.

@@ -11,10 +11,11 @@ from typing import Literal
 
 from crosschip.errors import GoldenError
 
-__all__ = ["FLOOR_FACTOR", "QUANTISED", "Limit", "Target", "limit_for", "target_of"]
+__all__ = ["FLIP_SHARE", "FLOOR_FACTOR", "QUANTISED", "Limit", "Target", "limit_for", "target_of"]
 
 Target = Literal["fp32 to fp32", "bf16 to bf16", "q8_0", "int8", "fp8"]
 
+FLIP_SHARE = 1e-3  # of router choices beyond the noise; the noise is a 99.9 % quantile
 FLOOR_FACTOR = 5.0  # times the recording chip's own noise floor
 
 _FP32 = 1e-6

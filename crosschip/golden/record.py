@@ -17,6 +17,7 @@ from crosschip.chips import Chip, fingerprint
 from crosschip.errors import GoldenError, ModelError
 from crosschip.golden.bundle import write_bundle
 from crosschip.golden.comparison import CurveDistance
+from crosschip.golden.config_fields import special_tokens
 from crosschip.golden.files import fields_of
 from crosschip.golden.inputs import ModelShape, Row, ladder_rows, rows_of_ids, text_rows
 from crosschip.golden.noise_floor import OtherRun, noise_floor
@@ -101,6 +102,7 @@ def record(
         "top_k": min(TOP_K, shape.vocab_size),
         "seed": plan.seed,
         "config": fields_of(directory, route),
+        "special_tokens": special_tokens(read_json(directory / "config.json")),
         "vocab_size": shape.vocab_size,
         "num_nextn_predict_layers": shape.num_nextn_predict_layers,
         "curve_plan": asdict(recorder.curve_plan),

@@ -6,6 +6,7 @@ choices, no training.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,31 +20,70 @@ from crosschip.chips import Chip
 from crosschip.errors import GoldenError
 from crosschip.golden.observing import Arrays, Observing, log_prob_arrays, made_batch, sketch_of
 
-__all__ = ["Attention", "load_causal_lm", "observe_causal_lm", "shown_points", "size_of_config"]
+__all__ = ["Attention", "load_causal_lm", "loaded_whole", "observe_causal_lm", "shown_points", "size_of_config"]
 
 Attention = Literal["eager", "sdpa"]
+
+_SHOWN = 4  # names of tensors that a message shows
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def load_causal_lm(directory: Path, chip: Chip, dtype: torch.dtype, attention: Attention = "eager") -> Any:
     """The model in `directory` on `chip`, computing in `dtype`.
 
     Raises:
-        GoldenError: transformers does not load it; the message carries its reason.
+        GoldenError: transformers does not load it, or makes a part of it up; the message carries the reason.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
+        model = loaded_whole(directory, dtype, attention)
+    except GoldenError:
+        raise
     except Exception as error:  # a library of its own: it raises what it likes
         raise GoldenError(
             f"transformers does not load {directory} with {attention} attention: {type(error).__name__}: {error}",
             "the files are incomplete, or of an architecture that this transformers does not know",
         ) from error
     return model.eval().to(chip.device)
+
+
+def loaded_whole(directory: Path, dtype: torch.dtype, attention: Attention) -> Any:
+    """The model in `directory` with every tensor from its files: transformers fills gaps with random numbers.
+
+    Raises whatever transformers raises for files that it does not load.
+
+    Raises:
+        GoldenError: the files lack a tensor of the model, or hold one that the model has no place for.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+    )
+    model, info = loaded
+    _, num_layers, _ = _sizes(model.config)
+    wrong = {
+        "lack": sorted({*info["missing_keys"], *(str(each) for each in info["mismatched_keys"])}),
+        "have no place in the model for": sorted(
+            name for name in info["unexpected_keys"] if not _is_left_out_by_design(name, num_layers)
+        ),
+    }
+    for how, names in wrong.items():
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            raise GoldenError(
+                f"transformers reads {directory} and would make a part of it up or pass over it: the files {how} "
+                f"{', '.join(names[:_SHOWN])}{more}",
+                "the download or conversion is incomplete, or config.json is another model's",
+            )
+    return model
+
+
+def _is_left_out_by_design(name: str, num_layers: int) -> bool:
+    """Modules of multi-token prediction, which follow the last layer, and rotary tables, which are computed anew."""
+    layer = _LAYER.search(name)
+    return name.endswith("rotary_emb.inv_freq") or (layer is not None and int(layer.group(1)) >= num_layers)
 
 
 def size_of_config(directory: Path) -> tuple[int, int, int]:

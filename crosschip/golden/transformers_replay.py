@@ -21,7 +21,7 @@ from crosschip.golden.limits import Limit, limit_for, target_of
 from crosschip.golden.observing import Observing, log_prob_arrays
 from crosschip.golden.plan import BATCH_PLACE, BATCH_SIZE
 from crosschip.golden.replay import left_out, replay_dtype
-from crosschip.golden.transformers_model import Attention, load_causal_lm, observe_causal_lm
+from crosschip.golden.transformers_model import Attention, load_causal_lm, loaded_whole, observe_causal_lm
 from crosschip.golden.views import log_probs_of, near_ties, view_of_log_probs, view_without_choices
 
 __all__ = ["replay_in_transformers", "replay_through_transformers"]
@@ -81,14 +81,9 @@ def replay_through_transformers(
 def replay_in_transformers(bundle: Bundle, files: Path, limit: Limit, floor: dict[str, Any]) -> View:
     """Score the bundle's rows in fp32, whatever the files' dtype: rounding of its own would only blur the answer.
 
-    Raises whatever transformers raises for files that it does not load.
+    Raises whatever transformers raises for files that it does not load, and GoldenError for files that are not whole.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        files, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    )
+    model = loaded_whole(files, torch.float32, "eager")
     parts = defaultdict(list)
     for row in range(len(bundle.lengths)):
         own = bundle.of_rows([row])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from crosschip.golden.record import record
 from crosschip.handoff.certificate.arrived import Arrived, write_multiplied_out
 from crosschip.handoff.certificate.making import GoldenUsed
 from crosschip.handoff.certificate.tensors import differs_from_source
+from crosschip.handoff.scratch import scratch_directory
 from crosschip.handoff.source import ModelSource
 from crosschip.rundir import is_complete
 
@@ -113,8 +113,7 @@ def _recordable(source: ModelSource, place: Path, tell: Tell) -> Iterator[Path]:
         return
     tell("multiplying the 8-bit weights out, to record from them")
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".multiplied-out-") as temporary:
-        directory = Path(temporary)
+    with scratch_directory(place.parent, "multiplied-out") as directory:
         write_multiplied_out(Arrived(source.tensors, source.config, source.directory, False), directory)
         for file in source.tokenizer_files:
             shutil.copyfile(file, directory / file.name)

@@ -15,11 +15,12 @@ from crosschip.handoff.conversion.shards import RECORD_FILE, SHARD_BYTES, Tell
 from crosschip.handoff.source import ModelSource, last_checkpoint, open_source
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
-from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, sha256_of, write_json
+from crosschip.rundir import COMPLETE, RunDirectory, atomic_directory, is_complete, read_json, sha256_of, write_json
 
-__all__ = ["check_place", "export_hf", "export_model"]
+__all__ = ["HANDOFF_FILE", "check_place", "export_hf", "export_model", "with_a_name"]
 
 HANDOFF_SCHEMA = 1
+HANDOFF_FILE = "handoff.json"  # beside the files of every export, and of nothing else
 
 
 def export_hf(run: RunDirectory, recipe: Recipe, target: Path | None = None) -> Path:
@@ -69,13 +70,14 @@ def export_model(
     dtype = dtype or target.dtypes[0]
     if dtype not in target.dtypes:
         raise HandoffError(f"{target.name} is not written in {dtype}", f"choose among {', '.join(target.dtypes)}")
+    path = with_a_name(path)
     check_place(source, path)
     try:
         with _partial(path) as partial:
             target.export(source, partial, dtype, tell, shard_bytes)
             origin = source.directory
             named = str(origin.relative_to(relative_to)) if relative_to is not None else str(origin)
-            write_json(partial / "handoff.json", _record(partial, target, dtype, named))
+            write_json(partial / HANDOFF_FILE, _record(partial, target, dtype, named))
             _publish(partial, path)
     except OSError as error:
         raise HandoffError(f"writing {path} failed: {error}", "make room, or give another directory") from error
@@ -94,8 +96,17 @@ def check_place(source: ModelSource, path: Path) -> None:
             f"{path} holds the model that is handed off, {source.directory}: writing there would take it away",
             "give another directory",
         )
-    if path.exists() and not is_complete(path):
-        raise RunDirectoryError(f"{path} is there and is not an export of crosschip", "give another directory")
+    if path.exists() and not (is_complete(path) and (path / HANDOFF_FILE).is_file()):
+        raise RunDirectoryError(
+            f"{path} is there and is not an export of crosschip: it has no {HANDOFF_FILE} and {COMPLETE} beside each "
+            "other, and would be replaced whole",
+            "give another directory",
+        )
+
+
+def with_a_name(path: Path) -> Path:
+    """The same place, spelled so that something can be named after it and lie beside it: `.` and `..` have no name."""
+    return path.resolve() if path.name in ("", "..") else path.absolute()
 
 
 @contextmanager

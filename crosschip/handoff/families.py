@@ -6,6 +6,7 @@ is missing with random numbers, so a directory is held against this before anyth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,10 @@ __all__ = ["check_tensors", "expected_tensors"]
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
 
+_LATENT = ("deepseek_v2", "deepseek_v3")
 _ATTENTION = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"}
+_ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BIASES = {"qwen2": ("q", "k", "v")}  # always; others have them where attention_bias says so
 _MAY_HAVE_BIASES = {"llama", "qwen3", "qwen3_moe"}
 _HEAD_DIM = {"qwen3": 128, "qwen3_moe": 128}  # where config.json is silent; else the width over the heads
@@ -28,7 +32,7 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, Shape] | None:
     Raises:
         HandoffError: a field of `config.json` is missing or no number.
     """
-    if config.get("model_type") not in (*_ATTENTION, "deepseek_v2"):
+    if config.get("model_type") not in (*_ATTENTION, *_LATENT):
         return None
     return dict(_whole(config))
 
@@ -52,12 +56,12 @@ def check_tensors(config: dict[str, Any], found: dict[str, Shape], where: str) -
     expected = expected_tensors(config)
     if expected is None:
         return
-    if missing := [name for name in expected if name not in found and not _is_tied_output(config, name)]:
+    if missing := [name for name in expected if name not in found and not _may_be_missing(config, name)]:
         raise HandoffError(
             f"{where} lacks {len(missing)} tensors, the first: {', '.join(missing[:4])}",
             "the download or conversion is incomplete, or config.json is another model's",
         )
-    if surplus := [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]:
+    if surplus := [name for name in found if name not in expected and not _may_be_surplus(config, name)]:
         raise HandoffError(
             f"{where} holds {len(surplus)} tensors that a {config['model_type']} of this config.json does not have, "
             f"the first: {', '.join(surplus[:4])}",
@@ -71,13 +75,23 @@ def check_tensors(config: dict[str, Any], found: dict[str, Shape], where: str) -
             )
 
 
-def _is_tied_output(config: dict[str, Any], name: str) -> bool:
+def _may_be_missing(config: dict[str, Any], name: str) -> bool:
+    """A tied output, and the router's bias of a DeepSeek-V3 that chooses its experts without."""
+    if name.endswith(_ROUTER_BIAS):
+        return config.get("topk_method") not in ("noaux_tc", None)
     return name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
+
+
+def _may_be_surplus(config: dict[str, Any], name: str) -> bool:
+    """Rotary tables, which are computed anew, and the modules of multi-token prediction behind the last layer."""
+    layer = _LAYER.match(name)
+    is_behind = layer is not None and int(layer.group(1)) >= _number(config, "num_hidden_layers")
+    return name.endswith("rotary_emb.inv_freq") or (config["model_type"] == "deepseek_v3" and is_behind)
 
 
 def _whole(config: dict[str, Any]) -> Named:
     width, vocabulary = _number(config, "hidden_size"), _number(config, "vocab_size")
-    attention = _latent_attention if config["model_type"] == "deepseek_v2" else _attention
+    attention = _latent_attention if config["model_type"] in _LATENT else _attention
     yield "model.embed_tokens.weight", (vocabulary, width)
     for layer in range(_number(config, "num_hidden_layers")):
         for part in ("input_layernorm", "post_attention_layernorm"):
@@ -131,15 +145,17 @@ def _mlp_or_experts(config: dict[str, Any], layer: int) -> Named:
         return
     inner = _number(config, "moe_intermediate_size")
     yield "mlp.gate.weight", (number, width)
+    if config["model_type"] == "deepseek_v3":
+        yield _ROUTER_BIAS, (number,)
     for expert in range(number):
         yield from _mlp(f"mlp.experts.{expert}", width, inner)
-    if config["model_type"] == "deepseek_v2" and (shared := _number(config, "n_shared_experts", least=0, silent=0)):
+    if config["model_type"] in _LATENT and (shared := _number(config, "n_shared_experts", least=0, silent=0)):
         yield from _mlp("mlp.shared_experts", width, inner * shared)
 
 
 def _num_experts(config: dict[str, Any], layer: int) -> int:
     """Of one layer; 0 where it is dense."""
-    if config["model_type"] == "deepseek_v2":
+    if config["model_type"] in _LATENT:
         first, every = _number(config, "first_k_dense_replace", 0, 0), _number(config, "moe_layer_freq", silent=1)
         is_dense = layer < first or layer % every
         return 0 if is_dense else _number(config, "n_routed_experts", least=0, silent=0)

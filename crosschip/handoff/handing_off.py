@@ -9,37 +9,43 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.certificate import Certificate
-from crosschip.certificate.document import PASSED
+from crosschip.certificate.document import NOT_COVERED, PASSED
 from crosschip.certificate.signing import sign
 from crosschip.chips import Chip, find_chip
 from crosschip.errors import CrosschipError, HandoffError
 from crosschip.golden.bundle import Bundle, load_bundle
 from crosschip.golden.files import FileCheck
-from crosschip.golden.limits import QUANTISED
 from crosschip.golden.weights import WeightDifference
 from crosschip.handoff.bundles import check_numbers, choose_bundle, removed_if_refused
 from crosschip.handoff.certificate.arrived import Arrived, open_arrived
-from crosschip.handoff.certificate.engines import Trial, check_engine, default_engines, make_replays
+from crosschip.handoff.certificate.endings import tokenizer_and_endings_gate
+from crosschip.handoff.certificate.engines import Trial, check_engine, check_runs, default_engines, make_replays
 from crosschip.handoff.certificate.fields import fields_gate
 from crosschip.handoff.certificate.gate import Gate
 from crosschip.handoff.certificate.making import GoldenUsed, Made, certify, earlier_certificate, gates_before
 from crosschip.handoff.certificate.overwriting import overwrite_gate
 from crosschip.handoff.certificate.replays import Replayed
-from crosschip.handoff.certificate.reproducer import write_reproducers
-from crosschip.handoff.certificate.taken_over import answer_gates, write_read_gate
+from crosschip.handoff.certificate.reproducer import Evidence, write_reproducers
+from crosschip.handoff.certificate.taken_over import answer_gates, bound_answer_gates, write_read_gate
 from crosschip.handoff.certificate.tensors import manifest_gate, unreadable
-from crosschip.handoff.certificate.tokenizers import both, certified_tokenizer_gate, tokenizer_gate
+from crosschip.handoff.certificate.tokenizers import both
 from crosschip.handoff.conversion.rotary_pairs import FIELD
-from crosschip.handoff.export import check_place, export_model
+from crosschip.handoff.describing import (
+    chosen_dtype,
+    computed_in,
+    described_source,
+    described_target,
+    earlier_source,
+    quantisation,
+)
+from crosschip.handoff.export import check_place, export_model, with_a_name
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS, Target
-from crosschip.rundir import RunDirectory, read_json
+from crosschip.rundir import RunDirectory
 
 __all__ = ["HandoffResult", "certify_directory", "hand_off"]
 
 Tell = Callable[[str], None]
-
-_RECORD = "handoff.json"  # what the export wrote beside the files
 
 
 @dataclass(frozen=True)
@@ -102,25 +108,55 @@ def hand_off(
     target = _target(to)
     run, source = _run_and_path(source)
     model = open_source(source)
-    chosen = dtype or _dtype(target, model, run)
-    if chosen not in target.dtypes:
-        raise HandoffError(f"{target.name} is not written in {chosen}", f"choose among {', '.join(target.dtypes)}")
+    written = dtype or chosen_dtype(target, model, run)
+    if written not in target.dtypes:
+        raise HandoffError(f"{target.name} is not written in {written}", f"choose among {', '.join(target.dtypes)}")
     wishes = _Wishes(_named(engines), find_chip(chip), key, engine_python, answers, tell)
-    _check_beforehand(wishes)
-    directory = out or (source.with_name(f"{source.resolve().name}-{to}") if run is None else run.handoff(to))
-    beside = directory.with_name(f"{directory.name}-golden") if run is None else run.path / "golden"
+    _check_beforehand(wishes, is_gguf=target.name.startswith("gguf"))
+    directory, beside = _places(source, run, to, out)
+    described = {
+        "name": target.name,
+        "dtype": written,
+        "computed_in": computed_in(written),
+        "quantised": quantisation(target.quantised, written),
+    }
     with run.lock() if run is not None else contextlib.nullcontext():
-        computed, quantised = _arithmetic(chosen), _kind(target.quantised, chosen)
-        check_place(model, directory)
-        target.check(model)
-        used = choose_bundle(model, golden, beside, wishes.chip, computed, quantised, tell)
-        with removed_if_refused(used):
-            check_numbers(used.bundle)
-            tell(f"writing {directory}")
-            export_model(model, target, directory, chosen, tell=tell, relative_to=None if run is None else run.path)
-        described = {"name": target.name, "dtype": chosen, "computed_in": computed, "quantised": quantised}
-        made = _examine(directory, described, model, _description(source, model, run), used, wishes, None)
+        used = _exported(model, target, described, directory, golden, beside, run, wishes)
+        made = _examine(directory, described, model, described_source(source, model, run), used, wishes, None)
     return HandoffResult(directory, made.certificate, made.exit_code, used.recorded_now)
+
+
+def _places(source: Path, run: RunDirectory | None, to: str, out: Path | None) -> tuple[Path, Path]:
+    """Where the files go, and where the usual bundle is."""
+    if run is not None:
+        return (with_a_name(out) if out is not None else run.handoff(to)), run.path / "golden"
+    directory = with_a_name(out) if out is not None else source.with_name(f"{source.resolve().name}-{to}")
+    return directory, directory.with_name(f"{directory.name}-golden")
+
+
+def _exported(
+    model: ModelSource,
+    target: Target,
+    described: dict[str, Any],
+    directory: Path,
+    golden: Path | None,
+    beside: Path,
+    run: RunDirectory | None,
+    wishes: _Wishes,
+) -> GoldenUsed:
+    """Write the files, once nothing speaks against it any more; return the bundle that they are held against."""
+    tell, dtype = wishes.tell, described["computed_in"]
+    check_place(model, directory)
+    target.check(model)
+    used = choose_bundle(model, golden, beside, wishes.chip, dtype, described["quantised"], tell)
+    with removed_if_refused(used):
+        check_numbers(used.bundle)
+        for engine in wishes.engines or ():
+            check_runs(engine, used.bundle)
+        tell(f"writing {directory}")
+        relative_to = None if run is None else run.path
+        export_model(model, target, directory, described["dtype"], tell=tell, relative_to=relative_to)
+    return used
 
 
 def certify_directory(
@@ -143,13 +179,16 @@ def certify_directory(
     Raises:
         CrosschipError: the bundle or a key cannot be read, an engine is not known or refuses, nothing can be written.
     """
+    directory = with_a_name(directory)
     used = GoldenUsed(load_bundle(golden))
     check_numbers(used.bundle)
     wishes = _Wishes(_named(engines), find_chip(chip), key, engine_python, answers, tell)
-    _check_beforehand(wishes)
+    _check_beforehand(wishes, _is_gguf(directory))
+    for engine in wishes.engines or ():
+        check_runs(engine, used.bundle)
     earlier = earlier_certificate(directory, tell)
-    target = _described(directory, earlier, used.bundle, dtype)
-    source = {"kind": "not at hand", "path": None} if earlier is None else _without_weights(earlier)
+    target = described_target(directory, earlier, used.bundle, dtype)
+    source = {"kind": "not at hand", "path": None} if earlier is None else earlier_source(earlier)
     made = _examine(directory, target, None, source, used, wishes, earlier)
     return HandoffResult(directory, made.certificate, made.exit_code, used.recorded_now)
 
@@ -189,12 +228,14 @@ def _examine(
     failed = [
         (each.engine.partition("://")[0], each.comparison) for each in replays if each.judgement.verdict not in PASSED
     ]
-    write_reproducers(directory, bundle, gates, failed)
+    tensors = None if arrived is None else arrived.tensors
+    write_reproducers(directory, bundle, gates, failed, Evidence(source, tensors, target["quantised"]))
     native = next((each for each in replays if each.engine == "native"), None)
     if native is not None and native.judgement.verdict in PASSED:
         gates.append(overwrite_gate(directory, bundle.rows, wishes.chip.name, target["computed_in"], tell))
     write_read = None if source is None else write_read_gate(source.directory)
-    gates += [*answer_gates(wishes.answers), *([write_read] if write_read is not None else [])]
+    answered = bound_answer_gates(wishes.answers, directory, None if source is None else source.directory, tell)
+    gates += [*answered, *([write_read] if write_read is not None else [])]
     return certify(
         directory,
         target=target,
@@ -204,7 +245,7 @@ def _examine(
         replays=replays,
         chip=wishes.chip,
         earlier=earlier,
-        answers=wishes.answers,
+        answers=wishes.answers if any(each.verdict != NOT_COVERED for each in answered) else None,
         not_covered_too=left_out,
         key=wishes.key,
         tell=tell,
@@ -220,9 +261,7 @@ def _file_gates(
     tell: Tell,
 ) -> tuple[list[Gate], FileCheck, Arrived | None]:
     """The gates that need no engine, how the files differ for the replays to know, and the files as they are read."""
-    tokenizer = (
-        certified_tokenizer_gate(directory) if source is None else tokenizer_gate(source.tokenizer_files, directory)
-    )
+    tokenizer = tokenizer_and_endings_gate(directory, source, bundle)
     try:
         arrived = open_arrived(directory, _recorded_form(bundle) if source is None else source.config)
     except CrosschipError as error:
@@ -271,6 +310,7 @@ def _prediction_layers(bundle: Bundle) -> list[str]:
 def _run_and_path(source: Path | RunDirectory) -> tuple[RunDirectory | None, Path]:
     if isinstance(source, RunDirectory):
         return source, source.path
+    source = with_a_name(source)
     return (None if (source / "config.json").is_file() else RunDirectory(source)), source
 
 
@@ -280,66 +320,17 @@ def _target(to: str) -> Target:
     return TARGETS[to]
 
 
-def _dtype(target: Target, model: ModelSource, run: RunDirectory | None) -> str:
-    """What the recipe says, else the source's own, where the target is written in it; else the target's usual."""
-    wishes: list[str] = []
-    if run is not None and run.resolved_recipe.is_file():
-        from crosschip.recipe import parse_recipe
-
-        wishes.append(parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe)).handoff.dtype)
-    wishes.append(str(model.config.get("torch_dtype") or model.config.get("dtype")))
-    return next((wish for wish in wishes if wish in target.dtypes), target.dtypes[0])
-
-
-def _arithmetic(dtype: str) -> str:
-    """What a model in this dtype computes in: `q8_0` of GGUF is multiplied out to fp32."""
-    return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
-
-
-def _kind(of_target: str | None, dtype: str) -> str | None:
-    """The kind of quantisation, which GGUF has in its dtype and other targets in their name."""
-    return of_target or (dtype if dtype in QUANTISED else None)
-
-
-def _described(directory: Path, earlier: Certificate | None, bundle: Bundle, dtype: str | None) -> dict[str, Any]:
-    """The target of files that lie there already."""
-    if earlier is not None:
-        known = dict(earlier.document["target"])
-        return {**known, "computed_in": dtype or known["computed_in"]}
-    record = directory / _RECORD
-    name, written = "hf", bundle.dtype
-    if record.is_file():
-        document = read_json(record)
-        name, written = str(document.get("target")), str(document.get("dtype"))
-    quantised = _kind(TARGETS[name].quantised if name in TARGETS else None, written)
-    return {"name": name, "dtype": written, "computed_in": dtype or _arithmetic(written), "quantised": quantised}
-
-
-def _description(source: Path, model: ModelSource, run: RunDirectory | None) -> dict[str, Any]:
-    kind = "run" if run is not None else "checkpoint" if (source / "dcp").is_dir() else "directory"
-    step = model.directory.name.removeprefix("step-") if model.directory.name.startswith("step-") else None
-    return {
-        "kind": kind,
-        "path": str(source),
-        "checkpoint": str(model.directory),
-        "step": int(step) if step is not None and step.isdigit() else None,
-        "stage": model.directory.parents[1].name if step is not None else None,
-        "architecture": model.config.get("model_type"),
-    }
-
-
-def _without_weights(earlier: Certificate) -> dict[str, Any]:
-    return {key: value for key, value in earlier.document["source"].items() if key != "weights"}
-
-
 def _named(engines: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(engines)) if engines else None
 
 
-def _check_beforehand(wishes: _Wishes) -> None:
-    """A key that cannot sign, a report that cannot be read, an engine that is not there: told before hours of work."""
+def _check_beforehand(wishes: _Wishes, is_gguf: bool) -> None:
+    """What would end hours of work is told before them.
+
+    A key that cannot sign, a report that cannot be read, an engine that is not there or does not read the form.
+    """
     if wishes.key is not None:
         sign({}, wishes.key)
     answer_gates(wishes.answers)
     for engine in wishes.engines or ():
-        check_engine(engine, wishes.engine_python)
+        check_engine(engine, wishes.engine_python, is_gguf)

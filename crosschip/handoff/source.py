@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import BrokenConfigError, HandoffError, ModelError, RunDirectoryError
+from crosschip.golden.config_fields import OTHER_ENGINES_READ
 from crosschip.handoff.conversion.declared import checkpoint_layout, stored_layout
 from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.conversion.sources import CheckpointSource, LayoutSource, SafetensorsSource
@@ -24,11 +25,11 @@ from crosschip.rundir import RunDirectory, is_complete, read_json
 __all__ = ["TOKENIZER_FILES", "ModelSource", "TensorSource", "last_checkpoint", "open_source"]
 
 _STAGES = ("rl", "sft", "pretrain")  # the last one first
+_SPELLED_OUT = ("topk_method", "scoring_func")  # in an export, where the source is silent
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
-_SPELLED_OUT = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _open_hugging_face(directory: Path) -> ModelSource:
     _check_complete(stored, document, settings, directory)
     config = {key: value for key, value in document.items() if key not in ("quantization_config", "compression_config")}
     if settings is not None:  # transformers leaves out what it takes for granted, and vLLM drops the bias without
-        config |= {key: value for key, value in _SPELLED_OUT.items() if config.get(key) is None}
+        config |= {key: OTHER_ENGINES_READ[key] for key in _SPELLED_OUT if config.get(key) is None}
     generation = directory / "generation_config.json"
     return ModelSource(
         tensors=stored,

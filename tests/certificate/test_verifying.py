@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosschip.certificate import CERTIFICATE_FILE, verify
+from crosschip.certificate import CERTIFICATE_FILE, Serving, status_of, verify
 from crosschip.certificate.document import seal_of
 from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.errors import HandoffError
-from tests.certificate.conftest import Certified
+from tests.certificate.conftest import CHIP, Certified
 
 
 def edit(directory: Path, how: Callable[[dict[str, Any]], None], sealed: bool = True) -> None:
@@ -171,6 +171,12 @@ def test_a_signature_of_another_form_is_a_problem(certified: Certified, signatur
         ("[" * 100_000, "is not JSON"),
         ('{"schema_version": 1, "schema_version": 1}', "comes twice"),
         ('{"schema_version": NaN}', "NaN is no JSON"),
+        ('{"schema_version": 1, "z": 1e999}', "1e999 is larger than any number"),
+        ('{"schema_version": 1, "z": -1e999}', "larger than any number"),
+        ('{"z": ' + "[" * 100 + "]" * 100 + "}", "more than 64 deep"),
+        ('{"z": ' + '{"a": ' * 990 + "1" + "}" * 991, "is not JSON"),
+        ('{"z": "\\ud800"}', "surrogates not allowed"),
+        ('{"\\udfff": 1}', "surrogates not allowed"),
         ('{"schema_version": true}', "schema_version is True"),
         ('{"schema_version": 2}', "reads up to 1"),
         ('{"schema_version": 1}', "made_at is None"),
@@ -198,6 +204,30 @@ def test_a_form_that_is_not_ours_is_told(certified: Certified, changes: dict[str
     directory = certified()
     edit(directory, lambda document: document.update(changes))
     assert "is no certificate" in verify(directory).problems[0]
+
+
+@pytest.mark.parametrize("depth", [970, 985, 988, 989, 990, 991, 992])
+@pytest.mark.parametrize("surplus", ['"z": 1e999', '"z": "\\ud800"', "deep"])
+def test_a_certificate_that_nobody_could_seal_is_refused_and_its_result_printed(
+    certified: Certified, surplus: str, depth: int
+) -> None:
+    directory = certified()
+    text = (directory / CERTIFICATE_FILE).read_text().rstrip().removesuffix("}")
+    surplus = surplus if surplus != "deep" else '"z": ' + "[" * depth + "]" * depth
+    (directory / CERTIFICATE_FILE).write_text(f"{text}, {surplus}}}")
+    found = verify(directory)
+    assert (found.certificate, found.exit_code) == (None, 1)
+    assert "is not JSON" in "\n".join(found.lines()).encode().decode()
+    status = status_of(directory, lambda certificate: Serving("native", CHIP, "float32"))
+    assert (status.word, "does not hold" in str(status.problem)) == ("UNCERTIFIED", True)
+
+
+def test_a_file_name_that_is_no_text_is_told_and_can_be_printed(certified: Certified) -> None:
+    directory = certified()
+    (directory / os.fsdecode(b"model-\xff.safetensors")).touch()
+    found = verify(directory)
+    assert found.exit_code == 1
+    assert "whose name is no UTF-8: 'model-\\udcff.safetensors'" in "\n".join(found.lines()).encode().decode()
 
 
 def test_bytes_that_are_no_text_are_told(certified: Certified) -> None:

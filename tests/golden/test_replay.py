@@ -187,6 +187,7 @@ def test_a_wrong_conversion_is_named_by_its_tensor(
         ("routed_scaling_factor", 1.5),
         ("norm_topk_prob", False),
         ("rope_interleave", False),
+        ("tie_word_embeddings", True),
         ("topk_method", None),
     ],
 )

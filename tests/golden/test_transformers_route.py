@@ -156,3 +156,29 @@ def test_what_nobody_runs_is_refused(llama: Path, tmp_path: Path, document: dict
     (copy / "config.json").write_text(json.dumps(document))
     with pytest.raises(GoldenError):
         record(copy, find_chip("cpu"), tmp_path / "bundle", plan=PLAN)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "the files lack model.norm.weight"),
+        (lambda tensors: tensors.update({"model.x.weight": torch.ones(2)}), "no place in the model for model.x.weight"),
+    ],
+)
+def test_files_that_transformers_would_complete_by_chance_are_refused(
+    recorded: Bundle, changed: Callable[[Callable[[Tensors], None]], Path], how: Callable[[Tensors], None], words: str
+) -> None:
+    directory = changed(how)
+    with pytest.raises(GoldenError, match=words):
+        record(directory, find_chip("cpu"), directory.parent / "bundle", plan=PLAN)
+    comparison, judgement = replayed(recorded, directory)
+    assert (judgement.verdict, judgement.diagnosis.cause) == ("FAIL", "conversion")
+    assert words in str(comparison.broke)
+
+
+def test_rotary_tables_in_the_files_are_no_gap(
+    recorded: Bundle, changed: Callable[[Callable[[Tensors], None]], Path]
+) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    comparison, _ = replayed(recorded, changed(lambda tensors: tensors.update({name: torch.ones(6)})))
+    assert comparison.broke is None

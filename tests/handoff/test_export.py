@@ -11,6 +11,9 @@ import torch
 from crosschip.data import Message, train_tokenizer
 from crosschip.errors import RunDirectoryError
 from crosschip.handoff import export_hf
+from crosschip.handoff.export import export_model
+from crosschip.handoff.source import open_source
+from crosschip.handoff.targets import TARGETS
 from crosschip.model import Decoder, ModelConfig, generate, load_model, save_model
 from crosschip.recipe import Recipe, parse_recipe
 from crosschip.rundir import RunDirectory, atomic_directory
@@ -35,6 +38,7 @@ def run(tmp_path: Path) -> RunDirectory:
         vocab_size=384,
         hidden_size=32,
         num_hidden_layers=2,
+        q_lora_rank=16,
         tie_word_embeddings=True,
         max_position_embeddings=128,
         bos_token_id=tokenizer.bos_id,
@@ -111,3 +115,59 @@ def test_messages_keep_their_reasoning_in_the_exported_template(run: RunDirector
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert "<think>one more than one</think>2" in text
     assert Message("user", "1 + 1?").content in text
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "tokenizer.json", "model.safetensors"])
+def test_what_is_complete_and_no_export_is_not_replaced(run: RunDirectory, tmp_path: Path, what: str) -> None:
+    """A golden bundle, a tokenizer and a checkpoint end with COMPLETE as well."""
+    with atomic_directory(tmp_path / "mine") as directory:
+        (directory / what).write_text("months of work")
+    with pytest.raises(RunDirectoryError, match=r"is not an export of crosschip: it has no handoff\.json"):
+        export_hf(run, recipe(), tmp_path / "mine")
+    assert (tmp_path / "mine" / what).read_text() == "months of work"
+
+
+def test_an_older_export_is_replaced(run: RunDirectory, tmp_path: Path) -> None:
+    export_hf(run, recipe(), tmp_path / "mine")
+    (tmp_path / "mine" / "surplus").touch()
+    assert not (export_hf(run, recipe(), tmp_path / "mine") / "surplus").exists()
+
+
+def test_files_of_a_killed_conversion_to_another_target_are_not_published(run: RunDirectory, tmp_path: Path) -> None:
+    partial = tmp_path / ".mine.partial"
+    partial.mkdir()
+    (partial / ".conversion.json").write_text('{"identity": {}, "sha256": {"model-00001-of-00037.safetensors": "x"}}')
+    (partial / "model-00001-of-00037.safetensors").write_text("of another model")
+    (partial / "old").mkdir()
+    source = open_source(run.path)
+    path = export_model(source, TARGETS["gguf"], tmp_path / "mine", "float32")
+    expected = {
+        "model.gguf",
+        "config.json",
+        "generation_config.json",
+        "not_in_the_file.json",
+        "handoff.json",
+        "COMPLETE",
+    }
+    assert {each.name for each in path.iterdir()} == expected | {each.name for each in source.tokenizer_files}
+
+
+@pytest.mark.parametrize("target", ["hf", "w8a8", "gguf"])
+def test_python_files_that_are_not_exported_are_not_named(run: RunDirectory, tmp_path: Path, target: str) -> None:
+    model = export_hf(run, recipe(), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (model / "config.json").write_text(json.dumps(config))
+    path = export_model(open_source(model), TARGETS[target], tmp_path / target)
+    assert "auto_map" not in json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("out", [".", "../mine/sub/.."])
+def test_a_place_without_a_name_is_the_place_that_it_means(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    export_hf(run, recipe(), tmp_path / "mine")
+    (tmp_path / "mine" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert export_hf(run, recipe(), Path(out)) == tmp_path / "mine"
+    assert not (tmp_path / "mine" / "sub").exists(), "replaced whole"

@@ -39,7 +39,9 @@ LATENT = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+GROUPS = {"num_nextn_predict_layers": 0, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, torch.Tensor]
 
@@ -63,6 +65,8 @@ def changed(directory: Path, how: Callable[[Tensors], object]) -> Path:
         ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
         ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
         ("DeepseekV2", {**LATENT, "q_lora_rank": 24, "n_shared_experts": 2, "attention_bias": True}),
+        ("DeepseekV3", {**LATENT, **GROUPS, "q_lora_rank": 24, "n_shared_experts": 2}),
+        ("DeepseekV3", {**LATENT, **GROUPS, "q_lora_rank": None, "n_shared_experts": 1, "attention_bias": True}),
     ],
 )
 def test_the_declaration_is_what_transformers_writes(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
@@ -274,3 +278,38 @@ def test_a_model_is_never_replaced_by_what_is_made_of_it(tmp_path: Path, out: st
     with pytest.raises(HandoffError, match="holds the model that is handed off"):
         export_model(open_source(directory), TARGETS["w8a8"], tmp_path / out)
     assert (directory / "model.safetensors").is_file()
+
+
+def linear(directory: Path) -> Path:
+    """A DeepSeek-V3 with modules of multi-token prediction that our model does not compute: rotary parts are scaled."""
+    save_model(random_model(SQUARE), directory)
+    document = json.loads((directory / "config.json").read_text())
+    document.pop("rope_parameters")
+    document["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    (directory / "config.json").write_text(json.dumps(document))
+    return directory
+
+
+def test_a_variant_of_v3_that_our_model_does_not_compute_passes_whole(tmp_path: Path) -> None:
+    source = open_source(linear(tmp_path))
+    assert (source.settings, "model.layers.2.eh_proj.weight" in source.tensors.names()) == (None, True)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.kv_a_layernorm.weight", BIAS])
+def test_a_variant_of_v3_that_lacks_a_tensor_is_refused(tmp_path: Path, name: str) -> None:
+    directory = changed(linear(tmp_path), lambda tensors: tensors.pop(name))
+    with pytest.raises(HandoffError, match=f"lacks 1 tensors, the first: {name}"):
+        open_source(directory)
+
+
+def test_a_variant_of_v3_that_chooses_experts_otherwise_needs_no_bias_of_the_router(tmp_path: Path) -> None:
+    directory = changed(linear(tmp_path), lambda tensors: tensors.pop(BIAS))
+    document = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**document, "topk_method": "group_limited_greedy"}))
+    assert open_source(directory).settings is None
+
+
+def test_a_variant_of_v3_with_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
+    directory = changed(linear(tmp_path), lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    with pytest.raises(HandoffError, match=r"does not have, the first: model\.extra\.weight"):
+        open_source(directory)

@@ -13,6 +13,7 @@ from crosschip.errors import HandoffError
 from crosschip.handoff.answers.asking import Attempt, Collected, Manner, attempts_of, collect
 from crosschip.handoff.answers.engine import Engine, Fault
 from crosschip.handoff.answers.health import health_of
+from crosschip.handoff.answers.identity import weights_hash
 from crosschip.handoff.answers.judging import Levels, TaskResult, judge_lengths, judge_shares, with_verdicts
 from crosschip.handoff.answers.questions import (
     ARITHMETIC_LEVELS,
@@ -242,6 +243,7 @@ def _what_is_missing(name: str, side: Collected) -> list[str]:
 def _side_document(side: Side, collected: Collected, num_asked: int) -> dict[str, Any]:
     return {
         "target": side.target,
+        "weights": None if side.is_url else weights_hash(Path(side.target)),
         "model": collected.model,
         "num_asked": num_asked,
         "num_faults": len(collected.faults),

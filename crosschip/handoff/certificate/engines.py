@@ -25,8 +25,9 @@ from crosschip.handoff.certificate.arrived import Arrived, write_multiplied_out
 from crosschip.handoff.certificate.engine_codec import EngineCodec
 from crosschip.handoff.certificate.replays import Replayed
 from crosschip.handoff.certificate.tokenizers import tokenizer_gate
+from crosschip.handoff.scratch import scratch_directory
 
-__all__ = ["IN_PROCESS", "STARTED", "Trial", "check_engine", "default_engines", "make_replays"]
+__all__ = ["IN_PROCESS", "STARTED", "Trial", "check_engine", "check_runs", "default_engines", "make_replays"]
 
 Tell = Callable[[str], None]
 
@@ -66,17 +67,37 @@ def default_engines(bundle: Bundle, is_gguf: bool) -> tuple[tuple[str, ...], lis
     return (("model", "native") if bundle.route == "model" else ("transformers",)), []
 
 
-def check_engine(engine: str, python: Path | None) -> None:
-    """Refuse an engine that is not known, or whose environment is not there.
+def check_engine(engine: str, python: Path | None, is_gguf: bool) -> None:
+    """Refuse an engine that is not known, does not read the form, or whose environment is not there.
 
     Raises:
-        HandoffError: it is neither a name nor an address.
+        HandoffError: it is neither a name nor an address, or it reads another form.
         EngineError: its interpreter is missing.
     """
     if engine in STARTED:
+        if (engine == "llamacpp") != is_gguf:
+            form = "a GGUF file" if is_gguf else "a directory of safetensors"
+            raise HandoffError(
+                f"the engine {engine} does not read {form}",
+                f"llamacpp reads gguf and nothing else, {' and '.join(STARTED[:2])} read all but gguf: choose another "
+                "target, or one of model and transformers, which read what the files are multiplied out to",
+            )
         engine_command(engine, python)
     elif engine not in IN_PROCESS and not engine.startswith(("http://", "https://")):
         raise _unknown(engine)
+
+
+def check_runs(engine: str, bundle: Bundle) -> None:
+    """Refuse an engine of ours for an architecture that our own model does not run.
+
+    Raises:
+        HandoffError: the bundle was recorded through transformers.
+    """
+    if engine in ("model", "native") and bundle.route != "model":
+        raise HandoffError(
+            f"the engine {engine} does not run this architecture: {bundle.path} was recorded through {bundle.route}",
+            "choose among transformers, vllm and llamacpp, or give an address",
+        )
 
 
 def _unknown(engine: str) -> HandoffError:
@@ -141,16 +162,13 @@ def _readable(trial: Trial) -> Iterator[tuple[Path, str]]:
     if trial.arrived.is_as_published:
         yield trial.directory, "the files"
         return
-    with tempfile.TemporaryDirectory(dir=trial.directory.parent, prefix=".multiplied-out-") as place:
-        write_multiplied_out(trial.arrived, Path(place))
-        yield Path(place), _MULTIPLIED_OUT
+    with scratch_directory(trial.directory.parent, "multiplied-out") as place:
+        write_multiplied_out(trial.arrived, place)
+        yield place, _MULTIPLIED_OUT
 
 
 def _started(trial: Trial, engine: str, tell: Tell) -> Replayed:
-    if (engine == "llamacpp") != bool(sorted(trial.directory.glob("*.gguf"))):
-        raise HandoffError(
-            f"{engine} does not read the form that lies in {trial.directory}", "llamacpp reads gguf, the others do not"
-        )
+    check_engine(engine, trial.engine_python, any(trial.directory.glob("*.gguf")))
     command = _command(trial, engine)
     chip = trial.chip if engine == "native" else None
     with tempfile.TemporaryDirectory(prefix="crosschip-engine-") as place:

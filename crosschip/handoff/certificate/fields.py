@@ -6,8 +6,8 @@ from typing import Any
 
 from crosschip.errors import CrosschipError
 from crosschip.golden.bundle import Bundle
-from crosschip.golden.config_fields import FieldDifference, compare_fields
-from crosschip.golden.files import fields_in
+from crosschip.golden.config_fields import FieldDifference
+from crosschip.golden.files import field_differences
 from crosschip.handoff.certificate.gate import Gate, Measure
 
 __all__ = ["fields_gate"]
@@ -28,7 +28,7 @@ def fields_gate(
     if is_translated:
         config = _spelled_like(config, recorded)
     try:
-        differences = compare_fields(recorded, fields_in(config, bundle.route))
+        differences = field_differences(bundle, config)
     except CrosschipError as error:
         gate = Gate(_NAME, "FAIL", f"the configuration cannot be read: {error.problem}", "config.json")
         return gate, [FieldDifference("config.json", "readable", error.problem)]

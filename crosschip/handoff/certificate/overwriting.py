@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from crosschip.certificate.document import CERTIFICATE_FILE
 from crosschip.errors import HandoffError
 from crosschip.handoff.certificate.gate import Gate, Measure, not_covered
+from crosschip.handoff.scratch import scratch_directory
 
 __all__ = ["exchange_layers", "overwrite_gate"]
 
@@ -52,7 +52,7 @@ def overwrite_gate(
     tell("overwriting other weights with these in a running engine")
     with contextlib.ExitStack() as stack:
         try:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=above, prefix=".other-weights-")))
+            place = stack.enter_context(scratch_directory(above, "other-weights"))
             if not exchange_layers(directory, place):
                 return not_covered(_NAME, "no two tensors of the layers have one shape, so no other weights were made")
         except (OSError, ValueError, KeyError, HandoffError) as error:

@@ -11,13 +11,12 @@ from crosschip.certificate.document import worst_verdict
 from crosschip.chips import Chip, fingerprint
 from crosschip.golden.comparison import Comparison, View
 from crosschip.golden.judge import Judgement, judge
-from crosschip.golden.limits import QUANTISED
+from crosschip.golden.limits import FLIP_SHARE, QUANTISED
 from crosschip.handoff.certificate.gate import Gate, Measure, plain
 
 __all__ = ["Replayed", "replay_document", "replay_gate"]
 
 _NAME = "golden replay"
-_FLIP_LIMIT = 1e-3  # as crosschip.golden.judge has it
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def replay_document(replayed: Replayed) -> dict[str, Any]:
 def _message(comparison: Comparison, judgement: Judgement) -> str:
     if judgement.verdict == "PASS":
         return "within every limit"
-    if comparison.broke is not None and judgement.diagnosis.cause == "none":
+    if comparison.broke is not None and judgement.diagnosis.cause in ("none", "noise"):
         return f"it broke: {comparison.broke}"
     return judgement.diagnosis.words
 
@@ -115,15 +114,16 @@ def _view(comparison: Comparison, view: View) -> dict[str, Any]:
         Measure("first diverging point", first.point if first else "none", "none", source).document(),
     ]
     if comparison.route == "model":
-        share = view.unexplained_flips / view.judged_choices if view.judged_choices else 0.0
         source = "share of router choices that fell otherwise with a margin beyond 5 x the recorded noise"
-        document["measures"].append(Measure("router flips beyond the noise", share, _FLIP_LIMIT, source).document())
+        document["measures"].append(
+            Measure("router flips beyond the noise", view.flip_share, FLIP_SHARE, source).document()
+        )
     return document
 
 
 def _answers(comparison: Comparison, view: View) -> dict[str, Any]:
     limit = comparison.limit
-    most = limit.logprob(comparison.floor["logprob"])
+    most = comparison.logprob_limit
     measures = (
         Measure("upper 95 % bound of the mean KL, in nats", view.kl.upper_95, limit.mean_kl, limit.source),
         Measure("mean KL, in nats", view.kl.mean),
@@ -155,7 +155,7 @@ def _blame(comparison: Comparison, judgement: Judgement) -> str | None:
     cause = judgement.diagnosis.cause
     if judgement.verdict == "PASS":
         return None  # rounding has a first place, too, where it is larger than elsewhere
-    if comparison.broke is not None and cause == "none":
+    if comparison.broke is not None and cause in ("none", "noise"):
         return "engine" if comparison.route == "http" else None
     if cause in ("conversion", "config field"):
         return "files"

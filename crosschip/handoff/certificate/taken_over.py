@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from crosschip.certificate.document import VERDICTS
 from crosschip.errors import HandoffError, RunDirectoryError
+from crosschip.handoff.answers.identity import weights_hash
 from crosschip.handoff.certificate.gate import Gate, Measure, not_covered
 from crosschip.rundir import read_json
 
-__all__ = ["answer_gates", "write_read_gate"]
+__all__ = ["answer_gates", "bound_answer_gates", "write_read_gate"]
 
 _ANSWERS, _HEALTH, _WRITE_READ = "answer-level scores", "generation health", "write-read"
 _TASKS_OF_HEALTH = ("format", "length")
@@ -43,6 +46,51 @@ def answer_gates(report: dict[str, Any] | None) -> list[Gate]:
             f"the report of answers has another form: {type(error).__name__}: {error}",
             "make it again with `crosschip handoff compare A B --json FILE`",
         ) from None
+
+
+def bound_answer_gates(
+    report: dict[str, Any] | None,
+    directory: Path,
+    source: Path | None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Gate]:
+    """As `answer_gates`, for the certificate of `directory`: a report whose B has other weights covers nothing.
+
+    Args:
+        report: the document of the comparison.
+        directory: the files that are certified.
+        source: the directory that they were made from; None where it is not at hand.
+        tell: hears how far the hashing is.
+
+    Raises:
+        HandoffError: the document has another form.
+    """
+    gates = answer_gates(report)
+    if report is None:
+        return gates
+    before, after = _Side("A", report["a"]), _Side("B", report["b"])
+    unseen = [words for words in (before.unknown, after.unknown) if words is not None]
+    if after.unknown is None and after.weights != weights_hash(directory, tell):
+        why = f"the report is about {after.words}, and the weights certified here are other files"
+        if after.weights is None:
+            why = f"the report is about {after.words} and does not hold a hash of its weights: make it again"
+        return [not_covered(gate.name, why) for gate in gates]
+    if before.unknown is None and source is None:
+        unseen.append(f"{before.words}: the source is not at hand, to tell whether it is that")
+    elif before.unknown is None and source is not None and before.weights != weights_hash(source, tell):
+        unseen.append(f"{before.words}: its weights are other files than the source's")
+    return [replace(gate, not_covered=[*gate.not_covered, *unseen]) for gate in gates]
+
+
+class _Side:
+    """One side of a report: `weights` is the hash of a directory's, `unknown` says why an address has none."""
+
+    def __init__(self, name: str, side: dict[str, Any]) -> None:
+        target = str(side.get("target"))
+        self.words = f"{name} = {target}"
+        self.weights = side.get("weights")
+        is_address = target.startswith(("http://", "https://"))
+        self.unknown = f"{self.words}: which files answered at an address is not known" if is_address else None
 
 
 def write_read_gate(checkpoint: Path) -> Gate | None:

@@ -14,7 +14,7 @@ from crosschip.golden.weights import TensorRecord, WeightDifference, compare_wei
 from crosschip.handoff.certificate.gate import Gate, Measure
 from crosschip.handoff.conversion.layout import TensorSource
 
-__all__ = ["differs_from_source", "manifest_gate", "rounding_bound", "unreadable"]
+__all__ = ["differs_from_source", "manifest_gate", "norm_bound", "rounding_bound", "unreadable"]
 
 Tell = Callable[[str], None]
 
@@ -126,6 +126,11 @@ def rounding_bound(kind: str, tensor: Tensor) -> Tensor:
     return largest * _INT8_HALF_STEP * (1 + _OF_SCALES) + size * _OF_SCALES
 
 
+def norm_bound(kind: str) -> float:
+    """By which share the norm of a matrix may be off after quantisation of this kind."""
+    return {"fp8": _FP8_HALF_STEP}.get(kind, 2.0**-4) + _OF_SCALES
+
+
 def _compare(
     recorded_weights: dict[str, TensorRecord],
     arrived: TensorSource,
@@ -164,7 +169,7 @@ def _by_norms(
     name: str, kind: str, recorded: float, found: float, differing: list[WeightDifference]
 ) -> list[WeightDifference]:
     """A tensor whose norm moved by more than rounding can move it (the triangle inequality) is not the recorded one."""
-    most = {"fp8": _FP8_HALF_STEP}.get(kind, 2.0**-4) + _OF_SCALES
+    most = norm_bound(kind)
     factor = (found / recorded) ** 0.5 if recorded > 0 else 1.0
     if abs(factor - 1) <= most:
         return []

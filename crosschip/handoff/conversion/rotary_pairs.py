@@ -19,7 +19,16 @@ from crosschip.handoff.conversion.sources import LayoutSource
 if TYPE_CHECKING:
     from crosschip.handoff.source import ModelSource
 
-__all__ = ["FIELD", "in_halves", "in_pairs", "latent_in_pairs", "lies_in_pairs", "pairs_layout", "query_in_pairs"]
+__all__ = [
+    "FIELD",
+    "in_halves",
+    "in_pairs",
+    "is_rotated",
+    "latent_in_pairs",
+    "lies_in_pairs",
+    "pairs_layout",
+    "query_in_pairs",
+]
 
 FIELD = "rope_interleave"
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # whose readers in transformers know the field
@@ -30,6 +39,11 @@ _LATENT = re.compile(r"\.self_attn\.kv_a_proj_with_mqa\.(weight|bias)$")
 def lies_in_pairs(config: dict[str, Any]) -> bool:
     """Whether a `config.json` is of these architectures and says, or is silent and means, that they lie as pairs."""
     return config.get("model_type") in MODEL_TYPES and config.get(FIELD, True) is True
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a tensor has rotary parts, so that it lies otherwise in pairs than in halves."""
+    return bool(_QUERY.search(name) or _LATENT.search(name))
 
 
 def query_in_pairs(config: dict[str, Any], source: str, target: str) -> Operator:

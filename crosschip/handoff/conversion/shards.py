@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from crosschip.handoff.conversion.operators import Operator, Tensors
 from crosschip.handoff.conversion.sources import DTYPE_NAMES, INDEX_FILE
 from crosschip.rundir import read_json, sha256_of, write_json
 
-__all__ = ["RECORD_FILE", "SHARD_BYTES", "Shard", "Tell", "plan_shards", "write_shards"]
+__all__ = ["RECORD_FILE", "SHARD_BYTES", "Shard", "Tell", "empty", "plan_shards", "write_shards"]
 
 RECORD_FILE = ".conversion.json"
 SHARD_BYTES = 4 << 30
@@ -117,10 +117,15 @@ def _finished(directory: Path, identity: dict[str, Any]) -> dict[str, str]:
             kept = {file: digest for file, digest in recorded.items() if sha256_of(directory / file) == digest}
     except (RunDirectoryError, KeyError, TypeError, AttributeError):
         pass  # no record, or a damaged one: start clean
+    empty(directory, kept)
+    return kept
+
+
+def empty(directory: Path, kept: Collection[str] = ()) -> None:
+    """Remove all that lies in the directory of a conversion, but for the names in `kept`."""
     for path in directory.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return kept
 
 
 def _check_room(directory: Path, shards: list[Shard]) -> None:

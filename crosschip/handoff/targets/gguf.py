@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 from crosschip.errors import HandoffError
-from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell
+from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell, empty
 from crosschip.handoff.source import ModelSource
-from crosschip.handoff.targets.target import Target
+from crosschip.handoff.targets.target import Target, written_config
 from crosschip.rundir import write_json
 
 __all__ = ["GGUF", "GGUF_FILE", "GGUF_Q8_0"]
@@ -33,15 +33,11 @@ def _export(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_
         from crosschip.handoff.gguf import export_gguf
     except ModuleNotFoundError as error:  # the other targets do without the package
         raise HandoffError(f"the target gguf needs the package {error.name}", "pip install gguf") from None
+    empty(directory)  # of a conversion that was interrupted, to this target or another: it starts clean
     file = directory / GGUF_FILE
-    file.unlink(missing_ok=True)  # of a conversion that was interrupted: it starts clean
     title = Path(source.origin).name
     notes = export_gguf(source.tensors, source.config, source.tokenizer_files, file, dtype, title=title, tell=tell)
-    config = dict(source.config)
-    if dtype != "q8_0":
-        named = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
-        config |= dict.fromkeys(named, dtype)
-    write_json(directory / "config.json", config)
+    write_json(directory / "config.json", written_config(source, None if dtype == "q8_0" else dtype))
     write_json(directory / NOTES_FILE, {"not_in_the_file": notes})
     if source.generation_config is not None:
         write_json(directory / "generation_config.json", source.generation_config)

@@ -13,7 +13,7 @@ from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell, write_shards
 from crosschip.handoff.source import ModelSource
 from crosschip.rundir import write_json
 
-__all__ = ["Export", "Target", "write_hugging_face"]
+__all__ = ["Export", "Target", "write_hugging_face", "written_config"]
 
 
 class Export(Protocol):
@@ -56,9 +56,7 @@ def write_hugging_face(
     """Shards first, then the small files, which are quick to write again."""
     identity = {**source.identity(), "dtype": dtype, "quantization_config": quantization_config}
     write_shards(layout, source.tensors, directory, identity=identity, shard_bytes=shard_bytes, tell=tell)
-    config = dict(source.config)
-    named = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
-    config |= dict.fromkeys(named, dtype)
+    config = written_config(source, dtype)
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     write_json(directory / "config.json", config)
@@ -66,3 +64,15 @@ def write_hugging_face(
         write_json(directory / "generation_config.json", source.generation_config)
     for file in source.tokenizer_files:
         shutil.copyfile(file, directory / file.name)
+
+
+def written_config(source: ModelSource, dtype: str | None) -> dict[str, Any]:
+    """The `config.json` of an export in `dtype`; None leaves the source's dtype as it is.
+
+    `auto_map` names Python files of the source, which are not exported: readers would look for them and fail.
+    """
+    config = {key: value for key, value in source.config.items() if key != "auto_map"}
+    if dtype is not None:
+        named = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+        config |= dict.fromkeys(named, dtype)
+    return config

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from crosschip.certificate import read_certificate, verify
 from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.errors import GoldenError, HandoffError
+from crosschip.golden.bundle import Bundle
+from crosschip.handoff.certificate.engines import check_runs
 from crosschip.handoff.export import export_model
 from crosschip.handoff.handing_off import HandoffResult, certify_directory, hand_off
 from crosschip.handoff.source import open_source
@@ -229,6 +232,72 @@ def test_what_makes_no_sense_is_refused(
     source, to = given.pop("source"), given.pop("to")
     with pytest.raises((HandoffError, GoldenError), match=words):
         hand_off(source, to, out=tmp_path / "out", chip="cpu", **given)
+
+
+@pytest.mark.parametrize(
+    ("to", "engine"), [("gguf", "native"), ("gguf", "vllm"), ("hf", "llamacpp"), ("w8a8", "llamacpp")]
+)
+def test_an_engine_that_does_not_read_the_form_is_refused_before_anything_is_written(
+    model_dir: Path, bundle_dir: Path, tmp_path: Path, to: str, engine: str
+) -> None:
+    with pytest.raises(HandoffError, match=f"the engine {engine} does not read") as refused:
+        hand_off(model_dir, to, out=tmp_path / "out", golden=bundle_dir, engines=[engine], chip="cpu")
+    assert refused.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["model", "native"])
+def test_an_engine_of_ours_is_refused_for_an_architecture_that_it_does_not_run(bundle: Bundle, engine: str) -> None:
+    check_runs(engine, bundle)
+    with pytest.raises(HandoffError, match=f"the engine {engine} does not run this architecture"):
+        check_runs(engine, replace(bundle, manifest={**bundle.manifest, "route": "transformers"}))
+
+
+def test_files_are_certified_through_an_engine_that_reads_them_or_not_at_all(
+    copied: Callable[[str], Path], bundle_dir: Path
+) -> None:
+    directory = copied("hf")
+    with pytest.raises(HandoffError, match="the engine llamacpp does not read"):
+        certified(directory, bundle_dir, engines=["llamacpp"])
+    assert not (directory / "certificate.json").exists()
+
+
+def test_end_tokens_that_were_altered_on_the_way_fail(
+    handed_off: HandoffResult, bundle_dir: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "moved"
+    shutil.copytree(handed_off.directory, directory)
+    for file in (directory / "config.json", directory / "generation_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 7}))
+    result = certified(directory, bundle_dir)
+    found = gate(result, "tokenizer and chat template")
+    assert (result.exit_code, found["verdict"], found["subject"]) == (1, "FAIL", "generation_config.json")
+    assert "config.json: eos_token_id = 7, recorded" in found["message"]
+    assert (directory / "reproducers" / "tokenizer-and-chat-template.py").is_file()
+
+
+def test_a_source_without_a_name_leaves_its_files_beside_it(
+    model_dir: Path, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    result = hand_off(Path("."), "hf", golden=bundle_dir, engines=["model"], chip="cpu")
+    assert (result.exit_code, result.directory) == (0, tmp_path / "model-hf")
+    monkeypatch.chdir(result.directory)
+    assert certify_directory(Path("."), bundle_dir, engines=["model"], chip="cpu").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-hf"]
+
+
+def test_a_report_of_answers_about_other_files_does_not_stand_in_the_certificate(
+    copied: Callable[[str], Path], bundle_dir: Path
+) -> None:
+    directory = copied("hf")
+    health = {"num_replies": 9, **dict.fromkeys(("num_reasoning_open", "num_without_one_answer"), 0)}
+    side = {"target": "elsewhere", "weights": "0", "health": {**health, "num_loops": 0, "num_not_utf8": 0}}
+    report = {"verdict": "PASS", "tasks": [], "not_covered": [], "a": side, "b": side}
+    result = certified(directory, bundle_dir, answers=report)
+    assert result.certificate.document["answers"] is None
+    assert any("the report is about B = elsewhere" in words for words in result.certificate.document["not_covered"])
 
 
 def test_a_bundle_of_other_weights_is_refused(copied: Callable[[str], Path], bundle_dir: Path, tmp_path: Path) -> None:

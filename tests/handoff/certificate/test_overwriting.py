@@ -44,10 +44,10 @@ def test_some_rows_of_all_lengths_are_asked() -> None:
 def test_other_weights_that_cannot_be_made_are_not_covered(
     exported: Exported, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**_: object) -> None:
+    def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(overwriting.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(overwriting, "scratch_directory", refuse)
     gate = overwrite_gate(exported("hf"), bundle.rows, "cpu", "float32")
     assert gate.verdict == "NOT COVERED"
     assert "Permission denied" in gate.message

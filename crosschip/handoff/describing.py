@@ -1,0 +1,77 @@
+"""What a certificate says of the target and the source, and which dtype a handoff means where nobody says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crosschip.certificate import Certificate
+from crosschip.golden.bundle import Bundle
+from crosschip.golden.limits import QUANTISED
+from crosschip.handoff.export import HANDOFF_FILE
+from crosschip.handoff.source import ModelSource
+from crosschip.handoff.targets import TARGETS, Target
+from crosschip.rundir import RunDirectory, read_json
+
+__all__ = [
+    "chosen_dtype",
+    "computed_in",
+    "described_source",
+    "described_target",
+    "earlier_source",
+    "quantisation",
+]
+
+
+def chosen_dtype(target: Target, model: ModelSource, run: RunDirectory | None) -> str:
+    """What the recipe says, else the source's own, where the target is written in it; else the target's usual."""
+    wishes: list[str] = []
+    if run is not None and run.resolved_recipe.is_file():
+        from crosschip.recipe import parse_recipe
+
+        wishes.append(parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe)).handoff.dtype)
+    wishes.append(str(model.config.get("torch_dtype") or model.config.get("dtype")))
+    return next((wish for wish in wishes if wish in target.dtypes), target.dtypes[0])
+
+
+def computed_in(dtype: str) -> str:
+    """What a model in this dtype computes in: `q8_0` of GGUF is multiplied out to fp32."""
+    return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
+
+
+def quantisation(of_target: str | None, dtype: str) -> str | None:
+    """The kind of quantisation, which GGUF has in its dtype and other targets in their name."""
+    return of_target or (dtype if dtype in QUANTISED else None)
+
+
+def described_target(directory: Path, earlier: Certificate | None, bundle: Bundle, dtype: str | None) -> dict[str, Any]:
+    """The target of files that lie there already."""
+    if earlier is not None:
+        known = dict(earlier.document["target"])
+        return {**known, "computed_in": dtype or known["computed_in"]}
+    record = directory / HANDOFF_FILE
+    name, written = "hf", bundle.dtype
+    if record.is_file():
+        document = read_json(record)
+        name, written = str(document.get("target")), str(document.get("dtype"))
+    quantised = quantisation(TARGETS[name].quantised if name in TARGETS else None, written)
+    return {"name": name, "dtype": written, "computed_in": dtype or computed_in(written), "quantised": quantised}
+
+
+def described_source(source: Path, model: ModelSource, run: RunDirectory | None) -> dict[str, Any]:
+    """Where a model came from, in words and numbers."""
+    kind = "run" if run is not None else "checkpoint" if (source / "dcp").is_dir() else "directory"
+    step = model.directory.name.removeprefix("step-") if model.directory.name.startswith("step-") else None
+    return {
+        "kind": kind,
+        "path": str(source),
+        "checkpoint": str(model.directory),
+        "step": int(step) if step is not None and step.isdigit() else None,
+        "stage": model.directory.parents[1].name if step is not None else None,
+        "architecture": model.config.get("model_type"),
+    }
+
+
+def earlier_source(earlier: Certificate) -> dict[str, Any]:
+    """The source as an earlier certificate names it; the hash over its tensors is made anew."""
+    return {key: value for key, value in earlier.document["source"].items() if key != "weights"}
