@@ -104,6 +104,8 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, document: dict[str, Any]) -> ModelConfig:
         """Read a `config.json`, of transformers 4 or 5 or as published; refuse what this code does not compute."""
+        if not isinstance(document, dict):
+            raise BrokenConfigError(f"config.json holds a {type(document).__name__}, no object", "mend config.json")
         _refuse_others(document)
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in document.items() if key in known and value is not None}

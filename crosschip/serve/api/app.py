@@ -16,7 +16,7 @@ from crosschip.serve.api.errors import ApiError, install_error_handlers
 from crosschip.serve.api.metrics import ServerMetrics
 from crosschip.serve.api.schemas import ChatRequest, CompletionRequest
 from crosschip.serve.api.served import ServedModel, describe_served
-from crosschip.serve.api.transport import EventStream, OuterLayer, finish_unless_gone
+from crosschip.serve.api.transport import CERTIFICATE_HEADER, EventStream, OuterLayer, finish_unless_gone
 from crosschip.serve.api.weights import CertificateFinder, add_weights
 from crosschip.serve.engine.engine import Engine
 from crosschip.serve.limits import Limits, LimitsLayer, Paths, load_keys
@@ -126,10 +126,17 @@ async def _answer(
         generation.abort()
         metrics.note(generation)
 
+    def certificate() -> str | None:
+        """Of the weights that it was begun on."""
+        return generation.info.certificate.word if generation.info is not None else None
+
     if stream:
-        return EventStream(call.stream(generation), at_end=end)
+        return EventStream(call.stream(generation), end, certificate)
     try:
-        return JSONResponse(await finish_unless_gone(request, call.complete(generation)))
+        answer = JSONResponse(await finish_unless_gone(request, call.complete(generation)))
+        if (word := certificate()) is not None:
+            answer.headers[CERTIFICATE_HEADER] = word
+        return answer
     finally:
         end()
 

@@ -107,26 +107,27 @@ class ChatCall:
             "object": "chat.completion",
             "choices": [self._finished_choice(index, answer) for index, answer in enumerate(answers)],
             "usage": generation.usage.as_dict(),
-            "crosschip": self._status(generation),
+            "crosschip": self._served.status_of(generation.info),
         } | self._ids_of_prompt()
 
     async def stream(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
-        """The answer as chunks."""
+        """The answer as chunks, the first of them when it is begun: only then is it known which weights answer."""
         options = self._request.stream_options
         counted = bool(options and options.continuous_usage_stats)
-        for index in range(len(self._choices)):
-            yield self._chunk(index, {"role": "assistant", "content": ""}) | self._ids_of_prompt()
+        role = {"role": "assistant", "content": ""}
+        heads = [self._chunk(index, role) | self._ids_of_prompt() for index in range(len(self._choices))]
         said_at_s = time.monotonic()
         async for updates in generation.updates():
-            chunks = [chunk for update in updates for chunk in self._chunks_of(update)]
+            chunks = heads + [chunk for update in updates for chunk in self._chunks_of(update)]
+            heads = []
             if not chunks and time.monotonic() > said_at_s + _SIGN_OF_LIFE_S:
                 chunks = [self._chunk(updates[0].index, {})]
             for chunk in chunks:
                 said_at_s = time.monotonic()
-                chunk["crosschip"] = self._status(generation)
+                chunk["crosschip"] = self._served.status_of(generation.info)
                 yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
         if options and options.include_usage:
-            last = self._chunk(None, {}) | {"crosschip": self._status(generation)}
+            last = self._chunk(None, {}) | {"crosschip": self._served.status_of(generation.info)}
             yield last | {"usage": generation.usage.as_dict()}
 
     def start(self) -> Generation:
@@ -165,9 +166,6 @@ class ChatCall:
         called = update.finish_reason == "stop" and self._num_calls[update.index] > 0
         return "tool_calls" if called else update.finish_reason
 
-    def _status(self, generation: Generation) -> dict[str, Any]:
-        return self._served.status_of(generation.weights_version)
-
     def _ids_of_prompt(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._prompt_ids} if self._request.return_token_ids else {}
 
@@ -204,9 +202,7 @@ class ChatCall:
 
     def _chunk(self, index: int | None, delta: dict[str, Any], **extra: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | extra
-        choices = [] if index is None else [choice]
-        status = self._served.status
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices, "crosschip": status}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [] if index is None else [choice]}
 
 
 def _checked(served: ServedModel, request: ChatRequest) -> ServingTokenizer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,18 +87,16 @@ class CompletionCall:
         return whole | {"usage": generation.usage.as_dict()}
 
     async def stream(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
-        """The answer as chunks."""
+        """The answer as chunks, the first of each choice when that is begun: only then is it known who answers."""
         options = self._request.stream_options
         counted = bool(options and options.continuous_usage_stats)
-        for index in range(len(self._choices)):
-            if (echo := self._echo(index)).text or echo.token_ids:
-                yield self._document([(index, echo)], generation)
+        echoes = {index: self._echo(index) for index in range(len(self._choices))}
         async for updates in generation.updates():
             for update in updates:
-                part = self._part_of(update)
-                if part.text or part.token_ids or part.logprobs or part.finish_reason:
-                    chunk = self._document([(update.index, part)], generation)
-                    yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
+                for part in (echoes.pop(update.index, _Part()), self._part_of(update)):
+                    if part.text or part.token_ids or part.logprobs or part.finish_reason:
+                        chunk = self._document([(update.index, part)], generation)
+                        yield chunk | ({"usage": generation.usage.as_dict()} if counted else {})
         if options and options.include_usage:
             yield self._document([], generation) | {"usage": generation.usage.as_dict()}
 
@@ -114,23 +113,25 @@ class CompletionCall:
                 raise ApiError(400, message, param="prompt")
             refuse_endless(self._served, prompt, "prompt")
             encoded = tokenizer.encode(prompt)
-            read = _Prompt(encoded.ids, prompt, encoded.offsets)
-        else:
-            read = self._prompt_of_ids(prompt)
-        check_ids(self._served, read.ids)
-        return read
+            check_ids(self._served, encoded.ids)
+            return _Prompt(encoded.ids, prompt, encoded.offsets)
+        choose_max_tokens(self._served, len(prompt), self._request.max_tokens, "prompt")  # before its ids are looked at
+        check_ids(self._served, prompt)
+        return self._prompt_of_ids(prompt)
 
     def _prompt_of_ids(self, ids: list[int]) -> _Prompt:
         """The text of a prompt of ids shows special tokens, too: every id is seen."""
         tokenizer = self._served.tokenizer
         if tokenizer is None or not self._request.echo:
             return _Prompt(ids, "", [0] * len(ids))
-        check_ids(self._served, ids)
-        data, offsets = b"", []
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        parts, offsets, length = [], [], 0
         for id_ in ids:
-            offsets.append(len(data.decode(errors="ignore")))
-            data += tokenizer.token_bytes(id_)
-        return _Prompt(ids, data.decode(errors="replace"), offsets)
+            offsets.append(length)
+            parts.append(decoder.decode(tokenizer.token_bytes(id_)))
+            length += len(parts[-1])
+        parts.append(decoder.decode(b"", final=True))
+        return _Prompt(ids, "".join(parts), offsets)
 
     def _plan(self, index: int) -> PlannedChoice:
         request, prompt = self._request, self._prompts[index // self._per_prompt]
@@ -194,9 +195,10 @@ class CompletionCall:
             if part.routes is not None:
                 choice["routed_experts"] = routed_experts(part.routes)
             if part.finish_reason is not None:  # a choice that waited may be of other weights than the first one
-                choice["weights_version"] = generation.weights_version_of(index)
+                choice["weights_version"] = (generation.info_of(index) or self._served.engine.info).weights_version
             choices.append(choice | self._ids_of(index, part))
-        status = self._served.status_of(generation.weights_version)
+        begun_on = generation.info_of(parts[0][0]) if len(parts) == 1 else generation.info
+        status = self._served.status_of(begun_on)
         return {**self._head, "object": "text_completion", "choices": choices, "crosschip": status}
 
     def _ids_of(self, index: int, part: _Part) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-__all__ = ["ApiError", "error_body", "install_error_handlers"]
+__all__ = ["ApiError", "error_body", "install_error_handlers", "shown"]
+
+_MOST_FAULTS = 100  # of one body that are looked at
 
 
 class ApiError(Exception):
@@ -29,6 +31,12 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def shown(value: Any, most: int = 100) -> str:
+    """A value of a request as messages repeat it: its first characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _respond(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     headers = {"Retry-After": "1"} if status in (429, 503) else None
     return JSONResponse(error_body(status, message, param, code), status_code=status, headers=headers)
@@ -39,19 +47,17 @@ def _describe_validation(error: RequestValidationError) -> tuple[str, str | None
 
     Of what may be of several types it says where the value fails that fits best: the most deeply nested fault.
     """
-    faults = [(fault, _place(fault["loc"])) for fault in error.errors()]
+    faults = [(fault, _place(fault["loc"])) for fault in error.errors()[:_MOST_FAULTS]]
     same = [(fault, place) for fault, place in faults if place[:1] == faults[0][1][:1]]
     fault, location = max(same, key=lambda each: len(each[1]))
     if fault["type"] == "json_invalid":
         return f"the body is not JSON: {fault.get('ctx', {}).get('error', fault['msg'])}", None
     if not location or not isinstance(location[0], str):
         return "the body is not a JSON object; send one with Content-Type: application/json", None
-    given = fault.get("input")
-    shown = repr(given) if len(repr(given)) <= 100 else f"{repr(given)[:100]}..."
     place = ".".join(str(part) for part in location)
     if fault["type"] == "missing":
         return f"{place} is missing", location[0]
-    return f"{place} = {shown}: {fault['msg']}", location[0]
+    return f"{place} = {shown(fault.get('input'))}: {fault['msg']}", location[0]
 
 
 def _place(location: tuple[str | int, ...]) -> list[str | int]:

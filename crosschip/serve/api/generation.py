@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from crosschip.errors import ServeError
 from crosschip.serve.answer import AnswerWriter, TextDelta
 from crosschip.serve.api.errors import ApiError
-from crosschip.serve.engine.engine import Engine, Handle
+from crosschip.serve.engine.engine import Engine, EngineInfo, Handle
 from crosschip.serve.engine.request import SamplingParams, TokenEvent, TokenScore
 
 __all__ = ["ChoiceUpdate", "Generation", "PlannedChoice", "Usage"]
@@ -124,34 +124,34 @@ class Generation:
     ) -> None:
         self.usage = Usage(num_prompt_tokens)
         self.begun_at_s = time.perf_counter()
+        self._engine = engine
         self._choices = choices
         self._mailbox = _Mailbox(
             streams or any(choice.writer is not None and choice.writer.stops for choice in choices)
         )
-        self._handles: dict[int, Handle] = {}
         self._open: dict[int, Handle] = {}
-        self._weights_version: str | None = None
+        self._infos: dict[int, EngineInfo] = {}
+        self._info: EngineInfo | None = None
         self._num_ended = 0
         try:
             for indices in _of_one_prompt(choices):
-                deliver = [partial(self._mailbox.post, index) for index in indices]
+                deliver = [partial(self._deliver, index) for index in indices]
                 params = [choices[index].params for index in indices]
                 handles = engine.submit_all(choices[indices[0]].prompt_ids, params, deliver)
-                self._handles |= dict(zip(indices, handles, strict=True))
                 self._open |= dict(zip(indices, handles, strict=True))
         except ServeError as error:
             self.abort()
-            status = 429 if engine.load.alive else 503
-            raise ApiError(status, str(error), code="engine_overloaded") from error
+            status, code = (429, "engine_overloaded") if engine.load.alive else (503, "server_ended")
+            raise ApiError(status, str(error), code=code) from error
 
     @property
-    def weights_version(self) -> str | None:
-        """The version of the weights that answer; None before the first of the choices was begun."""
-        return self._weights_version
+    def info(self) -> EngineInfo | None:
+        """The engine as it was when the first of the choices was begun; None before that."""
+        return self._info
 
-    def weights_version_of(self, index: int) -> str | None:
-        """The version of the weights that answer a choice; None before it was begun."""
-        return self._handles[index].weights_version
+    def info_of(self, index: int) -> EngineInfo | None:
+        """The engine as it was when a choice was begun; None before its first event."""
+        return self._infos.get(index)
 
     @property
     def is_complete(self) -> bool:
@@ -181,12 +181,20 @@ class Generation:
         finally:
             self.abort()
 
+    def _deliver(self, index: int, event: TokenEvent) -> None:
+        """Called from the engine's thread, which takes new weights only when what was begun on the old ones is over."""
+        self._infos.setdefault(index, self._engine.info)
+        self._mailbox.post(index, event)
+
     def _apply(self, event: TokenEvent, at_s: float, update: ChoiceUpdate) -> None:
         index = update.index
-        if self._weights_version is None:
-            self._weights_version = self._open[index].weights_version
         if event.finish_reason in ("error", "abort"):
-            raise ApiError(500, event.error or "the request was ended by the server", code="engine_error")
+            message = event.error or "the request was ended by the server"
+            if event.ended_by is not None:
+                raise ApiError(503, f"{message}; ask again", code=event.ended_by)
+            raise ApiError(500, message, code="engine_error")
+        if self._info is None:
+            self._info = self._infos[index]
         if event.prompt_scores is not None:
             update.prompt_scores = event.prompt_scores
         writer = self._choices[index].writer

@@ -6,10 +6,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from crosschip.data import Message, ToolCall
-from crosschip.serve.api.errors import ApiError
+from crosschip.serve.api.errors import ApiError, shown
 
 __all__ = [
     "ChatMessage",
@@ -52,8 +61,18 @@ def _check_json(value: Any, depth: int = 0) -> Any:
     return value
 
 
-TokenIds = list[StrictInt]
+def _check_biases(value: Any) -> Any:
+    """Their number before each of them: pydantic would tell every fault of a million first."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"{len(value)} tokens; give at most {MAX_BIASES}")
+    return value
+
+
+# Lists are read up to their first fault: to tell all of 100,000 took a second and half a gigabyte.
 Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+ListsOfIds = Annotated[list[TokenIds], Field(fail_fast=True)]
 BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
@@ -86,10 +105,10 @@ class CommonRequest(_Lenient):
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     # The engine refuses much less, by which logits would leave fp32: found by fuzzing, with 3e-170.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] | None = None
-    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[BiasedToken, Bias], BeforeValidator(_check_biases)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -131,7 +150,7 @@ class ChatMessage(_Lenient):
     """One turn. `reasoning_content` of earlier answers is handed to the template, which may use it or not."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     reasoning_content: Text | None = None
     tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Text | None = None
@@ -215,7 +234,7 @@ class ChatRequest(CommonRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -227,7 +246,7 @@ class CompletionRequest(CommonRequest):
     So is `logprobs_mode`, for which vLLM's server has an option: log-probs at temperature 1, or of the distribution
     that tokens are drawn from."""
 
-    prompt: Text | TokenIds | list[Text] | list[TokenIds]
+    prompt: Text | TokenIds | Texts | ListsOfIds
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None
     echo: bool | None = None
@@ -279,10 +298,9 @@ def refuse_unsupported(request: CommonRequest) -> None:
     """Raise an `ApiError` that names the first parameter which asks for something that is not built."""
     for name, value in (request.model_extra or {}).items():
         if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
-            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
             raise ApiError(
                 400,
-                f"{name}={shown} is not supported by this engine and would change the answer; leave it out",
+                f"{name}={shown(value, 80)} is not supported by this engine and would change the answer; leave it out",
                 param=name,
                 code="unsupported_parameter",
             )

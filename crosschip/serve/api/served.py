@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import ServeError
-from crosschip.serve.engine.engine import Engine
+from crosschip.serve.engine.engine import Engine, EngineInfo
 from crosschip.serve.tokenizer import ServingTokenizer, load_serving_tokenizer
 from crosschip.serve.tools import FORMATS, ToolFormat, find_format
 
@@ -40,8 +40,12 @@ class ServedModel:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The `crosschip` field of every body."""
-        info = self.engine.info
+        """The `crosschip` field of every body that is no answer."""
+        return self.status_of(None)
+
+    def status_of(self, info: EngineInfo | None) -> dict[str, Any]:
+        """The `crosschip` field of an answer, by the engine as it was when that was begun; None: as it is now."""
+        info = info or self.engine.info
         told = {"certificate": info.certificate.word}
         if info.certificate.problem is not None:
             # Who asks over the network need not know where on this machine the files are.
@@ -52,10 +56,6 @@ class ServedModel:
             "chip": info.chip,
             "weights_version": info.weights_version,
         }
-
-    def status_of(self, weights_version: str | None) -> dict[str, Any]:
-        """The same for an answer of these weights, where they are known already."""
-        return self.status if weights_version is None else self.status | {"weights_version": weights_version}
 
 
 def describe_served(engine: Engine, model_name: str | None = None, tool_format: str | None = None) -> ServedModel:

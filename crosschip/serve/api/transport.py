@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -20,6 +20,9 @@ __all__ = ["CERTIFICATE_HEADER", "EventStream", "OuterLayer", "finish_unless_gon
 logger = logging.getLogger("crosschip.serve")
 
 CERTIFICATE_HEADER = "X-Crosschip-Certificate"
+SLOW_CLIENT_S = 30.0  # for one event of a stream
+_PENDING = "PENDING"  # where a head must say something about a certificate that is not known yet
+_SIGN_OF_LIFE_S = 2.0  # many clients give up after five seconds without a head
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -54,31 +57,76 @@ async def finish_unless_gone(request: Request, work: Coroutine[Any, Any, Result]
     return result
 
 
-class EventStream(Response):
-    """A response of server-sent events, ended by `[DONE]`. A client that goes away closes the generator of chunks."""
+class _SlowClient(Exception):
+    """The client did not take what was sent in time."""
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any]], at_end: Callable[[], None]) -> None:
+
+class EventStream(Response):
+    """A response of server-sent events, ended by `[DONE]`. A client that goes away closes the generator of chunks, and
+    so does one that does not take an event within `SLOW_CLIENT_S`.
+
+    The head goes out with the first chunk, when it is known which weights answer: `certificate` is asked then. Who has
+    to wait for it is told in comments that the server is there; the head of these says that the certificate is pending.
+    An error before the head has a status of its own.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[dict[str, Any]],
+        at_end: Callable[[], None],
+        certificate: Callable[[], str | None] = lambda: None,
+    ) -> None:
         super().__init__()
         self._chunks = chunks
         self._at_end = at_end  # called however the stream ends, even if it never began
+        self._certificate = certificate
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream (ASGI)."""
         try:
-            await first_of(self._send_all(send), receive)
+            await first_of(self._send_all(_in_time(send)), receive)
+        except _SlowClient:  # servers close the connection of an answer that is left unfinished
+            logger.warning("%s: a client did not read for %g s, its answer is ended", scope["path"], SLOW_CLIENT_S)
         finally:
             self._at_end()
 
     async def _send_all(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
+            first = await self._first(send)
+            await self._begin(send, self._certificate())
+            if first is not None:
+                await _send_event(send, _compact(first))
             async for chunk in self._chunks:
                 await _send_event(send, _compact(chunk))
             await _send_event(send, "[DONE]")
-        except ApiError as error:  # the status line is gone already; clients look for this event
+        except ApiError as error:
+            if not self._begun:
+                raise
+            # The status line is gone already; clients look for this event.
             await _send_event(send, _compact(error_body(error.status, error.message, error.param, error.code)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _first(self, send: Send) -> dict[str, Any] | None:
+        """The first chunk, and signs of life until it is there."""
+        due = asyncio.ensure_future(anext(self._chunks, None))
+        try:
+            while not (await asyncio.wait({due}, timeout=_SIGN_OF_LIFE_S))[0]:
+                await self._begin(send, _PENDING)
+                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+            return due.result()
+        finally:
+            due.cancel()
+            await asyncio.gather(due, return_exceptions=True)
+
+    async def _begin(self, send: Send, certificate: str | None) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        if certificate is not None:
+            headers.append((CERTIFICATE_HEADER.lower().encode(), certificate.encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 def _compact(document: dict[str, Any]) -> str:
@@ -87,6 +135,19 @@ def _compact(document: dict[str, Any]) -> str:
 
 async def _send_event(send: Send, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+def _in_time(send: Send) -> Send:
+    """The same, for clients that read."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(SLOW_CLIENT_S):
+                await send(message)
+        except TimeoutError:
+            raise _SlowClient from None
+
+    return send_in_time
 
 
 class OuterLayer:
@@ -117,7 +178,8 @@ class OuterLayer:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message = {**message, "headers": [*message.get("headers", []), *self._headers, *self._certified()]}
+                headers = message.get("headers", [])
+                message = {**message, "headers": [*headers, *self._headers, *self._certified(headers)]}
             await send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
@@ -137,9 +199,11 @@ class OuterLayer:
             if not begun:
                 await _send_error(send_with_headers, 500, "a defect in the server; its log says more", "internal_error")
 
-    def _certified(self) -> list[tuple[bytes, bytes]]:
+    def _certified(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """The header, unless an answer has its own: that of the weights it was begun on."""
         word = self._certificate() if callable(self._certificate) else self._certificate
-        return [(CERTIFICATE_HEADER.lower().encode(), word.encode())] if word is not None else []
+        name = CERTIFICATE_HEADER.lower().encode()
+        return [] if word is None or any(each == name for each, _ in headers) else [(name, word.encode())]
 
     def _counting(self, receive: Receive) -> Receive:
         """A body without a declared length is counted as it comes."""
@@ -167,5 +231,7 @@ async def _send_error(send: Send, status: int, message: str, code: str) -> None:
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -41,6 +41,7 @@ def add_weights(app: FastAPI, served: ServedModel, find_certificate: Certificate
 
     def update(body: WeightsRequest) -> dict[str, Any]:
         directory = Path(body.path)
+        served.engine.check_weights(directory)  # before its files are hashed
         certificate = find_certificate(directory) if find_certificate is not None else _NOT_LOOKED_FOR
         version = served.engine.update_weights(
             directory,

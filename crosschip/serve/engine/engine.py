@@ -96,9 +96,11 @@ class Engine:
         info: EngineInfo,
         max_waiting: int = 4096,
         prepare_weights: Callable[[Path], PreparedWeights] | None = None,
+        check_weights: Callable[[Path], None] = lambda directory: None,
     ) -> None:
         self.info = info
         self._prepare_weights = prepare_weights
+        self.check_weights = check_weights  # raises for a directory whose weights need not even be read
         self._num_drafts = self._num_drafts_right = 0
         self._update: WeightsUpdate | None = None
         self._one_update = threading.Lock()
@@ -277,7 +279,8 @@ class Engine:
         begun = self._scheduler.begun
         if begun and update.aborts:
             message = f"the weights were replaced by version {update.info.weights_version}"
-            self._finish(dict.fromkeys(begun, TokenEvent(finish_reason="abort", error=message)))
+            event = TokenEvent(finish_reason="abort", error=message, ended_by="weights_replaced")
+            self._finish(dict.fromkeys(begun, event))
         elif begun:
             return
         with self._wake:
@@ -368,7 +371,8 @@ class Engine:
         self._finish(dict.fromkeys(self._scheduler.active, event))
 
     def _end_all(self) -> None:
-        self._finish(dict.fromkeys(list(self._handles), TokenEvent(finish_reason="abort", error="the engine closed")))
+        event = TokenEvent(finish_reason="abort", error="the engine was closed", ended_by="server_ended")
+        self._finish(dict.fromkeys(list(self._handles), event))
         self._load = self._measure_load(alive=False)
         with self._wake:
             update, self._update = self._update, None

@@ -1,22 +1,20 @@
-"""From a model directory to a running engine, and from another one to new weights for it."""
+"""From a model directory to a running engine."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from crosschip.certificate import Status
 from crosschip.chips import Chip, find_chip, in_passing_thread, keep_freed_memory
-from crosschip.errors import ModelError, ServeError
-from crosschip.model import Decoder, ModelConfig, Transformer, load_model
+from crosschip.errors import ServeError
+from crosschip.model import Decoder, load_model
 from crosschip.serve.engine.blocks import BLOCK_TOKENS, BlockManager
 from crosschip.serve.engine.cache_size import blocks_that_fit
-from crosschip.serve.engine.engine import NOT_LOOKED_FOR, Engine, EngineInfo, PreparedWeights
-from crosschip.serve.engine.overwrite import probe_scores
+from crosschip.serve.engine.engine import NOT_LOOKED_FOR, Engine, EngineInfo
+from crosschip.serve.engine.new_weights import WeightsPreparer
 from crosschip.serve.engine.runner import Runner
 from crosschip.serve.engine.scheduler import Scheduler
 
@@ -91,8 +89,8 @@ def load_engine(
     )
     blocks = BlockManager(num_blocks, prefix_cache)
     scheduler = Scheduler(max_batch_size, max_len, MAX_PREFILL_TOKENS, blocks, deterministic, speculative)
-    prepare = _weights_preparer(decoder.config, directory, chip, info)
-    return Engine(runner, scheduler, info, prepare_weights=prepare)
+    preparer = WeightsPreparer(decoder.config, directory, chip, info)
+    return Engine(runner, scheduler, info, prepare_weights=preparer.prepare, check_weights=preparer.check)
 
 
 def _check_speculation(decoder: Decoder, directory: Path, deterministic: bool) -> None:
@@ -167,49 +165,3 @@ def _make_runner(
             f"the cache of {num_blocks * BLOCK_TOKENS} tokens does not fit on {chip.name}: {error}",
             "give a smaller cache, or lower --max-batch-size or --max-model-len",
         ) from error
-
-
-def _weights_preparer(
-    config: ModelConfig, first: Path, chip: Chip, info: EngineInfo
-) -> Callable[[Path], PreparedWeights]:
-    """What loads new weights beside the old ones, and refuses those that are not of this engine's model."""
-    tokenizer, dtype = _tokenizer_bytes(first), getattr(torch, info.dtype)
-
-    @in_passing_thread
-    def prepare(directory: Path) -> PreparedWeights:
-        if _tokenizer_bytes(directory) != tokenizer:
-            raise ServeError(
-                f"{directory}: tokenizer.json is not that of {first}", "start a new server with the directory"
-            )
-        model = load_model(directory, dtype=dtype, device=chip.device)
-        _refuse_another_model(directory, model, config)
-        decoder = Decoder(model, dtype=dtype)
-        # With as many rows as the engine has: their number decides the calls of the deterministic mode.
-        short = min(BLOCK_TOKENS, config.max_position_embeddings)
-        alone = Runner(decoder, info.max_batch_size, short, chip.device, 1, info.deterministic)
-        return PreparedWeights(decoder, probe_scores(alone, config.vocab_size))
-
-    return prepare
-
-
-def _refuse_another_model(directory: Path, model: Transformer, config: ModelConfig) -> None:
-    new, old = _numbers(model.config), _numbers(config)
-    if new != old:
-        names = [name for name, value in vars(new).items() if value != getattr(old, name)]
-        raise ServeError(
-            f"{directory}: {names[0]} is {getattr(new, names[0])!r}, the engine's model has {getattr(old, names[0])!r}",
-            "start a new server with the directory",
-        )
-    for name, tensor in model.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise ModelError(f"{directory}: {name} holds NaN or infinity", "take a checkpoint from before that")
-
-
-def _numbers(config: ModelConfig) -> ModelConfig:
-    """The configuration without what does not change how logits are computed."""
-    return replace(config, bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.0)
-
-
-def _tokenizer_bytes(directory: Path) -> bytes | None:
-    path = directory / "tokenizer.json"
-    return path.read_bytes() if path.is_file() else None

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Constraint", "FinishReason", "Request", "SamplingParams", "TokenEvent", "TokenScore"]
+__all__ = ["Constraint", "EndedBy", "FinishReason", "Request", "SamplingParams", "TokenEvent", "TokenScore"]
 
 _SMALLEST_TEMPERATURE = 1e-5
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+EndedBy = Literal["server_ended", "weights_replaced"]
 
 
 class Constraint(Protocol):
@@ -97,7 +98,8 @@ class TokenEvent:
     `prompt_scores` comes once, before or with the first token: one entry per prompt token, None for the first.
     `routes` comes with the last one where it was asked for: the experts that the token at each computed position took,
     [positions, layers with experts, experts per token]. The last sampled token was never computed: of a prompt of P
-    tokens and an answer of A > 0 these are P + A - 1 positions.
+    tokens and an answer of A > 0 these are P + A - 1 positions. `ended_by` says why the engine itself ended a request
+    that may be asked again.
     """
 
     token_id: int | None = None
@@ -106,6 +108,7 @@ class TokenEvent:
     prompt_scores: list[TokenScore | None] | None = None
     error: str | None = None
     routes: NDArray[Any] | None = None
+    ended_by: EndedBy | None = None
 
 
 @dataclass(slots=True, eq=False)

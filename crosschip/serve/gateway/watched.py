@@ -22,7 +22,8 @@ def why_not(document: dict[str, Any], kind: str) -> str | None:
         return "engine"  # the others give no ids of tokens
     if (document.get("n") or 1) != 1 or (document.get("best_of") or 1) != 1:
         return "choices"
-    if document.get("echo") or document.get("logprobs") not in (None, False):
+    wanted = document.get("logprobs")  # 0 asks for those of the tokens alone
+    if document.get("echo") or not (wanted is None or wanted is False):
         return "logprobs"  # the client wants them itself, and by the tokens' texts
     if document.get("logprobs_mode") not in (None, "raw_logprobs"):
         return "logprobs"  # the reference tells them at temperature 1

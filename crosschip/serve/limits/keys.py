@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import secrets
 import tomllib
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from crosschip.errors import ServeError
 __all__ = ["ApiKey", "KeyRing", "hash_key", "load_keys", "new_key"]
 
 _PREFIX = "csk-"
-_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_HASH = r"^sha256:[0-9a-f]{64}$"  # pydantic's `$` is the end, not a line's end; ASCII, as hmac.compare_digest needs it
 
 
 class ApiKey(BaseModel):
@@ -31,7 +30,7 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-    hash: Annotated[str, Field(pattern=_HASH.pattern)]
+    hash: Annotated[str, Field(pattern=_HASH)]
     admin: bool = False
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = None

@@ -53,7 +53,7 @@ class _Refused(Exception):
 
 
 class LimitsLayer:
-    """The middleware. Bodies are read whole before the server behind it is asked, so a slow sender holds no slot.
+    """The middleware. Bodies are read whole before the server behind it is asked, so a slow sender holds no place.
 
     Args:
         app: the server behind it.
@@ -131,11 +131,10 @@ class LimitsLayer:
 
     async def _limited(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         allowance = self._allowances[name]
-        refusal = allowance.begin(self._clock())
-        if refusal is not None:
-            raise _of_allowance(refusal)
+        _raise_if(allowance.count(self._clock()))
+        body = await self._body(scope, receive)
+        _raise_if(allowance.begin())
         try:
-            body = await self._body(scope, receive)
             await self._timed(scope, replayed(body, receive), send)
         finally:
             allowance.end()
@@ -214,8 +213,9 @@ def _bearer(scope: Scope) -> str:
     return str(headers.get(b"x-api-key", b"").decode("latin-1").strip())
 
 
-def _of_allowance(refusal: Refusal) -> _Refused:
-    return _Refused(429, refusal.message, "rate_limit_exceeded", refusal.reason, refusal.retry_after_s)
+def _raise_if(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        raise _Refused(429, refusal.message, "rate_limit_exceeded", refusal.reason, refusal.retry_after_s)
 
 
 async def _send_refusal(send: Send, refusal: _Refused) -> None:

@@ -54,9 +54,10 @@ export class Answering {
     turn.content += content;
     if (chunk.usage) turn.usage = chunk.usage;
     if (choice?.finish_reason) turn.finish = choice.finish_reason;
-    // What was told first holds: a gateway's word about an engine comes before the engine's own.
-    const { engine, chip, certificate } = turn.answeredBy ?? {};
-    const first = Object.entries({ engine, chip, certificate }).filter(([, value]) => value);
+    // A gateway's name for an engine and its chip, told first, come before the engine's own. Of the certificate what is
+    // told last holds: an answer that waited for new weights learns only when it is begun which they are.
+    const { engine, chip } = turn.answeredBy ?? {};
+    const first = Object.entries({ engine, chip }).filter(([, value]) => value);
     const model = chunk.model ?? turn.answeredBy?.model;
     turn.answeredBy = { ...turn.answeredBy, ...chunk.crosschip, ...Object.fromEntries(first), model };
     this.acts.changed(turn);

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from crosschip.errors import CrosschipError, ServeError
 from crosschip.model import Transformer, load_model, save_model
-from crosschip.serve.engine import loading
+from crosschip.serve.engine import loading, new_weights
 from crosschip.serve.engine.engine import Engine
 from crosschip.serve.engine.overwrite import Overwritten, check_overwrite
 from crosschip.serve.engine.request import SamplingParams
@@ -218,14 +218,14 @@ def test_a_stale_copy_that_is_older_than_the_probe_is_caught_by_the_check(
 ) -> None:
     """The fault H2 where both sides of the probe have it: only an engine that was started cold has not."""
     output = engine._runner.decoder._output
-    prepare = loading.Decoder
+    prepare = new_weights.Decoder
 
     def stale(*args: Any, **options: Any) -> Any:
         decoder = prepare(*args, **options)
         decoder._output = output
         return decoder
 
-    monkeypatch.setattr(loading, "Decoder", stale)
+    monkeypatch.setattr(new_weights, "Decoder", stale)
     engine.update_weights(directories[1])
     monkeypatch.undo()
     assert not against_cold(engine, directories[1]).passed
@@ -245,7 +245,7 @@ def test_experts_that_were_transposed_twice_are_caught_by_the_check(
                     experts.down_proj.copy_(experts.down_proj.transpose(1, 2).clone())
         return model
 
-    monkeypatch.setattr(loading, "load_model", transposed)
+    monkeypatch.setattr(new_weights, "load_model", transposed)
     engine.update_weights(directories[1])
     monkeypatch.undo()
     found = against_cold(engine, directories[1])
@@ -285,7 +285,8 @@ def test_weights_are_prepared_in_threads_that_end(
         seen.append(threading.current_thread())
         return load_model(*args, **kwargs)
 
-    monkeypatch.setattr(loading, "load_model", load)
+    for module in (loading, new_weights):
+        monkeypatch.setattr(module, "load_model", load)
     with running(directories[0], **OPTIONS) as engine:
         engine.update_weights(directories[1])
     assert [each.name for each in seen] == ["crosschip-passing"] * 2

@@ -117,8 +117,11 @@ def test_what_cannot_be_scored_is_counted(random_server: RunningServer, second_r
         for more in ({"n": 2}, {"logprobs": 1}, {"prompt": [[5], [6]]}):
             body = {"model": "random-tiny", "prompt": [5], "max_tokens": 1} | more
             assert httpx.post(f"{gateway.url}/v1/completions", json=body).status_code == 200
+        body = {"model": "random-tiny", "prompt": [5], "max_tokens": 1, "logprobs": 0}
+        answer = httpx.post(f"{gateway.url}/v1/completions", json=body).json()
+        assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 1, "they are the client's"
         engine = httpx.get(f"{gateway.url}/parity").json()["watches"][0]["engines"][0]
-        assert engine["not_covered"] == {"choices": 1, "logprobs": 1, "prompts": 1}
+        assert engine["not_covered"] == {"choices": 1, "logprobs": 2, "prompts": 1}
         assert engine["verdict"] == "undecided"
 
 
@@ -137,6 +140,7 @@ def test_other_engines_cannot_be_watched() -> None:
     assert why_not({"prompt": "x"}, "vllm") is None
     assert why_not({"prompt": "x", "logprobs_mode": "processed_logprobs"}, "native") == "logprobs"
     assert why_not({"prompt": "x", "logprobs": False, "n": 1, "echo": False}, "native") is None
+    assert why_not({"prompt": "x", "logprobs": 0}, "native") == "logprobs", "0 asks for those of the tokens alone"
 
 
 def said(logprobs: list[float], tops: list[dict[int, float]]) -> Said:

@@ -187,6 +187,18 @@ def test_a_body_that_does_not_come_holds_nothing() -> None:
         assert httpx.post(f"{url}/v1/echo").status_code == 200
 
 
+def test_a_body_on_its_way_keeps_nobody_out() -> None:
+    with limited(max_concurrent=1) as (url, backend, _):
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(b"POST /v1/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nx")
+            for _ in range(5):
+                assert httpx.post(f"{url}/v1/echo").status_code == 200
+            assert len(backend.reached) == 5
+            slow.sendall(b"y" * 9)
+            assert b'"length":10' in slow.recv(1000)
+
+
 def test_an_answer_that_takes_too_long_is_broken_off() -> None:
     with limited(max_request_s=0.4) as (url, backend, _):
         response = httpx.post(f"{url}/v1/slow", content=b"30")

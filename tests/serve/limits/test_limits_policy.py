@@ -52,6 +52,10 @@ def test_all_keys_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         ('[[keys]]\nname = "a b"\nhash = "sha256:' + "0" * 64 + '"', "name"),
         ('[[keys]]\nname = "a"\nhash = "sha256:' + "0" * 64 + '"\nadmim = true', "admim"),
         (('[[keys]]\nname = "a"\nhash = "sha256:' + "0" * 64 + '"\n') * 2, "twice"),
+        ('[[keys]]\nname = "a"\nhash = "sha256:' + "0" * 64 + 'x"', "hash"),
+        ('[[keys]]\nname = "a"\nhash = "sha256:' + "0" * 64 + '\\n"', "hash"),
+        ('[[keys]]\nname = "a"\nhash = "sha256:' + "0" * 64 + '\u00a0"', "hash"),
+        ('[[keys]]\nname = "a"\nhash = " sha256:' + "0" * 64 + '"', "hash"),
     ],
 )
 def test_a_wrong_file_of_keys_is_told_without_its_secrets(tmp_path: Path, text: str, words: str) -> None:
@@ -71,13 +75,13 @@ def test_a_name_that_cannot_be_one_is_refused() -> None:
 def test_a_rate_refuses_tells_when_and_fills_again() -> None:
     allowance = Allowance(requests_per_minute=6)
     for _ in range(6):
-        assert allowance.begin(100.0) is None
-    refusal = allowance.begin(100.0)
+        assert allowance.count(100.0) is None
+    refusal = allowance.count(100.0)
     assert refusal is not None
     assert (refusal.reason, refusal.retry_after_s) == ("rate", 10)
-    assert allowance.begin(109.0) is not None
-    assert allowance.begin(110.0) is None
-    assert allowance.begin(110.0) is not None
+    assert allowance.count(109.0) is not None
+    assert allowance.count(110.0) is None
+    assert allowance.count(110.0) is not None
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=200), st.floats(0.5, 600))
@@ -85,7 +89,7 @@ def test_no_minute_has_more_than_twice_the_rate(waits: list[float], per_minute: 
     allowance, now, admitted = Allowance(requests_per_minute=per_minute), 0.0, []
     for wait in waits:
         now += wait
-        if allowance.begin(now) is None:
+        if allowance.count(now) is None:
             admitted.append(now)
     for start in admitted:
         # A full bucket and what flows in during the minute.
@@ -94,17 +98,22 @@ def test_no_minute_has_more_than_twice_the_rate(waits: list[float], per_minute: 
 
 def test_concurrency_is_counted_down_again() -> None:
     allowance = Allowance(max_concurrent=2)
-    assert [allowance.begin(0.0) is None for _ in range(3)] == [True, True, False]
+    assert [allowance.begin() is None for _ in range(3)] == [True, True, False]
+    assert allowance.count(0.0) is not None, "it is refused before its body is read"
     allowance.end()
-    assert allowance.begin(0.0) is None
+    assert allowance.count(0.0) is None
+    assert allowance.begin() is None
 
 
 def test_a_refused_request_takes_nothing_from_the_rate() -> None:
     allowance = Allowance(requests_per_minute=2, max_concurrent=1)
-    assert allowance.begin(0.0) is None
-    assert allowance.begin(0.0) is not None
+    assert allowance.count(0.0) is None
+    assert allowance.count(0.0) is None, "both bodies are on their way"
+    assert allowance.begin() is None
+    assert allowance.begin() is not None
+    assert allowance.count(0.0) is not None
     allowance.end()
-    assert allowance.begin(0.0) is None
+    assert allowance.count(0.0) is None
 
 
 def test_what_a_model_would_read_is_counted() -> None:

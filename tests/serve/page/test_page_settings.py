@@ -95,6 +95,14 @@ def test_a_gateways_headers_say_which_engine_answered(visit: Visit, scripted: Sc
     assert rows[:5] == ["scripted", "H200", "left", "9", "CERTIFIED"]
 
 
+def test_the_certificate_is_what_the_answer_itself_says_last(visit: Visit, scripted: ScriptedServer) -> None:
+    for head, chunks in (("CERTIFIED", "UNCERTIFIED"), ("PENDING", "CERTIFIED")):
+        fields = {"crosschip": {"certificate": chunks, "weights_version": 9}}
+        scripted.scripts.append(Script(stream_headers={"X-Crosschip-Certificate": head}, fields=fields))
+        figures = visit.ask_and_wait("Which?").locator(".figures").text_content() or ""
+        assert ("UNCERTIFIED" in figures) == (chunks == "UNCERTIFIED")
+
+
 def test_the_head_tells_certificate_alarms_and_weights(visit: Visit, scripted: ScriptedServer) -> None:
     assert "UNCERTIFIED" in visit.page.text_content("#certificate")
     assert "no certificate.json" in visit.page.text_content("#certificate")
