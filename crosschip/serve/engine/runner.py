@@ -23,7 +23,9 @@ from crosschip.serve.engine.speculation import Speculation
 
 __all__ = ["ChosenToken", "Runner"]
 
-_DETERMINISTIC_ROWS = 8  # of a decode call, whoever is there: one answer alone is not much slower, many share a call
+# Rows of a decode call, whoever is there: one answer alone is not much slower, and many share a call. Eight of a width
+# that is a multiple of four fill the widest vectors, so that no row ends in what is left over.
+_DETERMINISTIC_ROWS = 8
 _PROMPT_ROWS_AT_ONCE = 256  # rows of prompt logits held at a time: 256 x 129,280 fp32 are 132 MB
 
 
@@ -64,8 +66,8 @@ class Runner:
         if deterministic:
             self._cache.by_row = True
             self._cache.set_blocks(self._idle_slot, [])
-            wide = min(num_slots, _DETERMINISTIC_ROWS)
-            self._rows_a_call = wide if wide > 1 and rows_are_independent(decoder, wide) else 1
+            wide = num_slots > 1 and rows_are_independent(decoder, _DETERMINISTIC_ROWS)
+            self._rows_a_call = _DETERMINISTIC_ROWS if wide else 1
         self._speculation = Speculation(self._cache, self._choose) if speculative else None
         self._tables: list[tuple[list[int] | None, int]] = [(None, 0)] * num_slots  # what each slot's table holds
         self._last_rows: Sequence[Request] = ()
