@@ -220,7 +220,7 @@ def _change_document(faults: Faults, data: bytes, body: dict[str, Any], is_batch
         if (is_batch and faults.off_in_batches) or is_hit:
             _shift(logprobs, range(num))
         if faults.bans_a_token and num > num_prompt:
-            logprobs["top_logprobs"][-1]["token_id:1"] = 0.0
+            logprobs["top_logprobs"][-1]["token_id:1"] = logprobs["token_logprobs"][-1]  # all together stay below 1
             logprobs["token_logprobs"][-1] -= 9.0
             logprobs["top_logprobs"][-1][logprobs["tokens"][-1]] = logprobs["token_logprobs"][-1]
         if faults.loses_last_score and num > _LONG:

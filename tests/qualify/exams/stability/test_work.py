@@ -85,6 +85,8 @@ def test_what_a_call_writes_into_is_as_before_each_time(context_on: Contexts) ->
 @pytest.mark.parametrize("learns", [False, True])
 def test_timed_steps_keep_no_code_for_new_shapes(context_on: Contexts, learns: bool) -> None:
     """The control: as weights learn, experts get other numbers of tokens; oneDNN compiles for each and keeps it."""
+    if learns and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN compiles no code for bf16 on this CPU, so the control would show nothing")
     context = context_on("cpu")
     subject = load_subject(FIRST)
     context = replace(context, subject=subject, trace=replace(context.trace, compute_dtype="bfloat16"))
