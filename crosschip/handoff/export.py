@@ -106,7 +106,7 @@ def check_place(source: ModelSource, path: Path) -> None:
 
 def with_a_name(path: Path) -> Path:
     """The same place, spelled so that something can be named after it and lie beside it: `.` and `..` have no name."""
-    return path.resolve() if path.name in ("", "..") else path.absolute()
+    return path.resolve() if path.name in ("", "..") else path
 
 
 @contextmanager
