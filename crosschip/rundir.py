@@ -30,6 +30,7 @@ __all__ = [
     "is_complete",
     "read_json",
     "sha256_of",
+    "sync",
     "write_json",
     "write_text",
 ]
@@ -89,11 +90,16 @@ def _put_on_disk(directory: Path) -> None:
     """Wait until the files of a directory are on the disk, so that its marker never outlives them in a power cut."""
     for file in directory.rglob("*"):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(file)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a directory, are on the disk; the one does not promise the other."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from crosschip.errors import RunDirectoryError
+from crosschip.rundir import sync
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.run_files import cut_torn_line, record_of, unreadable_lines
 from crosschip.train.step import StepResult
@@ -152,7 +153,7 @@ class StageLog:
             name: (self._directory / name).open("a", encoding="utf-8")
             for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE, EVENTS_FILE)
         }
-        _sync(self._directory)  # the names of files that were made just now
+        sync(self._directory)  # the names of files that were made just now
         from tensorboardX import SummaryWriter  # slow to import, and only a stage that runs needs it
 
         # purge_step hides what a run that was killed had drawn beyond the step it is resumed from.
@@ -223,12 +224,3 @@ class StageLog:
 
 def _not_written(name: str, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(f"{name} could not be written: {error}", "free disk space, then go on with --resume")
-
-
-def _sync(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import ServeError
+from crosschip.serve.documents import read_object
 from crosschip.serve.engine.engine import Engine, EngineInfo
 from crosschip.serve.tokenizer import ServingTokenizer, load_serving_tokenizer
 from crosschip.serve.tools import FORMATS, ToolFormat, find_format
@@ -71,9 +71,9 @@ def describe_served(engine: Engine, model_name: str | None = None, tool_format: 
     """
     directory = engine.info.directory
     tokenizer = load_serving_tokenizer(directory)
-    generation = _read_config(directory / "generation_config.json")
+    generation = read_object(directory / "generation_config.json") or {}
     stop_ids = set()
-    for config in (generation, _read_config(directory / "config.json")):
+    for config in (generation, read_object(directory / "config.json") or {}):
         stop_ids.update(_id_list(config.get("eos_token_id")))
     if tokenizer is not None:
         stop_ids.update(tokenizer.stop_ids)
@@ -119,15 +119,3 @@ def _id_list(value: Any) -> list[int]:
     if isinstance(value, int):
         return [value]
     return [id_ for id_ in value if isinstance(id_, int)] if isinstance(value, list) else []
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ServeError(f"{path} is not JSON: {error}", "fetch the file again") from None
-    if not isinstance(document, dict):
-        raise ServeError(f"{path} holds a {type(document).__name__}, not an object", "fetch the file again")
-    return document

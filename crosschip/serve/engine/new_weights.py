@@ -6,7 +6,6 @@ has others is another model, whatever its weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from crosschip.data import load_tokenizer
 from crosschip.errors import CrosschipError, ModelError, ServeError
 from crosschip.model import Decoder, ModelConfig, Transformer, load_model, read_config
 from crosschip.rundir import read_json
+from crosschip.serve.documents import read_object
 from crosschip.serve.engine.blocks import BLOCK_TOKENS
 from crosschip.serve.engine.engine import EngineInfo, PreparedWeights
 from crosschip.serve.engine.overwrite import probe_scores
@@ -125,27 +125,15 @@ def _refuse_non_finite(directory: Path, model: Transformer) -> None:
 def _beside(directory: Path) -> Iterator[tuple[str, Any]]:
     """What a directory says about prompts and sampling, by the names of the files; what it does not say is left out."""
     # What training publishes has the special tokens of both files in the first one.
-    config = _document(directory / "tokenizer_config.json"), _document(directory / "special_tokens_map.json")
+    config = read_object(directory / "tokenizer_config.json"), read_object(directory / "special_tokens_map.json")
     if config != (None, None):
         joined = (config[1] or {}) | (config[0] or {})
         yield "tokenizer_config.json", {name: value for name, value in joined.items() if name != "chat_template"}
     if (template := _template(directory)) is not None:
         yield "the chat template (chat_template.jinja)", template
-    generation = _document(directory / "generation_config.json")
+    generation = read_object(directory / "generation_config.json")
     if generation is not None:
         yield "generation_config.json", {name: value for name, value in generation.items() if name not in _OF_TOOLS}
-
-
-def _document(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ServeError(f"{path} is not JSON: {error}", "copy or download it again") from None
-    if not isinstance(document, dict):
-        raise ServeError(f"{path} holds a {type(document).__name__}, not an object", "copy or download it again")
-    return document
 
 
 def _template(directory: Path) -> str | None:

@@ -13,7 +13,6 @@ All of it lies under a temporary name until every process has written and every 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from crosschip.errors import CheckpointError
 from crosschip.model.dcp import INDEX_FILE
 from crosschip.model.weights import DCP_DIRECTORY
-from crosschip.rundir import COMPLETE, sha256_of, write_json, write_text
+from crosschip.rundir import COMPLETE, sha256_of, sync, write_json, write_text
 from crosschip.train.checkpoint.directory import REPLACED, unfinished_path
 from crosschip.train.checkpoint.staging import Staged
 from crosschip.train.checkpoint.state import CHECKSUM_FILE, STATE_FILE, CheckpointState, state_document
@@ -166,15 +165,15 @@ def _finish(
     for name in ("config.json", CHECKSUM_FILE):
         files[name] = _measured(temporary / name)
     write_json(temporary / STATE_FILE, state_document(state, dict(sorted(files.items()))))
-    _sync_directory(temporary / DCP_DIRECTORY)
+    sync(temporary / DCP_DIRECTORY)
     write_text(temporary / COMPLETE, f"{sha256_of(temporary / STATE_FILE)}\n")
-    _sync_directory(temporary)
+    sync(temporary)
     replaced = path.with_name(f".{path.name}{REPLACED}")
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.replace(replaced)
     temporary.replace(path)
-    _sync_directory(path.parent)
+    sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -182,12 +181,3 @@ def _checksum_lines(parts: list[tuple[dict[str, Any], list[dict[str, Any]]]]) ->
     """A JSON list, one shard a line. Processes that hold the same shard say the same of it, once."""
     lines = dict.fromkeys(json.dumps(shard) for _, shards in parts for shard in shards)
     return "[\n" + ",\n".join(lines) + "\n]\n"
-
-
-def _sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk, as fsync of a file does not promise."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
