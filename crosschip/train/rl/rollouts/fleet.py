@@ -110,7 +110,8 @@ class Fleet:
         try:
             samples = samples_of(member.name, client, await _outcome(request), possible + member.offered[first_offer:])
         except BadAnswer as bad:
-            self._note_bad(member, bad, len(member.offered) > first_offer or member.loading is not None)
+            loads_anew = member.loading is not None or member.confirmed is None
+            self._note_bad(member, bad, loads_anew or len(member.offered) > first_offer)
             raise
         finally:
             request.cancel()
@@ -143,7 +144,7 @@ class Fleet:
             self._events.tell("engine busy", f"{member.name}: {bad}", action)
 
     def _note_bad(self, member: Member, bad: BadAnswer, has_new_weights: bool) -> None:
-        """`has_new_weights`: the engine has loaded weights since it was asked."""
+        """`has_new_weights`: the engine has loaded weights since it was asked, or is about to."""
         if member.state != "up":
             return  # told already
         if bad.fault == "busy":

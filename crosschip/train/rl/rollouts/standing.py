@@ -43,8 +43,8 @@ class Standing:
         return "give up" if self.refused_in_a_row >= MOST_REFUSED_IN_A_ROW else "keep"
 
     def note_bad(self, fault: Fault, has_new_weights: bool = False) -> Measure:
-        """One bad answer more. `has_new_weights`: the engine has loaded weights since it was asked, so that an answer
-        of the wrong version says nothing about it now."""
+        """One bad answer more. `has_new_weights`: the engine has loaded weights since it was asked, or is about to, so
+        that an answer of the wrong version says nothing about it now."""
         if fault == "busy":
             return "wait"
         self.busy_since_s = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from crosschip.train.rl.advantages import has_signal
 from crosschip.train.rl.rollouts import RolloutError
 from crosschip.train.rl.rollouts.engine import KEY_VARIABLE
+from crosschip.train.rl.rollouts.member import Member
+from crosschip.train.rl.rollouts.upkeep import Upkeep
 from tests.train.rl.rollouts.rollout_parts import (
     FirstIsEven,
     Told,
@@ -155,6 +158,26 @@ def test_wrong_weights_are_loaded_again_and_then_the_engine_is_dropped(tmp_path:
     assert len(always.loads) >= 2
     assert "-000000000000" in told.of("ENGINE DROPPED")[0]
     assert [versions_of(batch) for batch in batches] == [{version} for version in range(len(batches))]
+
+
+def test_wrong_answers_that_come_together_are_one_reason_to_load_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring_up = Upkeep._bring_up
+
+    async def bring_up_late(self: Upkeep, member: Member) -> None:
+        if member.offered:  # the weights are loaded again: all answers that were under way come before that
+            await asyncio.sleep(0.3)
+        await bring_up(self, member)
+
+    monkeypatch.setattr(Upkeep, "_bring_up", bring_up_late)
+    told = Told()
+    engine = ScriptedEngine(play=lambda number: "wrong version" if number < 3 else "good")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert not told.of("ENGINE DROPPED")
+    assert len(engine.loads) == 2
+    assert batch.num_garbage == 3
 
 
 def test_an_engine_that_hangs_is_passed_over(tmp_path: Path) -> None:
