@@ -192,6 +192,8 @@ def _check_form(path: Path, document: dict[str, Any]) -> None:
     for verdict in (*verdicts, *(each for each in of_gates if each != NOT_COVERED)):
         if verdict not in VERDICTS:
             raise HandoffError(f"{path} is no certificate: a verdict is {_shown(verdict)}", _REMEDY)
+    if not document["files"]:
+        raise HandoffError(f"{path} is no certificate: it lists no files", _REMEDY)
     for entry in document["files"]:
         types = (_field(entry, "name"), _field(entry, "bytes"), _field(entry, "sha256"))
         if not all(isinstance(value, kind) for value, kind in zip(types, (str, int, str), strict=True)):

@@ -122,15 +122,16 @@ def train_to_the_end(command: TrainCommand) -> None:
     """As `train_from_outside`, for a verb that goes on afterwards.
 
     Raises:
-        KeyboardInterrupt: it was ended by a signal, and has saved.
+        KeyboardInterrupt: it was ended by a signal, and has saved; or one came in its last step.
         TrainingFailedError: it ended with an error.
         CrosschipError, NoProgressError: see `train_from_outside`.
     """
-    code = train_from_outside(command)
-    if code in INTERRUPTED:
-        raise KeyboardInterrupt
-    if code:
+    with Interruption() as interruption:
+        code = train_from_outside(command)
+    if code and code not in INTERRUPTED:
         raise TrainingFailedError(code)
+    if code or interruption.received is not None:
+        raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:

@@ -198,6 +198,7 @@ def test_what_is_no_certificate_is_told(certified: Certified, text: str, words: 
         {"replays": [{"verdict": "NOT COVERED"}]},
         {"files": [{"name": 7, "bytes": 1, "sha256": ""}]},
         {"files": "all"},
+        {"files": []},
     ],
 )
 def test_a_form_that_is_not_ours_is_told(certified: Certified, changes: dict[str, Any]) -> None:

@@ -17,7 +17,14 @@ from crosschip.rundir import RunDirectory
 from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken
 from crosschip.train.guard.heartbeat import read_beats
 from crosschip.train.guard.interruption import Interruption
-from crosschip.train.launching import TrainCommand, _Groups, group_directory, train_from_outside
+from crosschip.train.launching import (
+    TrainCommand,
+    TrainingFailedError,
+    _Groups,
+    group_directory,
+    train_from_outside,
+    train_to_the_end,
+)
 from tests.train.launched import is_running, lines, settings
 
 LONG = ("train.steps=4000", "train.sample_every=4000", "train.validate_every=4000", "train.checkpoint_every=5")
@@ -191,3 +198,25 @@ def test_a_group_that_could_not_save_after_a_signal_decides_about_the_exit_code(
     interruption.received, interruption.is_urgent = signal.SIGTERM, is_urgent
     assert groups.exit_code(interruption) == code
     assert ("group 1 ended with exit code" in capsys.readouterr().err) is (code not in (143,))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(0, KeyboardInterrupt), (130, KeyboardInterrupt), (1, TrainingFailedError)]
+)
+def test_a_signal_in_the_last_step_ends_the_verb_that_would_go_on(
+    pretraining: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[BaseException]
+) -> None:
+    def train(command: TrainCommand) -> int:
+        with Interruption():
+            if code != 130:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return code
+
+    monkeypatch.setattr("crosschip.train.launching.train_from_outside", train)
+    with pytest.raises(error):
+        train_to_the_end(command(pretraining, tmp_path / "run"))
+
+
+def test_without_a_signal_the_verb_goes_on(pretraining: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosschip.train.launching.train_from_outside", lambda command: 0)
+    train_to_the_end(command(pretraining, tmp_path / "run"))

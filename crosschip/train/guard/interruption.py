@@ -14,7 +14,10 @@ _POLL_S = 0.1
 
 
 class Interruption:
-    """Within the `with` block, `received` is the first signal's number, and `is_urgent` says that another came."""
+    """Within the `with` block, `received` is the first signal's number, and `is_urgent` says that another came.
+
+    One within another tells the outer one of what came.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -31,6 +34,9 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.is_urgent = self.received is not None
         self.received = self.received or number
+        outer = getattr(self._before.get(number), "__self__", None)
+        if isinstance(outer, Interruption):
+            outer._handle(number, frame)
 
     @property
     def exit_code(self) -> int:
