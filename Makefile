@@ -1,13 +1,14 @@
 # Needs only Python >= 3.11, pip and make. Every target makes .venv when it is missing; a second call installs nothing.
 #   make run     train, hand off and chat with a small reasoning model (recipes/first.toml); RECIPE=... ARGS=... to change
 #   make engines other serving engines, each in an environment of its own under .engines (ENGINES=... for some of them)
-#   make test    the tests that need no other engine and no accelerator, without the slow ones
+#   make test    the tests that need no other engine and no accelerator, without the slow ones; WORKERS=1 for one by one
 # PYTHON=... chooses the interpreter, TORCH_INSTALL="..." another torch than the set-up would take (scripts/make_venv.py).
 
 PYTHON ?= python3
 RECIPE ?= recipes/first.toml
 ARGS ?=
 ENGINES ?=
+WORKERS ?= auto
 BIN := .venv/bin
 BENCHMARKS := benchmarks/train_step.py benchmarks/generate.py
 export TORCH_INSTALL
@@ -21,7 +22,7 @@ engines:
 	@$(PYTHON) scripts/make_engines.py $(ENGINES)
 
 test: venv-dev
-	$(BIN)/python -m pytest -m "not slow and not engines and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile -m "not slow and not engines and not gpu" $(ARGS)
 
 test-slow: venv-dev
 	$(BIN)/python -m pytest -m "slow or engines or gpu" $(ARGS)
