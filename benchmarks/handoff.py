@@ -2,7 +2,7 @@
 
     python benchmarks/handoff.py                              # trains recipes/first.toml first; about half an hour more
     python benchmarks/handoff.py --run runs/first             # of a run that is there
-    python benchmarks/handoff.py --run runs/first --part faults
+    python benchmarks/handoff.py --run runs/first --part faults   # of files; --part engines: of an engine
 
 Writes docs/results/handoff.json and docs/results/handoff.md. An engine that is not installed (`make engines`) is listed
 as not run.
@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from handoff_engines import engine_faults
 
 from crosschip.chips import find_chip, fingerprint
 from crosschip.chips.faults import CATALOGUE, faults_from, plant_files
@@ -76,7 +78,7 @@ FAULTS: tuple[tuple[str, str], ...] = (
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=None, help="a run after training, or a model directory")
-    parser.add_argument("--part", choices=("all", "targets", "faults"), default="all")
+    parser.add_argument("--part", choices=("all", "targets", "faults", "engines"), default="all")
     parser.add_argument("--targets", nargs="*", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--num-problems", type=int, default=200, help="0: no answers are asked")
@@ -236,7 +238,7 @@ def _named(changed: list[str], found: list[dict[str, Any]]) -> str | None:
 def table(document: dict[str, Any]) -> str:
     """The document as Markdown."""
     lines = ["# Handoff", "", "Made by `make bench-handoff`. Everything ran on a CPU; no accelerator was used.", ""]
-    for part, tell in (("targets", _targets_lines), ("faults", _faults_lines)):
+    for part, tell in (("targets", _targets_lines), ("faults", _faults_lines), ("engines", _engine_lines)):
         if part in document:
             machine = document[part]["fingerprint"]
             lines += tell(document[part]["rows"])
@@ -285,11 +287,26 @@ def _short(words: str) -> str:
 
 
 def _faults_lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "## Planted faults of files",
-        "",
+    words = (
         "Planted between the conversion and the gates. *Named by*: the first gate that names a tensor, field or file "
-        "which the fault changed.",
+        "which the fault changed."
+    )
+    return _planted_lines("Planted faults of files", words, rows)
+
+
+def _engine_lines(rows: list[dict[str, Any]]) -> list[str]:
+    words = (
+        "Nothing is planted: the engine computes another model from honest files. *Named by*: the replay that gives it "
+        "the blame."
+    )
+    return _planted_lines("An engine that errs", words, rows)
+
+
+def _planted_lines(heading: str, words: str, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"## {heading}",
+        "",
+        words,
         "",
         "| fault | what happens | target | changed | named by | what it says |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -324,10 +341,13 @@ def main() -> None:
         "fingerprint": fingerprint(find_chip("cpu")),
     }
     with trained(options.run) as run, tempfile.TemporaryDirectory() as place:
-        if options.part != "faults":
-            document["targets"] = {**head, "rows": targets_table(run, options, Path(place))}
-        if options.part != "targets":
-            document["faults"] = {**head, "rows": faults_table(run, Path(place))}
+        parts = {
+            "targets": lambda: targets_table(run, options, Path(place)),
+            "faults": lambda: faults_table(run, Path(place)),
+            "engines": lambda: list(engine_faults(run, Path(place))),
+        }
+        for part in parts if options.part == "all" else (options.part,):
+            document[part] = {**head, "rows": parts[part]()}
     write_json(path, document)
     write_text(path.with_suffix(".md"), table(document) + "\n")
     print(f"{path} and {path.with_suffix('.md')}")
