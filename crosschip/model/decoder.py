@@ -10,103 +10,33 @@ V = v_head_dim, L = kv_lora_rank, X = L + R, E experts, F expert intermediate si
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crosschip.errors import ModelError
-from crosschip.model.config import ModelConfig
-from crosschip.model.experts import MixtureOfExperts, combine, dispatch, places, route
+from crosschip.model.experts import MixtureOfExperts
+from crosschip.model.feed_forward import DenseMLP, Experts, fed_forward
 from crosschip.model.latent_attention import LatentAttention, Span, unit_rms
 from crosschip.model.latent_cache import BLOCK_TOKENS, LatentCache
-from crosschip.model.layers import GatedMLP
 from crosschip.model.matrix import Matrix
 from crosschip.model.rope import rope_table
 from crosschip.model.route_record import RouteRecord
 from crosschip.model.transformer import Block, MultiTokenPrediction, Transformer
 
+if TYPE_CHECKING:
+    from crosschip.model.row_step import RowStep
+
 __all__ = ["Decoder", "LatentCache", "generate"]
 
-# Up to this many tokens a few experts are computed all at once: their weights are read once, and so would a loop.
-_DENSE_EXPERT_TOKENS = 32
-_DENSE_EXPERTS = 16
-# And more tokens, as long as what is computed in vain costs less than calling each expert: some 60 microseconds on a
-# CPU. 8 experts of 128 x 96, fp32: 0.57 ms against 0.84 for 64 tokens, 0.99 against 1.30 for 128.
-_FLOPS_OF_A_CALL = 7e6
 # On CPUs long rows are read faster one by one (16 rows of 2048 tokens, fp32: 4.8 ms a layer against 9.7 in one product,
 # and 18.1 where their blocks are scattered and gathered first).
 _BY_ROW_FROM = 1024
-
-
-class _DenseMLP:
-    """A gated MLP with the norm before it, prepared: gate and up in one product."""
-
-    def __init__(self, gate_up_FD: Tensor, down_DF: Tensor, norm: Tensor, dtype: torch.dtype) -> None:
-        self.gate_up = Matrix((gate_up_FD.detach() * norm).to(dtype))
-        self.down = Matrix(down_DF.detach().to(dtype))
-
-    @classmethod
-    def of(cls, mlp: GatedMLP, norm: Tensor, dtype: torch.dtype) -> _DenseMLP:
-        return cls(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), mlp.down_proj.weight, norm, dtype)
-
-    def __call__(self, x_MD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
-
-
-class _AllExperts:
-    """All experts of a layer side by side as one wide MLP whose inner columns are weighted by the router."""
-
-    def __init__(self, moe: MixtureOfExperts, norm: Tensor, dtype: torch.dtype) -> None:
-        gate_EFD, up_EFD = moe.experts.gate_up_proj.detach().chunk(2, dim=1)
-        gates, ups = [gate_EFD.flatten(0, 1)], [up_EFD.flatten(0, 1)]
-        downs = [moe.experts.down_proj.detach().transpose(0, 1).flatten(1)]
-        self.num_routed_columns = gates[0].shape[0]
-        if moe.shared_experts is not None:
-            gates.append(moe.shared_experts.gate_proj.weight.detach())
-            ups.append(moe.shared_experts.up_proj.weight.detach())
-            downs.append(moe.shared_experts.down_proj.weight.detach())
-        self.gate_up = Matrix((torch.cat((*gates, *ups)) * norm).to(dtype))
-        self.down = Matrix(torch.cat(downs, dim=1).to(dtype))
-        in_vain = moe.experts.gate_up_proj.shape[0] - moe.gate.config.num_experts_per_tok
-        in_vain_flops = 2 * in_vain * (moe.experts.gate_up_proj[0].numel() + moe.experts.down_proj[0].numel())
-        calls_flops = _FLOPS_OF_A_CALL * moe.experts.gate_up_proj.shape[0]
-        self.most_tokens = max(_DENSE_EXPERT_TOKENS, int(calls_flops / max(1, in_vain_flops)))
-
-    def __call__(self, x_MD: Tensor, share_ME: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_MD).chunk(2, dim=-1)
-        active = F.silu(gate).mul_(up)
-        active[:, : self.num_routed_columns].view(*share_ME.shape, -1).mul_(share_ME[..., None])
-        return self.down(active)
-
-
-class _Experts:
-    """One layer's router, routed and shared experts with the norm before them, prepared."""
-
-    def __init__(self, moe: MixtureOfExperts, norm: Tensor, dtype: torch.dtype, config: ModelConfig) -> None:
-        self.config, self.router = config, moe.gate
-        self.router_weight = moe.gate.weight.detach().float() * norm
-        pairs = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
-        self.each = [_DenseMLP(gate_up_FD, down_DF, norm, dtype) for gate_up_FD, down_DF in pairs]
-        self.shared = None if moe.shared_experts is None else _DenseMLP.of(moe.shared_experts, norm, dtype)
-        self.all = _AllExperts(moe, norm, dtype) if config.n_routed_experts <= _DENSE_EXPERTS else None
-
-    def __call__(self, x_MD: Tensor, chosen: list[Tensor]) -> Tensor:
-        """[M, D] to [M, D]; the ids [M, K] of the experts that the tokens took are appended to `chosen`."""
-        scores_ME = F.linear(x_MD.float(), self.router_weight).sigmoid_()
-        ids_MK, weights_MK = route(scores_ME, self.router.e_score_correction_bias, self.config)
-        chosen.append(ids_MK)
-        if self.all is not None and x_MD.shape[0] <= self.all.most_tokens:
-            return self.all(x_MD, torch.zeros_like(scores_ME).scatter_(1, ids_MK, weights_MK).to(x_MD.dtype))
-        place_P, split = places(ids_MK, torch.bincount(ids_MK.flatten(), minlength=len(self.each)))
-        parts = dispatch(x_MD, place_P, sum(split)).split(split)
-        out_RD = torch.cat([expert(rows) for expert, rows in zip(self.each, parts, strict=True) if len(rows)])
-        out_MD = combine(out_RD[place_P].unflatten(0, ids_MK.shape), weights_MK)
-        return out_MD if self.shared is None else out_MD.add_(self.shared(x_MD))
-
-
-def _fed_forward(feed_forward: _DenseMLP | _Experts, x_MD: Tensor, chosen: list[Tensor]) -> Tensor:
-    return feed_forward(x_MD, chosen) if isinstance(feed_forward, _Experts) else feed_forward(x_MD)
+# Numbers in all heads' queries to a row of the cache, up to which a step's time is that of its calls (`row_step`).
+_SMALL_ATTENTION = 2048
+_SEVERAL = 8  # rows, more than get their products from kernels
 
 
 class _Draft:
@@ -126,14 +56,18 @@ class _Draft:
     def __call__(self, next_MD: Tensor, state_MD: Tensor, span: Span, rows_PX: Tensor, eps: float) -> Tensor:
         x_MD = self.join(torch.cat((unit_rms(next_MD, eps), unit_rms(state_MD, eps)), dim=-1))
         x_MD += self.attention(x_MD, span, rows_PX)
-        x_MD += _fed_forward(self.feed_forward, unit_rms(x_MD, eps), [])
+        x_MD += fed_forward(self.feed_forward, unit_rms(x_MD, eps), [])
         return F.rms_norm(x_MD, (x_MD.shape[-1],), self.norm, eps)
 
 
 class Decoder:
-    """A model prepared for inference. Weights are read once: make a new decoder after an update."""
+    """A model prepared for inference. Weights are read once: make a new decoder after an update.
 
-    def __init__(self, model: Transformer, dtype: torch.dtype | None = None) -> None:
+    With `by_kernels`, steps of one token a row are made of compiled stretches where the model, its dtype and its device
+    suit them (`row_step`), and else, and always without, of torch's own operators.
+    """
+
+    def __init__(self, model: Transformer, dtype: torch.dtype | None = None, by_kernels: bool = False) -> None:
         self.config = model.config
         self.dtype = dtype or model.embed_tokens.weight.dtype
         self.device = model.embed_tokens.weight.device
@@ -144,10 +78,13 @@ class Decoder:
         self._layers = [(LatentAttention(b, self.dtype, self.config), self._feed_forward(b)) for b in blocks]
         modules = [module for module in model.mtp if isinstance(module, MultiTokenPrediction)]
         self._draft = _Draft(modules[0], self) if modules else None
+        self._row_step = self._prepare_row_step() if by_kernels else None
+        if self._row_step is not None:
+            self._warm_up()
 
     def computes_all_experts(self, num_rows: int) -> bool:
         """Whether calls of so many tokens compute every expert for every token, or there are none to choose from."""
-        experts = [feed_forward for _, feed_forward in self._layers if isinstance(feed_forward, _Experts)]
+        experts = [feed_forward for _, feed_forward in self._layers if isinstance(feed_forward, Experts)]
         return all(each.all is not None and num_rows <= each.all.most_tokens for each in experts)
 
     @property
@@ -155,11 +92,25 @@ class Decoder:
         """Whether the model has a module that predicts one token further."""
         return self._draft is not None
 
-    def _feed_forward(self, block: Block) -> _DenseMLP | _Experts:
+    def _prepare_row_step(self) -> RowStep | None:
+        is_small = self.config.num_attention_heads * self.config.latent_dim <= _SMALL_ATTENTION
+        if self.device.type != "cpu" or self.dtype != torch.float32 or not is_small:
+            return None
+        from crosschip.model.row_step import RowStep  # numba: half a second
+
+        return RowStep(self._layers, self.config)
+
+    def _warm_up(self) -> None:
+        """Have the kernels for one row and for several compiled now, and not with the first request."""
+        for rows in (1, _SEVERAL):
+            zeros, slots = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
+            self.extend(zeros[:, None], zeros, slots, self.new_cache(rows, 1))
+
+    def _feed_forward(self, block: Block) -> DenseMLP | Experts:
         norm = block.post_attention_layernorm.weight.detach().float()
         if isinstance(block.mlp, MixtureOfExperts):
-            return _Experts(block.mlp, norm, self.dtype, self.config)
-        return _DenseMLP.of(block.mlp, norm, self.dtype)
+            return Experts(block.mlp, norm, self.dtype, self.config)
+        return DenseMLP.of(block.mlp, norm, self.dtype)
 
     def new_cache(
         self,
@@ -194,12 +145,16 @@ class Decoder:
         be padded on the right: the padding lies past the row's length and is overwritten later, or past its blocks and
         is lost. The three inputs are int64 on the CPU; slots are distinct.
         """
-        span = self._span(start_B, slots_B, tokens_BT.shape[1], cache)
         x_MD = F.embedding(tokens_BT.to(self.device).flatten(), self._embedding)
+        if self._row_step is not None and tokens_BT.shape[1] == 1:
+            attends = self._row_step.attends(start_B, cache)
+            span = None if attends else self._span(start_B, slots_B, 1, cache)
+            return self._row_step(x_MD, start_B, slots_B, cache, span).mul_(self._norm)[:, None]
+        span = self._span(start_B, slots_B, tokens_BT.shape[1], cache)
         eps, chosen = self.config.rms_norm_eps, list[Tensor]()
         for (attention, feed_forward), rows in zip(self._layers, cache.rows, strict=False):
             x_MD += attention(x_MD, span, rows)
-            x_MD += _fed_forward(feed_forward, unit_rms(x_MD, eps), chosen)
+            x_MD += fed_forward(feed_forward, unit_rms(x_MD, eps), chosen)
         if cache.routes is not None:
             cache.routes.write(span.places.written_M, chosen)
         return F.rms_norm(x_MD, (x_MD.shape[-1],), self._norm, eps).view(*tokens_BT.shape, -1)

@@ -51,8 +51,8 @@ class LatentCache:
     """`rows[layer]` is [(num_blocks + 1) * BLOCK_TOKENS, X], on the device; the tables are the host's.
 
     With `by_row` a decoded row's attention is always computed by itself, over no more than its own positions.
-    `rope_P2r` is the table of rotations, for each position a slot's blocks have room for. `routes`, if there, keeps
-    which experts each position's token took.
+    `rope_P2r` is the table of rotations, for each position a slot's blocks have room for, `tables_SW` says which blocks
+    each slot has. `routes`, if there, keeps which experts each position's token took.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class LatentCache:
         self.routes: RouteRecord | None = None
         self._device = device
         own = torch.arange(num_slots * blocks_a_slot).view(num_slots, blocks_a_slot)
-        self._tables_SW = own.clamp(max=self.num_blocks)
+        self.tables_SW = own.clamp(max=self.num_blocks)
         self._changes = 0
         self._last_key: tuple[Sequence[int], int, int, bool] | None = None
         self._last: _Layout = (own, None, None, None)
 
     def set_blocks(self, slot: int, blocks: Sequence[int]) -> None:
         """The blocks that hold the slot's positions from now on; what lies beyond them is written to no block."""
-        table_W = self._tables_SW[slot]
+        table_W = self.tables_SW[slot]
         table_W[: len(blocks)] = torch.tensor(blocks, dtype=torch.int64)
         table_W[len(blocks) :] = self.num_blocks
         self._changes += 1
@@ -116,7 +116,7 @@ class LatentCache:
         return Places(written_BT.flatten().to(self._device), len(slots), num_cached, run, blocks_P, row_blocks)
 
     def _lay_out(self, slots: list[int], num_read: int, by_row: bool) -> _Layout:
-        table_BW = self._tables_SW[slots]
+        table_BW = self.tables_SW[slots]
         table_BK = table_BW[:, :num_read]
         first_B = table_BK[:, 0]
         in_order_BK = (table_BK - first_B[:, None] == torch.arange(num_read)) | (table_BK == self.num_blocks)

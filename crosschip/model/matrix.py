@@ -22,10 +22,15 @@ class Matrix:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.out_features = weight.shape[0]
+        self.out_features, self.in_features = weight.shape
         self._bias = bias
         self._packed = _can_pack(weight.dtype) if weight.device.type == "cpu" else False
         self._weight = _pack(weight) if self._packed else weight
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """A copy of the weight, [out, in], and the bias."""
+        weight = self._weight.to_dense() if self._packed else self._weight.clone()
+        return weight.contiguous(), self._bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""

@@ -58,9 +58,9 @@ def test_dense_and_sorted_experts_agree(monkeypatch) -> None:
     model = random_model(CONFIG)
     ids = torch.randint(0, 97, (8, 3))
     results = []
-    monkeypatch.setattr("crosschip.model.decoder._FLOPS_OF_A_CALL", 0)
+    monkeypatch.setattr("crosschip.model.feed_forward._FLOPS_OF_A_CALL", 0)
     for limit in (0, 64):
-        monkeypatch.setattr("crosschip.model.decoder._DENSE_EXPERT_TOKENS", limit)
+        monkeypatch.setattr("crosschip.model.feed_forward._DENSE_EXPERT_TOKENS", limit)
         decoder = Decoder(model)
         cache = decoder.new_cache(8, 8)
         results.append(decoder.extend(ids, torch.zeros(8, dtype=torch.int64), torch.arange(8), cache))

@@ -65,7 +65,7 @@ def load_engine(
     chip = find_chip(device)
     keep_freed_memory()
     model = load_model(directory, dtype=dtype, device=chip.device)
-    decoder = Decoder(model, dtype=dtype)
+    decoder = Decoder(model, dtype=dtype, by_kernels=True)
     if speculative:
         _check_speculation(decoder, directory, deterministic)
     if record_routes:

@@ -73,7 +73,7 @@ class WeightsPreparer:
         try:
             model = load_model(directory, dtype=dtype, device=self._chip.device)
             _refuse_non_finite(directory, model)
-            decoder = Decoder(model, dtype=dtype)
+            decoder = Decoder(model, dtype=dtype, by_kernels=True)
             # With as many rows as the engine has: their number decides the calls of the deterministic mode.
             short = min(BLOCK_TOKENS, self._config.max_position_embeddings)
             alone = Runner(decoder, info.max_batch_size, short, self._chip.device, 1, info.deterministic)

@@ -80,7 +80,7 @@ class Here:
         prompts = {number: judge.prompt_of(problems[number]) for number in {number for number, _ in places}}
         askings = [Asking(prompts[number], _key(problems[number], sample, manner.seed)) for number, sample in places]
         limits = Limits(manner.max_new_tokens, judge.stop_ids, manner.temperature)
-        for index, token_ids in answer_all(Decoder(model, torch.float32), askings, limits):
+        for index, token_ids in answer_all(Decoder(model, torch.float32, by_kernels=True), askings, limits):
             number, sample = places[index]
             found = judge.judge(problems[number], token_ids, judge.opening_of(prompts[number]))
             how = (found.right, found.closed, found.finished, found.num_tokens, found.error)

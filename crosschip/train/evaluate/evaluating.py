@@ -82,7 +82,7 @@ def evaluate_subject(
     """
     tokenizer = load_tokenizer(subject.tokenizer)
     device = find_chip(chip).device
-    decoder = Decoder(load_model(subject.directory, dtype=torch.float32, device=device), torch.float32)
+    decoder = Decoder(load_model(subject.directory, dtype=torch.float32, device=device), torch.float32, by_kernels=True)
     places: list[_Place] = [(number, None) for number in range(len(questions))]
     if settings.samples > 1:
         places += [(number, sample) for number in range(len(questions)) for sample in range(settings.samples)]

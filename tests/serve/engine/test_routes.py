@@ -72,7 +72,7 @@ def test_replay_gives_the_engines_log_probs(
 ) -> None:
     directory = request.getfixturevalue(kind.removesuffix(" sorted"))
     if kind.endswith(" sorted"):
-        monkeypatch.setattr("crosschip.model.decoder._FLOPS_OF_A_CALL", 0)
+        monkeypatch.setattr("crosschip.model.feed_forward._FLOPS_OF_A_CALL", 0)
     model = load_model(directory)
     options = {"max_batch_size": 40, "max_model_len": 128, "deterministic": deterministic}
     with running(directory, record_routes=True, **options) as engine:
@@ -194,10 +194,10 @@ def test_the_simulated_chip_records(few_experts: Path) -> None:
 
 def test_all_answers_to_one_prompt_are_by_the_same_weights(few_experts: Path) -> None:
     """New weights wait for those that have no slot yet, if one of their siblings was begun."""
-    with running(few_experts, record_routes=True, max_batch_size=2, max_model_len=128) as engine:
-        for in_flight in ("finish", "abort"):
+    with running(few_experts, record_routes=True, max_batch_size=2, max_model_len=2048) as engine:
+        for in_flight, length in (("finish", 60), ("abort", 2000)):
             version = engine.info.weights_version
-            handles = engine.submit_all([5, 6, 7], [SamplingParams(60, seed=seed) for seed in range(6)])
+            handles = engine.submit_all([5, 6, 7], [SamplingParams(length, seed=seed) for seed in range(6)])
             next(iter(handles[0]))
             engine.update_weights(few_experts, in_flight=in_flight)  # type: ignore[arg-type]
             ended = [list(handle)[-1].finish_reason for handle in handles]

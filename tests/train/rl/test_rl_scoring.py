@@ -53,7 +53,7 @@ def test_reasoning_that_the_prompt_opened_and_nobody_closed_is_no_answer(
     held_out = HeldOutProblems(SOURCE, tokenizer, settings_of())
     written = [tokenizer.encode(f"I try {expected}") for expected in held_out._expected]
     monkeypatch.setattr("crosschip.train.rl.scoring.answer_all", lambda *_: enumerate(written))
-    monkeypatch.setattr("crosschip.train.rl.scoring.Decoder", lambda *_: None)
+    monkeypatch.setattr("crosschip.train.rl.scoring.Decoder", lambda *_, **__: None)
     assert held_out.score(None).num_right == 5  # type: ignore[arg-type]
     held_out._openings = ["<think>"] * 5
     assert held_out.score(None).num_right == 0  # type: ignore[arg-type]
