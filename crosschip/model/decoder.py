@@ -34,8 +34,9 @@ __all__ = ["Decoder", "LatentCache", "generate"]
 # On CPUs long rows are read faster one by one (16 rows of 2048 tokens, fp32: 4.8 ms a layer against 9.7 in one product,
 # and 18.1 where their blocks are scattered and gathered first).
 _BY_ROW_FROM = 1024
-# Numbers in all heads' queries to a row of the cache, up to which a step's time is that of its calls (`row_step`).
-_SMALL_ATTENTION = 2048
+# Up to so many numbers in all heads' queries to a row of the cache, and weights in all layers (64 MB), a step's time is
+# that of its calls (`row_step`).
+_SMALL_ATTENTION, _SMALL_LAYERS = 2048, 16_000_000
 _SEVERAL = 8  # rows, more than get their products from kernels
 
 
@@ -78,7 +79,7 @@ class Decoder:
         self._layers = [(LatentAttention(b, self.dtype, self.config), self._feed_forward(b)) for b in blocks]
         modules = [module for module in model.mtp if isinstance(module, MultiTokenPrediction)]
         self._draft = _Draft(modules[0], self) if modules else None
-        self._row_step = self._prepare_row_step() if by_kernels else None
+        self._row_step = self._prepare_row_step(blocks) if by_kernels else None
         if self._row_step is not None:
             self._warm_up()
 
@@ -92,9 +93,11 @@ class Decoder:
         """Whether the model has a module that predicts one token further."""
         return self._draft is not None
 
-    def _prepare_row_step(self) -> RowStep | None:
+    def _prepare_row_step(self, blocks: list[Block]) -> RowStep | None:
+        """None where products, and not calls, are what takes a step's time."""
+        num_weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
         is_small = self.config.num_attention_heads * self.config.latent_dim <= _SMALL_ATTENTION
-        if self.device.type != "cpu" or self.dtype != torch.float32 or not is_small:
+        if self.device.type != "cpu" or self.dtype != torch.float32 or not is_small or num_weights > _SMALL_LAYERS:
             return None
         from crosschip.model.row_step import RowStep  # numba: half a second
 

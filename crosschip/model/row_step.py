@@ -1,7 +1,7 @@
 """One new token for each of some rows, in fp32 on a CPU: products by torch, all between them by `row_kernels`.
 
-For models whose attention is small beside the calls that it takes. What is computed is what `Decoder.extend` computes,
-its sums in another order. M rows, D hidden size, H heads, V = v_head_dim, E experts, K experts per token.
+For models whose step takes the time of its calls (`Decoder` says which). What is computed is what `Decoder.extend`
+computes, its sums in another order. M rows, D hidden size, H heads, V = v_head_dim, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ Array = NDArray[Any]
 # Multiplications of one layer's attention, on one core: beyond it products on all cores are faster.
 _MOST_WORK = 2e6
 # Rows whose products are computed on one core, each by itself: calling a library takes longer than reading weights that
-# fit into the cache.
+# fit into the cache. They are kept a second time for that.
 _FEW_ROWS = 4
-_MOST_DENSE_BYTES = 64e6  # kept a second time for it
 # As many times more rows than by operators are computed by all experts: between the products nearly nothing is left.
 # (8 experts of 128 x 96: a step of 64 rows takes 19 ms against 29 with sorted rows, one of 256 rows 52 against 57.)
 _MORE_ROWS = 5
@@ -42,8 +41,7 @@ class RowStep:
 
     def __init__(self, layers: Sequence[tuple[LatentAttention, DenseMLP | Experts]], config: ModelConfig) -> None:
         self._config = config
-        dense = _num_weights(layers) * 4 <= _MOST_DENSE_BYTES
-        self._layers = [(_Attention(each, config, dense), _FeedForward(part, dense)) for each, part in layers]
+        self._layers = [(_Attention(attention, config), _FeedForward(part)) for attention, part in layers]
 
     def attends(self, start_B: Tensor, cache: LatentCache) -> bool:
         """Whether rows of these lengths are attended faster by a kernel than by products on all cores; or must be all
@@ -54,7 +52,7 @@ class RowStep:
     def __call__(self, x_MD: Tensor, start_B: Tensor, slots_B: Tensor, cache: LatentCache, span: Span | None) -> Tensor:
         """States before the final norm's weight, [M, D], from embeddings, which are overwritten. `span` is for
         attention by products; None: by a kernel."""
-        assert int(start_B.max()) < cache.max_len, (start_B, cache.max_len)  # the kernels look at no bounds
+        assert int(start_B.max()) < cache.rope_P2r.shape[0], (start_B, cache.max_len)  # the kernels look at no bounds
         x, eps = x_MD.numpy(), self._config.rms_norm_eps
         rows = _Rows(start_B.numpy(), slots_B.numpy(), cache, span)
         normed = np.empty_like(x)
@@ -68,13 +66,6 @@ class RowStep:
         return torch.from_numpy(normed)
 
 
-def _num_weights(layers: Sequence[tuple[LatentAttention, DenseMLP | Experts]]) -> int:
-    wide = [part if isinstance(part, DenseMLP) else part.all for _, part in layers]
-    matrices = [each for attention, _ in layers for each in (attention.first, attention.q_up, attention.out)]
-    matrices += [each for part in wide if part is not None for each in (part.gate_up, part.down)]
-    return sum(each.out_features * each.in_features for each in matrices if each is not None)
-
-
 class _Rows:
     """Where the new tokens of one call go: the same for every layer."""
 
@@ -85,17 +76,15 @@ class _Rows:
 
 
 class _Product:
-    """A matrix: of few rows on one core, where a copy of its weight as it lies is worth the memory."""
+    """A matrix; of few rows on one core, with a copy of its weight as it lies."""
 
-    def __init__(self, matrix: Matrix, keeps_dense: bool) -> None:
-        self._matrix, self._weight = matrix, None
-        if keeps_dense:
-            weight, bias = matrix.dense()
-            self._weight = weight.numpy()
-            self._bias = np.empty(0, np.float32) if bias is None else bias.numpy()
+    def __init__(self, matrix: Matrix) -> None:
+        weight, bias = matrix.dense()
+        self._matrix, self._weight = matrix, weight.numpy()
+        self._bias = np.empty(0, np.float32) if bias is None else bias.numpy()
 
     def __call__(self, x: Array) -> Array:
-        if self._weight is None or len(x) > _FEW_ROWS:
+        if len(x) > _FEW_ROWS:
             by_torch: Array = self._matrix(torch.from_numpy(x)).numpy()
             return by_torch
         out = np.empty((len(x), len(self._weight)), np.float32)
@@ -104,9 +93,9 @@ class _Product:
 
 
 class _Attention:
-    def __init__(self, attention: LatentAttention, config: ModelConfig, keeps_dense: bool) -> None:
-        self._first, self._out = (_Product(each, keeps_dense) for each in (attention.first, attention.out))
-        self._q_up = None if attention.q_up is None else _Product(attention.q_up, keeps_dense)
+    def __init__(self, attention: LatentAttention, config: ModelConfig) -> None:
+        self._first, self._out = _Product(attention.first), _Product(attention.out)
+        self._q_up = None if attention.q_up is None else _Product(attention.q_up)
         self._key_up = attention.key_up_HNL.contiguous().numpy()
         self._value_up = attention.value_up_HLV.transpose(1, 2).contiguous().numpy()
         self._attention, self._shape = attention, (config.qk_nope_head_dim, config.qk_rope_head_dim)
@@ -140,7 +129,7 @@ class _Attention:
 class _FeedForward:
     """A dense network, or experts: as one wide network while few rows make that the faster way."""
 
-    def __init__(self, part: DenseMLP | Experts, keeps_dense: bool) -> None:
+    def __init__(self, part: DenseMLP | Experts) -> None:
         self._experts = part if isinstance(part, Experts) else None
         wide = self._wide = part if isinstance(part, DenseMLP) else part.all
         self._expert_size, self._most_rows = 0, 0
@@ -152,7 +141,7 @@ class _FeedForward:
             self._expert_size = wide.num_routed_columns // len(bias)
             self._most_rows = _MORE_ROWS * wide.most_tokens if config.n_group == 1 else 0
         self._dense: tuple[Array, Array] | None = None
-        if keeps_dense and wide is not None:
+        if wide is not None:
             self._dense = wide.gate_up.dense()[0].numpy(), wide.down.dense()[0].t().contiguous().numpy()
 
     def __call__(self, normed: Array, chosen: list[Tensor]) -> Array:

@@ -109,10 +109,12 @@ def test_gates_of_every_size_are_those_of_torch() -> None:
     assert (error <= 4e-7 * expected.abs() + 2e-36).all()
 
 
-def test_other_dtypes_and_wide_attention_go_another_way() -> None:
+def test_other_dtypes_wide_attention_and_large_layers_go_another_way() -> None:
     assert Decoder(random_model(CONFIG), torch.bfloat16, by_kernels=True)._row_step is None
     wide = replace(CONFIG, num_attention_heads=64, kv_lora_rank=64)
     assert Decoder(random_model(wide), by_kernels=True)._row_step is None
+    large = replace(CONFIG, hidden_size=512, intermediate_size=4096, first_k_dense_replace=3)
+    assert Decoder(random_model(large), by_kernels=True)._row_step is None
 
 
 def test_long_rows_are_computed_by_products_unless_each_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
