@@ -127,10 +127,10 @@ def test_several_answers_to_one_prompt_compute_it_once(
         tokens += tokens_BT.numel()
         return extend(self, tokens_BT, *rest)
 
-    monkeypatch.setattr(Decoder, "extend", count)
     prompt = made_prompts(1, length, length + 1, seed=5)[0]
     ways = [greedy(10), SamplingParams(10, seed=1, num_logprobs=0), SamplingParams(10, seed=2), greedy(10)]
     with running(random_dir, max_batch_size=4, cache_tokens=1024, max_model_len=256, prefix_cache=False) as engine:
+        monkeypatch.setattr(Decoder, "extend", count)
         answers = [list(handle) for handle in engine.submit_all(prompt, ways)]
         assert tokens <= length + 3 + 4 * 9, "the prompt once, its last token for each sibling, then one a token"
         forward.assert_greedy(prompt, answers[0])
