@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -126,3 +128,18 @@ def test_long_rows_are_computed_by_products_unless_each_is_by_itself(monkeypatch
     assert torch.allclose(step(decoder, cache, [4, 0, 2]), expected, rtol=1e-4, atol=1e-4)
     cache.by_row = True
     assert not torch.allclose(step(decoder, cache, [4, 0, 2]), expected, rtol=1e-2)
+
+
+WITHOUT_A_PLACE = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+import numpy
+from crosschip.model import row_kernels
+x = numpy.full((1, 4), 3.0, numpy.float32)
+row_kernels.normalise(x, 0.0, x)
+assert (x == 1.0).all(), x
+"""
+
+
+def test_without_a_place_for_the_cache_kernels_are_compiled_each_time() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_A_PLACE], check=True)
