@@ -21,6 +21,9 @@ from tests.serve.gateway.conftest import RunningGateway, running_gateway, settin
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
 
 
+ANSWER_TOKENS = 160  # so many that an engine can be killed among them
+
+
 def before(*servers: RunningServer, model: str = "random-tiny", **tables: Any) -> GatewaySettings:
     engines = [
         {"name": f"e{number}", "url": server.url, "model": model, "kind": "native", "chip": "cpu"}
@@ -109,7 +112,7 @@ def test_an_engine_that_is_killed_loses_only_what_it_had_begun(random_dir: Path)
 def _greedy(client: openai.OpenAI, prompt: list[int], stream: None) -> str:
     extra = {"ignore_eos": True}
     answer = client.completions.create(
-        model="random-tiny", prompt=prompt, temperature=0, max_tokens=48, extra_body=extra
+        model="random-tiny", prompt=prompt, temperature=0, max_tokens=ANSWER_TOKENS, extra_body=extra
     )
     return answer.choices[0].text
 
@@ -123,7 +126,7 @@ def _stream(
             model="random-tiny",
             prompt=prompt,
             temperature=0,
-            max_tokens=48,
+            max_tokens=ANSWER_TOKENS,
             stream=True,
             extra_body={"ignore_eos": True},
         ) as response:
