@@ -140,7 +140,6 @@ class _FeedForward:
             self._num_chosen = config.num_experts_per_tok
             self._expert_size = wide.num_routed_columns // len(bias)
             self._most_rows = _MORE_ROWS * wide.most_tokens if config.n_group == 1 else 0
-        self._dense: tuple[Array, Array] | None = None
         if wide is not None:
             self._dense = wide.gate_up.dense()[0].numpy(), wide.down.dense()[0].t().contiguous().numpy()
 
@@ -148,12 +147,12 @@ class _FeedForward:
         if self._experts is not None and len(normed) > self._most_rows:
             by_torch: Array = self._experts(torch.from_numpy(normed), chosen).numpy()
             return by_torch
+        assert self._wide is not None
         share = self._share(normed, chosen)
-        if self._dense is not None and len(normed) <= _FEW_ROWS:
+        if len(normed) <= _FEW_ROWS:
             out = np.empty_like(normed)
             row_kernels.feed_forward(normed, *self._dense, share, self._expert_size, out)
             return out
-        assert self._wide is not None
         gate_up = self._wide.gate_up(torch.from_numpy(normed)).numpy()
         active = np.empty((len(normed), gate_up.shape[1] // 2), np.float32)
         row_kernels.gate(gate_up, share, self._expert_size, active)
