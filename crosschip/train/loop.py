@@ -119,7 +119,7 @@ class _Stage:
             if self._stopped_by():
                 break
             if not last and position.step % settings.checkpoint_every == 0:
-                self._beat("save")
+                self._beat("save", self.saver.write_may_take_s())
                 self.log.sync()  # no checkpoint may hold a step that a power cut takes from the log
                 self.saver.save(self._state())
                 job.groups.save(job.directory, position.step)
@@ -138,8 +138,8 @@ class _Stage:
             self._beat("save")
             self._wait_for_save()
 
-    def _beat(self, phase: str) -> None:
-        self.job.heartbeat.beat(phase, self.job.position.step)
+    def _beat(self, phase: str, known_s: float = 0.0) -> None:
+        self.job.heartbeat.beat(phase, self.job.position.step, known_s)
 
     def _tell_event(self, event: Event) -> None:
         self.log.event(event.step, event.event, event.detail, event.action)
@@ -362,7 +362,7 @@ class _Stage:
     def _end(self) -> StageEnd:
         """The last checkpoint, and the last word."""
         job, step = self.job, self.job.position.step
-        self._beat("save")
+        self._beat("save", self.saver.finish_may_take_s())
         self.log.sync()
         checkpoint = self.saver.finish(self._state())
         job.groups.save(job.directory, step)

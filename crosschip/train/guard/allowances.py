@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
 
 __all__ = ["FACTOR", "SLACK_S", "START", "Allowances"]
 
@@ -20,15 +19,12 @@ class Allowances:
 
     A phase is allowed `FACTOR` times its median or a step's, whichever is longer, and `slack_s`: within a step work
     moves from one phase to the next, as when a rank waits for another. `start_allowance_s` holds for what was never
-    seen. `least_s` is a phase's least allowance, for what has time-outs of its own.
+    seen.
     """
 
-    def __init__(
-        self, start_allowance_s: float, slack_s: float = SLACK_S, least_s: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, start_allowance_s: float, slack_s: float = SLACK_S) -> None:
         self._start_allowance_s = start_allowance_s
         self._slack_s = slack_s
-        self._least_s = dict(least_s or {})
         self._phases: dict[str, deque[float]] = {}
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
         self._phase: tuple[str, float] | None = None  # which one is going on, and since when
@@ -40,8 +36,11 @@ class Allowances:
         self._steps.clear()
         self._phase = self._step = None
 
-    def begin(self, phase: str, step: int, now: float) -> float:
-        """A phase begins at `now`, in seconds of any clock; returns the seconds until the next has to begin."""
+    def begin(self, phase: str, step: int, now: float, known_s: float = 0.0) -> float:
+        """A phase begins at `now`, in seconds of any clock; returns the seconds until the next has to begin.
+
+        `known_s` is how long something in it may take that it does not always hold: a write that is waited for.
+        """
         if self._phase is not None:
             before, since = self._phase
             self._phases.setdefault(before, deque(maxlen=_REMEMBERED)).append(now - since)
@@ -52,7 +51,7 @@ class Allowances:
             if self._step is not None and self._step[0] == step - 1:
                 self._steps.append(now - self._step[1])
             self._step = (step, now)
-        return max(self._allowed(phase), self._least_s.get(phase, 0.0))
+        return self._allowed(phase) + known_s
 
     def _allowed(self, phase: str) -> float:
         seen = self._phases.get(phase)

@@ -12,7 +12,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +76,9 @@ class Heartbeat:
         rank: int,
         start_allowance_s: float,
         slack_s: float = SLACK_S,
-        least_s: Mapping[str, float] | None = None,
     ) -> None:
         self._map = _mapped(path)
-        self._allowances = Allowances(start_allowance_s, slack_s, least_s)
+        self._allowances = Allowances(start_allowance_s, slack_s)
         self._counter = self._num_beats = 0
         self._stage = b""
         self._exit_code = _NOT_LEFT
@@ -93,10 +92,13 @@ class Heartbeat:
         self._stage = name.encode()
         self._allowances.forget()
 
-    def beat(self, phase: str, step: int) -> None:
-        """A phase of a step begins: `data`, `forward-backward`, `averaging`, `update`, `validation`, `save`, ..."""
+    def beat(self, phase: str, step: int, known_s: float = 0.0) -> None:
+        """A phase of a step begins: `data`, `forward-backward`, `averaging`, `update`, `validation`, `save`, ...
+
+        `known_s`: see `Allowances.begin`.
+        """
         now = time.monotonic()
-        allowance_s = self._allowances.begin(phase, step, now)
+        allowance_s = self._allowances.begin(phase, step, now, known_s)
         self._num_beats += 1
         self._write(step, now, allowance_s, phase)
 
@@ -150,9 +152,7 @@ def stack_file(directory: Path, rank: int) -> Path:
     return directory / f"stack-{rank}"
 
 
-def open_heartbeat(
-    start_allowance_s: float, slack_s: float = SLACK_S, least_s: Mapping[str, float] | None = None
-) -> Heartbeat:
+def open_heartbeat(start_allowance_s: float, slack_s: float = SLACK_S) -> Heartbeat:
     """This rank's heartbeat, in the directory that the supervisor has named; without a supervisor one that nobody sees.
 
     Under a supervisor the process also ends when the supervisor does, and answers SIGUSR1 with its stack, which works
@@ -168,7 +168,7 @@ def open_heartbeat(
         follow_supervisor(os.environ[SUPERVISOR])
     # Kept open as long as the process lives: the handler writes to the descriptor.
     faulthandler.register(signal.SIGUSR1, file=stack_file(directory, rank).open("w"), all_threads=True)
-    return Heartbeat(directory / f"heartbeat-{rank}", rank, start_allowance_s, slack_s, least_s)
+    return Heartbeat(directory / f"heartbeat-{rank}", rank, start_allowance_s, slack_s)
 
 
 def read_beats(directory: Path, before: Sequence[Beat] = ()) -> list[Beat]:

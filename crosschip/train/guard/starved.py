@@ -7,7 +7,7 @@ stopped, waits for a lock, a device or another rank is not in that queue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from crosschip.train.guard.heartbeat import Beat
@@ -29,23 +29,33 @@ def core_waits_s(pid: int) -> dict[str, float]:
 
 
 class CoreWaits:
-    """How long each rank has waited for a core since its last beat, or nearly since then."""
+    """How long the ranks have waited for a core since a rank's last beat, or nearly since then.
+
+    It is those of all ranks: one that gets no core holds up the others, who wait for it in a collective.
+    """
 
     def __init__(self) -> None:
-        self._at_beat: dict[int, tuple[int, dict[str, float]]] = {}  # rank to its beat's number and its threads' waits
+        self._at_beat: dict[int, tuple[int, dict[str, float]]] = {}  # rank to its beat's number and all threads' waits
+        self._pids: list[int] = []
 
-    def look(self, beats: Iterable[Beat], now: float) -> None:
-        """Take note of where the waits of silent ranks begin; to be called every now and then."""
-        for beat in beats:
-            noted = self._at_beat.get(beat.rank)
-            if beat.silent_s(now) > _LOOK_AFTER_S and (noted is None or noted[0] != beat.num_beats):
-                self._at_beat[beat.rank] = beat.num_beats, core_waits_s(beat.pid)
+    def look(self, beats: Sequence[Beat], now: float) -> None:
+        """Take note of where the waits of silent ranks begin; to be called every now and then, with all ranks."""
+        self._pids = [beat.pid for beat in beats]
+        newly_silent = [
+            beat
+            for beat in beats
+            if beat.silent_s(now) > _LOOK_AFTER_S and self._at_beat.get(beat.rank, (-1,))[0] != beat.num_beats
+        ]
+        if newly_silent:
+            waits = self._waits_s()
+            self._at_beat.update({beat.rank: (beat.num_beats, waits) for beat in newly_silent})
 
     def since(self, beat: Beat) -> float:
-        """Seconds that the thread which waited most has waited since the beat."""
+        """Seconds that the thread which waited most has waited since the beat, in any rank."""
         noted = self._at_beat.get(beat.rank)
         if noted is None or noted[0] != beat.num_beats:
             return 0.0
-        return max(
-            (waited - noted[1].get(thread, waited) for thread, waited in core_waits_s(beat.pid).items()), default=0.0
-        )
+        return max((waited - noted[1].get(thread, waited) for thread, waited in self._waits_s().items()), default=0.0)
+
+    def _waits_s(self) -> dict[str, float]:
+        return {thread: waited for pid in self._pids for thread, waited in core_waits_s(pid).items()}

@@ -112,6 +112,19 @@ def test_a_save_that_takes_too_long_is_overdue_until_it_is_done(tmp_path, gate, 
         gate.set()
 
 
+def test_how_long_a_save_may_still_take_is_known(tmp_path, gate, monkeypatch) -> None:
+    monkeypatch.setattr("crosschip.train.checkpoint.saver._FIRST_WRITE_S", 30.0)
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, OFF) as saver:
+        assert (saver.write_may_take_s(), saver.finish_may_take_s()) == (0.0, 60.0), "a write, and reading it back"
+        saver.save(state_of(1))
+        assert 0.0 < saver.write_may_take_s() <= 30.0
+        assert 60.0 < saver.finish_may_take_s() <= 90.0, "the write before comes first"
+        gate.set()
+        saver.wait()
+        assert saver.write_may_take_s() == 0.0
+
+
 def test_the_end_of_the_block_waits_even_when_training_failed(tmp_path, gate) -> None:
     model, optimizer = trained(1)
 

@@ -134,12 +134,15 @@ def test_another_stage_begins_with_the_allowance_of_what_was_never_seen() -> Non
     assert allowances.begin("forward-backward", 1, now) == 600.0
 
 
-def test_what_has_time_outs_of_its_own_gets_at_least_them() -> None:
-    allowances = Allowances(600.0, least_s={"averaging": 90.0})
+def test_what_is_known_to_take_time_gets_it_once() -> None:
+    allowances = Allowances(600.0)
     now, _ = steps_of(allowances, 1, 5, 0.0)
-    allowances.begin("averaging", 5, now)
+    allowances.begin("save", 5, now)
     allowances.begin("data", 6, now + 0.5)
-    assert allowances.begin("averaging", 6, now + 1.0) == 90.0
+    usual = allowances.begin("save", 6, now + 1.0)
+    assert usual < 10.0
+    assert allowances.begin("save", 7, now + 1.5, 90.0) == pytest.approx(usual + 90.0, abs=1.0)
+    assert allowances.begin("save", 8, now + 2.0) < 10.0
 
 
 def test_a_beat_costs_microseconds(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_time_without_a_core_is_not_silence(crowd: list[subprocess.Popen[bytes]]
 
 
 @pytest.mark.skipif(not core_waits_s(os.getpid()), reason="this kernel does not count waits for cores")
+def test_a_rank_that_others_wait_for_gets_no_core(crowd: list[subprocess.Popen[bytes]]) -> None:
+    waits, began = CoreWaits(), time.monotonic()
+    waiting = replace(beat_of(os.getpid(), began - 0.6), rank=1)
+    waits.look([beat_of(crowd[0].pid, began - 0.1), waiting], began)
+    time.sleep(1.5)
+    assert waits.since(waiting) > 0.5 * (time.monotonic() - began)
+
+
+@pytest.mark.skipif(not core_waits_s(os.getpid()), reason="this kernel does not count waits for cores")
 def test_a_rank_that_is_stopped_waits_for_no_core(crowd: list[subprocess.Popen[bytes]]) -> None:
     crowd[0].send_signal(signal.SIGSTOP)
     time.sleep(0.2)
