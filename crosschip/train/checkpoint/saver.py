@@ -173,20 +173,22 @@ class Checkpointer:
 
     def is_overdue(self) -> bool:
         """Whether the save that is going on takes longer than saves do, and should be waited for."""
-        if self._writing is None or self._writing.done():
-            return False
-        return time.monotonic() - self._writing_since > self._allowed_s
+        return self._time_left_s() < 0.0
 
     def write_may_take_s(self) -> float:
         """Seconds that the save which is going on may still take, and the next one waits for it; 0: there is none."""
-        if self._writing is None or self._writing.done():
-            return 0.0
-        return max(0.0, self._writing_since + self._allowed_s - time.monotonic())
+        return max(0.0, self._time_left_s())
 
     def finish_may_take_s(self) -> float:
         """Seconds that `finish` may take: it waits for two writes, and one process reads back what all have written."""
         num_processes = 1 if self._group is None else dist.get_world_size(self._group)
         return self.write_may_take_s() + (1 + num_processes) * self._allowed_s
+
+    def _time_left_s(self) -> float:
+        """Seconds that are left to the save which is going on, negative where it is overdue; 0 when there is none."""
+        if self._writing is None or self._writing.done():
+            return 0.0
+        return self._writing_since + self._allowed_s - time.monotonic()
 
     def _learn(self, since: float, writing: Future[None]) -> None:
         """In the background: how long a write has taken, and so how long the next may take."""

@@ -70,13 +70,7 @@ class Beat:
 class Heartbeat:
     """The writing side. Without a file the beats go nowhere."""
 
-    def __init__(
-        self,
-        path: Path | None,
-        rank: int,
-        start_allowance_s: float,
-        slack_s: float = SLACK_S,
-    ) -> None:
+    def __init__(self, path: Path | None, rank: int, start_allowance_s: float, slack_s: float = SLACK_S) -> None:
         self._map = _mapped(path)
         self._allowances = Allowances(start_allowance_s, slack_s)
         self._counter = self._num_beats = 0
