@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from crosschip.engines import EngineCommand, engine_command, engine_python, engine_versions
+from crosschip.engines import EngineCommand, engine_command, engine_python, engine_versions, free_port
 from crosschip.errors import EngineError
 
 HTTP = ("native", "vllm", "llamacpp")
@@ -113,7 +112,7 @@ def _start_server(engine: str, model: Path, threads: int, stack: ExitStack) -> S
     if engine == "llamacpp":
         model = _as_gguf(model)
     command = _server_command(engine)
-    port = _free_port()
+    port = free_port()
     log = model.parent / f"{engine}-http.log"
     words, environment = command.filled(model, port), command.environment_for(model)
     process = _started(words, environment, threads, log, stack)
@@ -199,12 +198,6 @@ def _description(engine: str, command: EngineCommand, environment: dict[str, str
 
 def _end_of(log: Path) -> str:
     return log.read_text(errors="replace")[-300:]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _run_offline(

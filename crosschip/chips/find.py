@@ -41,13 +41,13 @@ class Chip:
     model_name: str | None
 
 
-def find_chip(wanted: str = "auto") -> Chip:
+def find_chip(wanted: str = "auto", *, computes: bool = True) -> Chip:
     """Find the chip that is wanted: `auto`, `cpu`, a torch device such as `cuda:1` or `npu`, or a simulated chip.
 
     `auto` takes the first accelerator that torch finds, else the CPU; the simulated chip only where the environment
     variable CROSSCHIP_SIM asks for it. `sim` and `sim:0` are the simulated chip as it is in this process, honest when
     it is new; `sim:N1,limit=512` plants faults in it. A first tensor is put on the chip, so that one that is there but
-    does not work is told now.
+    does not work is told now; without `computes` only copied there and back, where arithmetic is to be examined.
 
     Raises:
         ChipError: it is not there or does not work; the message says what was found instead.
@@ -55,7 +55,7 @@ def find_chip(wanted: str = "auto") -> Chip:
     if wanted == "auto":
         wanted = _automatic()
     if wanted.partition(":")[0] == SIMULATED:
-        return _simulated(wanted)
+        return _simulated(wanted, computes)
     device = _parse(wanted)
     if device.type == "cpu":
         return _cpu()
@@ -67,7 +67,7 @@ def find_chip(wanted: str = "auto") -> Chip:
     if index >= count:
         raise ChipError(f"there is no chip {wanted!r}: torch sees {count} of type {device.type!r}; {_found()}", _HELP)
     device = torch.device(device.type, index)
-    _try(device)
+    _try(device, computes)
     vendor = vendor_of(device.type, torch.__version__, torch.version.cuda, getattr(torch.version, "hip", None))
     return Chip(str(device), device, vendor, _model_name(device, module))
 
@@ -79,7 +79,7 @@ def _automatic() -> str:
     return real[0] if real else "cpu"
 
 
-def _simulated(wanted: str) -> Chip:
+def _simulated(wanted: str, computes: bool) -> Chip:
     from crosschip.chips.simulated import activate, active_spec
 
     as_it_is = wanted in (SIMULATED, f"{SIMULATED}:0")
@@ -89,7 +89,7 @@ def _simulated(wanted: str) -> Chip:
     elif not as_it_is and active != wanted:
         activate(wanted)
     device = torch.device(SIMULATED, 0)
-    _try(device)
+    _try(device, computes)
     return Chip(active_spec() or SIMULATED, device, "crosschip", _model_name(device, torch.get_device_module(device)))
 
 
@@ -155,9 +155,10 @@ def _num_devices(kind: str, module: ModuleType) -> int:
         raise ChipError(f"asking for chips of type {kind!r} failed: {type(error).__name__}: {error}", _HELP) from error
 
 
-def _try(device: torch.device) -> None:
+def _try(device: torch.device, computes: bool = True) -> None:
     try:
-        total = float((torch.ones(8, device=device) * 2).sum().cpu())
+        made = torch.ones(8, device=device) * 2 if computes else torch.full((8,), 2.0).to(device).cpu()
+        total = float(made.sum().cpu())
     except Exception as error:
         problem = f"the chip {device} is there but a first tensor on it failed: {type(error).__name__}: {error}"
         raise ChipError(problem, _HELP) from error

@@ -46,10 +46,10 @@ _DRIVER_FILES = {
 }
 
 
-def fingerprint(chip: Chip) -> dict[str, Any]:
+def fingerprint(chip: Chip, computes: bool = True) -> dict[str, Any]:
     """Host, processor, chip, torch, drivers and SDKs, plug-ins, dtypes that work, threads and switches, for JSON.
 
-    What cannot be found out is null. Memory is in bytes.
+    What cannot be found out is null. Memory is in bytes. Dtypes are found by computing; without `computes` none are.
     """
     return {
         "chip": {
@@ -58,7 +58,7 @@ def fingerprint(chip: Chip) -> dict[str, Any]:
             "model_name": chip.model_name,
             "memory_bytes": _chip_memory_bytes(chip),
             "capability": _capability(chip),
-            "dtypes": working_dtypes(chip),
+            "dtypes": working_dtypes(chip) if computes else {},
         },
         "host": {
             "name": socket.gethostname(),

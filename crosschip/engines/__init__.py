@@ -7,6 +7,7 @@ from crosschip.engines.processes import (
     EngineCommand,
     RunningEngine,
     engine_command,
+    free_port,
     running_engine,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "engine_command",
     "engine_python",
     "engine_versions",
+    "free_port",
     "running_engine",
 ]

@@ -23,7 +23,15 @@ import httpx
 from crosschip.engines.environments import engine_python, engine_versions
 from crosschip.errors import EngineError
 
-__all__ = ["ENGINES", "STILL_STARTING", "EngineCommand", "RunningEngine", "engine_command", "running_engine"]
+__all__ = [
+    "ENGINES",
+    "STILL_STARTING",
+    "EngineCommand",
+    "RunningEngine",
+    "engine_command",
+    "free_port",
+    "running_engine",
+]
 
 ENGINES = ("native", "transformers", "vllm", "llamacpp", "command")
 STILL_STARTING = "the engine did not answer within"
@@ -176,7 +184,7 @@ def running_engine(
 
     Whatever goes wrong at the start is told in `ended`, not raised: it is what the rehearsal is for.
     """
-    port = _free_port()
+    port = free_port()
     environment = {**command.environment_for(model), **os.environ, **(extra or {}), "PYTHONUNBUFFERED": "1"}
     engine = RunningEngine(f"http://127.0.0.1:{port}", log, command=command, environment=environment)
     with log.open("wb") as file:
@@ -229,7 +237,8 @@ def _wait(url: str, process: subprocess.Popen[bytes], start_s: float) -> str:
     return f"{STILL_STARTING} {start_s:.0f} s"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nothing listened on a moment ago."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

@@ -33,20 +33,24 @@ _LEAST_S = 2.0
 
 
 def _identify(job: dict[str, Any]) -> dict[str, Any]:
-    """Load the subject, find the chip, say what it is and in which dtype the subject would be computed there."""
+    """Load the subject, find the chip, say what it is and in which dtype the subject would be computed there.
+
+    Without `computes` nothing is computed on the chip, and an open dtype is fp32.
+    """
     from crosschip.chips import find_chip, fingerprint
     from crosschip.qualify.subjects.subject import load_subject, working_dtype
 
     subject = load_subject(job["origin"])
     try:
-        chip = find_chip(job["chip_spec"])
+        chip = find_chip(job["chip_spec"], computes=False)
     except ChipError as error:
         raise _classified(error, job["chip_spec"]) from None
-    dtype = working_dtype(chip, subject.dtype_setting(job["role"]))
+    setting = subject.dtype_setting(job["role"])
+    dtype = working_dtype(chip, "float32" if setting == "auto" and not job["computes"] else setting)
     return {
         "chip": chip.name,
         "model_name": chip.model_name,
-        "fingerprint": fingerprint(chip),
+        "fingerprint": fingerprint(chip, job["computes"]),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "subject": subject.name,
     }
@@ -102,7 +106,7 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
     journal = Journal(Path(job["journal"]))
     context = ExamContext(
         exam=job["exam"],
-        chip=find_chip(job["chip_spec"]),
+        chip=find_chip(job["chip_spec"], computes=False),
         chip_spec=job["chip_spec"],
         role=job["role"],
         tier=job["tier"],

@@ -129,10 +129,10 @@ def record_trace_document(request: Request, tell: Callable[[str], None] = lambda
 
 def _examine_all(going: _Qualification) -> None:
     ended = _identify(going)
+    _check_bundle(going)  # what cannot be used is refused, whether the chip is there or not
     if ended.how != "complete":
         _report_unusable_chip(going, ended)
         return
-    _check_bundle(going)
     programme = going.request.programme
     going.prepare(programme[0][0])
     _trace(going)
@@ -163,12 +163,13 @@ def _check_bundle(going: _Qualification) -> None:
         write_json(going.directory / _BUNDLE_FILES, ended.result)
 
 
-def _identify_job(request: Request, chip: str) -> dict[str, Any]:
+def _identify_job(request: Request, chip: str, computes: bool = True) -> dict[str, Any]:
     return {
         "task": "identify",
         "origin": request.origin,
         "chip_spec": chip,
         "role": request.role,
+        "computes": computes,
     }
 
 
@@ -182,6 +183,11 @@ def _identify(going: _Qualification) -> Ended:
     going.tell(f"finding the chip {request.chip}")
     going.prepare(None, alone=True)
     ended = going.run(_identify_job(request, request.chip), _IDENTIFY_LIMIT_S)
+    if ended.how not in ("complete", "refused"):
+        # A first product can take the process down, or never come back; which operator that is, the exams say.
+        going.tell("finding it without computing anything on it")
+        unmeasured = going.run(_identify_job(request, request.chip, computes=False), _IDENTIFY_LIMIT_S)
+        ended = unmeasured if unmeasured.how == "complete" else ended
     refused = ended.result.get("refused")
     if refused is not None and refused["type"] not in ("ChipError", MISSING):
         raise QualifyError(refused["problem"], refused["remedy"])

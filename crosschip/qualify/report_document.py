@@ -74,9 +74,11 @@ def report_document(
 
 
 def _in_words(value: Any) -> Any:
-    """The value with words for numbers that JSON does not have."""
+    """The value with words for what JSON does not have: numbers that are not finite, halves of surrogate pairs."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
         return {key: _in_words(each) for key, each in value.items()}
     return [_in_words(each) for each in value] if isinstance(value, list | tuple) else value

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-__all__ = ["Crash", "Hang", "Raise", "WrongGelu"]
+__all__ = ["Crash", "Hang", "Raise", "RaiseOddly", "WrongGelu"]
 
 
 class _OnOne:
@@ -55,3 +55,10 @@ class Raise(_OnOne):
 
     def change(self, result: Any) -> Any:
         raise NotImplementedError(f"{self.operators} is not implemented for this device")
+
+
+class RaiseOddly(_OnOne):
+    """What nobody expects of an operator, half of a surrogate pair in its words."""
+
+    def change(self, result: Any) -> Any:
+        raise KeyError("kernel \udcff")

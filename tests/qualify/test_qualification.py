@@ -21,7 +21,10 @@ from crosschip.qualify.finding import EXIT_CODES
 from crosschip.qualify.proctor import Ended
 from crosschip.qualify.programme import EXAMS, Exam, Request, named_exams
 from crosschip.qualify.qualification import DefectError, qualify
+from crosschip.report.qualify_page import write_qualification_page
+from crosschip.rundir import read_json, write_json
 from tests.qualify.dying_exams import WAYS
+from tests.report.qualifications import qualification as made_up_report
 
 TINY = "tests.qualify.tiny:subject"
 SOFTWARE = named_exams(["software"])
@@ -73,10 +76,25 @@ def test_an_operator_that_fails_is_named_and_the_exam_goes_on(
     assert report["exams"][0]["ended"] == "complete"  # the rest was examined in another try
 
 
-def test_a_chip_that_fails_its_first_tensor_is_a_failure(tmp_path: Path) -> None:
-    report = qualify(request(tmp_path, "sim:tests.qualify.faulty:Raise,operators=aten::mul"))
+@pytest.mark.parametrize(
+    "fault", ["RaiseOddly,operators=aten::mm", "Crash,operators=aten::mm", "Raise,operators=aten::sum"]
+)
+def test_an_operator_by_which_a_chip_is_tried_at_the_start_is_named_as_any_other(tmp_path: Path, fault: str) -> None:
+    operator = fault.rpartition("::")[2]
+    both = named_exams(["software", "operators"])
+    report = qualify(request(tmp_path, f"sim:tests.qualify.faulty:{fault}", time_s=60.0, exams=both))
     assert report["verdict"] == "FAIL"
-    assert "not implemented" in report["findings"][0]["message"]
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "FAIL"
+    named = [each for each in report["findings"] if each["subject"].startswith(f"aten.{operator}.")]
+    assert named[0]["reproducer"]
+    assert not [each for each in report["findings"] if each["check"] == "chip_found"]
+
+
+def test_a_chip_that_cannot_be_tried_at_all_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qualification, "_identify_job", lambda *_, **__: {"task": "no such task"})
+    monkeypatch.setattr(qualification, "_identify_cpu", lambda going: Ended("complete"))
+    report = qualify(request(tmp_path, "sim"))
+    assert (report["verdict"], report["findings"][0]["check"]) == ("FAIL", "chip_found")
 
 
 @pytest.mark.parametrize(("cpu_ends", "verdict"), [("budget", "INCONCLUSIVE"), ("complete", "FAIL")])
@@ -155,20 +173,28 @@ def test_an_interrupted_qualification_keeps_what_it_measured(tmp_path: Path) -> 
 def test_killed_at_any_moment_it_leaves_a_whole_report_or_none_and_no_process(
     tmp_path: Path, delay_s: float | None
 ) -> None:
-    """`None` kills right after the report's first line of life: the moment it is replaced by the next one."""
+    """`None` kills right after the report's first line of life: the moment it is replaced by the next one.
+
+    An earlier examination has left its report and page there: the page goes before its report does.
+    """
     report = tmp_path / "out" / "report.json"
+    write_json(report, passed := made_up_report())
+    page = write_qualification_page(report)
     command = [sys.executable, "-m", "crosschip", "qualify", "--model", TINY, "--chip", "sim", "--json", str(report)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # jobs name their directory, so that children can be found
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not report.exists() if delay_s is None else time.monotonic() < deadline - 120 + delay_s:
+    while read_json(report) == passed if delay_s is None else time.monotonic() < deadline - 120 + delay_s:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     child.kill()
     child.wait()
-    if report.exists():
-        assert json.loads(report.read_text())["complete"] is False
-    assert delay_s is not None or report.exists()
+    written = read_json(report)
+    if written != passed:
+        assert written["complete"] is False
+        assert page is not None
+        assert not page.exists()
+    assert delay_s is not None or written != passed
     while _processes_about(tmp_path):
         assert time.monotonic() < deadline, _processes_about(tmp_path)
         time.sleep(0.1)

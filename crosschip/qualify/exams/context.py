@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from crosschip.chips import Chip
 from crosschip.qualify.finding import Role, Tier
 from crosschip.qualify.journal import Journal
-from crosschip.qualify.subjects.subject import Subject
+from crosschip.qualify.subjects.same_draws import SameDraws, draws_numbers
+from crosschip.qualify.subjects.subject import Subject, Workload
 from crosschip.qualify.tracing.trace import Trace
 
 __all__ = ["ExamContext"]
@@ -43,6 +46,11 @@ class ExamContext:
     def remaining_s(self) -> float:
         """Seconds of the budget that are left."""
         return self.budget_s - (time.monotonic() - self.started)
+
+    def workload(self, device: torch.device, dtype: torch.dtype, seed: int, small: bool) -> Workload:
+        """The subject's steps, to be compared with themselves or another device's: they draw the same numbers."""
+        workload = self.subject.workload(device, dtype, seed, small=small)
+        return SameDraws(workload, seed) if draws_numbers(self.trace) else workload
 
     def part(self, what: str, run: Callable[[], None]) -> None:
         """Run a part of the exam once, unless an earlier try has finished it or died in it."""

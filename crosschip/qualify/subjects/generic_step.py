@@ -56,11 +56,18 @@ def narrow_states_note(dtype: torch.dtype) -> list[str]:
 
 
 def switch_dropout_off(module: torch.nn.Module) -> list[str]:
-    """Set every dropout layer's share to 0, as chips draw other random numbers; says so if there was one."""
-    layers = [each for each in module.modules() if isinstance(each, torch.nn.modules.dropout._DropoutNd) and each.p > 0]
-    for layer in layers:
-        layer.p = 0.0
-    return ["dropout is switched off, so that two chips can be compared"] if layers else []
+    """Set every share that is dropped to 0, as chips draw other random numbers; says so if there was one.
+
+    That of a dropout layer, and what other modules keep under a name with `drop` in it.
+    """
+    found = False
+    for each in module.modules():
+        is_layer = isinstance(each, torch.nn.modules.dropout._DropoutNd)
+        for name, value in list(vars(each).items()):
+            if isinstance(value, float) and value > 0 and ("drop" in name or (is_layer and name == "p")):
+                setattr(each, name, 0.0)
+                found = True
+    return ["dropout is switched off, so that two chips can be compared"] if found else []
 
 
 def loss_of(output: Any, origin: str) -> torch.Tensor:

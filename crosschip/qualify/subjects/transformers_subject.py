@@ -88,6 +88,8 @@ def load_transformers_subject(
     """
     kept = {name: value for name, value in document.items() if name not in ("quantization_config", "auto_map")}
     notes = ["computed without the quantisation that config.json names"] if "quantization_config" in document else []
+    if any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
+        notes.append("weights are random: those that lie in the directory are not read")
     _num_parameters(_config(kept, origin), origin)
     return TransformersSubject(path.resolve().name, origin, kept, dtype, notes)
 
@@ -104,7 +106,7 @@ def _config(document: dict[str, Any], origin: str) -> Any:
     try:
         config = CONFIG_MAPPING[kind].from_dict(dict(document))
         for name, value in vars(config).items():
-            if "dropout" in name and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # chips draw other random numbers
         # One expert after the other, as on the CPU: the grouped product has kernels on few chips.
         config._experts_implementation = "eager"

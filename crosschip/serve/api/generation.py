@@ -103,9 +103,8 @@ class _Mailbox:
         """Wait for events and take all there are."""
         await self._woken.wait()
         self._woken.clear()
-        self._wake_is_due = (
-            False  # before the emptying: what is posted meanwhile may wake us for nothing, never too late
-        )
+        # Before the emptying: what is posted meanwhile may wake us for nothing, never too late.
+        self._wake_is_due = False
         events = []
         while self._events:
             events.append(self._events.popleft())

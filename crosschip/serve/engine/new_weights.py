@@ -92,9 +92,13 @@ class WeightsPreparer:
         for name, value in document.items() if isinstance(document, dict) else ():
             if type(value) is int and type(numbers.get(name)) is int and name not in _UNIMPORTANT:
                 self._refuse_other(directory, name, value, numbers[name])
-        new, old = _numbers(read_config(directory)[0]), _numbers(self._config)
+        config = read_config(directory)[0]
+        new, old = _numbers(config), _numbers(self._config)
         for name, value in vars(new).items():
             self._refuse_other(directory, name, value, getattr(old, name))
+        ends = _ends(config), _ends(self._config)
+        if all(ends) and ends[0] != ends[1]:  # answers would end as the old model's do
+            self._refuse_other(directory, "eos_token_id", config.eos_token_id, self._config.eos_token_id)
 
     def _check_beside(self, directory: Path) -> None:
         if _tokenizer_bytes(directory) != self._tokenizer:
@@ -114,6 +118,12 @@ _UNIMPORTANT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_ran
 
 def _numbers(config: ModelConfig) -> ModelConfig:
     return replace(config, bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.0)
+
+
+def _ends(config: ModelConfig) -> set[int]:
+    """The tokens that end an answer, where the configuration says so."""
+    ends = config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, tuple) else {ends}
 
 
 def _refuse_non_finite(directory: Path, model: Transformer) -> None:

@@ -161,8 +161,7 @@ class Attempt:
             return None
         culprit = blame([self._look_at(beat, now) for beat in self._beats])
         beat = next(each for each in self._beats if each.rank == culprit.rank)
-        silence = f"silent for {culprit.silent_s:.1f} s, {beat.allowance_s:.1f} s allowed"
-        ended = Ended("hang", f"{silence}: {culprit.place()}", EXIT_FAIL, False)
+        ended = Ended("hang", f"{beat.silence(now, overdue)}: {culprit.place()}", EXIT_FAIL, False)
         if beat.left_with is not None:  # all is done, and only the process does not go away
             ended = dataclasses.replace(ended, exit_code=beat.left_with, is_final=beat.left_with == 0)
         elif self._interruption.received is not None:

@@ -66,6 +66,14 @@ class Beat:
         """Whether the next beat should have come."""
         return self.silent_s(now) > self.allowance_s
 
+    def silence(self, now: float, overdue: Sequence[Beat]) -> str:
+        """How long it is silent; where only others are overdue, which wait for this rank, how long one of those is."""
+        if self in overdue or not overdue:
+            return f"silent for {self.silent_s(now):.1f} s, {self.allowance_s:.1f} s allowed"
+        waiting = overdue[0]
+        others = f"rank {waiting.rank} waits for it, {waiting.silence(now, overdue)}"
+        return f"silent for {self.silent_s(now):.1f} s ({others})"
+
 
 class Heartbeat:
     """The writing side. Without a file the beats go nowhere."""

@@ -168,8 +168,9 @@ class Reinforcer:
         self._updates_left = self.settings.updates_per_batch
         self._numbers |= measured_rollouts(taken)
         batch = batch_of_groups(taken.groups, list(self._engines), self.settings, self.tokenizer.pad_id)
-        if not (batch.labels_BT != NOT_TRAINED).any():
-            raise _nothing_to_train(taken.groups, self.settings)
+        num_trained = int((batch.labels_BT != NOT_TRAINED).any(1).sum())
+        if num_trained < self.settings.updates_per_batch:
+            raise _too_few_to_train(taken.groups, num_trained, self.settings)
         if self.settings.updates_per_batch > 1:
             batch = replace(batch, old_BT=self._scored(self.model, batch))
         if self.reference is not None:
@@ -243,16 +244,18 @@ class Reinforcer:
             self.rollouts.close()
 
 
-def _nothing_to_train(groups: Sequence[Group], settings: RlSettings) -> RolloutError:
-    """Why no answer of a batch is trained."""
+def _too_few_to_train(groups: Sequence[Group], num_trained: int, settings: RlSettings) -> RolloutError:
+    """Why not each update with a batch has an answer to train."""
     samples = [sample for group in groups for sample in group.samples]
     num_failed = sum(sample.reward is None for sample in samples)
     num_empty = sum(not sample.token_ids for sample in samples)
     num_cut = len(samples) - sum(sample.finished for sample in samples)
+    left_out = f"all but {num_trained} of {len(samples)}" if num_trained else f"all {len(samples)}"
+    needs = f", and updates_per_batch={settings.updates_per_batch} needs one for each" if num_trained else ""
     return RolloutError(
-        f"all {len(samples)} answers of a batch were left out: {num_cut} were cut off at "
-        f"max_new_tokens={settings.max_new_tokens} (over_long={settings.over_long!r}), the rewards of {num_failed} "
-        f"failed, {num_empty} were empty",
+        f"{left_out} answers of a batch were left out{needs}: {num_cut} were cut off at max_new_tokens="
+        f"{settings.max_new_tokens} (over_long={settings.over_long!r}), the rewards of {num_failed} failed, "
+        f"{num_empty} were empty",
         "raise rl.max_new_tokens (and rl.seq_len with it) or set rl.over_long = 'as judged'; mend the checker where "
         "rewards failed; then go on with --resume",
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from crosschip.data import NOT_TRAINED
 from crosschip.data.order import permutation
 from crosschip.recipe import RlSettings
 from crosschip.train.rl.batch import RlBatch
@@ -20,7 +21,8 @@ class RolloutStream:
     """Sequences by their place; a new batch of rollouts is `collect`ed where a place is in none that is remembered.
 
     A batch of rollouts is dealt out to its steps in a seeded order, so that no step gets the answers to a few problems
-    alone. Every rank asks at the same steps, because `collect` brings the batch to all of them.
+    alone, and each gets as many of those that train anything. Every rank asks at the same steps, because `collect`
+    brings the batch to all of them.
     """
 
     def __init__(self, settings: RlSettings, seed: int, collect: Callable[[], RlBatch]) -> None:
@@ -70,7 +72,11 @@ class RolloutStream:
         rest, self._rest = self._rest, None
         if rest is not None:
             return rest
-        batch = self._collect()
-        if self._settings.updates_per_batch == 1:
+        batch, num_steps = self._collect(), self._settings.updates_per_batch
+        if num_steps == 1:
             return batch
-        return batch.rows(torch.from_numpy(permutation(len(batch), "answers", self._seed, begin)))
+        shuffled_B = torch.from_numpy(permutation(len(batch), "answers", self._seed, begin))
+        trains_B = (batch.labels_BT[shuffled_B] != NOT_TRAINED).any(1)
+        places_B = trains_B.int().argsort(descending=True, stable=True)
+        dealt_B = torch.cat([places_B[step::num_steps].sort().values for step in range(num_steps)])
+        return batch.rows(shuffled_B[dealt_B])

@@ -165,6 +165,25 @@ def with_one_number_wrong(result: Tensor) -> Tensor:
     return result
 
 
+def in_pairs(args: Any) -> Tensor:
+    numbers = args[0].normal_().view(-1)
+    even = len(numbers) // 2 * 2
+    numbers[1:even:2] = numbers[0:even:2]
+    return numbers.view(args[0].shape)
+
+
+def alike_in_every_call(args: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    return args[0].normal_(generator=generator)
+
+
+def gaps_read_as_numbers(args: Any) -> Tensor:
+    left = args[0]
+    if left.dim() == 2 and left.numel() and left.stride(1) == 2:
+        left = left.as_strided(left.shape, (left.shape[1], 1))
+    return left @ args[1]
+
+
 def biased_layer_norm(args: Any) -> Any:
     x, shape, weight, bias, _ = args
     return torch.native_layer_norm(x, shape, weight, bias, 1e-3)
@@ -188,6 +207,9 @@ FAULTS: dict[str, tuple[str, On]] = {
     "truncation": ("aten._to_copy.default", On("copy_", before=lambda a: a[0].copy_(truncated(a[1:])))),
     "kept too often": ("aten.native_dropout.default", On("native_dropout", before=kept_too_often)),
     "a wider normal": ("aten.normal_.default", On("normal_", before=a_wider_normal)),
+    "numbers in pairs": ("aten.normal_.default", On("normal_", before=in_pairs)),
+    "alike in every call": ("aten.normal_.default", On("normal_", before=alike_in_every_call)),
+    "gaps are read": ("aten.mm.default", On("mm", before=gaps_read_as_numbers)),
     "another eps": ("aten.native_layer_norm.default", On("native_layer_norm", before=biased_layer_norm)),
     "every 50th call": (
         "aten.mul.Tensor",

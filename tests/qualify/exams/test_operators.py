@@ -46,6 +46,18 @@ def test_a_fault_is_found_and_the_operator_named(examine_on: Examine, name: str)
     assert failures(record)[0].startswith(operator)
 
 
+def test_wrong_rows_of_a_table_are_found_though_it_is_too_large_to_be_judged(examine_on: Examine) -> None:
+    def other_far_rows(args: Any) -> Tensor:
+        table, ids = args[:2]
+        return table[ids.clamp(max=1 << 16)]
+
+    operator = "aten.embedding.default"
+    calls = {operator: ([tensor(70_000, 64), indices(64, 16, high=69_999)], {})}
+    record = found(examine_on, operator, On("embedding", before=other_far_rows), calls)
+    assert len(failures(record)) == 1, record.findings
+    assert failures(examine_on("operators", trace=trace_of(operator, calls), budget_s=60.0)) == []
+
+
 @pytest.mark.parametrize("name", BF16_FAULTS)
 def test_a_fault_is_found_in_bf16(examine_on: Examine, name: str) -> None:
     operator, fault = BF16_FAULTS[name]

@@ -106,6 +106,13 @@ def test_a_wide_llama_is_made_narrow_for_the_rehearsal(tmp_path: Path) -> None:
     assert "hidden_size 2048 -> 128" in workload.notes[0]
 
 
+def test_weights_that_are_not_read_are_told(tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "model", **LLAMA)
+    assert "random" not in " ".join(load_subject(directory).workload(CPU, torch.float32, small=True).notes)
+    (Path(directory) / "model.safetensors").write_bytes(b"never opened")
+    assert "weights are random" in " ".join(load_subject(directory).workload(CPU, torch.float32, small=True).notes)
+
+
 def test_a_model_of_pictures_is_run_on_made_ones(tmp_path: Path) -> None:
     subject = load_subject(write_config(tmp_path / "model", **VIT))
     workload = subject.workload(CPU, torch.float32)

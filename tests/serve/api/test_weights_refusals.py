@@ -94,6 +94,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (config_with(hidden_size=10**9), "hidden_size is 1000000000"),
     (config_with(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
     (config_with(rms_norm_eps=0.5), "rms_norm_eps is 0.5"),
+    (config_with(eos_token_id=[5, 6]), "eos_token_id is (5, 6)"),
     (written("config.json", "[]"), "config.json holds a list"),
     (written("config.json", "{"), "is not JSON"),
     (written("config.json", "[" * 100_000), "nested too deep"),

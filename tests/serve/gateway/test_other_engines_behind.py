@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,33 +14,16 @@ import pytest
 import torch
 
 from crosschip.data import ChatTokenizer
-from crosschip.engines import RunningEngine, engine_command, engine_python, running_engine
-from crosschip.handoff.source import open_source
-from crosschip.handoff.targets.gguf import GGUF
 from crosschip.model import save_model
+from tests.engines.other_engines import SIZES, skip_without, started_engine
 from tests.serve.conftest import TEXTS, make_model, tiny_config
 from tests.serve.gateway.conftest import RunningGateway, running_gateway, settings_of, wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
 LENGTH = 256
-START_S = 400.0
 KINDS = ("native", "vllm", "llamacpp")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
-# Head sizes that vLLM's attention on CPUs takes; llama.cpp wants a q_lora_rank and groups of 32 for its formats.
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "n_routed_experts": 8,
-    "kv_lora_rank": 64,
-    "q_lora_rank": 48,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
-    "max_position_embeddings": LENGTH,
-}
 
 
 @dataclass
@@ -56,23 +38,6 @@ class Fleet:
         return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key="-", max_retries=0, timeout=120)
 
 
-@contextmanager
-def started(kind: str, model: Path, log: Path) -> Iterator[RunningEngine]:
-    command = engine_command(kind, max_length=LENGTH, dtype="float32", chip="cpu")
-    with running_engine(command, model, log, START_S, {"OMP_NUM_THREADS": "1"}) as running:
-        assert running.is_up, running.read_log()[-3000:]
-        yield running
-
-
-def files_for(kind: str, directory: Path, place: Path) -> Path:
-    if kind != "llamacpp":
-        return directory
-    files = place / "gguf"
-    files.mkdir()
-    GGUF.export(open_source(directory), files, "float32", lambda line: None)
-    return files
-
-
 def table(kind: str, url: str, name: str, model: str) -> dict[str, Any]:
     listed = httpx.get(f"{url}/v1/models", timeout=30, trust_env=False).json()["data"][0]["id"]
     return {"name": name, "url": url, "model": model, "upstream_model": listed, "kind": kind, "chip": "cpu"}
@@ -80,20 +45,17 @@ def table(kind: str, url: str, name: str, model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def fleet(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    missing = [kind for kind in KINDS[1:] if engine_python(kind) is None]
-    if missing:
-        pytest.skip(f"`make engines` has not made {missing[0]}")
+    skip_without(*KINDS)
     place = tmp_path_factory.mktemp("fleet")
-    model = make_model(tiny_config(tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **SIZES), seed=3)
+    sizes = {**SIZES, "max_position_embeddings": LENGTH, "eos_token_id": tokenizer.eos_id}
+    model = make_model(tiny_config(tokenizer.vocab_size, **sizes), seed=3)
     save_model(model, place / "model", torch.float32)
     tokenizer.save(place / "model")
     with ExitStack() as stack:
         urls = {}
         for kind in KINDS:
-            running: AbstractContextManager[RunningEngine]
-            running = started(kind, files_for(kind, place / "model", place), place / f"{kind}.log")
             killing = stack.enter_context(ExitStack())
-            urls[kind] = killing.enter_context(running).url
+            urls[kind] = killing.enter_context(started_engine(kind, place / "model", place, LENGTH)).url
         tables = [table(kind, url, f"only-{kind}", kind) for kind, url in urls.items()]
         tables += [table(kind, url, f"any-{kind}", "any") for kind, url in urls.items()]
         with running_gateway(settings_of(*tables, forwarding={"retries": 1})) as gateway:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,17 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from crosschip.engines import free_port
 from tests.train.group.ranks import CASES_OF
 
 ROOT = Path(__file__).parents[3]
 Trained = dict[str, dict[str, Any]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_together(num_ranks: int, arguments: list[str], timeout_s: float = 500.0) -> list[tuple[int, str]]:

@@ -183,6 +183,17 @@ def test_the_rank_that_the_others_wait_for(ranks: list[SilentRank]) -> None:
     assert blame(ranks[::-1]).rank == 1
 
 
+def test_a_rank_that_may_be_silent_yet_is_named_with_the_one_that_waits_for_it() -> None:
+    blamed, waiting = (
+        Beat(rank, 1, 0, "pretrain", "update", 5, 50, 100.0, allowance_s, "", False, None)
+        for rank, allowance_s in ((0, 30.0), (1, 8.0))
+    )
+    assert waiting.silence(109.0, [waiting]) == "silent for 9.0 s, 8.0 s allowed"
+    assert blamed.silence(109.0, [waiting]) == (
+        "silent for 9.0 s (rank 1 waits for it, silent for 9.0 s, 8.0 s allowed)"
+    )
+
+
 def test_where_a_rank_hangs() -> None:
     assert innermost_frame(DUMP) == "/x/torch/distributed/distributed_c10d.py:2 in all_reduce"
     assert silent(0, state="T").place() == "it was stopped from outside (SIGSTOP or a debugger)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from crosschip.data import NOT_TRAINED
 from crosschip.train.rl.batch import RlBatch, batch_of_groups
 from crosschip.train.rl.stream import RolloutStream
 from tests.train.rl.made import group, settings
@@ -30,6 +32,18 @@ def test_a_batch_of_rollouts_is_dealt_out_once_and_can_be_had_again() -> None:
     assert third.behaviour_BT.min() < first.behaviour_BT.min()
     advantages = torch.cat((first.advantage_B, second.advantage_B)).sort().values
     assert advantages.tolist() == [-1.0] * 4 + [1.0] * 4  # every answer once
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_update_gets_its_share_of_the_answers_that_train_anything(seed: int) -> None:
+    def collect() -> RlBatch:
+        """Three of eight answers have a reward; the others are left out."""
+        groups = [group(1.0, None, 0.0, None), group(None, None, None, 1.0, number=1)]
+        return batch_of_groups(groups, ["a"], settings(), 0)
+
+    stream = RolloutStream(settings(updates_per_batch=2), seed, collect)
+    trains = [(stream.batch(place, 4).labels_BT != NOT_TRAINED).any(1) for place in (0, 4)]
+    assert [int(each.sum()) for each in trains] == [2, 1]
 
 
 def test_ranks_get_their_shares_of_one_batch() -> None:

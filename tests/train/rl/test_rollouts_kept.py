@@ -30,7 +30,7 @@ class InstantRollouts:
     """The bookkeeping of real rollouts with engines that answer at once; each answer's first token numbers it."""
 
     settings: RlSettings
-    finished: bool = True
+    most_finished: int = 1_000_000  # answers with a higher number are cut off
     published: list[int] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
 
@@ -47,8 +47,8 @@ class InstantRollouts:
         while self.ledger.may_begin(version):
             number = self.ledger.begin(version)
             answers = [
-                sample(float(place % 2), (4 * number + place, 2), version=version, finished=self.finished)
-                for place in range(4)
+                sample(float(answer % 2), (answer, 2), version=version, finished=answer < self.most_finished)
+                for answer in range(4 * number, 4 * number + 4)
             ]
             self.ledger.finish(Group(problem(number), tuple(answers)))
         return Window().batch(self.ledger.take(), True, WorkClock(0.0).cut(1.0))
@@ -209,10 +209,17 @@ def test_what_was_sampled_is_written_before_the_checkpoint_and_goes_with_it(tmp_
     assert [path.name for path in sorted((tmp_path / "rollouts").iterdir())] == ["step-00000006.json"]
 
 
-def test_a_batch_of_answers_that_are_all_left_out_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("most_finished", "message"),
+    [
+        (0, "all 8 answers of a batch were left out: 8 were cut off"),
+        (1, "all but 1 of 8 answers of a batch were left out, and updates_per_batch=2 needs one for each: 7 were cut"),
+    ],
+)
+def test_a_batch_with_too_few_answers_to_train_says_why(tmp_path: Path, most_finished: int, message: str) -> None:
     stage = Stage(tmp_path, two_updates(over_long="leave out"))
-    stage.rollouts.finished = False
+    stage.rollouts.most_finished = most_finished
     stage.reinforcer.begin(0)
-    with pytest.raises(RolloutError, match="all 8 answers of a batch were left out: 8 were cut off") as raised:
+    with pytest.raises(RolloutError, match=message) as raised:
         stage.step(1)
     assert "max_new_tokens" in raised.value.remedy

@@ -73,7 +73,7 @@ def _elements(call: TracedCall) -> int:
 def step_tensors(context: ExamContext, steps: int = 2) -> dict[str, Any]:
     """The subject's small step from its first weights on: losses and gradients by name, or logits, for the role."""
     dtype = getattr(torch, context.trace.compute_dtype)
-    workload = context.subject.workload(context.chip.device, dtype, context.seed, small=True)
+    workload = context.workload(context.chip.device, dtype, context.seed, small=True)
     if context.role == "serve":
         return {"logits of the serving step": workload.serve_step()}
     found: dict[str, Any] = {}

@@ -25,7 +25,7 @@ def examine_serve_rows(context: ExamContext) -> None:
     dtype = getattr(torch, context.trace.compute_dtype)
     small = context.tier == "smoke"
     try:
-        chip = context.subject.workload(context.chip.device, dtype, context.seed, small=small)
+        chip = context.workload(context.chip.device, dtype, context.seed, small=small)
         differences, again = _differences(chip), _differences(chip)
     except Exception as error:  # the rehearsal reports a subject that the chip cannot serve
         context.journal.not_covered(f"rows of the served model: {type(error).__name__}: {error}")
@@ -36,7 +36,7 @@ def examine_serve_rows(context: ExamContext) -> None:
     if not all(torch.equal(one, other) for one, other in zip(differences, again, strict=True)):
         context.journal.not_covered("rows of the served model: they vary from call to call")
         return
-    reference = context.subject.workload(torch.device("cpu"), dtype, context.seed, small=small)
+    reference = context.workload(torch.device("cpu"), dtype, context.seed, small=small)
     on_cpu = _differences(reference)
     honest = _honest_error(reference)
     _report(context, torch.cat(differences), torch.cat(on_cpu), honest)

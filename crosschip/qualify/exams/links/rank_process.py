@@ -106,7 +106,7 @@ def _take_part(job: dict[str, Any], notes: Notes) -> None:
     torch.set_num_threads(1)
     steps, directory = _steps(), Path(job["directory"])
     stay_on_this_machine()
-    chip = find_chip(job["chip_spec"])
+    chip = find_chip(job["chip_spec"], computes=False)
     notes.add(ready=str(chip.device))
     go = _await_go(directory / GO)
     time.sleep(go["delays_s"][job["rank"]])

@@ -29,7 +29,7 @@ from crosschip.qualify.exams.operators.problem import (
     verdict_details,
 )
 from crosschip.qualify.exams.operators.random_numbers import ALPHA, compare_distributions
-from crosschip.qualify.exams.operators.runs import Comparison, Inputs, Outcome, compare, equal
+from crosschip.qualify.exams.operators.runs import Comparison, Inputs, Outcome, compare, equal, wrong_by_bits
 from crosschip.qualify.exams.operators.shapes import is_contraction, num_elements
 from crosschip.qualify.judging.judge import MIN_OUTPUTS, DrawErrors, judge_draws, judge_slope
 
@@ -91,6 +91,10 @@ def _first_problem(case: Case, draw: PlannedDraw) -> Problem | None:
         case.limit = Problem("strides", strides, strides, "as on the CPU", source, draw, kind="software")
     if equal(chip, eager):
         return None
+    wrong = wrong_by_bits(case.op, inputs, chip, eager)
+    if wrong:
+        source = "what moves or chooses values, and whole numbers and truth values, have no rounding"
+        return exact_problem("exact results", f"{wrong[0]} ({draw.label})", draw, source)
     if is_contraction(case.call.operator) or case.base in _ATTENTION or num_elements(draw.encoded) > _LARGEST_COMPARED:
         return None
     return keep(case, draw, [(inputs, chip, eager)], pool=case.is_first)

@@ -174,7 +174,9 @@ def _with_quantiles(spec: dict[str, Any], quantiles: Sequence[float]) -> dict[st
 
 
 def edges(call: TracedCall, dims: Dimensions, seed: int, most: int) -> list[PlannedDraw]:
-    """Calls beside the recorded one: odd sizes, length 1, empty, other strides. Some may be no valid calls."""
+    """Calls beside the recorded one: other strides, and at most `most` odd sizes, length 1 and empty among them. Some
+    may be no valid calls.
+    """
     small = capped(call, dims, _OUTPUTS_EACH * 5 // 4, _LARGEST_DRAW)
     encoded = (call.args, call.kwargs)
     found = []
@@ -184,11 +186,13 @@ def edges(call: TracedCall, dims: Dimensions, seed: int, most: int) -> list[Plan
         empty = frozenset(name for name, size in sizes.items() if size == 0)
         resized = dims.resized(encoded, {**small, **sizes})
         found.append(PlannedDraw(f"where {words}", resized, seed + 7 * number, other=changed, empty=empty))
-    for name, other in strided_otherwise(dims.resized(encoded, small)):
-        found.append(PlannedDraw(f"strides {name}", other, seed + 5))
-    found = [draw for draw in found if num_elements(draw.encoded) <= _LARGEST_EDGE]
-    chosen = found if len(found) <= most else [found[len(found) * n // most] for n in range(most)]
-    return [*_last_places(call, [dims.resized(encoded, small), encoded], seed), *chosen]
+    chosen = [draw for draw in found if num_elements(draw.encoded) <= _LARGEST_EDGE][:most]
+    strided = [
+        PlannedDraw(f"strides {name}", other, seed + 5)
+        for name, other in strided_otherwise(dims.resized(encoded, small))
+        if num_elements(other) <= _LARGEST_EDGE
+    ]
+    return [*_last_places(call, [dims.resized(encoded, small), encoded], seed), *strided, *chosen]
 
 
 def _last_places(call: TracedCall, calls: Sequence[Encoded], seed: int) -> Iterator[PlannedDraw]:
@@ -199,24 +203,26 @@ def _last_places(call: TracedCall, calls: Sequence[Encoded], seed: int) -> Itera
 
 
 def _odd_sizes(call: TracedCall, dims: Dimensions, small: dict[str, int]) -> Iterator[dict[str, int]]:
+    """What is to be made first comes first, each dimension in its turn: there may be no time for all."""
     if is_contraction(call.operator) and {"M", "N", "K"} <= set(dims.sizes):
         depth = dims.sizes["K"]
         for m, n, k in (
-            (1, 1, 1), (15, 17, depth), (1, 33, depth), (31, 1, depth), (17, 16, depth + 1), (16, 15, depth - 1),
-            (129, 3, depth), (3, 127, depth), (0, 16, depth), (5, 7, 0), (65, 63, 33), (33, 31, 127),
+            (1, 1, 1), (15, 17, depth), (0, 16, depth), (5, 7, 0), (17, 16, depth + 1), (1, 33, depth),
+            (31, 1, depth), (16, 15, depth - 1), (129, 3, depth), (3, 127, depth), (65, 63, 33), (33, 31, 127),
         ):  # fmt: skip
             yield {"M": m, "N": n, "K": max(0, k)}
         return
-    for name in dims.sizes:
-        size = small[name]
-        if name in dims.deep:
-            yield from ({name: other} for other in (1, size + 1, max(1, size - 1)))
-        else:
-            # No model has no heads, and torch 2.11's CPU attention dies of a division by their number.
-            yield from ({name: other} for other in (17, 1, 0, 33, 127, 15, 129) if other or name != "H")
     names = dims.free[:2]
-    if len(names) == 2:
-        yield from ({names[0]: a, names[1]: b} for a, b in ((17, 15), (1, 1), (33, 31)))
+    for turn, other in enumerate((17, 0, 1, 33, 127, 15, 129)):
+        for name in dims.sizes:
+            deep = (small[name] + 1, 1, max(1, small[name] - 1))
+            # No model has no heads, and torch 2.11's CPU attention dies of a division by their number.
+            if name in dims.deep and turn < len(deep):
+                yield {name: deep[turn]}
+            elif name not in dims.deep and (other or name != "H"):
+                yield {name: other}
+        if len(names) == 2 and turn < 3:
+            yield dict(zip(names, ((17, 15), (1, 1), (33, 31))[turn], strict=True))
 
 
 def slopes(call: TracedCall, dims: Dimensions, seed: int) -> list[PlannedDraw]:

@@ -15,17 +15,19 @@ from crosschip.qualify.exams.operators.runs import Inputs, Outcome, on_device, s
 
 __all__ = ["ALPHA", "compare_distributions"]
 
-# A sweep has few such operators and each has three tests; at this level an honest chip fails one sweep in thousands.
+# A sweep has few such operators and each has seven tests; at this level an honest chip fails one sweep in thousands.
 ALPHA = 1e-6
 _MIN_NUMBERS = 1 << 16
 _MOST_CALLS = 512
+_LEAST_CORRELATED = 1 << 10
 
 
 def compare_distributions(op: Any, inputs: Inputs, device: torch.device) -> tuple[str, dict[str, float]]:
     """What is wrong with the numbers that a device draws, in words (empty when nothing is), and what was measured.
 
-    They must be the same again under the same seed and others under another; lie where the CPU's lie; and have the
-    CPU's distribution: Kolmogorov and Smirnov's test, and those of the mean and of the mean square, each at `ALPHA`.
+    They must be the same again under the same seed and others under another and in the next call; lie where the CPU's
+    lie; have the CPU's distribution: Kolmogorov and Smirnov's test, and those of the mean and of the mean square; and
+    follow each other as the CPU's do: correlations at some distances. Each test is at `ALPHA`.
     """
     torch.manual_seed(1)
     first = on_device(op, inputs, device)
@@ -33,12 +35,12 @@ def compare_distributions(op: Any, inputs: Inputs, device: torch.device) -> tupl
     if not _equal(first, on_device(op, inputs, device)):
         return "the same seed gives other numbers", {}
     size = max(1, max((each.numel() for _, each in first.outputs), default=1))
-    num_calls = min(_MOST_CALLS, -(-_MIN_NUMBERS // size))
+    num_calls = max(2, min(_MOST_CALLS, -(-_MIN_NUMBERS // size)))
     mine = _drawn(lambda: on_device(op, inputs, device), num_calls, seed=2)
     honest = _drawn(lambda: on_device(op, inputs, torch.device("cpu")), num_calls, seed=3)
     measured: dict[str, float] = {"num_calls": float(num_calls)}
     for number, (got, expected) in enumerate(zip(mine, honest, strict=True)):
-        problem = _compared(got, expected, measured)
+        problem = _compared(got, expected, measured) or _dependent(got, expected, num_calls, measured)
         if problem:
             return f"output {number}: {problem}", measured
     return "", measured
@@ -78,6 +80,35 @@ def _compared(got: NDArray[np.float64], expected: NDArray[np.float64], measured:
         if math.erfc(abs(z) / math.sqrt(2)) < ALPHA:
             return f"the {name} is {a.mean():.6g} instead of {b.mean():.6g} (z = {z:.1f})"
     return ""
+
+
+def _dependent(
+    got: NDArray[np.float64], expected: NDArray[np.float64], num_calls: int, measured: dict[str, float]
+) -> str:
+    """How the numbers of calls in a row depend on each other otherwise than the CPU's; empty when they do not.
+
+    What is correlated is whether numbers are above the CPU's median: large inputs of a dropout have no more weight.
+    """
+    if len(got) % num_calls or len(got) < _LEAST_CORRELATED:
+        return ""
+    mine, honest = (each.reshape(num_calls, -1) for each in (got, expected))
+    if (mine == mine[0]).all() and not (honest == honest[0]).all():
+        return "calls in a row give the same numbers"
+    above = [each > np.median(expected) for each in (got, expected)]
+    for lag in sorted({1, 2, mine.shape[1] // 2, mine.shape[1]} - {0}):
+        a, b = (_correlation(each, lag) for each in above)
+        z = (a - b) * math.sqrt((len(got) - lag) / 2)
+        measured[f"z_lag_{lag}"] = z
+        if math.erfc(abs(z) / math.sqrt(2)) < ALPHA:
+            return f"numbers {lag} apart have a correlation of {a:.3f}, the CPU's of {b:.3f} (z = {z:.1f})"
+    return ""
+
+
+def _correlation(above: NDArray[np.bool_], lag: int) -> float:
+    """Of truth values and those `lag` places on; 0 where all are alike."""
+    first, second = above[:-lag].astype(np.float64), above[lag:].astype(np.float64)
+    spread = first.std() * second.std()
+    return float(((first - first.mean()) * (second - second.mean())).mean() / spread) if spread > 0 else 0.0
 
 
 def _largest_gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

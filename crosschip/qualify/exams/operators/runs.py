@@ -12,11 +12,22 @@ from torch import Tensor
 
 from crosschip.qualify.exams.operators.controls import MODES, WITHOUT_GOLDEN, golden_call, honest_calls, outputs_of
 from crosschip.qualify.exams.operators.plan import PlannedDraw
-from crosschip.qualify.exams.operators.shapes import Encoded, with_each_tensor
+from crosschip.qualify.exams.operators.shapes import Encoded, base_name, with_each_tensor
 from crosschip.qualify.judging.judge import DrawErrors, errors_of
 from crosschip.qualify.tracing.inputs import make_arguments, make_tensor
 
-__all__ = ["Comparison", "InputMaker", "Inputs", "Outcome", "chooses_as_well", "compare", "equal", "on_device", "same"]
+__all__ = [
+    "Comparison",
+    "InputMaker",
+    "Inputs",
+    "Outcome",
+    "chooses_as_well",
+    "compare",
+    "equal",
+    "on_device",
+    "same",
+    "wrong_by_bits",
+]
 
 
 @dataclass(frozen=True)
@@ -181,11 +192,8 @@ class Comparison:
 
 def compare(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome, into: Comparison) -> None:
     """Add a chip's outcome and honest ones to a comparison. What is no floating-point number must be the CPU's."""
-    by_bits = op.is_view or op._schema.name in _BY_BITS
-    for (_, got), (_, expected) in zip(chip.outputs, eager.outputs, strict=True):
-        if (by_bits or not expected.is_floating_point()) and not same(got, expected):
-            into.wrong += [] if chooses_as_well(op, inputs, got, expected) else [_different(got, expected)]
-    if by_bits or not any(each.is_floating_point() for _, each in eager.outputs):
+    into.wrong += wrong_by_bits(op, inputs, chip, eager)
+    if _is_by_bits(op) or not any(each.is_floating_point() for _, each in eager.outputs):
         return
     try:
         golden = golden_call(op, inputs.args, inputs.kwargs)
@@ -207,6 +215,31 @@ def compare(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome, into: Compar
             into.sides.setdefault((position, number), []).append({"chip": got, "golden": wide, **others})
 
 
+def wrong_by_bits(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome) -> list[str]:
+    """In words, the outputs that must be the CPU's bit for bit, however large they are, and are not."""
+    return [
+        _different(got, expected)
+        for (_, got), (_, expected) in zip(chip.outputs, eager.outputs, strict=True)
+        if (_is_by_bits(op) or not expected.is_floating_point())
+        and not same(got, expected)
+        and not chooses_as_well(op, inputs, got, expected)
+    ]
+
+
+def _is_by_bits(op: Any) -> bool:
+    name = op._schema.name
+    moves = name.startswith("aten::") and base_name(name.replace("::", ".")) in _SELECTS
+    return bool(op.is_view) or name in _BY_BITS or moves
+
+
+# Operators that put values of one dtype elsewhere, and compute nothing.
+_SELECTS = frozenset(
+    (
+        *("cat", "stack", "clone", "contiguous", "alias", "fill", "zero", "zeros_like", "ones_like", "full_like"),
+        *("new_zeros", "new_ones", "constant_pad_nd", "index", "index_select", "embedding", "where", "masked_fill"),
+        *("tril", "triu", "flip", "roll", "repeat", "gather"),
+    )
+)
 # Operators whose result is about the dtype itself, so that fp64 says nothing of it.
 _BY_BITS = ("aten::nextafter", "aten::frexp", "aten::ldexp", "aten::copysign", "aten::signbit")
 # Operators that choose among equal values as they like; the values decide.

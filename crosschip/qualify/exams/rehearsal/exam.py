@@ -325,7 +325,7 @@ def _lockstep(context: ExamContext, run: SeedRun, step: int, most_steps: int) ->
     tell = partial(_tell, context, f"{_LOCKSTEP}, seed {run.seed}, step {step}")
     replay = Replay()
     try:
-        build = partial(context.subject.workload, context.chip.device, run.dtype, run.seed, small=True)
+        build = partial(context.workload, context.chip.device, run.dtype, run.seed, small=True)
         workload = on_chip(run.seed, step, build)
         weights = run.weights_before(step)
         on_chip(run.seed, step, lambda: workload.module.load_state_dict(weights))

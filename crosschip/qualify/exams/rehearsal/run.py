@@ -206,7 +206,7 @@ class SeedRun:
         )
 
     def _workload(self, device: torch.device, dtype: torch.dtype) -> Workload:
-        return self.context.subject.workload(device, dtype, self.seed, small=True)
+        return self.context.workload(device, dtype, self.seed, small=True)
 
     def _tell(self, what: str, step: int | None = None) -> None:
         at = "" if step is None else f", step {step}"

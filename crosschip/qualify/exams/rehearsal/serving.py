@@ -165,7 +165,7 @@ def judge_answers(drawn: Sequence[tuple[Answer, list[Answer], bool]], first_seed
 
 def _trained_weights(context: ExamContext) -> Weights:
     """The small subject's weights after some steps on the CPU; the latest finite ones."""
-    workload = context.subject.workload(_CPU, torch.float32, context.seed, small=True)
+    workload = context.workload(_CPU, torch.float32, context.seed, small=True)
     weights = _state(workload)
     for index in range(_TRAINING_STEPS):
         if context.remaining_s < (1.0 - _TRAINING_SHARE) * context.budget_s:
@@ -181,7 +181,7 @@ def _state(workload: Workload) -> Weights:
 
 
 def _loaded(context: ExamContext, device: torch.device, dtype: torch.dtype, seed: int, weights: Weights) -> Workload:
-    workload = context.subject.workload(device, dtype, seed, small=True)
+    workload = context.workload(device, dtype, seed, small=True)
     workload.module.load_state_dict(weights | drawn_again(dict(workload.module.named_parameters()), weights, seed))
     return workload
 

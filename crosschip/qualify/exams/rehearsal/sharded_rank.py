@@ -42,7 +42,7 @@ def _train(job: dict[str, Any]) -> list[float]:
     from crosschip.train.group.world import Ranks, join_world
 
     torch.set_num_threads(1)
-    chip = find_chip(job["chip_spec"])
+    chip = find_chip(job["chip_spec"], computes=False)
     subject = load_subject(job["origin"])
     if chip.device.index is not None and chip.device.type not in ("cpu", "sim"):
         torch.accelerator.set_device_index(chip.device.index)

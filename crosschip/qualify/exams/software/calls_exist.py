@@ -151,7 +151,7 @@ class _Replay:
         args, kwargs = make_arguments(parameters["args"], parameters["kwargs"], parameters["seed"], "cpu")
         reference_s = _quickest_s(op, args, kwargs, "cpu")
         num_tensors = sum(1 for _ in tensor_specs([call.args, call.kwargs]))
-        self.times.append(CallTime(call.id, chip_s, reference_s, num_tensors))
+        self.times.append(CallTime(call.id, call.operator, chip_s, reference_s, num_tensors))
 
     def _wants_gradient(self, call: TracedCall, op: torch._ops.OpOverload) -> bool:
         """Once for each operator and dtype; for attention, whose kernels choose by shape, each time."""

@@ -1,7 +1,7 @@
 """Performance cliffs: calls that take far longer on a chip than their share on the reference would allow. No torch.
 
 A chip takes some proportion of the reference's time for a call's work, and some time for any call at all. The
-proportion that is typical of the chip is measured on the subject's own calls; a call beyond 20 times what both
+proportion that is typical of the chip is measured on the subject's own operators; a call beyond 20 times what both
 together let expect is a cliff. An operator that silently runs on the host looks like this.
 """
 
@@ -25,6 +25,7 @@ class CallTime:
     """One traced call's time in seconds on the chip and on the reference, and how many tensors it has."""
 
     call_id: str
+    operator: str
     chip_s: float
     reference_s: float
     num_tensors: int
@@ -36,16 +37,19 @@ def launches_of(num_tensors: int) -> float:
 
 
 def typical_proportion(times: Sequence[CallTime], launch_s: float) -> float:
-    """The median over calls of the chip's time, less its launch, in proportion to the reference's.
+    """The median over operators of the chip's time, less its launch, in proportion to the reference's.
 
     Only calls on which the reference works for longer than a launch on the chip count: the others measure the launch.
+    An operator counts once, with the median of its calls: one that is slow and makes most calls is not typical.
     """
-    proportions = [
-        max(0.0, each.chip_s - launch_s * launches_of(each.num_tensors)) / each.reference_s
-        for each in times
-        if each.reference_s > launch_s
-    ]
-    return statistics.median(proportions) if len(proportions) >= _FEWEST_CALLS else 1.0
+    proportions: dict[str, list[float]] = {}
+    for each in times:
+        if each.reference_s > launch_s:
+            working_s = max(0.0, each.chip_s - launch_s * launches_of(each.num_tensors))
+            proportions.setdefault(each.operator, []).append(working_s / each.reference_s)
+    if sum(map(len, proportions.values())) < _FEWEST_CALLS:
+        return 1.0
+    return statistics.median(statistics.median(found) for found in proportions.values())
 
 
 def slowness(each: CallTime, typical: float, launch_s: float) -> float:

@@ -176,7 +176,7 @@ def timed_step(context: ExamContext) -> TimedStep:
     for which libraries compile code and keep it: on the CPU 3 MB a step that look like a leak.
     """
     dtype = getattr(torch, context.trace.compute_dtype)
-    workload = context.subject.workload(context.chip.device, dtype, context.seed, small=True)
+    workload = context.workload(context.chip.device, dtype, context.seed, small=True)
     if context.role == "serve":
         return TimedStep(lambda: None, lambda: _discard(workload.serve_step()))
     weights = workload.module.state_dict()
