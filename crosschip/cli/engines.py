@@ -93,7 +93,7 @@ def qualify_engine(
         time_s=None if minutes is None else 60.0 * minutes,
         api_key=os.environ.get(API_KEY),
     )
-    end_with(examine_engine(request, tell), request.report)
+    end_with(lambda: examine_engine(request, tell), request.report)
 
 
 def qualify_dry_voyage(
@@ -128,7 +128,7 @@ def qualify_dry_voyage(
         seed=seed,
         start_s=300.0 if minutes is None else 60.0 * minutes,
     )
-    end_with(dry_voyage(request, tell), request.report)
+    end_with(lambda: dry_voyage(request, tell), request.report)
 
 
 def _model_directory(model: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,7 +19,7 @@ from crosschip.cli.engines import (
 )
 from crosschip.cli.options import ExaminedChipOption
 from crosschip.cli.reports import end_with, report_place, tell
-from crosschip.errors import CrosschipError, QualifyError
+from crosschip.errors import QualifyError
 
 if TYPE_CHECKING:
     from crosschip.qualify.programme import Request
@@ -55,7 +54,9 @@ def qualify(
     trace_only: Annotated[
         bool, typer.Option("--trace-only", help="Only print which operator calls the subject makes.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of all inputs that are drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="The seed of all inputs that are drawn.", show_default=True)
+    ] = 0,
     exams: Annotated[
         str | None,
         typer.Option("--exams", metavar="A,B", help="Only these exams: software, operators, ...", show_default=False),
@@ -111,7 +112,7 @@ def qualify(
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise QualifyError(f"{' and '.join(chosen)} are different examinations", "give one of them at a time")
-    if minutes is not None and not math.isfinite(minutes):
+    if minutes is not None and not math.isfinite(60.0 * minutes):
         raise QualifyError(f"--minutes {minutes} is no time", "give a number of minutes, such as 2 or 0.5")
     if engine is not None:
         qualify_engine(
@@ -203,12 +204,5 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
 
 def _examine(request: Request) -> None:
     from crosschip.qualify.qualification import qualify as examine
-    from crosschip.report.qualify_page import write_qualification_page
 
-    try:
-        report = examine(request, tell)
-    except BaseException:  # an interrupted examination leaves its report, and a page of it
-        with contextlib.suppress(CrosschipError):  # what lay there before may be no report
-            write_qualification_page(request.report)
-        raise
-    end_with(report, request.report)
+    end_with(lambda: examine(request, tell), request.report)

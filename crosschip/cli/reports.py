@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,8 @@ def report_place(path: Path) -> Path:
         raise QualifyError(f"the report cannot be written to {path}: it is a directory", remedy)
     if path.suffix == ".html":
         raise QualifyError(f"the report cannot be written to {path}: its page goes there", f"{remedy}: OUT.json")
+    if (page := path.with_suffix(".html")).is_dir():
+        raise QualifyError(f"the page of the report cannot be written to {page}: it is a directory", remedy)
     above = next(each for each in path.absolute().parents if each.exists())
     try:
         with tempfile.TemporaryFile(dir=above):
@@ -33,15 +36,19 @@ def report_place(path: Path) -> Path:
         raise QualifyError(f"the report cannot be written to {path}: {above}: {error.strerror}", remedy) from None
 
 
-def end_with(report: dict[str, Any], path: Path) -> NoReturn:
-    """Print a report that lies at `path`, write its page beside it, and end with its verdict's exit code."""
+def end_with(examine: Callable[[], dict[str, Any]], path: Path) -> NoReturn:
+    """Examine, print the report that then lies at `path`, its page beside it, and end with its verdict's exit code.
+
+    An examination that is interrupted leaves a page of its report, too.
+    """
     from crosschip.qualify.finding import EXIT_CODES
-    from crosschip.report.qualify_page import write_qualification_page
+    from crosschip.report.qualify_page import page_beside
     from crosschip.report.qualify_table import print_qualification
 
-    page = write_qualification_page(path)
+    with page_beside(path):
+        report = examine()
     print_qualification(report)
-    print(f"\nreport: {path}\npage:   {page}")
+    print(f"\nreport: {path}\npage:   {path.with_suffix('.html')}")
     raise typer.Exit(EXIT_CODES[report["verdict"]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -73,12 +74,18 @@ def report_document(
     return {key: _in_words(value) for key, value in document.items()}
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a chip's own words may hold a terminal's commands
+
+
 def _in_words(value: Any) -> Any:
-    """The value with words for what JSON does not have: numbers that are not finite, halves of surrogate pairs."""
+    """The value with words for what JSON does not have (numbers that are not finite, halves of surrogate pairs) and for
+    what no terminal should be given.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        shown = value.encode("utf-8", "backslashreplace").decode()
+        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", shown)
     if isinstance(value, dict):
         return {key: _in_words(each) for key, each in value.items()}
     return [_in_words(each) for each in value] if isinstance(value, list | tuple) else value

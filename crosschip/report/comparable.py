@@ -28,7 +28,8 @@ def refuse_incomparable(reports: Mapping[str, Document]) -> list[str]:
         if _subject(report) != _subject(first) and not _is_unnamed(report, first):
             raise ReportError(
                 f"{file} is of the subject {report['subject']!r}, {first_file} of {first['subject']!r}",
-                "compare reports of one model and workload",
+                "compare reports of one model and workload; an engine serves a model under a name of its own: examine "
+                "each with --model DIR, and the report bears the directory's name, which must be the same",
             )
         if report.get("origin") != first.get("origin"):
             notes.append(

@@ -1,8 +1,9 @@
 """Chips side by side for one model: which for training, which for inference, and on what grounds. Pure: no files.
 
-The rule, for each role: only a chip that a complete qualification has passed can be recommended. Of several, the one
-is recommended that is measurably faster, or that finishes earlier by its plan; where neither was measured the answer
-is INCONCLUSIVE, with what the published figures would suggest beside it. A published figure never decides.
+The rule, for each role: only a chip that passed a complete qualification, with all exams, can be recommended. Of
+several, the one is recommended that is measurably faster, or that finishes earlier by its plan; where neither was
+measured the answer is INCONCLUSIVE, with what the published figures would suggest beside it. A published figure never
+decides.
 
 A measured speed is an entry `kind="speed"`, `what`, `value`, `unit`, with the bounds `lower` and `upper`; larger is
 better. Two chips are told apart by it only where the bounds do not overlap. A plan is a document `document="plan"`
@@ -19,15 +20,15 @@ from typing import Any
 from crosschip import __version__
 from crosschip.published import FIGURES, published_chip
 from crosschip.report.comparable import refuse_incomparable
-from crosschip.report.documents import Document, objects
+from crosschip.report.documents import Document, is_number, objects
 from crosschip.report.grounds import Candidate, Recommendation, recommend
 from crosschip.report.qualification import chip_title, measurements
+from crosschip.report.thoroughness import shortfall, thoroughness
 
 __all__ = ["compare"]
 
 SCHEMA_VERSION = 1
 ROLES = ("train", "serve")
-TIERS = ("smoke", "standard", "soak")
 _NUM_FINDINGS = 3
 
 
@@ -80,7 +81,7 @@ def _one_each(
             chosen[key] = file, report
             continue
         before = chosen[key]
-        kept, other = sorted((before, (file, report)), key=lambda pair: _thoroughness(pair[1]), reverse=True)
+        kept, other = sorted((before, (file, report)), key=lambda pair: thoroughness(pair[1]), reverse=True)
         verdicts = {kept[1]["verdict"], other[1]["verdict"]}
         note = f"{key[0]} was examined twice to {key[1]}: {kept[0]} is used, not {other[0]}"
         if "FAIL" in verdicts and len(verdicts) > 1:
@@ -104,17 +105,12 @@ def _titles(reports: Mapping[str, Document]) -> dict[str, str]:
     return found
 
 
-def _thoroughness(report: Document) -> tuple[bool, int, str]:
-    tier = report.get("tier")
-    return report.get("complete") is True, TIERS.index(tier) if tier in TIERS else -1, str(report.get("began", ""))
-
-
 def _chip(title: str, report: Document) -> Document:
     fingerprint = report.get("fingerprint")
     known = fingerprint.get("chip") if isinstance(fingerprint, dict) else None
     known = known if isinstance(known, dict) else {}
     measured = []
-    if isinstance(known.get("memory_bytes"), int):
+    if is_number(known.get("memory_bytes")):
         measured.append({"what": "memory", "value": known["memory_bytes"] / 1e9, "unit": "GB"})
     if isinstance(known.get("dtypes"), dict):
         computes = [dtype for dtype, how in known["dtypes"].items() if how == "computes"]
@@ -150,12 +146,16 @@ def _published(model_name: Any) -> Document | None:
 def _role(file: str, report: Document) -> Document:
     findings = objects(report, "findings")
     exams = objects(report, "exams")
+    dtype = report.get("compute_dtype")
+    partial, to_complete = shortfall(report)
     return {
         "file": file,
         "verdict": report["verdict"],
         "complete": report.get("complete") is True,
+        "partial": partial,
+        "to_complete": to_complete,
         "tier": str(report.get("tier", "?")),
-        "compute_dtype": report.get("compute_dtype"),
+        "compute_dtype": str(dtype) if dtype else None,
         "began": str(report.get("began", "")),
         "num_findings": {
             verdict: sum(each.get("verdict") == verdict for each in findings)
@@ -174,18 +174,17 @@ def _role(file: str, report: Document) -> Document:
 
 
 def _is_speed(entry: Document) -> bool:
-    bounds = [entry.get(key) for key in ("lower", "value", "upper")]
-    return entry.get("kind") == "speed" and all(isinstance(each, int | float) for each in bounds)
+    return entry.get("kind") == "speed" and all(is_number(entry.get(key)) for key in ("lower", "value", "upper"))
 
 
 def _measured(report: Document) -> list[Document]:
     """What was measured in this role, a few numbers that people compare."""
     role, found = report["role"], []
-    ratios = [entry["ratio"] for _, entry in measurements(report) if isinstance(entry.get("ratio"), int | float)]
+    ratios = [entry["ratio"] for _, entry in measurements(report) if is_number(entry.get("ratio"))]
     if ratios:
         found.append({"what": "largest error ratio (limit 2.5)", "value": max(ratios), "unit": "", "role": role})
     for _, entry in measurements(report):
-        if entry.get("what") == "speed" and isinstance(entry.get("launch_s"), int | float):
+        if entry.get("what") == "speed" and is_number(entry.get("launch_s")):
             found.append(
                 {"what": "time of the smallest call", "value": entry["launch_s"] * 1e6, "unit": "µs", "role": role}
             )
@@ -193,16 +192,16 @@ def _measured(report: Document) -> list[Document]:
             found.append(
                 {"what": entry.get("what"), "value": entry["value"], "unit": entry.get("unit", ""), "role": role}
             )
-        elif entry.get("kind") == "product rate" and isinstance(entry.get("flop_per_s"), int | float):
+        elif entry.get("kind") == "product rate" and is_number(entry.get("flop_per_s")):
             what = f"products in {entry.get('dtype', '?')}, {entry.get('of', '?')}"
             found.append({"what": what, "value": entry["flop_per_s"] / 1e12, "unit": "TFLOP/s", "role": role})
-        elif entry.get("kind") == "memory rate" and isinstance(entry.get("bytes_per_s"), int | float):
+        elif entry.get("kind") == "memory rate" and is_number(entry.get("bytes_per_s")):
             what = f"copies in {entry.get('dtype', '?')}"
             found.append({"what": what, "value": entry["bytes_per_s"] / 1e9, "unit": "GB/s", "role": role})
-        elif entry.get("plot") == "bandwidth" and isinstance(entry.get("bandwidth_gb_s"), int | float):
+        elif entry.get("plot") == "bandwidth" and is_number(entry.get("bandwidth_gb_s")):
             what = f"{entry.get('collective', '?')}, bandwidth"
             found.append({"what": what, "value": entry["bandwidth_gb_s"], "unit": "GB/s", "role": role})
-        elif entry.get("kind") == "equivalence" and isinstance(entry.get("mean"), int | float):
+        elif entry.get("kind") == "equivalence" and is_number(entry.get("mean")):
             what = "final loss against the CPU"
             found.append({"what": what, "value": 100 * entry["mean"], "unit": "%", "role": role})
     return found
@@ -237,7 +236,7 @@ def _is_planned(chip: Document, plan: Document) -> bool:
         return False
     try:
         return any(re.search(each, name, re.I) for each in expressions if isinstance(each, str) for name in names)
-    except re.error:  # of no use, like a name that fits nothing
+    except (re.error, OverflowError, RecursionError):  # of no use, like a name that fits nothing
         return False
 
 
@@ -248,15 +247,6 @@ def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
         if mine is None:
             continue
         figures = {row["key"]: row["value"] for row in (chip["published"] or {}).get("figures", ())}
-        speeds = {
-            str(each.get("what")): (
-                float(each["lower"]),
-                float(each["value"]),
-                float(each["upper"]),
-                _unit_of_work(each, mine),
-            )
-            for each in mine["speeds"]
-        }
         plan = chip["plans"].get(role, {})
         dates = (plan["p50"], plan["p90"]) if plan.get("p50") and plan.get("p90") else None
         found.append(
@@ -268,13 +258,28 @@ def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
                 worst=tuple(
                     f"{each['subject']}: {each['message']}" for each in mine["worst"] if each["verdict"] == "FAIL"
                 ),
-                speeds=speeds,
+                speeds=_speeds(mine),
                 ready=dates,
                 published=figures,
                 is_simulated=chip["is_simulated"],
+                partial=mine["partial"],
+                to_complete=mine["to_complete"],
             )
         )
     return found
+
+
+def _speeds(role: Document) -> dict[str, tuple[float, float, float, str]]:
+    """By name: (lower, value, upper, unit)."""
+    return {
+        str(each.get("what")): (
+            float(each["lower"]),
+            float(each["value"]),
+            float(each["upper"]),
+            _unit_of_work(each, role),
+        )
+        for each in role["speeds"]
+    }
 
 
 def _unit_of_work(speed: Mapping[str, Any], role: Document) -> str:

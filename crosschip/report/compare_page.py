@@ -118,7 +118,9 @@ def _verdict(role: Document | None) -> str:
         return "not examined"
     counts = role["num_findings"]
     told = f"{role['verdict']}, {_number(counts['FAIL'], 'failure')}, {_number(counts['PASS WITH LIMITS'], 'limit')}"
-    return told if role["complete"] else f"{told}, interrupted"
+    if not role["complete"]:
+        return f"{told}, interrupted"
+    return f"{told}; {role['partial']}" if role["partial"] else told
 
 
 def _number(number: int, what: str) -> str:
@@ -186,5 +188,11 @@ def _markdown_row(cells: list[str], plain: bool = True) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", " ".join(str(text).split()))
+    """Text that Markdown shows as it is, on one line; a terminal is sent nothing that it would obey or cannot show."""
+    line = "".join(each if each.isprintable() else _in_escapes(each) for each in " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", line)
+
+
+def _in_escapes(character: str) -> str:
+    """A control character, or half of a surrogate pair, as Python writes it."""
+    return character.encode("unicode_escape").decode()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from crosschip.report.documents import is_number
+
 __all__ = ["MAX_POINTS", "Curve", "Series", "last_value", "series", "thin"]
 
 # A plot is some 450 units wide: more points than this cannot be told apart and only make the page heavy.
@@ -33,10 +35,6 @@ class Curve:
     stride: int
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def series(rows: Iterable[dict[str, Any]], key: str) -> Series:
     """`key` over `step`. Of a step that appears twice (a run went back to a checkpoint) the last value counts."""
     by_step: dict[int, float] = {}
@@ -45,7 +43,7 @@ def series(rows: Iterable[dict[str, Any]], key: str) -> Series:
         step, value = row.get("step"), row.get(key)
         if value is None or not isinstance(step, int):
             continue
-        if not _is_number(value):
+        if not is_number(value):
             num_bad += 1
             by_step.pop(step, None)
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from crosschip.rundir import RunDirectory
 
@@ -19,6 +19,7 @@ __all__ = [
     "JsonLines",
     "RunDocuments",
     "StageDocuments",
+    "is_number",
     "objects",
     "read_json_lines",
     "read_run",
@@ -34,6 +35,7 @@ STAGE_ORDER = ("pretrain", "sft", "rl")
 STAGE_OF_RECIPE_TABLE = {"train": "pretrain", "sft": "sft", "rl": "rl"}
 
 MAX_NAMED_LINES = 5
+LARGEST = 1e100  # far above all that is measured, and far below what overflows when it is multiplied or drawn
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read_json_lines(path: Path, label: str) -> JsonLines:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
             unfinished = number == len(lines)
             faults.append(
                 (number, "it is unfinished; a running process may still be writing it" if unfinished else str(error))
@@ -111,7 +113,7 @@ def _read_document(path: Path, notes: list[str]) -> Document | None:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read and is left out: {error}")
         return None
     if not isinstance(document, dict):
@@ -132,6 +134,11 @@ def objects(document: Document | None, key: str) -> list[Document]:
     """The objects in the list at `key`; whatever else stands there counts as nothing."""
     found = (document or {}).get(key)
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number to calculate with: finite, and no larger than its multiples can be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _read_stage(directory: Path, settings: Document) -> StageDocuments:

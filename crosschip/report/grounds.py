@@ -17,7 +17,10 @@ _DO = {"train": "train", "serve": "serve"}
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known of a chip for a role. `speeds`: by name, (lower, value, upper, unit); `ready`: dates (P50, P90)."""
+    """What is known of a chip for a role. `speeds`: by name, (lower, value, upper, unit); `ready`: dates (P50, P90).
+
+    `partial` says why an examination that came to its end was not a whole one, `to_complete` what to do about it.
+    """
 
     title: str
     verdict: str
@@ -28,11 +31,13 @@ class Candidate:
     ready: tuple[str, str] | None = None
     published: Mapping[str, float | None] = field(default_factory=dict)
     is_simulated: bool = False
+    partial: str = ""
+    to_complete: str = ""
 
     @property
     def is_fit(self) -> bool:
-        """Passed, in a qualification that came to its end."""
-        return self.complete and self.verdict in ("PASS", "PASS WITH LIMITS")
+        """Passed, in a whole qualification that came to its end."""
+        return self.complete and not self.partial and self.verdict in ("PASS", "PASS WITH LIMITS")
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,14 @@ def _against(each: Candidate) -> str:
 
 
 def _open(each: Candidate) -> str:
-    return f"{each.title} is undecided" + ("" if each.complete else ", its qualification was interrupted")
+    if not each.complete:
+        return f"{each.title} is undecided, its qualification was interrupted"
+    return f"{each.title} is undecided" + (f": {each.partial}" if each.partial else "")
 
 
 def _todo(each: Candidate, role: str) -> str:
+    if each.partial and each.complete:
+        return f"{each.title}: {each.to_complete}"
     return f"{each.title}: qualify it again with --role {role}" + (" --tier standard" if each.tier == "smoke" else "")
 
 

@@ -23,9 +23,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-from crosschip.report.documents import Document
+from crosschip.report.documents import Document, is_number
 from crosschip.report.figures import bytes_text
 from crosschip.report.measured_drawings import Line, Ratio, draw_heat_map, draw_lines, draw_ratios
 from crosschip.report.stages import Figure
@@ -71,14 +71,10 @@ def measured_figures(entries: Entries) -> MeasuredFigures:
     return found
 
 
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _numbers(*lists: Any) -> bool:
     """Whether these are lists of one length, not empty, of finite numbers."""
     return (
-        all(isinstance(each, list) and each and all(map(_number, each)) for each in lists)
+        all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists)
         and len({len(each) for each in lists}) == 1
     )
 
@@ -97,7 +93,7 @@ def _is_attention(entry: Document) -> bool:
 
 def _ratio_whole(entry: Document) -> bool:
     bounds = [entry.get(key) for key in ("ratio", "lower", "upper")]
-    return all(_number(each) and each > 0 for each in bounds)
+    return all(is_number(each) and each > 0 for each in bounds)
 
 
 def _ratio_figure(entries: Entries, name: str) -> Figure:
@@ -188,7 +184,7 @@ def _bandwidth_figure(entries: Entries, name: str) -> Figure:
     lines = [Line(sizes, achieved, "dots")]
     keys = [("", "dots: measured, GB/s")]
     latency_s, top_gb_s = entry.get("latency_s"), entry.get("bandwidth_gb_s")
-    if _number(latency_s) and _number(top_gb_s) and latency_s >= 0 and top_gb_s > 0:
+    if is_number(latency_s) and is_number(top_gb_s) and latency_s >= 0 and top_gb_s > 0:
         low, high = math.log10(min(sizes)), math.log10(max(sizes))
         at = [10 ** (low + (high - low) * place / 40) for place in range(41)]
         fit = [size / (latency_s + size / (top_gb_s * 1e9)) / 1e9 for size in at]
@@ -208,15 +204,15 @@ def _series_figure(entries: Entries, name: str) -> Figure:
     title = str(entry.get("title", "series"))
     lines, keys = [Line(x, y)], [("", unit)]
     slope, limit = entry.get("slope"), entry.get("limit")
-    if _number(slope):
+    if is_number(slope):
         middle = sum(y) / len(y) - slope * sum(x) / len(x)
-        start = entry["intercept"] if _number(entry.get("intercept")) else middle
+        start = entry["intercept"] if is_number(entry.get("intercept")) else middle
         ends = [min(x), max(x)]
         lines.append(Line(ends, [start + slope * each for each in ends], "dashed", second_colour=True))
         keys.append((_MARK, f"slope {slope:.3g} {unit} per {x_unit}"))
-    if _number(limit):
+    if is_number(limit):
         keys.append(("", f"limit {limit:.4g}"))
-    level = float(limit) if _number(limit) else None
+    level = float(limit) if is_number(limit) else None
     svg = draw_lines(name, title, _ends(title, x, y, x_unit), lines, x_label=x_unit, level=level)
     return Figure(title, svg, keys)
 
@@ -243,7 +239,7 @@ def _over_time(entry: Document) -> list[Document]:
             "x": [each[0] for each in pairs],
             "y": [each[1] / scale for each in pairs],
         }
-        made.append({**series, "slope": per_hour / scale / 3600} if _number(per_hour) else series)
+        made.append({**series, "slope": per_hour / scale / 3600} if is_number(per_hour) else series)
     return made
 
 

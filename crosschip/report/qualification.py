@@ -51,7 +51,7 @@ def read_document(path: Path) -> Any:
         raise ReportError(
             f"{path} cannot be read: {error}", "give the JSON file that `crosschip qualify` wrote"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise ReportError(
             f"{path} is not JSON: {error}", "make it again with `crosschip qualify --json FILE`"
         ) from None

@@ -6,17 +6,20 @@ where none is. A report that is interrupted, or of a chip that was not there, ha
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crosschip.report.documents import Document, objects
+from crosschip.errors import CrosschipError
+from crosschip.report.documents import Document, is_number, objects
 from crosschip.report.figures import count, duration
 from crosschip.report.measured_figures import measured_figures
 from crosschip.report.qualification import checked_report, chip_title, measurements, read_report, shown
 from crosschip.report.templating import render
 from crosschip.rundir import write_text
 
-__all__ = ["qualification_page", "write_qualification_page"]
+__all__ = ["page_beside", "qualification_page", "write_qualification_page"]
 
 _STATES = {"PASS": "good", "PASS WITH LIMITS": "open", "INCONCLUSIVE": "open", "FAIL": "bad"}
 _MOST_ROWS = 40
@@ -70,18 +73,42 @@ def write_qualification_page(report: Path) -> Path | None:
     return page
 
 
+@contextlib.contextmanager
+def page_beside(report: Path) -> Iterator[None]:
+    """Inside, a report is made; beside it there is never the page of another one, also if this process is killed.
+
+    Afterwards its page is there, that of an interrupted one too. Where nothing was written, what was there stays.
+    """
+    page = report.with_suffix(".html")
+    report_before, page_before = _content(report), _content(page)
+    page.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        if _content(report) != report_before:
+            with contextlib.suppress(CrosschipError):
+                write_qualification_page(report)
+        elif page_before is not None:
+            page.write_bytes(page_before)
+        raise
+    write_qualification_page(report)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
 def _tiles(report: Document, findings: list[Document], exams: list[Document]) -> list[tuple[str, str, str]]:
     """(value, what it is, a line below)."""
     verdicts = [each.get("verdict") for each in findings]
     checks = sum(_checks(exam) for exam in exams)
-    kinds = {exam.get("verdict") for exam in exams}
     ended = sum(exam.get("ended") == "complete" for exam in exams)
     tiles = [
         (str(verdicts.count("FAIL")), "failures", f"{verdicts.count('PASS WITH LIMITS')} limits"),
         (
             count(checks),
             "checks made",
-            f"in {len(exams)} exams, {ended} of them to their end" if kinds else "no exam ran",
+            f"in {len(exams)} exams, {ended} of them to their end" if exams else "no exam ran",
         ),
         (_seconds(report.get("time_s")), "taken", f"{report.get('tier', '?')} tier"),
     ]
@@ -95,12 +122,12 @@ def _tiles(report: Document, findings: list[Document], exams: list[Document]) ->
 
 
 def _seconds(value: Any) -> str:
-    return duration(value) if isinstance(value, int | float) and not isinstance(value, bool) else "–"
+    return duration(value) if is_number(value) else "–"
 
 
-def _checks(exam: Document) -> int:
+def _checks(exam: Document) -> float:
     numbers = exam.get("num_checks")
-    return sum(each for each in numbers.values() if isinstance(each, int)) if isinstance(numbers, dict) else 0
+    return sum(each for each in numbers.values() if is_number(each)) if isinstance(numbers, dict) else 0
 
 
 def _finding(finding: Document) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def _qualify(voyage: Voyage) -> str:
     """Examine the chip that trains with what it is to train; a chip that fails stops the voyage here."""
     from crosschip.qualify.programme import Request, named_exams
     from crosschip.qualify.qualification import qualify
-    from crosschip.report.qualify_page import write_qualification_page
+    from crosschip.report.qualify_page import page_beside
 
     settings, report = voyage.recipe.qualify, _qualification(voyage)
     if settings.time_s == 0:
@@ -53,8 +53,8 @@ def _qualify(voyage: Voyage) -> str:
     exams = named_exams(_EXAMS_BEFORE_TRAINING)
     chip = voyage.recipe.chips.train
     request = Request(str(voyage.run.path), chip, "train", "smoke", report, time_s=settings.time_s, exams=exams)
-    document = qualify(request)
-    write_qualification_page(report)
+    with page_beside(report):
+        document = qualify(request)
     outcome = f"{document['verdict']}: {document['chip']} to train"
     worst = [finding for finding in document["findings"] if finding["verdict"] == document["verdict"]]
     if worst:

@@ -28,6 +28,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
         (["--model", TINY, "--exams", "softwear"], "there is no exam 'softwear'"),
         (["--model", TINY, "--exams", "golden"], "the exam 'golden' replays a bundle"),
         (["--model", TINY, "--minutes", "inf"], "--minutes inf is no time"),
+        (["--model", TINY, "--minutes", "1e308"], "--minutes 1e+308 is no time"),
+        (["--model", TINY, "--seed", "99999999999999"], "--seed"),
         (["--model", TINY, "--json", "."], "it is a directory"),
         (["--model", TINY, "--json", "report.html"], "its page goes there"),
         (["--engine", "http://127.0.0.1:1", "--json", "."], "it is a directory"),

@@ -58,7 +58,7 @@ class Raise(_OnOne):
 
 
 class RaiseOddly(_OnOne):
-    """What nobody expects of an operator, half of a surrogate pair in its words."""
+    """What nobody expects of an operator, half of a surrogate pair and a terminal's command in its words."""
 
     def change(self, result: Any) -> Any:
-        raise KeyError("kernel \udcff")
+        raise ValueError("kernel \udcff \x1b[31m")

@@ -84,7 +84,9 @@ def test_an_operator_by_which_a_chip_is_tried_at_the_start_is_named_as_any_other
     both = named_exams(["software", "operators"])
     report = qualify(request(tmp_path, f"sim:tests.qualify.faulty:{fault}", time_s=60.0, exams=both))
     assert report["verdict"] == "FAIL"
-    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "FAIL"
+    written = (tmp_path / "report.json").read_text()
+    assert json.loads(written)["verdict"] == "FAIL"
+    assert "\\u001b" not in written  # what commands a terminal is spelled out
     named = [each for each in report["findings"] if each["subject"].startswith(f"aten.{operator}.")]
     assert named[0]["reproducer"]
     assert not [each for each in report["findings"] if each["check"] == "chip_found"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from crosschip.qualify.finding import Coverage, ExamRecord, Finding
 from crosschip.qualify.report_document import ReportHead, report_document
+from crosschip.report.thoroughness import LONGER_EXAMS, SMOKE_EXAMS
 
 SIZES = [2**power for power in range(10, 24)]
 STEPS = list(range(12))
@@ -76,9 +77,11 @@ def qualification(
     measured: dict[str, list[dict[str, Any]]] | None = None,
     dtype: str | None = "bfloat16",
     began_at: float = 1.8e9,
+    exams: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """A report with these findings (of the exam `operators`) and everything measured that is given."""
     measured = {} if measured is None else measured
+    taken = exams or (SMOKE_EXAMS if tier == "smoke" else LONGER_EXAMS)
     records = [
         ExamRecord(
             exam,
@@ -88,7 +91,7 @@ def qualification(
             [f"{exam}: something else"],
             {"cases": Coverage(8, 10, 0.5)},
         )
-        for exam in dict.fromkeys(["software", "operators", *measured])
+        for exam in dict.fromkeys([*taken, *measured])
     ]
     known = {
         "name": chip,

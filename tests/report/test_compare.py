@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 from crosschip.cli import app
 from crosschip.plan.document import SCHEMA_VERSION
+from crosschip.qualify.programme import EXAMS
+from crosschip.qualify.serving.examination import PROBES
 from crosschip.report.compare import compare
 from crosschip.report.compare_page import compare_markdown, compare_page
 from crosschip.report.compared_files import NEWEST_PLAN, read_compared
 from crosschip.report.qualification import ReportError, read_report
+from crosschip.report.thoroughness import LONGER_EXAMS, SERVING_PROBES, SMOKE_EXAMS
 from tests.report.qualifications import MEASURED, finding, qualification, speed
 from tests.report.test_run_page import HOSTILE, PageReader
 
@@ -50,6 +53,82 @@ def test_none_passed() -> None:
 def test_an_interrupted_pass_carries_nothing() -> None:
     found = answer("train", qualification(finding("FAIL"), **ASCEND), qualification(complete=False, **H20))
     assert (found["answer"], found["chip"]) == ("INCONCLUSIVE", None)
+
+
+def test_the_exams_that_a_recommendation_takes_are_those_of_the_programme() -> None:
+    assert tuple(exam.name for exam in EXAMS if exam.weight_in("smoke")) == SMOKE_EXAMS
+    for tier in ("standard", "soak"):
+        assert sorted(LONGER_EXAMS) == sorted(exam.name for exam in EXAMS if exam.weight_in(tier))
+    assert tuple(PROBES) == SERVING_PROBES
+
+
+@pytest.mark.parametrize(
+    ("tier", "exams", "open_for"),
+    [
+        ("smoke", SMOKE_EXAMS, None),
+        ("soak", LONGER_EXAMS, None),
+        ("smoke", (*SMOKE_EXAMS, "golden"), None),
+        ("smoke", ("software",), "only the exams software were taken"),
+        ("smoke", SMOKE_EXAMS[:-1], "only the exams software, special_values, operators, attention, determinism were"),
+        ("standard", SMOKE_EXAMS, f"only the exams {', '.join(SMOKE_EXAMS)} were taken"),
+        ("smoke", ("golden",), "none of the exams was taken"),
+    ],
+)
+def test_a_pass_of_some_exams_recommends_nothing(tier: str, exams: tuple[str, ...], open_for: str | None) -> None:
+    passed = qualification(tier=tier, exams=exams, **H20)
+    assert (passed["verdict"], passed["complete"]) == ("PASS", True)
+    found = answer("train", qualification(finding("FAIL"), **ASCEND), passed)
+    assert found["chip"] == (None if open_for else "NVIDIA H20 (cuda:0)")
+    assert found["answer"] == ("INCONCLUSIVE" if open_for else "RECOMMENDED")
+    if open_for:
+        assert f"NVIDIA H20 (cuda:0) is undecided: {open_for}" in "; ".join(found["grounds"])
+        assert "--role train and all exams: without --exams" in found["missing"][0]
+
+
+def test_a_failure_in_some_exams_is_one() -> None:
+    failed = [qualification(finding("FAIL"), exams=("operators",), **chip) for chip in (H20, ASCEND)]
+    assert answer("train", *failed)["answer"] == "NONE"
+
+
+def of_engine(url: str, *exams: str, subject: str = "first") -> dict[str, Any]:
+    report = qualification(role="serve", chip=url, dtype=None, exams=exams, subject=subject)
+    return {**report, "fingerprint": {"engine": {"url": url, "model": "served/name"}}}
+
+
+@pytest.mark.parametrize(
+    ("exams", "why", "todo"),
+    [
+        (("serving_noise", *SERVING_PROBES), "", ""),
+        (("serving_noise", "serving_utf8"), "only the exams serving_utf8 were taken", "without --exams"),
+        (("dry_voyage",), "a dry voyage has random weights", "with the trained weights"),
+        (SMOKE_EXAMS, "none of the exams was taken", "qualify --engine URL"),  # a chip's say nothing of an engine
+    ],
+)
+def test_an_engine_is_recommended_by_all_probes_of_the_trained_weights(
+    exams: tuple[str, ...], why: str, todo: str
+) -> None:
+    failed = qualification(finding("FAIL"), role="serve", **ASCEND)
+    found = answer("serve", failed, of_engine("http://a (vllm 0.11)", *exams))
+    assert found["chip"] == (None if why else "http://a (vllm 0.11)")
+    assert why in "; ".join(found["grounds"])
+    assert todo in "; ".join(found["missing"])
+
+
+def test_what_was_left_out_stands_beside_the_verdict() -> None:
+    reports = {"a.json": qualification(exams=("software",), **H20), "b.json": qualification(finding("FAIL"), **ASCEND)}
+    assert "PASS, 0 failures, 0 limits; only the exams software were taken" in compare_page(compare(reports))
+    assert "only the exams" not in compare_page(compare(reports | {"a.json": qualification(**H20)}))
+
+
+@pytest.mark.parametrize("order", [("all.json", "some.json"), ("some.json", "all.json")])
+def test_a_report_of_all_exams_counts_before_a_later_one_of_some_in_a_longer_tier(order: tuple[str, str]) -> None:
+    two = {
+        "all.json": qualification(**H20),
+        "some.json": qualification(tier="soak", exams=("software",), began_at=1.9e9, **H20),
+    }
+    document = compare({**{file: two[file] for file in order}, "a.json": qualification(finding("FAIL"), **ASCEND)})
+    assert "all.json is used, not some.json" in document["notes"][0]
+    assert document["recommendations"]["train"]["chip"] == "NVIDIA H20 (cuda:0)"
 
 
 def test_a_role_that_was_not_examined_says_so() -> None:
@@ -206,8 +285,9 @@ def test_a_chip_that_could_not_be_used_is_the_one_of_its_device() -> None:
 def test_reports_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ReportError, match="1 report is too few"):
         compare({"a.json": qualification()})
-    with pytest.raises(ReportError, match=r"b\.json is of the subject 'second', a\.json of 'first'"):
+    with pytest.raises(ReportError, match=r"b\.json is of the subject 'second', a\.json of 'first'") as caught:
         compare({"a.json": qualification(**H20), "b.json": qualification(subject="second", **ASCEND)})
+    assert "examine each with --model DIR" in (caught.value.remedy or "")
     with pytest.raises(ReportError, match=r"b\.json has schema version 9"):
         compare({"a.json": qualification(), "b.json": {**qualification(**H20), "schema_version": 9}})
 
@@ -219,12 +299,14 @@ def test_reports_that_cannot_be_compared_are_refused() -> None:
         ("{", "is not JSON"),
         ("[]", "it is 'list'"),
         ('{"document": "trace"}', "it is 'trace'"),
+        (f'{{"document": "qualification", "seed": {"9" * 5000}}}', "4300 digits"),
+        (b'{"subject": "\xff"}', "is not JSON"),
     ],
 )
-def test_files_that_are_no_reports(tmp_path: Path, content: str | None, words: str) -> None:
+def test_files_that_are_no_reports(tmp_path: Path, content: str | bytes | None, words: str) -> None:
     file = tmp_path / "r.json"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ReportError) as caught:
         read_report(file)
     assert str(file) in caught.value.problem
@@ -254,3 +336,65 @@ def test_the_page_and_the_text_say_the_same_and_nothing_is_executed() -> None:
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")}
     assert widths == {4}  # a column for the row's name and one for each chip, whatever is written in them
     json.dumps(document(), allow_nan=False)
+
+
+HUGE = 10**400  # an integer that JSON may hold and no float can
+NUMBERS = [
+    speed(HUGE, 0),
+    {"kind": "product rate", "flop_per_s": HUGE},
+    {"kind": "memory rate", "bytes_per_s": -HUGE},
+    {"kind": "equivalence", "mean": 1e308},
+    {"plot": "bandwidth", "bandwidth_gb_s": HUGE},
+    {"what": "speed", "launch_s": 1e308},
+    {"ratio": HUGE},
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda entry: str(list(entry)))
+def test_a_number_that_no_float_holds_is_not_compared(number: dict[str, Any]) -> None:
+    document = compare({"a.json": serving(number, **H20), "b.json": serving(**H200)})
+    assert [each["what"] for each in document["chips"][0]["measured"]] == ["memory", "dtypes that compute"]
+    json.dumps(document, allow_nan=False)
+    good = {key: 1e-3 if isinstance(value, int | float) else value for key, value in number.items()}
+    assert len(compare({"a.json": serving(good, **H20), "b.json": serving(**H200)})["chips"][0]["measured"]) == 3
+
+
+KEYS = ("exams", "findings", "trace", "fingerprint", "tier", "compute_dtype", "origin", "complete", "began")
+DAMAGES: list[tuple[str, Any]] = [
+    *((key, value) for key in KEYS for value in (None, 3, HUGE, "\ud800\x1b[2J", [], [3], {}, [{}])),
+    ("fingerprint", {"chip": {"memory_bytes": HUGE, "dtypes": [], "model_name": 3}}),
+    ("fingerprint", {"chip": []}),
+    ("exams", [{"exam": [], "verdict": {}, "measurements": [{"kind": "speed", "lower": [], "ratio": {}}]}]),
+    ("findings", [{"verdict": [], "subject": HUGE}]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DAMAGES, ids=lambda each: repr(each)[:30])
+def test_a_damaged_part_never_ends_the_comparison(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({**qualification(finding("FAIL")), key: value}))
+    (tmp_path / "b.json").write_text(json.dumps(qualification(**H20)))
+    command = ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    ended = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "c.html"), "--json", str(tmp_path / "c")])
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / "c.html").exists()
+    json.loads((tmp_path / "c").read_text())
+
+
+def test_what_a_terminal_would_obey_or_cannot_show_is_written_in_escapes(tmp_path: Path) -> None:
+    files = []
+    for chip in ("npu:0", "cuda\ud83d\x07"):  # written as another program may; ours has the escapes in its reports
+        odd = {"subject": "first\x1b[31m \ud800 \u202e\x7f\x9b", "chip": chip}
+        (file := tmp_path / f"{len(files)}.json").write_text(json.dumps({**qualification(), **odd}))
+        files.append(str(file))
+    ended = CliRunner().invoke(app, ["compare", *files])
+    assert ended.exit_code == 0, ended.output
+    shown = ended.output.replace("\\\\", "\\")
+    assert "# Chips for first\\x1b\\[31m \\ud800 \\u202e\\x7f\\x9b" in shown
+    assert "(cuda\\ud83d\\x07)" in shown
+    assert not [each for each in ended.output.replace("\n", "") if not each.isprintable()]
+
+
+def test_a_plan_with_an_expression_that_cannot_be_compiled_fits_nothing() -> None:
+    odd = {**plan("H20", "2027-05-01", "2027-07-01"), "chip_matches": ["H20{99999999999999999999}"]}
+    document = compare({"a.json": qualification(**ASCEND), "b.json": qualification(**H20)}, [odd])
+    assert "of which there is no report" in document["notes"][0]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from crosschip.cli import app
 from crosschip.report.measured_figures import measured_figures
 from crosschip.report.qualification import ReportError, measurements
-from crosschip.report.qualify_page import qualification_page
+from crosschip.report.qualify_page import page_beside, qualification_page, write_qualification_page
 from tests.report.qualifications import MEASURED, NUM_DRAWN, finding, qualification
 from tests.report.test_run_page import HOSTILE, PageReader
 
@@ -91,6 +95,30 @@ def test_a_damaged_part_never_ends_the_page(key: str, value: Any) -> None:
     read({**qualification(finding("FAIL")), key: value})
 
 
+HUGE = 10**400  # an integer that JSON may hold and no float can
+
+
+@pytest.mark.parametrize(
+    "value", [HUGE, -HUGE, 1e308, 1e-320, float("nan"), float("inf"), [], "\ud800\x1b"], ids=lambda each: repr(each)[:9]
+)
+@pytest.mark.parametrize("place", ["time_s", "num_checks", "verdict", "measured"])
+def test_a_number_that_is_none_never_ends_the_page(place: str, value: Any) -> None:
+    report = qualification(finding("FAIL"))
+    report["time_s"] = value if place == "time_s" else 1.0
+    report["findings"][0]["measured"] = value
+    for exam in report["exams"]:
+        exam |= {"time_s": value} | ({place: {"a": value} if place == "num_checks" else value})
+    read(report)
+
+
+@pytest.mark.parametrize("value", [HUGE, 1e308], ids=["integer", "float"])
+@pytest.mark.parametrize(("exam", "key"), [(exam, key) for exam in MEASURED for key in MEASURED[exam][0]])
+def test_a_number_too_large_to_be_drawn_is_left_for_the_table(exam: str, key: str, value: Any) -> None:
+    drawn = copy.deepcopy(MEASURED[exam][0])
+    drawn[key] = [value, *drawn[key][1:]] if isinstance(drawn[key], list) else value
+    read(qualification(measured={exam: [drawn]}))
+
+
 def test_what_cannot_be_drawn_is_said_and_stays_in_the_table() -> None:
     broken = [
         {"plot": "series", "title": "A", "x": [1, 2], "y": [1.0]},
@@ -134,3 +162,62 @@ def test_what_is_no_report_is_refused(changed: dict[str, Any], words: str) -> No
         qualification_page({**qualification(), **changed})
     assert words in caught.value.problem
     assert caught.value.remedy
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> tuple[Path, Path]:
+    """A report of an earlier examination and its page, which says PASS."""
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps(qualification()))
+    page = write_qualification_page(report)
+    assert page is not None
+    return report, page
+
+
+def test_while_a_report_is_made_no_page_of_another_one_is_beside_it(earlier: tuple[Path, Path]) -> None:
+    report, page = earlier
+    with page_beside(report):
+        assert (report.exists(), page.exists()) == (True, False)
+        report.write_text(json.dumps(qualification(finding("FAIL"))))
+    assert "aten.mm.default is off" in page.read_text()
+
+
+def test_an_interrupted_report_has_its_own_page(earlier: tuple[Path, Path]) -> None:
+    report, page = earlier
+
+    def examine() -> None:
+        with page_beside(report):
+            report.write_text(json.dumps(qualification(complete=False)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        examine()
+    assert "INCONCLUSIVE; interrupted" in re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page.read_text()))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_where_nothing_was_written_what_was_there_stays(earlier: tuple[Path, Path], content: str | None) -> None:
+    """Also what is no report and no page of one."""
+    report, page = earlier
+    if content is not None:
+        report.write_text(content)
+    before = report.read_text(), page.read_text()
+    with pytest.raises(ValueError, match="refused"), page_beside(report):
+        raise ValueError("refused")
+    assert (report.read_text(), page.read_text()) == before
+
+
+def test_bad_usage_of_qualify_leaves_an_earlier_report_and_its_page(earlier: tuple[Path, Path]) -> None:
+    report, page = earlier
+    before = report.read_text(), page.read_text()
+    command = ["qualify", "--model", str(report.parent / "nothing"), "--chip", "cpu", "--json", str(report)]
+    ended = CliRunner().invoke(app, command)
+    assert ended.exit_code == 2, ended.output
+    assert (report.read_text(), page.read_text()) == before
+
+
+def test_a_page_that_could_not_be_written_is_refused_before_the_examination(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    ended = CliRunner().invoke(app, ["qualify", "--model", "nothing", "--json", str(tmp_path / "report.json")])
+    assert ended.exit_code == 2, ended.output
+    assert "report.html: it is a directory" in ended.stderr

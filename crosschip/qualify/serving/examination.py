@@ -133,11 +133,16 @@ def _open_bundle(request: EngineRequest) -> ServingProbe | None:
 
 
 def _head(request: EngineRequest, identity: EngineIdentity | None, began_at: float) -> ReportHead:
+    """Engines serve one model under different names; its directory, where it is given, names it as it does for chips.
+
+    The name that the engine serves it under stands in the fingerprint.
+    """
+    served = identity.model if identity else "unknown model"
     return ReportHead(
         chip=identity.chip if identity else request.url,
         role="serve",
         tier=request.tier,
-        subject=identity.model if identity else str(request.model or "unknown model"),
+        subject=request.model.resolve().name if request.model else served,
         origin=str(request.model or request.url),
         report=request.report,
         began_at=began_at,

@@ -38,6 +38,7 @@ class Faults:
     one_token_less: bool = False
     changes_echo: bool = False
     wrong_finish_reason: bool = False
+    leaves_out_a_streamed_score: bool = False
     no_done: bool = False
     truncates_json: bool = False
     hangs: bool = False
@@ -251,6 +252,8 @@ def _change_stream(faults: Faults, data: bytes) -> bytes:
                 with_text += bool(_text(choice))
                 if faults.splits_characters:
                     _split(choice)
+                if faults.leaves_out_a_streamed_score and with_text == 2:
+                    choice["logprobs"] = None
                 if faults.wrong_finish_reason and choice.get("finish_reason"):
                     choice["finish_reason"] = "stop" if choice["finish_reason"] == "length" else "length"
             if faults.drops_chunk and with_text == 3:

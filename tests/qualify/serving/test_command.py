@@ -20,7 +20,10 @@ from crosschip.cli.engines import (
     qualify_engine,
 )
 from crosschip.cli.guard import guarded
+from crosschip.report.qualify_page import write_qualification_page
+from crosschip.rundir import write_json
 from tests.qualify.serving.faulty_engine import Faults
+from tests.report.qualifications import qualification
 from tests.serve.conftest import RunningServer
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -55,6 +58,14 @@ def qualify(
 
 def run(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def earlier(report: Path) -> dict[Path, bytes]:
+    """What an earlier examination left, a report and its page, which say PASS."""
+    write_json(report, qualification())
+    page = write_qualification_page(report)
+    assert page is not None
+    return {path: path.read_bytes() for path in (report, page)}
 
 
 def test_a_healthy_engine_ends_with_0_and_a_report(honest_server: RunningServer, tmp_path: Path) -> None:
@@ -114,6 +125,9 @@ def test_bad_usage_ends_with_2_and_a_remedy(
     assert message in ran.output
     assert "what to do" in ran.output
     assert not (tmp_path / "report.json").exists()
+    before = earlier(tmp_path / "report.json")
+    assert run(*words, "--json-path", tmp_path / "report.json").exit_code == 2
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_dry_voyage_that_is_refused_ends_with_1_and_one_that_never_starts_with_3(tmp_path: Path) -> None:
@@ -124,3 +138,33 @@ def test_a_dry_voyage_that_is_refused_ends_with_1_and_one_that_never_starts_with
     assert "rope_scaling" in ran.output
     ran = run(*words, "--engine-command", "sh -c 'sleep 600' {model} {port}", "--minutes", "0.02")
     assert ran.exit_code == 3, ran.output
+
+
+def test_an_interrupted_engine_exam_leaves_a_page_of_its_own(honest_server: RunningServer, tmp_path: Path) -> None:
+    report, page = tmp_path / "report.json", tmp_path / "report.html"
+    earlier(report)
+
+    def tell(line: str) -> None:
+        assert not page.exists()  # that of the earlier one, which goes before its report does
+        if line.startswith("serving_stopping"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qualify_engine(
+            honest_server.url, json_path=report, exams="serving_determinism,serving_stopping", minutes=10, tell=tell
+        )
+    assert json.loads(report.read_text())["complete"] is False
+    assert honest_server.url in page.read_text()
+    assert "interrupted" in page.read_text()
+
+
+def test_an_interrupted_dry_voyage_has_no_report_and_leaves_the_earlier_one(tmp_path: Path) -> None:
+    before = earlier(tmp_path / "report.json")
+
+    def tell(line: str) -> None:
+        assert not (tmp_path / "report.html").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qualify_dry_voyage("recipes/first.toml", "native", json_path=tmp_path / "report.json", tell=tell)
+    assert {path: path.read_bytes() for path in before} == before

@@ -14,6 +14,8 @@ import pytest
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.serving.examination import EngineRequest, examine_engine
+from crosschip.report.compare import compare
+from crosschip.report.qualification import ReportError
 from tests.qualify.serving.conftest import QUESTIONS, check_reproducer, examine, failures
 from tests.qualify.serving.faulty_engine import Faults
 from tests.serve.conftest import RunningServer, running_server
@@ -35,6 +37,22 @@ def test_the_proxy_alone_changes_nothing(proxy: tuple[str, Faults], taught_model
     assert report["findings"] == []
     measured = [each for exam in report["exams"] for each in exam["measurements"] if each["what"] == "ladder"]
     assert max(each["reference_mean"] for each in measured) < 1e-4  # both compute in fp32
+
+
+def test_engines_that_serve_a_model_under_other_names_can_be_compared_by_its_directory(
+    honest_server: RunningServer, taught_model: Path, tmp_path: Path
+) -> None:
+    def reports(served_as: str, model: Path | None) -> dict[str, dict[str, Any]]:
+        with running_server(taught_model, model_name=served_as, max_batch_size=4) as other:
+            urls = honest_server.url, other.url
+            return {f"{url}.json": examine(url, tmp_path, "stopping", model=model) for url in urls}
+
+    named = reports("lab/other-name", taught_model)
+    assert [each["subject"] for each in named.values()] == [taught_model.name] * 2
+    assert [each["fingerprint"]["engine"]["model"] for each in named.values()][1] == "lab/other-name"
+    assert compare(named)["subject"] == taught_model.name
+    with pytest.raises(ReportError, match="is of the subject 'lab/other-name'"):
+        compare(reports("lab/other-name", None))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +90,15 @@ def test_a_planted_fault_is_named_and_reproduced(
     assert any(finding["subject"].startswith(subject) for finding in found), found
     names = [finding["reproducer"] for finding in found if finding["reproducer"]]
     check_reproducer(names[0], url, faults)
+
+
+def test_a_stream_with_the_log_probs_of_fewer_tokens_is_a_limit(proxy: tuple[str, Faults], tmp_path: Path) -> None:
+    """As llama.cpp's, which has none for the ends of reasoning."""
+    url, faults = proxy
+    faults.leaves_out_a_streamed_score = True
+    report = examine(url, tmp_path, "streaming")
+    assert report["verdict"] == "PASS WITH LIMITS"
+    assert {finding["check"] for finding in report["findings"]} == {"stream: log-probs left out"}
 
 
 def test_scores_wrong_beyond_a_position_are_named_by_it(

@@ -46,9 +46,14 @@ def test_an_engine_that_serves_the_model_rightly_does_not_fail(
     with started_engine(kind, directory, tmp_path, LENGTH) as running:
         report = examine(running.url, tmp_path, model=directory, golden=bundle)
     assert failures(report) == []
-    assert report["verdict"] in ("PASS", "PASS WITH LIMITS")
     assert {exam["ended"] for exam in report["exams"]} == {"complete"}
-    assert exam_named(report, "serving_golden")["num_checks"]["golden log-probs"] > 10
+    golden = exam_named(report, "serving_golden")
+    assert golden["num_checks"]["golden log-probs"] > 10
+    # llama.cpp scores no prompts: a few last positions may be too few to show that rounding is within the limit.
+    assert golden["verdict"] in (("PASS",) if kind == "vllm" else ("PASS", "INCONCLUSIVE"))
+    assert all(view["mean_kl"] < 1e-5 for view in golden["measurements"])
+    others = {exam["verdict"] for exam in report["exams"] if exam is not golden}
+    assert others <= {"PASS", "PASS WITH LIMITS"}
     for name in ("serving_ladder", "serving_batching", "serving_streaming", "serving_stopping", "serving_reasoning"):
         assert sum(exam_named(report, name)["num_checks"].values()) > 0, not_covered(report)
 
