@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from crosschip.errors import RunDirectoryError
-from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json, write_text
+from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -83,14 +83,20 @@ def test_json_goes_there_and_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["document.json"]
 
 
-def test_a_document_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_document_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "document.json", {"old": True})
     with pytest.raises(TypeError):
         write_json(tmp_path / "document.json", {"bad": object()})
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "document.json", "\ud800")
+    monkeypatch.setattr(os, "fsync", lambda file: os.read(-1, 1))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_json(tmp_path / "document.json", {"new": True})
     assert read_json(tmp_path / "document.json") == {"old": True}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_half_of_a_surrogate_pair_is_written_as_json_spells_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "document.json", {"name": "\udcff"})
+    assert read_json(tmp_path / "document.json") == {"name": "\udcff"}
 
 
 def test_missing_and_damaged_json_are_named(tmp_path: Path) -> None:
@@ -99,6 +105,17 @@ def test_missing_and_damaged_json_are_named(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"a": ')
     with pytest.raises(RunDirectoryError, match=r"half\.json is not JSON"):
         read_json(tmp_path / "half.json")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b'{"n": ' + b"1" * 5000 + b"}", b'"\xff"', b""]
+)
+def test_hostile_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "hostile.json").write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"hostile\.json is not JSON"):
+        read_json(tmp_path / "hostile.json")
+    (tmp_path / "deep.json").write_bytes(b"[" * 100 + b"]" * 100)
+    assert read_json(tmp_path / "deep.json")
 
 
 def test_a_reader_never_sees_a_part_even_when_the_writer_is_killed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crosschip.errors import GoldenError, RunDirectoryError
+from crosschip.golden.form import arrays_misfit, manifest_misfit
 from crosschip.golden.observing import Arrays
 from crosschip.golden.weights import TensorRecord
 from crosschip.rundir import atomic_directory, is_complete, read_json, sha256_of, write_json
@@ -84,7 +85,7 @@ def write_bundle(out: Path, manifest: dict[str, Any], arrays: Arrays) -> dict[st
     """Write a bundle to the directory `out` and return its manifest; an older bundle there is replaced whole.
 
     Raises:
-        GoldenError: `out` holds something that is not a bundle.
+        GoldenError: `out` holds something that is not a bundle, or the manifest holds what JSON has no room for.
     """
     from safetensors.numpy import save_file
 
@@ -98,7 +99,7 @@ def write_bundle(out: Path, manifest: dict[str, Any], arrays: Arrays) -> dict[st
             **manifest,
             "sha256": {ARRAYS_FILE: sha256_of(directory / ARRAYS_FILE)},
         }
-        manifest["seal"] = _seal(manifest)
+        manifest["seal"] = _seal(manifest, out)
         write_json(directory / MANIFEST_FILE, manifest)
     return manifest
 
@@ -107,7 +108,8 @@ def load_bundle(path: Path) -> Bundle:
     """Read a bundle.
 
     Raises:
-        GoldenError: it is missing, was not finished, or was cut or altered since; the message says what.
+        GoldenError: it is missing, was not finished, was cut or altered since, or has not the form of a bundle; the
+            message says what.
     """
     again = "record it again with `crosschip golden record`, or copy it again from where it was recorded"
     if not path.is_dir():
@@ -122,9 +124,21 @@ def load_bundle(path: Path) -> Bundle:
         raise GoldenError(
             f"{file} was cut or altered: its SHA-256 is not the manifest's ({file.stat().st_size} B)", again
         )
+    arrays = _read_arrays(file, again)
+    misfit = arrays_misfit(manifest, arrays)
+    if misfit is not None:
+        raise GoldenError(f"{file} has not the form of a golden bundle: {misfit}", again)
+    return Bundle(path, manifest, arrays)
+
+
+def _read_arrays(file: Path, again: str) -> Arrays:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    return Bundle(path, manifest, load_file(file))
+    try:
+        return load_file(file)
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # NumPy has not got every dtype
+        raise GoldenError(f"{file} holds no arrays: {type(error).__name__}: {error}", again) from None
 
 
 def _read_manifest(path: Path, again: str) -> dict[str, Any]:
@@ -139,12 +153,27 @@ def _read_manifest(path: Path, again: str) -> dict[str, Any]:
         raise GoldenError(
             f"{path} has schema version {version}, this crosschip reads up to {SCHEMA_VERSION}", "update crosschip"
         )
-    if manifest.get("seal") != _seal(manifest):
+    if manifest.get("seal") != _seal(manifest, path):
         raise GoldenError(f"{path / MANIFEST_FILE} was altered: its seal does not fit", again)
+    misfit = manifest_misfit(manifest)
+    if misfit is None and ARRAYS_FILE not in manifest["sha256"]:
+        misfit = f"it has no SHA-256 of {ARRAYS_FILE}"
+    if misfit is not None:
+        raise GoldenError(f"{path / MANIFEST_FILE} has not the form of a golden bundle: {misfit}", again)
     return manifest
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    """SHA-256 over the manifest without its seal."""
+def _seal(manifest: dict[str, Any], path: Path) -> str:
+    """SHA-256 over the manifest without its seal.
+
+    Raises:
+        GoldenError: it holds text that is none (half of a surrogate pair), or brackets within brackets without end.
+    """
     sealed = {key: value for key, value in manifest.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    try:
+        return hashlib.sha256(json.dumps(sealed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise GoldenError(
+            f"the manifest of {path} cannot be sealed: {error}",
+            "record it from a model whose config.json holds plain values",
+        ) from None

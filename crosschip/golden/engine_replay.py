@@ -7,10 +7,12 @@ are the recorded ones, tensor by tensor and field by field, and what the same fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -19,14 +21,17 @@ from crosschip.golden.comparison import Comparison, View
 from crosschip.golden.distance import kl_of_lists
 from crosschip.golden.files import FileCheck, check_files
 from crosschip.golden.limits import limit_for, target_of
-from crosschip.golden.replay import left_out, replay_dtype
-from crosschip.golden.scoring_engine import EngineBrokeError, Prediction, Scorer, open_scorer
+from crosschip.golden.replay import HasTime, left_out, long_and_short, replay_dtype
+from crosschip.golden.scoring_engine import Prediction, Scorer, open_scorer
+from crosschip.golden.scoring_http import EngineBrokeError, TimeOverError, Waits
 from crosschip.golden.transformers_replay import replay_in_transformers
 from crosschip.golden.views import LogProbs, near_ties, view_of_log_probs
 
 __all__ = ["AT_ONCE", "replay_over_http"]
 
 AT_ONCE = 8  # requests at the same time, so that the engine computes them in batches
+# Name, requests at the same time, and the share of the time after which no further row is begun.
+_WAYS = (("one by one", 1, 0.6), (f"{AT_ONCE} at once", AT_ONCE, 0.9))
 
 
 def replay_over_http(
@@ -38,14 +43,17 @@ def replay_over_http(
     dtype: str | None = None,
     quantised: str | None = None,
     api_key: str | None = None,
+    has_time: HasTime = lambda share: True,
     tell: Callable[[str], None] = lambda line: None,
+    **waits: Unpack[Waits],
 ) -> Comparison:
     """Score the bundle's rows through the engine at `url`, one by one and several at once.
 
     `files` is the model directory that the engine serves: with it tensors and configuration are compared, and a
     difference in the answers is looked for in transformers. `check` is how its files differ, where that is known: then
     they are not compared again. `dtype` is the engine's arithmetic, by default that of the recording. An engine that
-    breaks on the way is part of the comparison (`broke`).
+    breaks on the way is part of the comparison (`broke`). `has_time` says whether less than this share of the time is
+    used; rows that it leaves no time for are left out, as are those whose answers the deadline among `waits` cuts off.
 
     Raises:
         GoldenError: nobody is there, the engine does not score prompts, or the files are another model's.
@@ -53,44 +61,72 @@ def replay_over_http(
     if check is None and files is not None:
         tell("hashing the weights")
         check = check_files(bundle, files, quantised)
+    comparison = _begun(bundle, url, check, dtype, quantised)
+    engine = open_scorer(url, api_key=api_key, **waits)
+    comparison.engine = engine.url
+    try:
+        _ask(bundle, engine, comparison, has_time, tell)
+    except EngineBrokeError as error:
+        comparison.broke = str(error)
+    finally:
+        engine.close()
+    if files is not None and any(not view.kl.upper_95 < comparison.limit.mean_kl for view in comparison.views):
+        _place_the_blame(bundle, files, comparison, has_time, tell)
+    return comparison
+
+
+def _begun(bundle: Bundle, url: str, check: FileCheck | None, dtype: str | None, quantised: str | None) -> Comparison:
+    """What is known before anything is asked."""
     name = replay_dtype(bundle, dtype, check.dtype if check else None, quantised)
     target, coarser = target_of(bundle.dtype, name, quantised)
     floor = {**bundle.floor, **bundle.floor["without_choices"]}
     limit = limit_for(target, coarser, floor["mean_kl"])
-    engine = open_scorer(url, api_key=api_key)
-    comparison = Comparison("http", engine.url, name, limit, floor, files_checked=check is not None)
+    comparison = Comparison("http", url, name, limit, floor, files_checked=check is not None)
     comparison.not_covered += [*left_out(bundle), "layers and router choices: an engine behind an address shows none"]
     if check is None:
         comparison.not_covered.append("tensors and configuration: the files that the engine serves were not given")
     else:
         comparison.fields, comparison.weights = check.fields, check.weights
-    try:
-        _ask(bundle, engine, comparison, tell)
-    except EngineBrokeError as error:
-        comparison.broke = str(error)
-    finally:
-        engine.close()
-    if files is not None and any(not view.kl.upper_95 < limit.mean_kl for view in comparison.views):
-        _place_the_blame(bundle, files, comparison, tell)
     return comparison
 
 
-def _ask(bundle: Bundle, engine: Scorer, comparison: Comparison, tell: Callable[[str], None]) -> None:
+def _ask(
+    bundle: Bundle, engine: Scorer, comparison: Comparison, has_time: HasTime, tell: Callable[[str], None]
+) -> None:
     taken = [row for row, length in enumerate(bundle.lengths) if _fits(length, engine.max_model_len)]
     comparison.rows_planned, comparison.rows_made = len(bundle.lengths), len(taken)
     if len(taken) < len(bundle.lengths):
         words = f"rows of more than {engine.max_model_len} tokens: the engine takes no longer ones"
         comparison.not_covered.append(words)
-    part = bundle.of_rows(taken)
     # An engine that takes N tokens has no room for the one that a prompt of N would be followed by.
-    cut = [ids[:-1] if len(ids) == engine.max_model_len else ids for ids in part.rows]
+    rows = bundle.rows
+    cut = {row: rows[row][:-1] if len(rows[row]) == engine.max_model_len else rows[row] for row in taken}
     num_top = int(bundle.manifest["top_k"])
-    for name, at_once in (("one by one", 1), (f"{AT_ONCE} at once", AT_ONCE)):
+    for name, at_once, until in _WAYS:
         tell(f"replaying {len(cut)} rows {name} through {engine.url}")
-        with ThreadPoolExecutor(at_once) as pool:
-            answers = list(pool.map(lambda ids: engine.score(ids, num_top), cut))
-        comparison.views.append(_view(name, part, cut, answers, comparison))
+        answers = _answers(engine, cut, num_top, at_once, partial(has_time, until))
+        comparison.rows_made = min(comparison.rows_made, len(answers))
+        if answers:
+            comparison.views.append(_view(name, bundle, cut, answers, comparison))
     comparison.not_covered += engine.notes
+
+
+def _answers(
+    engine: Scorer, cut: Mapping[int, list[int]], num_top: int, at_once: int, is_in_time: Callable[[], bool]
+) -> dict[int, Sequence[Prediction | None]]:
+    """What the engine says of each row, without those for which there was no time, ascending."""
+
+    def score(row: int) -> Sequence[Prediction | None] | None:
+        try:
+            return engine.score(cut[row], num_top) if is_in_time() else None
+        except TimeOverError:
+            return None
+
+    taken = list(cut)
+    order = [taken[place] for place in long_and_short([len(ids) for ids in cut.values()])]
+    with ThreadPoolExecutor(at_once) as pool:
+        found = dict(zip(order, pool.map(score, order), strict=True))
+    return {row: answer for row in taken if (answer := found[row]) is not None}
 
 
 def _fits(length: int, most: int | None) -> bool:
@@ -100,23 +136,25 @@ def _fits(length: int, most: int | None) -> bool:
 
 def _view(
     name: str,
-    part: Bundle,
-    cut: Sequence[list[int]],
-    answers: Sequence[Sequence[Prediction | None]],
+    bundle: Bundle,
+    cut: Mapping[int, list[int]],
+    answers: Mapping[int, Sequence[Prediction | None]],
     comparison: Comparison,
 ) -> View:
     """Compare the answers with what the bundle holds about the same positions."""
-    lengths = part.lengths
+    part = bundle.of_rows(list(answers))
     # Without positions that were cut off, and those that the engine was not asked for.
-    padding = [[None] * (length - len(ids)) for length, ids in zip(lengths, cut, strict=True)]
-    every = [each for answer, rest in zip(answers, padding, strict=True) for each in (*answer, *rest)]
+    padding = [[None] * (bundle.lengths[row] - len(cut[row])) for row in answers]
+    every = [each for answer, rest in zip(answers.values(), padding, strict=True) for each in (*answer, *rest)]
     kept = np.array([each is not None for each in every])
     arrays = {key: array[kept] for key, array in part.arrays.items() if key != "lengths"}
     found = [each for each in every if each is not None]
     following = _following(part)[kept]
     compared = _log_probs(arrays, following, found)
     tolerance = comparison.limit.router_score(comparison.floor["router_margin"])
-    return view_of_log_probs(name, compared, part.row_of_position[kept], ~near_ties(arrays, tolerance))
+    view = view_of_log_probs(name, compared, part.row_of_position[kept], ~near_ties(arrays, tolerance))
+    of_bundle = list(answers)  # the view counts the rows that were made
+    return replace(view, rows=[replace(each, row=of_bundle[each.row]) for each in view.rows])
 
 
 def _following(part: Bundle) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -155,9 +193,15 @@ def _log_probs(
     )
 
 
-def _place_the_blame(bundle: Bundle, files: Path, comparison: Comparison, tell: Callable[[str], None]) -> None:
+def _place_the_blame(
+    bundle: Bundle, files: Path, comparison: Comparison, has_time: HasTime, tell: Callable[[str], None]
+) -> None:
+    if not has_time(1.0):
+        comparison.not_covered.append("the same files in transformers: no time for it")
+        return
     tell("replaying the same files in transformers")
     try:
-        comparison.transformers = replay_in_transformers(bundle, files, comparison.limit, comparison.floor)
+        limit, floor = comparison.limit, comparison.floor
+        comparison.transformers = replay_in_transformers(bundle, files, limit, floor, has_time)
     except Exception as error:  # a library of its own: whatever it raises, the replay over HTTP stands
         comparison.not_covered.append(f"the same files in transformers: {type(error).__name__}: {error}")

@@ -7,15 +7,13 @@ grammar can force; after their prefix a printable token is forced by a bias, and
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import httpx
+from typing import Any, Unpack
 
 from crosschip.errors import GoldenError
-from crosschip.golden.scoring_engine import EngineBrokeError, Prediction, address_of, http_client, model_card
+from crosschip.golden.scoring_engine import Prediction
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, Waits, json_of, words_of
 
 __all__ = ["LlamaCppEngine", "windows_of"]
 
@@ -24,7 +22,6 @@ _WINDOW, _NUM_WINDOWS = 64, 4  # of longer ones
 _PREFILLED_FROM = 32  # tokens, from which on the second half of a row follows a prompt that is computed at once
 _WHOLE_VOCABULARY = 16384  # tokens; more log-probs than that in one answer are too many
 _FORCING_BIAS = 1000.0
-_SHOWN = 300
 _PLAIN = {"temperature": 1.0, "samplers": ["temperature"], "seed": 0}  # the log-probs are those before any of it
 
 _Entry = tuple[int, float, dict[int, float]]
@@ -52,17 +49,17 @@ class LlamaCppEngine:
         GoldenError: nobody answers at the address, or it is no llama.cpp with this end point.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, silence_s: float = 300.0) -> None:
-        self.url = address_of(url)
+    def __init__(self, url: str, *, api_key: str | None = None, **waits: Unpack[Waits]) -> None:
         # A connection for each request: the server closes one after a hundred, whatever is on its way.
-        self._http = http_client(api_key, silence_s, keep_alive=False)
-        card = model_card(self._http, self.url)
+        self._http = ScoringHttp(url, api_key=api_key, keep_alive=False, **waits)
+        self.url = self._http.url
+        card = self._http.model_card()
         self.model = str(card["id"])
-        self._vocab_size = int((card.get("meta") or {}).get("n_vocab") or 0)
         try:
+            self._vocab_size = int((card.get("meta") or {}).get("n_vocab") or 0)
             self.max_model_len: int | None = self._context()
             self._printable = self._printable_token()
-        except EngineBrokeError as error:
+        except (EngineBrokeError, AttributeError, TypeError, ValueError, OverflowError) as error:
             problem = f"llama.cpp at {self.url} does not tell its context and its tokens: {error}"
             raise GoldenError(problem, "start it again, or take a newer one") from None
         self._unforceable: set[int] = set()
@@ -173,45 +170,32 @@ class LlamaCppEngine:
         )
 
     def _get(self, path: str) -> dict[str, Any]:
-        try:
-            response = self._http.get(f"{self.url}{path}")
-        except httpx.HTTPError as error:
-            raise EngineBrokeError(f"{type(error).__name__}: {error}") from None
-        return _document(response.status_code, response.content)
+        return _document(*self._http.exchange("GET", path))
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            response = self._http.post(f"{self.url}{path}", json=body)
-        except httpx.HTTPError as error:
-            raise EngineBrokeError(f"{type(error).__name__}: {error}") from None
-        return _document(response.status_code, response.content)
+        return _document(*self._http.exchange("POST", path, body))
 
     def _stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Documents of a streamed answer. It ends where the engine says that the grammar leaves it no token."""
-        try:
-            with self._http.stream("POST", f"{self.url}/completion", json=body) as response:
-                if response.status_code != 200:
-                    content = response.read()
-                    if response.status_code == 500 and b"grammar" in content:
-                        return
-                    _document(response.status_code, content)
+        status, content = self._http.exchange("POST", "/completion", body)
+        if status != 200:
+            if status != 500 or b"grammar" not in content:
+                _document(status, content)
+            return
+        for line in content.splitlines():
+            kind, _, data = line.partition(b": ")
+            if kind not in (b"data", b"error") or data == b"[DONE]":
+                continue
+            document = _document(200, data)
+            if kind == b"error" or "error" in document:
+                if b"grammar" in data:
                     return
-                for line in response.iter_lines():
-                    kind, _, data = line.partition(": ")
-                    if kind not in ("data", "error") or data == "[DONE]":
-                        continue
-                    document = _document(200, data.encode())
-                    if kind == "error" or "error" in document:
-                        if "grammar" in data:
-                            return
-                        raise EngineBrokeError(f"it broke off: {data[:_SHOWN]}")
-                    yield document
-        except httpx.HTTPError as error:
-            raise EngineBrokeError(f"{type(error).__name__}: {error}") from None
+                raise EngineBrokeError(f"it broke off: {words_of(data)}")
+            yield document
 
 
 def _document(status: int, content: bytes) -> dict[str, Any]:
-    words = content[:_SHOWN].decode(errors="replace")
+    words = words_of(content)
     if 400 <= status < 500 and status not in (408, 429):
         raise GoldenError(
             f"the engine does not score this prompt: HTTP {status}: {words}",
@@ -219,10 +203,7 @@ def _document(status: int, content: bytes) -> dict[str, Any]:
         )
     if status != 200:
         raise EngineBrokeError(f"HTTP {status}: {words}")
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise EngineBrokeError(f"an answer of another form: {error}: {words}") from None
+    document = json_of(content)
     if not isinstance(document, dict):
         raise EngineBrokeError(f"an answer of another form: {words}")
     return document
@@ -235,7 +216,7 @@ def _entries(document: dict[str, Any], num_top: int | None) -> list[_Entry]:
         for entry in document.get("completion_probabilities") or []:
             top = {int(each["id"]): _number(each["logprob"]) for each in entry["top_logprobs"][:num_top]}
             found.append((int(entry["id"]), _number(entry["logprob"]), top))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineBrokeError(f"an answer of another form: {type(error).__name__} {error}") from None
     return found
 

@@ -93,7 +93,7 @@ def record(
         "for_handoff": for_handoff,
         "compute_dtype": recorder.dtype_name,
         "weights_dtype": str(recorder.weights_dtype).removeprefix("torch."),
-        "source": str(source),
+        "source": str(source.resolve()),
         "rows": [{"length": len(row.ids), "origin": row.origin} for row in rows],
         "lengths_left_out": left_out,
         "route": route,

@@ -21,7 +21,7 @@ from crosschip.golden.training_curve import CurvePlan, train_curve
 from crosschip.golden.views import curve_distance, view_of
 from crosschip.model import Transformer, load_multiplied_out
 
-__all__ = ["left_out", "replay", "replay_dtype"]
+__all__ = ["HasTime", "left_out", "long_and_short", "replay", "replay_dtype"]
 
 HasTime = Callable[[float], bool]
 

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import httpx
+from typing import Any, Protocol, Unpack
 
 from crosschip.errors import GoldenError
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, Waits, json_of, words_of
 
-__all__ = [
-    "EngineBrokeError",
-    "Prediction",
-    "Scorer",
-    "ScoringEngine",
-    "address_of",
-    "http_client",
-    "model_card",
-    "open_scorer",
-]
+__all__ = ["EngineBrokeError", "Prediction", "Scorer", "ScoringEngine", "open_scorer"]
 
 _NAME = "token_id:"
-_SHOWN = 300  # characters of a strange answer that a message shows
 _NOT_A_NUMBER = "not JSON compliant"  # vLLM's words, as a bad request, for log-probs that are not numbers
-
-
-class EngineBrokeError(Exception):
-    """No proper answer: the engine hung, broke off, failed or sent what is no log-probs. It is part of the replay."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +42,7 @@ class Scorer(Protocol):
         """What follows each position of the prompt; None where it was not asked."""
 
 
-def open_scorer(url: str, *, api_key: str | None = None, silence_s: float = 300.0) -> Scorer:
+def open_scorer(url: str, *, api_key: str | None = None, **waits: Unpack[Waits]) -> Scorer:
     """The engine at an address, asked in the way that suits it: what it says of its model tells llama.cpp.
 
     Raises:
@@ -66,46 +50,13 @@ def open_scorer(url: str, *, api_key: str | None = None, silence_s: float = 300.
     """
     from crosschip.golden.llamacpp_scoring import LlamaCppEngine
 
-    with http_client(api_key, silence_s) as http:
-        card = model_card(http, address_of(url))
-    if card.get("owned_by") == "llamacpp":
-        return LlamaCppEngine(url, api_key=api_key, silence_s=silence_s)
-    return ScoringEngine(url, api_key=api_key, silence_s=silence_s)
-
-
-def address_of(url: str) -> str:
-    """The address without what follows it.
-
-    Raises:
-        GoldenError: it is none.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise GoldenError(f"{url!r} is not an address", "give one like http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def http_client(api_key: str | None, silence_s: float, keep_alive: bool = True) -> httpx.Client:
-    """A client that waits `silence_s` for an answer and heeds no proxy settings."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    timeout = httpx.Timeout(silence_s, connect=10.0, pool=None)
-    limits = httpx.Limits() if keep_alive else httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=False)
-
-
-def model_card(http: httpx.Client, url: str) -> dict[str, Any]:
-    """What the engine says of its first model.
-
-    Raises:
-        GoldenError: nobody answers, or it lists none.
-    """
+    http = ScoringHttp(url, api_key=api_key, **waits)
     try:
-        card = http.get(f"{url}/v1/models").raise_for_status().json()["data"][0]
-        if not isinstance(card["id"], str):
-            raise TypeError("the model's id is no text")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
-        problem = f"no model is listed at {url}/v1/models: {type(error).__name__} {error}"
-        raise GoldenError(problem, "start the engine and wait until it is ready, or check the address") from None
-    return dict(card)
+        card = http.model_card()
+    finally:
+        http.close()
+    engine = LlamaCppEngine if card.get("owned_by") == "llamacpp" else ScoringEngine
+    return engine(url, api_key=api_key, **waits)
 
 
 class ScoringEngine:
@@ -115,10 +66,10 @@ class ScoringEngine:
         GoldenError: nobody answers at the address, or it lists no model.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, silence_s: float = 300.0) -> None:
-        self.url = address_of(url)
-        self._http = http_client(api_key, silence_s)
-        card = model_card(self._http, self.url)
+    def __init__(self, url: str, *, api_key: str | None = None, **waits: Unpack[Waits]) -> None:
+        self._http = ScoringHttp(url, api_key=api_key, **waits)
+        self.url = self._http.url
+        card = self._http.model_card()
         self.model = str(card["id"])
         longest = card.get("max_model_len")
         self.max_model_len: int | None = longest if isinstance(longest, int) else None
@@ -158,7 +109,7 @@ class ScoringEngine:
                 raise _refusal(f"tokens are named {names[-1]!r}, not by their ids")
             echoed = [_id_of(name) for name in names[:-1]]
             predictions = [_prediction(top, value) for top, value in zip(tops[1:], values[1:], strict=True)]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise EngineBrokeError(f"an answer of another form: {type(error).__name__} {error}") from None
         if echoed != ids:
             place = next(place for place, (a, b) in enumerate(zip(echoed, ids, strict=True)) if a != b)
@@ -166,21 +117,18 @@ class ScoringEngine:
         return [*predictions[:-1], Prediction(predictions[-1].top, None)]
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        status, content = self._http.exchange("POST", "/v1/completions", body)
+        words = words_of(content)
+        if status == 400 and _NOT_A_NUMBER in content.decode(errors="replace"):
+            raise EngineBrokeError(f"its log-probs are not numbers: HTTP 400: {words}")
+        if 400 <= status < 500 and status not in (408, 429):
+            raise _refusal(f"HTTP {status}: {words}")
+        if status != 200:
+            raise EngineBrokeError(f"HTTP {status}: {words}")
         try:
-            response = self._http.post(f"{self.url}/v1/completions", json=body)
-        except httpx.HTTPError as error:
-            raise EngineBrokeError(f"{type(error).__name__}: {error}") from None
-        if response.status_code == 400 and _NOT_A_NUMBER in response.text:
-            raise EngineBrokeError(f"its log-probs are not numbers: HTTP 400: {response.text[:_SHOWN]}")
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-            raise _refusal(f"HTTP {response.status_code}: {response.text[:_SHOWN]}")
-        if response.status_code != 200:
-            raise EngineBrokeError(f"HTTP {response.status_code}: {response.text[:_SHOWN]}")
-        try:
-            choice = json.loads(response.content)["choices"][0]  # httpx's own .json() is the same and guesses encodings
+            return dict(json_of(content)["choices"][0])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise EngineBrokeError(f"an answer of another form: {error}: {response.text[:_SHOWN]}") from None
-        return dict(choice)
+            raise EngineBrokeError(f"an answer of another form: {error}: {words}") from None
 
 
 def _refusal(detail: str) -> GoldenError:

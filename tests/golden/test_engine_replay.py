@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,49 @@ def test_rows_that_the_engine_does_not_take_are_not_covered(bundle: Bundle, mode
     assert judge(comparison).verdict == "PASS"
 
 
+def test_without_time_nothing_is_asked_and_nothing_claimed(bundle: Bundle, honest_url: str, model_dir: Path) -> None:
+    comparison = replay_over_http(bundle, honest_url, files=model_dir, has_time=lambda share: False)
+    assert (comparison.rows_made, comparison.rows_planned) == (0, len(bundle.lengths))
+    assert comparison.views == []
+    assert judge(comparison).verdict == "INCONCLUSIVE"
+
+
+def test_rows_that_there_is_no_time_for_are_left_out(bundle: Bundle, honest_url: str) -> None:
+    """The row is still the bundle's own number, and the first ones are the longest and the shortest."""
+    asked: list[float] = []
+
+    def has_time(share: float) -> bool:
+        asked.append(share)
+        return asked.count(share) <= 3
+
+    comparison = replay_over_http(bundle, honest_url, has_time=has_time)
+    assert (comparison.rows_made, comparison.broke) == (3, None)
+    order = sorted(range(len(bundle.lengths)), key=lambda row: bundle.lengths[row])
+    for view in comparison.views:
+        assert {each.row for each in view.rows} == {order[0], order[-2], order[-1]}
+        assert all(each.length in (bundle.lengths[each.row], bundle.lengths[each.row] - 1) for each in view.rows)
+        assert view.kl.mean < 1e-9
+    assert judge(comparison).verdict == "INCONCLUSIVE"
+
+
+def test_no_time_is_left_to_place_the_blame(bundle: Bundle, odd_url: str, model_dir: Path) -> None:
+    comparison = replay_over_http(bundle, f"{odd_url}/constant", files=model_dir, has_time=lambda share: share < 1)
+    assert comparison.transformers is None
+    assert "the same files in transformers: no time for it" in comparison.not_covered
+    assert judge(comparison).verdict == "FAIL"
+
+
+def test_a_request_that_the_end_of_the_time_cuts_off_is_a_row_that_was_not_made(bundle: Bundle, odd_url: str) -> None:
+    began = time.monotonic()
+    url = f"{odd_url}/trickles"
+    comparison = replay_over_http(bundle, url, has_time=lambda share: time.monotonic() < began + 3, deadline=began + 3)
+    assert time.monotonic() < began + 20
+    assert (comparison.broke, comparison.rows_made) == (None, 0)
+    assert judge(comparison).verdict == "INCONCLUSIVE"
+    broken = replay_over_http(bundle, url, total_s=3.0)  # the same engine with the time of the world
+    assert "still sending" in str(broken.broke)
+
+
 class _Odd(BaseHTTPRequestHandler):
     """An engine that answers in one of the ways in which engines do not score prompts; the way is in the path."""
 
@@ -138,6 +182,14 @@ class _Odd(BaseHTTPRequestHandler):
             self._send(400, {"error": {"message": "echo is not supported"}})
         elif way == "fails":
             self._send(500, {"error": {"message": "out of memory"}})
+        elif way == "trickles":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            for _ in range(600):
+                with suppress(OSError):
+                    self.wfile.write(b" ")
+                time.sleep(0.05)
         elif way == "garbage":
             self._send(200, {"choices": [{"logprobs": {"tokens": 5}}]})
         else:

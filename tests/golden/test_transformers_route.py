@@ -182,3 +182,17 @@ def test_rotary_tables_in_the_files_are_no_gap(
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     comparison, _ = replayed(recorded, changed(lambda tensors: tensors.update({name: torch.ones(6)})))
     assert comparison.broke is None
+
+
+def test_rows_that_there_is_no_time_for_are_left_out(recorded: Bundle, llama: Path) -> None:
+    asked: list[float] = []
+
+    def has_time(share: float) -> bool:
+        asked.append(share)
+        return asked.count(share) <= 3
+
+    comparison = replay_through_transformers(recorded, llama, find_chip("cpu"), has_time=has_time)
+    assert (comparison.rows_made, comparison.rows_planned) == (3, len(recorded.lengths))
+    assert [len(view.rows) for view in comparison.views] == [3, 3, 3]
+    assert comparison.views[0].kl.mean < 1e-9
+    assert judge(comparison).verdict == "INCONCLUSIVE"

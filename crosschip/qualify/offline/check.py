@@ -11,7 +11,7 @@ from crosschip import __version__
 from crosschip.errors import QualifyError
 from crosschip.qualify.offline.classify import CLASSES, KNOWN_ERRORS, classify, qualified_name
 from crosschip.qualify.offline.download import download_wheel
-from crosschip.qualify.offline.lists import OperatorList, read_operator_list
+from crosschip.qualify.offline.lists import BUILT_LIST, CORE_LIST, OP_PLUGIN_LIST, OperatorList, read_operator_list
 from crosschip.qualify.offline.registered import registered_operators
 from crosschip.qualify.tracing.trace import Trace
 
@@ -76,7 +76,12 @@ def _document(trace: Trace, listed: OperatorList) -> dict[str, Any]:
         "source": _source(listed),
         "coverage": {kind: _coverage(rows[kind], len(calls)) for kind in CLASSES},
         "operators": rows,
-        "known_errors": [*_errors_of_this_pair(listed, torch_version), *KNOWN_ERRORS[listed.form], *_ERRORS_OF_ALL],
+        "known_errors": [
+            *_errors_of_half_a_list(listed),
+            *_errors_of_this_pair(listed, torch_version),
+            *KNOWN_ERRORS[listed.form],
+            *_ERRORS_OF_ALL,
+        ],
         "notes": trace.notes,
     }
 
@@ -106,6 +111,23 @@ def _source(listed: OperatorList) -> dict[str, Any]:
         "files": [asdict(each) for each in listed.files],
         "num_operators": len(listed.operators),
     }
+
+
+def _errors_of_half_a_list(listed: OperatorList) -> list[str]:
+    """What torch_npu's source says less than its wheel, first of all errors: operators of a list that is not there."""
+    names = {file.name.rpartition("/")[2] for file in listed.files}
+    if listed.form != "torch_npu" or BUILT_LIST in names or {CORE_LIST, OP_PLUGIN_LIST} <= names:
+        return []
+    core, plugin = f"the core list of torch_npu ({CORE_LIST})", f"the list of op-plugin ({OP_PLUGIN_LIST})"
+    if OP_PLUGIN_LIST in names:
+        return [
+            f"ONLY {plugin} WAS FOUND: operators of torch_npu's core look like CPU fallback; give torch_npu's wheel, "
+            "or its source with op-plugin in third_party"
+        ]
+    return [
+        f"ONLY {core} WAS FOUND: in current versions most operators are op-plugin's, and these look like CPU fallback; "
+        f"give the wheel, which holds {BUILT_LIST}, or the source with op-plugin in third_party"
+    ]
 
 
 def _errors_of_this_pair(listed: OperatorList, torch_version: str) -> list[str]:

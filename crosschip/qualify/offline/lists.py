@@ -3,6 +3,10 @@
 Two forms are known. torch_npu's wheel holds `npu_native_functions_by_codegen.yaml` and `npu_native_functions.yaml`
 (sections `supported`, `symint`, `autograd`, `quant`: ATen operators; `custom`: its own). torch_mlu's source holds
 `mlu_functions.yaml` (a section for each namespace). An entry is a name, a schema, or a mapping with `func`.
+
+The first of torch_npu's files is made when it is built. Its source has the core operators in the second, and the bulk
+in op-plugin's `op_plugin_functions.yaml` (`official` in the place of `supported`), where each entry says for which
+versions of torch it is built; it is read for the newest one.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ from crosschip.qualify.offline.wheel import open_wheel, read_member
 from crosschip.qualify.offline.yaml_list import load_yaml
 from crosschip.rundir import sha256_of
 
-__all__ = ["Form", "ListFile", "OperatorList", "read_operator_list"]
+__all__ = ["BUILT_LIST", "CORE_LIST", "OP_PLUGIN_LIST", "Form", "ListFile", "OperatorList", "read_operator_list"]
 
 Form = Literal["torch_npu", "torch_mlu"]
 
+BUILT_LIST, CORE_LIST = "npu_native_functions_by_codegen.yaml", "npu_native_functions.yaml"
+OP_PLUGIN_LIST = "op_plugin_functions.yaml"
 LIST_FILES: dict[str, Form] = {
-    "npu_native_functions_by_codegen.yaml": "torch_npu",
-    "npu_native_functions.yaml": "torch_npu",
+    BUILT_LIST: "torch_npu",
+    CORE_LIST: "torch_npu",
+    OP_PLUGIN_LIST: "torch_npu",
     "mlu_functions.yaml": "torch_mlu",
 }
 _MAX_LIST_BYTES = 8 * 2**20  # torch_npu 2.13's list has 0.25 MB
@@ -33,6 +40,8 @@ _MAX_METADATA_BYTES = 2**20
 _MAX_FILES = 200_000  # looked at in a directory
 
 _NPU_SECTIONS = {"supported": "aten", "symint": "aten", "autograd": "aten", "quant": "aten", "custom": "npu"}
+_OP_PLUGIN_SECTIONS = {"official": "aten", "symint": "aten", "autograd": "aten", "quant": "aten", "custom": "npu"}
+_BUILT_FOR = ("acl_op", "op_api", "sparse")  # each with the versions of torch for which op-plugin builds the entry
 _MLU_SECTIONS = {"aten": "aten", "vision": "torchvision", "audio": "torchaudio", "custom": "torch_mlu"}
 _NAME = re.compile(r"(?:(?P<namespace>\w+)::)?(?P<name>[A-Za-z_]\w*(?:\.\w+)?)")
 
@@ -163,10 +172,14 @@ def _operator_list(origin: str, found: dict[str, bytes], version: str | None, sh
             f"{origin} holds no operator list ({', '.join(LIST_FILES)})",
             "torch_npu's wheel has one; of torch_mlu give codegen/mlu_functions.yaml of its source",
         )
+    if any(name.rpartition("/")[2] == BUILT_LIST for name in found):  # it holds what op-plugin's own list says
+        found = {name: data for name, data in found.items() if name.rpartition("/")[2] != OP_PLUGIN_LIST}
     operators: dict[str, list[str]] = {}
     files, forms = [], set()
     for name, data in sorted(found.items()):
-        form, entries = _entries(load_yaml(data, name), name)
+        document = load_yaml(data, name)
+        form, entries = _entries(document, name)
+        version = version or _newest_torch(document)
         forms.add(form)
         files.append(ListFile(name, hashlib.sha256(data).hexdigest(), len(entries)))
         for operator, section in entries:
@@ -187,27 +200,54 @@ def _operator_list(origin: str, found: dict[str, bytes], version: str | None, sh
 
 def _entries(document: Any, file: str) -> tuple[Form, list[tuple[str, str]]]:
     """(operator, section) of every entry, and which form the document has."""
-    sections: dict[str, str]
-    form: Form
-    if isinstance(document, dict) and isinstance(document.get("supported"), list):
-        form, sections = "torch_npu", _NPU_SECTIONS
-    elif isinstance(document, dict) and isinstance(document.get("aten"), list):
-        form, sections = "torch_mlu", _MLU_SECTIONS
-    else:
-        raise QualifyError(
-            f"{file} is no operator list: it has neither a list `supported` (torch_npu) nor a list `aten` (torch_mlu)",
-            "give npu_native_functions_by_codegen.yaml or mlu_functions.yaml",
-        )
+    form, sections = _form(document, file)
+    newest = _newest_torch(document)
     entries = []
     for section, listed in document.items():
         if not isinstance(listed, list):
             continue  # `backend: NPU`, `cpp_namespace: ...`, an empty section
+        if sections is _OP_PLUGIN_SECTIONS and section not in sections:
+            continue  # `all_version`, and of older ones what runs on the CPU (`tocpu`) or not at all (`unsupported`)
         namespace = sections.get(str(section), str(section))
         for number, entry in enumerate(listed):
+            if newest is not None and not _is_built_for(entry, newest):
+                continue
             name = _entry_name(entry, f"{file}: {section}[{number}]", namespace)
             if name is not None:
                 entries.append((name, str(section)))
     return form, entries
+
+
+def _form(document: Any, file: str) -> tuple[Form, dict[str, str]]:
+    """Which form a document has, and the namespace of each of its sections."""
+    lists = {name for name, value in document.items() if isinstance(value, list)} if isinstance(document, dict) else ()
+    if "supported" in lists:
+        return "torch_npu", _NPU_SECTIONS
+    if "official" in lists:
+        return "torch_npu", _OP_PLUGIN_SECTIONS
+    if "aten" in lists:
+        return "torch_mlu", _MLU_SECTIONS
+    raise QualifyError(
+        f"{file} is no operator list: it has neither a list `supported` (torch_npu) nor `official` (op-plugin) nor "
+        "`aten` (torch_mlu)",
+        f"give {BUILT_LIST} or mlu_functions.yaml",
+    )
+
+
+def _newest_torch(document: Any) -> str | None:
+    """The last torch that op-plugin's list is for, as `2.13`; None for the other lists, which are for one alone."""
+    versions = document.get("all_version") if isinstance(document, dict) else None
+    last = str(versions[-1]) if isinstance(versions, list) and versions else ""
+    return last.removeprefix("v") if re.fullmatch(r"v\d+\.\d+", last) else None
+
+
+def _is_built_for(entry: Any, newest: str) -> bool:
+    """Whether op-plugin builds an entry for its newest torch: `all_version`, `[v2.1, newest]` or `v2.1, v2.2`."""
+    if not isinstance(entry, dict):
+        return True  # what is no entry is refused by name
+    said = [value for key in _BUILT_FOR if (value := entry.get(key)) is not None]
+    lasts = [value[-1:] if isinstance(value, list) else re.split(r",\s*", str(value)) for value in said]
+    return not said or any(each in ("all_version", "newest", f"v{newest}") for last in lasts for each in last)
 
 
 def _entry_name(entry: Any, place: str, namespace: str) -> str | None:

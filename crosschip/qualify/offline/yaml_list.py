@@ -18,7 +18,7 @@ def load_yaml(data: bytes, file: str) -> Any:
 
     Raises:
         QualifyError: it is no YAML, is nested deeply, refers to parts of itself (which can grow without bound), or
-            asks for objects other than plain values.
+            says of a value what it is to be made into (`!!bool`), which a list never does.
     """
     yaml: Any = import_module("yaml")  # it has no types of its own
     parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -27,6 +27,8 @@ def load_yaml(data: bytes, file: str) -> Any:
         for event in yaml.parse(data, Loader=parser):
             if isinstance(event, yaml.AliasEvent):
                 raise QualifyError(f"{file} refers to parts of itself (*{event.anchor})", _REMEDY)
+            if (tag := getattr(event, "tag", None)) is not None:
+                raise QualifyError(f"{file} is no YAML of plain values: it holds the tag {tag[:60]!r}", _REMEDY)
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise QualifyError(f"{file} is nested over {_MAX_DEPTH} deep", _REMEDY)

@@ -22,6 +22,7 @@ from crosschip.golden.judge import Judgement, judge
 from crosschip.golden.limits import limit_for, target_of
 from crosschip.golden.replay import replay_dtype
 from crosschip.golden.views import LogProbs, near_ties, view_of_log_probs
+from crosschip.qualify.finding import LEAST_COVERAGE, Coverage
 from crosschip.qualify.serving.answers import Token
 from crosschip.qualify.serving.reproducer import Reproduction
 from crosschip.qualify.serving.shown import recorded_row_is_answered
@@ -31,6 +32,7 @@ __all__ = ["GoldenReplay", "open_replay"]
 
 _LONGEST_SHOWN = 600  # tokens of a row that a reproducer carries
 _LEAST = -1e4  # a log-prob of nothing, in JSON
+_ROWS = "rows of the golden bundle"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,8 +73,7 @@ class GoldenReplay:
     def _replay(self, sitting: Sitting) -> Comparison:
         dtype = sitting.identity.dtype if sitting.identity.dtype in _DTYPES else None
         if sitting.identity.scores_prompts:
-            url = sitting.client.url
-            return replay_over_http(self.bundle, url, files=self.model, dtype=dtype, api_key=self.api_key)
+            return self._replay_every_position(sitting, dtype)
         name = replay_dtype(self.bundle, dtype, self.files.dtype if self.files else None, None)
         target, coarser = target_of(self.bundle.dtype, name)
         floor = {**self.bundle.floor, **self.bundle.floor["without_choices"]}
@@ -81,6 +82,26 @@ class GoldenReplay:
         if self.files is not None:
             comparison.fields, comparison.weights = self.files.fields, self.files.weights
         _ask_last_positions(sitting, self.bundle, comparison)
+        return comparison
+
+    def _replay_every_position(self, sitting: Sitting, dtype: str | None) -> Comparison:
+        budget_s, client = sitting.remaining_s, sitting.client
+        comparison = replay_over_http(
+            self.bundle,
+            client.url,
+            files=self.model,
+            check=self.files,
+            dtype=dtype,
+            api_key=self.api_key,
+            has_time=lambda share: sitting.remaining_s > (1 - share) * budget_s,
+            total_s=client.total_s,
+            deadline=client.deadline,
+        )
+        if comparison.broke is None:
+            # What the engine takes no rows of is said elsewhere: this is of those for which there could have been time.
+            fitting = sum(length <= sitting.max_length for length in self.bundle.lengths)
+            made = comparison.rows_made
+            sitting.record.coverage[_ROWS] = Coverage(made, max(made, fitting), LEAST_COVERAGE)
         return comparison
 
 
@@ -181,8 +202,7 @@ def _worst_row(sitting: Sitting, bundle: Bundle, view: View, most: float) -> Rep
     fitting = [row for row in view.rows if row.length <= _LONGEST_SHOWN]
     if not fitting or not sitting.identity.scores_prompts:
         return None
-    asked = [row for row, length in enumerate(bundle.lengths) if length <= sitting.max_length]
-    worst = asked[max(fitting, key=lambda row: row.kl.mean).row]
+    worst = max(fitting, key=lambda row: row.kl.mean).row
     start = sum(bundle.lengths[:worst])
     tops = [_recorded_top(bundle, start + place) for place in range(bundle.lengths[worst])]
     lists = [[[f"token_id:{each}", round(max(value, _LEAST), 7)] for each, value in top.items()] for top in tops]

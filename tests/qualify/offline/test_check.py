@@ -14,7 +14,17 @@ from crosschip.qualify.offline.classify import classify, qualified_name
 from crosschip.qualify.offline.registered import RegisteredOperator, registered_operators
 from crosschip.qualify.tracing.trace import Trace, TracedCall
 from crosschip.report.offline_table import print_offline_check
-from tests.qualify.offline.lists_made import MLU, make_wheel
+from tests.qualify.offline.lists_made import (
+    CODEGEN,
+    CORE,
+    MLU,
+    NPU_CODEGEN,
+    NPU_CORE,
+    OP_PLUGIN,
+    OP_PLUGIN_FILE,
+    make_source,
+    make_wheel,
+)
 
 LISTED = {"aten::mm", "aten::mul.out", "aten::_fused_adam_"}
 
@@ -102,6 +112,26 @@ def test_a_list_of_another_torch_is_said(tmp_path: Path) -> None:
     (tmp_path / "mlu_functions.yaml").write_text(MLU)
     errors = check_offline(TRACE, tmp_path / "mlu_functions.yaml")["known_errors"]
     assert "does not say for which torch" in errors[0]
+
+
+def first_error(directory: Path, members: dict[str, str]) -> str:
+    return str(check_offline(TRACE, make_source(directory, members))["known_errors"][0])
+
+
+def test_half_a_list_of_torch_npu_is_the_first_of_all_errors(tmp_path: Path) -> None:
+    """The core alone calls everything of op-plugin a fallback; the built list, or both of the source, do not."""
+    core = first_error(tmp_path / "core", {CORE: NPU_CORE})
+    assert core.startswith("ONLY the core list of torch_npu (npu_native_functions.yaml) WAS FOUND")
+    assert "look like CPU fallback; give the wheel" in core
+    assert first_error(tmp_path / "plugin", {OP_PLUGIN_FILE: OP_PLUGIN}).startswith("ONLY the list of op-plugin")
+    assert "ONLY" not in first_error(tmp_path / "both", {CORE: NPU_CORE, OP_PLUGIN_FILE: OP_PLUGIN})
+    assert "ONLY" not in first_error(tmp_path / "built", {CODEGEN: NPU_CODEGEN})
+    assert "ONLY" not in first_error(tmp_path / "mlu", {"mlu_functions.yaml": MLU})
+
+
+def test_operators_of_op_plugin_are_no_fallback_where_its_list_is_read(tmp_path: Path) -> None:
+    document = check_offline(TRACE, make_source(tmp_path, {CORE: NPU_CORE, OP_PLUGIN_FILE: OP_PLUGIN}))
+    assert {"aten.exp.default", "aten.cumsum.default"} <= {row["operator"] for row in document["operators"]["native"]}
 
 
 def test_the_table_says_that_it_is_an_estimate(tmp_path: Path) -> None:

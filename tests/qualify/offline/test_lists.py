@@ -12,7 +12,19 @@ import pytest
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.offline.lists import read_operator_list
-from tests.qualify.offline.lists_made import CODEGEN, CORE, MEMBERS, METADATA, MLU, NPU_CODEGEN, make_wheel
+from tests.qualify.offline.lists_made import (
+    CODEGEN,
+    CORE,
+    MEMBERS,
+    METADATA,
+    MLU,
+    NPU_CODEGEN,
+    NPU_CORE,
+    OP_PLUGIN,
+    OP_PLUGIN_FILE,
+    make_source,
+    make_wheel,
+)
 
 NPU_OPERATORS = {
     "aten::_thnn_fused_gru_cell": ("autograd",),
@@ -50,6 +62,29 @@ def test_a_list_of_torch_mlu_without_its_sparse_entries(tmp_path: Path) -> None:
     listed = read_operator_list(tmp_path / "mlu_functions.yaml")
     assert (listed.form, listed.version) == ("torch_mlu", None)
     assert set(listed.operators) == {"aten::mm", "aten::mm.out", "aten::addmm", "torchvision::nms"}
+
+
+OP_PLUGIN_OPERATORS = {"aten::exp", "aten::cumsum", "aten::silu", "npu::npu_rotary_mul"}
+
+
+def test_the_source_gives_the_core_and_what_op_plugin_builds_for_its_newest_torch(tmp_path: Path) -> None:
+    listed = read_operator_list(make_source(tmp_path, {CORE: NPU_CORE, OP_PLUGIN_FILE: OP_PLUGIN}))
+    assert set(listed.operators) == OP_PLUGIN_OPERATORS | {"aten::as_strided", "aten::clone"}
+    assert (listed.form, listed.version) == ("torch_npu", "2.13")
+    assert [(each.name, each.num_entries) for each in listed.files] == [(OP_PLUGIN_FILE, 4), (CORE, 2)]
+
+
+def test_op_plugins_list_of_one_torch_is_read_whole(tmp_path: Path) -> None:
+    """Older ones lie in a directory for each torch, and name what runs on the CPU beside it."""
+    of_one = "official:\n  - func: exp(Tensor self) -> Tensor\ntocpu:\n  - sort\nunsupported:\n  - svd\n"
+    listed = read_operator_list(make_source(tmp_path, {OP_PLUGIN_FILE: of_one}))
+    assert (set(listed.operators), listed.version) == ({"aten::exp"}, None)
+
+
+def test_beside_the_built_list_op_plugins_own_says_nothing(tmp_path: Path) -> None:
+    listed = read_operator_list(make_source(tmp_path, MEMBERS | {OP_PLUGIN_FILE: OP_PLUGIN}))
+    assert dict(listed.operators) == NPU_OPERATORS
+    assert OP_PLUGIN_FILE not in [each.name for each in listed.files]
 
 
 def refused(source: Path) -> str:
@@ -118,6 +153,11 @@ def test_members_named_twice_and_lists_of_two_versions_are_refused(tmp_path: Pat
         ("a: &a [x, x]\nsupported: [*a, *a]", "refers to parts of itself"),
         ("supported: " + "[" * 40 + "]" * 40, "nested over 12 deep"),
         ("supported: [", "no YAML of plain values"),
+        ("supported: [!!bool maybe]", "it holds the tag 'tag:yaml.org,2002:bool'"),
+        ('supported: [!!int ""]', "it holds the tag"),
+        ("supported: [!!timestamp foo]", "it holds the tag"),
+        ("supported: !!set [mm]", "it holds the tag"),
+        ("supported: [! mm]", "it holds the tag '!'"),
         ("\x00\x01", "no YAML of plain values"),
     ],
 )

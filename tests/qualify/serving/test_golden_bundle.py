@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,18 @@ import torch
 
 from crosschip.chips import find_chip
 from crosschip.errors import GoldenError
+from crosschip.golden import engine_replay
+from crosschip.golden.bundle import load_bundle
 from crosschip.golden.record import RecordPlan, record
 from crosschip.golden.training_curve import CurvePlan
 from crosschip.model import init_weights, load_model, save_model
+from crosschip.qualify.finding import ExamRecord
+from crosschip.qualify.serving.client import EngineClient
+from crosschip.qualify.serving.golden_bundle import open_replay
+from crosschip.qualify.serving.identity import identify_engine
+from crosschip.qualify.serving.judge import Noise, limits_from
+from crosschip.qualify.serving.prompts import make_prompts
+from crosschip.qualify.serving.sitting import Sitting
 from crosschip.rundir import read_json, write_json
 from tests.qualify.serving.conftest import check_reproducer, exam_named, examine, failures, not_covered
 from tests.qualify.serving.faulty_engine import Faults
@@ -136,3 +146,42 @@ def test_a_bundle_of_other_weights_or_an_altered_one_is_refused_before_anything_
     with pytest.raises(GoldenError, match="cut or altered"):
         examine(nowhere, tmp_path, golden=altered, model=taught_model)
     assert not (tmp_path / "report.json").exists()
+
+
+def sitting_of(url: str, directory: Path, left_s: float) -> Sitting:
+    """A sitting with the engine at `url` that ends in so many seconds."""
+    client = EngineClient(url, total_s=60.0)
+    until = time.monotonic() + left_s
+    client.deadline = until + 1.0
+    identity, noise = identify_engine(client), limits_from(Noise(0.0, 0.0, 0))
+    prompts = make_prompts(client, identity, 0)
+    return Sitting(client, identity, prompts, "smoke", directory, noise, ExamRecord("serving_golden"), until)
+
+
+def test_an_engine_that_trickles_does_not_outlast_the_exam(
+    proxy: tuple[str, Faults], bundle: Path, tmp_path: Path
+) -> None:
+    """Each byte comes within any limit of silence; an answer of some 10 kB would take half an hour."""
+    url, faults = proxy
+    sitting = sitting_of(url, tmp_path, 5.0)
+    faults.trickles = True
+    began = time.monotonic()
+    open_replay(bundle, None).examine(sitting)
+    assert time.monotonic() - began < 30
+    document = sitting.record.document()
+    assert document["verdict"] == "INCONCLUSIVE"
+    rows = document["coverage"]["rows of the golden bundle"]
+    assert (rows["made"], rows["planned"]) == (0, len(load_bundle(bundle).lengths))
+    assert "for lack of time" in document["not_covered"][0]
+
+
+def test_the_weights_are_hashed_once(
+    honest_server: RunningServer, bundle: Path, taught_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = open_replay(bundle, taught_model)
+    monkeypatch.setattr(engine_replay, "check_files", lambda *_: pytest.fail("the files were compared again"))
+    sitting = sitting_of(honest_server.url, tmp_path, 600.0)
+    replay.examine(sitting)
+    assert (sitting.record.verdict, sitting.record.ended) == ("PASS", "complete")
+    rows = sitting.record.coverage["rows of the golden bundle"]
+    assert rows.made == rows.planned == len(replay.bundle.lengths)

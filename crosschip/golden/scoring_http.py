@@ -1,0 +1,121 @@
+"""HTTP to an engine that scores: every wait ends, whatever the engine does.
+
+A request has two limits, `silence_s` without a byte and `total_s` for the whole answer, so that an engine which
+trickles bytes ends it as well.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, TypedDict, Unpack
+
+import httpx
+
+from crosschip.errors import GoldenError
+
+__all__ = ["EngineBrokeError", "ScoringHttp", "TimeOverError", "Waits", "json_of", "words_of"]
+
+MOST_BYTES = 256 << 20  # 20 log-probs at each of 128 k positions are about 100 MB
+_SHOWN = 300  # characters of a strange answer that a message shows
+
+
+class EngineBrokeError(Exception):
+    """No proper answer: the engine hung, broke off, failed or sent what is no log-probs. It is part of the replay."""
+
+
+class TimeOverError(EngineBrokeError):
+    """The time of the whole replay ended within a request: nothing follows for or against the engine."""
+
+
+class Waits(TypedDict, total=False):
+    """How long a request may be silent, and take in all; and the end of the whole replay, by time.monotonic, beyond
+    which no request goes on."""
+
+    silence_s: float
+    total_s: float
+    deadline: float | None
+
+
+class ScoringHttp:
+    """Requests to one address, which heed no proxy settings. Safe to use from several threads at once."""
+
+    def __init__(
+        self, url: str, *, api_key: str | None = None, keep_alive: bool = True, **waits: Unpack[Waits]
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise GoldenError(f"{url!r} is not an address", "give one like http://127.0.0.1:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._silence_s, self._total_s = waits.get("silence_s", 300.0), waits.get("total_s", 600.0)
+        self._deadline = waits.get("deadline")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits() if keep_alive else httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(headers=headers, limits=limits, trust_env=False)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def exchange(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and content of an answer.
+
+        Raises:
+            EngineBrokeError: none came, or not within its time; a `TimeOverError` where the replay's own time ended.
+        """
+        until = time.monotonic() + self._total_s
+        until = until if self._deadline is None else min(until, self._deadline)
+        data = bytearray()
+        try:
+            with self._http.stream(method, self.url + path, json=body, timeout=self._timeout(until)) as response:
+                for part in response.iter_bytes():
+                    data += part
+                    if time.monotonic() > until:
+                        raise httpx.ReadTimeout(f"still sending after {self._total_s:.0f} s")
+                    if len(data) > MOST_BYTES:
+                        raise EngineBrokeError(f"over {MOST_BYTES >> 20} MB in one answer")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            is_late = self._deadline is not None and time.monotonic() >= self._deadline
+            if is_late and isinstance(error, httpx.TimeoutException):
+                raise TimeOverError("the time of the replay was over") from None
+            raise EngineBrokeError(f"{type(error).__name__}: {error}") from None
+        return response.status_code, bytes(data)
+
+    def _timeout(self, until: float) -> httpx.Timeout:
+        left_s = max(0.05, until - time.monotonic())
+        return httpx.Timeout(min(self._silence_s, left_s), connect=min(10.0, left_s), pool=None)
+
+    def model_card(self) -> dict[str, Any]:
+        """What the engine says of its first model.
+
+        Raises:
+            GoldenError: nobody answers, or it lists none.
+        """
+        try:
+            status, content = self.exchange("GET", "/v1/models")
+            if status != 200:
+                raise EngineBrokeError(f"HTTP {status}: {words_of(content)}")
+            card = json_of(content)["data"][0]
+            if not isinstance(card["id"], str):
+                raise TypeError("the model's id is no text")
+        except (EngineBrokeError, KeyError, IndexError, TypeError) as error:
+            words = str(error) if isinstance(error, EngineBrokeError) else f"{type(error).__name__} {error}"
+            problem = f"no model is listed at {self.url}/v1/models: {words}"
+            raise GoldenError(problem, "start the engine and wait until it is ready, or check the address") from None
+        return dict(card)
+
+
+def json_of(content: bytes) -> Any:
+    """The document in an answer.
+
+    Raises:
+        EngineBrokeError: it is none, or brackets within brackets without end.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise EngineBrokeError(f"an answer of another form: {error}: {words_of(content)}") from None
+
+
+def words_of(content: bytes) -> str:
+    """The beginning of an answer, for a message."""
+    return content[:_SHOWN].decode(errors="replace")

@@ -1,0 +1,107 @@
+"""Engines that trickle, hang, or send brackets without end: every request ends, and says how. With real HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from crosschip.errors import GoldenError
+from crosschip.golden.llamacpp_scoring import LlamaCppEngine
+from crosschip.golden.scoring_engine import ScoringEngine
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, TimeOverError
+
+DEEP = b"[" * 100_000
+ODD = {
+    "deep": DEEP,
+    "deep-choice": b'{"choices": [' + DEEP,
+    "huge-number": json.dumps(
+        {"choices": [{"logprobs": {"tokens": ["token_id:1"] * 3, "token_logprobs": [10**400] * 3,
+                                   "top_logprobs": [{"token_id:1": 0}] * 3}}]}
+    ).encode(),
+    "text-choice": b'{"choices": ["abc"]}',
+    "long-number": b'{"choices": ' + b"1" * 5000 + b"}",
+}  # fmt: skip
+
+
+class _Engine(BaseHTTPRequestHandler):
+    """Answers in the way that the path names; its card is a sound one but for the ways that are about cards."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        way = self.path.split("/")[1]
+        owner = {"owned_by": "llamacpp", "meta": [1]} if way == "llamacpp" else {}
+        self._send(DEEP if way == "deep-card" else json.dumps({"data": [{"id": "odd", **owner}]}).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        way = self.path.split("/")[1]
+        if way in ("trickles", "hangs"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            for _ in range(600):
+                with contextlib.suppress(OSError):
+                    self.wfile.write(b" " * (way == "trickles"))
+                time.sleep(0.05)
+        else:
+            self._send(ODD[way])
+
+    def _send(self, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Engine)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def asked(url: str, **waits: Any) -> float:
+    """How long a request took that must not come to a proper end, in seconds."""
+    began = time.monotonic()
+    with pytest.raises(EngineBrokeError) as broke:
+        ScoringEngine(url, **waits).score([1, 1], 1)
+    assert isinstance(broke.value, TimeOverError) == ("deadline" in waits), broke.value
+    return time.monotonic() - began
+
+
+def test_an_engine_that_trickles_is_not_waited_for_without_end(url: str) -> None:
+    """Silence alone never ends it: a byte comes every 0.05 s, for 30 s."""
+    assert asked(f"{url}/trickles", silence_s=5.0, total_s=2.0) < 15
+    with pytest.raises(EngineBrokeError, match="still sending after"):
+        ScoringHttp(f"{url}/trickles", total_s=2.0).exchange("POST", "/v1/completions", {})
+    assert asked(f"{url}/hangs", silence_s=2.0) < 15
+
+
+@pytest.mark.parametrize("way", ["trickles", "hangs"])
+def test_at_the_end_of_the_time_nothing_is_held_against_the_engine(url: str, way: str) -> None:
+    assert asked(f"{url}/{way}", deadline=time.monotonic() + 2.0) < 15
+
+
+@pytest.mark.parametrize("way", ODD)
+def test_an_answer_that_makes_no_sense_is_a_broken_engine(url: str, way: str) -> None:
+    with pytest.raises(EngineBrokeError, match="another form"):
+        ScoringEngine(f"{url}/{way}").score([1, 1], 1)
+
+
+def test_a_card_that_makes_no_sense_is_refused(url: str) -> None:
+    with pytest.raises(GoldenError, match="no model is listed"):
+        ScoringEngine(f"{url}/deep-card")
+    with pytest.raises(GoldenError, match="does not tell its context"):
+        LlamaCppEngine(f"{url}/llamacpp")
