@@ -70,7 +70,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunDirectoryError(f"{path} is missing", "check the path, or make the file again") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an endless number, brackets within brackets
+    except RecursionError:
+        raise RunDirectoryError(f"{path} is not JSON: it is nested too deep", "delete it and make it again") from None
+    except ValueError as error:  # not JSON, not UTF-8, an endless number
         raise RunDirectoryError(f"{path} is not JSON: {error}", "delete it and make it again") from None
 
 

@@ -15,7 +15,7 @@ from crosschip.qualify.subjects.subject import load_subject
 
 CPU = torch.device("cpu")
 SUBJECT = load_subject("tests.qualify.tiny:subject")  # one scalar of the same module and inputs, whatever the seed
-CONTEXT = cast(ExamContext, SimpleNamespace(subject=SUBJECT))
+CONTEXT = cast(ExamContext, SimpleNamespace(workload=SUBJECT.workload))
 
 
 def trained(num_steps: int) -> serving.Weights:
