@@ -54,9 +54,7 @@ def qualify(
     trace_only: Annotated[
         bool, typer.Option("--trace-only", help="Only print which operator calls the subject makes.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**31 - 1, help="The seed of all inputs that are drawn.", show_default=True)
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The seed of all inputs that are drawn.")] = 0,
     exams: Annotated[
         str | None,
         typer.Option("--exams", metavar="A,B", help="Only these exams: software, operators, ...", show_default=False),

@@ -164,13 +164,8 @@ def _check_bundle(going: _Qualification) -> None:
 
 
 def _identify_job(request: Request, chip: str, computes: bool = True) -> dict[str, Any]:
-    return {
-        "task": "identify",
-        "origin": request.origin,
-        "chip_spec": chip,
-        "role": request.role,
-        "computes": computes,
-    }
+    job = {"task": "identify", "origin": request.origin, "chip_spec": chip, "role": request.role}
+    return {**job, "computes": computes}
 
 
 def _identify_cpu(going: _Qualification) -> Ended:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosschip.qualify.exams.operators.controls import MODES, WITHOUT_GOLDEN, golden_call, honest_calls, outputs_of
 from crosschip.qualify.exams.operators.plan import PlannedDraw
-from crosschip.qualify.exams.operators.shapes import Encoded, base_name, with_each_tensor
+from crosschip.qualify.exams.operators.shapes import MOVES, Encoded, base_name, with_each_tensor
 from crosschip.qualify.judging.judge import DrawErrors, errors_of
 from crosschip.qualify.tracing.inputs import make_arguments, make_tensor
 
@@ -232,14 +232,8 @@ def _is_by_bits(op: Any) -> bool:
     return bool(op.is_view) or name in _BY_BITS or moves
 
 
-# Operators that put values of one dtype elsewhere, and compute nothing.
-_SELECTS = frozenset(
-    (
-        *("cat", "stack", "clone", "contiguous", "alias", "fill", "zero", "zeros_like", "ones_like", "full_like"),
-        *("new_zeros", "new_ones", "constant_pad_nd", "index", "index_select", "embedding", "where", "masked_fill"),
-        *("tril", "triu", "flip", "roll", "repeat", "gather"),
-    )
-)
+# Operators that put values elsewhere and compute nothing; a cast rounds.
+_SELECTS = (MOVES | {"gather"}) - {"copy", "_to_copy"}
 # Operators whose result is about the dtype itself, so that fp64 says nothing of it.
 _BY_BITS = ("aten::nextafter", "aten::frexp", "aten::ldexp", "aten::copysign", "aten::signbit")
 # Operators that choose among equal values as they like; the values decide.

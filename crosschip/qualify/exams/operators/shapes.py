@@ -15,6 +15,7 @@ from crosschip.qualify.tracing.trace import TracedCall, tensor_specs
 
 __all__ = [
     "GRADIENT_OF",
+    "MOVES",
     "Dimensions",
     "base_name",
     "is_contraction",
@@ -47,7 +48,7 @@ _DIMENSION_ARGUMENT = {
     "_log_softmax_backward_data": 2, "sort": 1, "topk": 2, "max": 1, "min": 1, "logcumsumexp": 1,
 }  # fmt: skip
 # What moves, makes or chooses values works place by place: every dimension is free.
-_MOVES = frozenset(
+MOVES = frozenset(
     (
         *("cat", "stack", "split", "split_with_sizes", "unbind", "copy", "clone", "_to_copy", "contiguous", "alias"),
         *("fill", "zero", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "detach"),
@@ -154,7 +155,7 @@ def name_dimensions(call: TracedCall, pointwise: bool) -> Dimensions:
         return _dimensions(specs, names, deep, base in _REDUCTIONS)
     names = [tuple(f"size {size}" if size > 1 else None for size in spec["shape"]) for spec in specs]
     everything = {name for each in names for name in each if name}
-    free = pointwise or base in _MOVES or base.startswith(_LISTWISE)
+    free = pointwise or base in MOVES or base.startswith(_LISTWISE)
     deep = set() if free else _normalised(call, base) or everything
     made = _dimensions(specs, names, deep, reduces=False)
     num_lists = sum(isinstance(each, list) for each in call.args) if base.startswith(_LISTWISE) else 0
