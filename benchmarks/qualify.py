@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from qualify_tables import TINY, table
 
 from crosschip.qualify.finding import Role
 from crosschip.qualify.proctor import PART_LIMIT_S
@@ -35,7 +37,6 @@ from crosschip.rundir import read_json, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
 FIRST = str(ROOT / "recipes" / "first.toml")
-TINY = "tests.qualify.tiny:subject"
 HONEST = ("sim", "sim:fp32", "sim:reordered", "sim:naive", "sim:noisy", "sim:flush")
 _STEP_LIMIT_S = 180.0  # a step of the subject takes seconds
 SEEDED = ("sim:noisy", "sim:reordered")
@@ -104,6 +105,7 @@ def catch(row: Any, subject: str) -> dict[str, Any]:
     }
 
 
+_LINKS_WEIGHTS = {"links": 20.0, "stability": 6.0}  # a golden bundle has 30: four times ranks start take the most
 _NEED_TIME = {"W4": 180.0, "I6": 300.0}  # ranks in a process each; a run long enough that bandwidth can fall
 
 
@@ -189,6 +191,8 @@ def clear_all(
     The document is written after each row, so that a part goes on where it was cut off.
     """
     part: dict[str, Any] = document.setdefault(name, {"time_s": 0.0, "rows": []})
+    if part["rows"] and part["fingerprint"] != head["fingerprint"]:
+        part["again"] = [*part.get("again", []), {key: part[key] for key in ("command", "fingerprint", "time_s")}]
     part |= head
     done = {(row["variant"], row["seed"]) for row in part["rows"]}
     cases = [(variant, seed) for seed in range(options.seeds) for variant in HONEST if (variant, seed) not in done]
@@ -205,7 +209,9 @@ def clear_links(options: argparse.Namespace, document: dict[str, Any], head: dic
     """Links, stability and a golden bundle on the honest variants."""
     with tempfile.TemporaryDirectory() as name:
         model, bundle = small_bundle(Path(name))
-        programme = {"exams": named_exams(["links", "stability"]), "golden": bundle}
+        named = named_exams(list(_LINKS_WEIGHTS))
+        exams = tuple(dataclasses.replace(exam, weights={"smoke": _LINKS_WEIGHTS[exam.name]}) for exam in named)
+        programme = {"exams": exams, "golden": bundle}
 
         def ask(variant: str, seed: int) -> dict[str, Any]:
             return clear(variant, seed, options.links_time, str(model), **programme)
@@ -232,100 +238,6 @@ def small_bundle(directory: Path) -> tuple[Path, Path]:
     plan = RecordPlan(reorderings=2, curve=CurvePlan(num_steps=6, length=32))
     record(directory / "model", find_chip("cpu"), directory / "bundle", plan=plan)
     return directory / "model", directory / "bundle"
-
-
-def table(document: dict[str, Any]) -> str:
-    """The document as Markdown."""
-    lines = [
-        "# What `qualify` catches",
-        "",
-        "Made by `make bench-qualify`, two qualifications at a time with one thread each. The chip is simulated; no "
-        "accelerator was used.",
-        "",
-    ]
-    for part, tell in (("faults", _faults_table), ("honest", _honest_table), ("honest-links", _links_table)):
-        if part in document:
-            lines += tell(document[part])
-    return "\n".join(lines)
-
-
-def _machine(part: dict[str, Any]) -> str:
-    machine = part["fingerprint"]
-    return (
-        f"On {machine['host']['cpu']} ({machine['host']['usable_cores']} cores), torch {machine['software']['torch']}, "
-        f"in {part['time_s'] / 60:.0f} minutes: `{part['command']}`."
-    )
-
-
-def _faults_table(part: dict[str, Any]) -> list[str]:
-    lines = [
-        "## Planted faults",
-        "",
-        f"Subject: {part['subject']}; smoke tier, or the exams of links and stability with 120 s for what only those "
-        "catch. *Calls changed*: operator calls of one step of the subject that the fault changed, delayed or "
-        "refused, of all calls; a fault that changes none and is not named is not applicable to this subject. "
-        "*After*: seconds from the start of the command to the finding.",
-        "",
-        " ".join([_machine(part), *(f"Rows made again: {_machine(again)}" for again in part.get("again", []))]),
-        "",
-        "| fault | what it does | role | calls changed | verdict | named by | as | after |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in part["rows"]:
-        found = ("not applicable" if _is_foreign(row) else "**missed**", "", "")
-        if named := row["named"]:
-            found = (named["exam"], f"`{named['subject']}`", f"{named['found_after_s']:.0f} s")
-        changed = f"{row['calls_changed']} of {row['calls']}"
-        if row["acts_on_collectives"] or row["calls_changed"] is None:
-            changed = "collectives" if row["acts_on_collectives"] else "the step does not end"
-        lines.append("| " + " | ".join((row["id"], row["title"], row["role"], changed, row["verdict"], *found)) + " |")
-    met = [row for row in part["rows"] if row["named"] or not _is_foreign(row)]
-    caught = sum(1 for row in met if row["named"])
-    foreign = len(part["rows"]) - len(met)
-    more = f" {foreign} not applicable." if foreign else ""
-    return [*lines, "", f"{caught} of {len(met)} caught and named by an expected exam.{more}", ""]
-
-
-def _is_foreign(row: dict[str, Any]) -> bool:
-    """Whether the subject never meets the fault."""
-    return not row["named"] and row["calls_changed"] == 0 and not row["acts_on_collectives"]
-
-
-def _honest_table(part: dict[str, Any]) -> list[str]:
-    subject = f"Subject: `{TINY}`, half of the seeds as a chip to train on, half to serve on."
-    lines = _variants_table("Honest variants", subject, part)
-    return [*lines, "## Power", "", part["power"], ""]
-
-
-def _links_table(part: dict[str, Any]) -> list[str]:
-    subject = (
-        "Subject: a small model with random weights, half of the seeds as a chip to train on, half to serve on. Exams: "
-        "links, stability, and a golden bundle that the CPU recorded."
-    )
-    return _variants_table("Honest variants: links, stability, golden", subject, part)
-
-
-def _variants_table(title: str, subject: str, part: dict[str, Any]) -> list[str]:
-    runs = part["rows"]
-    lines = [
-        f"## {title}",
-        "",
-        subject,
-        "",
-        _machine(part),
-        "",
-        "An exam that runs out of its time makes a qualification inconclusive; what it had looked at by then counts.",
-        "",
-        "| variant | qualifications | of them out of time | checks made | false alarms |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        mine = [run for run in runs if run["variant"] == variant]
-        alarms = [alarm for run in mine for alarm in run["accused"]]
-        checks = sum(run["num_checks"] for run in mine)
-        cut = sum(run["verdict"] == "INCONCLUSIVE" for run in mine)
-        lines.append(f"| `{variant}` | {len(mine)} | {cut} | {checks:,} | {len(alarms)} |")
-    return [*lines, ""]
 
 
 def main() -> None:
