@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ from crosschip.rundir import RunDirectory, read_json, write_json
 from crosschip.train.guard.heartbeat import read_beats
 from crosschip.train.launching import TrainingFailedError
 from crosschip.voyage import STEPS, Step, Voyage, run_voyage
+from crosschip.voyage.steps import _trained_steps
 
 RECIPE = """
 name = "tiny"
@@ -212,6 +215,14 @@ def test_lock_can_be_taken_again_by_its_holder_only(tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError), RunDirectory(tmp_path).lock():
             pass
     assert not (tmp_path / "lock.json").exists()
+
+
+def test_what_lies_among_the_checkpoints_does_not_count_as_training(recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    for name in ("step-00000006", "step-00000012", "step-00000012-hf"):
+        write_json(run.stage("pretrain") / "checkpoints" / name / "COMPLETE", {})
+    under_way = SimpleNamespace(run=run, recipe=load_recipe(recipe))
+    assert _trained_steps(cast(Voyage, under_way), "pretrain") == 12
 
 
 def test_bad_recipe_leaves_nothing_behind(recipe: Path, tmp_path: Path, rehearsal: Rehearsal) -> None:

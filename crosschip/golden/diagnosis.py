@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from crosschip.golden.comparison import Comparison, RowDistance, View
+from crosschip.golden.comparison import Comparison, PointDistance, RowDistance, View
 from crosschip.golden.limits import QUANTISED
 
 __all__ = ["Cause", "Diagnosis", "diagnose", "of_noise", "one_log_prob"]
@@ -72,14 +72,14 @@ def _curve_is_bad(comparison: Comparison) -> bool:
 
 def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
     is_bad = [_row_is_bad(row, comparison) for row in view.rows]
-    first = view.first_diverging
+    first = _first_diverging(comparison, view)
     is_beyond_noise = comparison.is_logprob_beyond(view) or comparison.are_flips_beyond(view)
     is_far = any(is_bad) or view.kl.mean > comparison.limit.mean_kl
     if not is_far and first is None and not is_beyond_noise:
         return None
     if first is None and comparison.is_drowned(view):  # noise moves whole rows, too, so their lengths tell nothing
         return _without_layers(comparison, view) if is_beyond_noise else of_noise(comparison)
-    length = _of_length(view, is_bad)
+    length = _of_length(comparison, view, is_bad)
     if length is not None:
         return length
     if first is None:
@@ -92,10 +92,17 @@ def _of_view(comparison: Comparison, view: View) -> Diagnosis | None:
     return Diagnosis("operator", first.point, words)
 
 
+def _first_diverging(comparison: Comparison, view: View) -> PointDistance | None:
+    """The first point beyond its limit; None of a quantised model: that moves them all, so they tell nothing."""
+    return None if comparison.limit.target in QUANTISED else view.first_diverging
+
+
 def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
     """Only answers were seen to differ: the files are the recorded ones, as far as they were compared."""
     engine, other, limit = comparison.engine, comparison.transformers, comparison.limit.mean_kl
     differ = _how_answers_differ(comparison, view)
+    if comparison.limit.target in QUANTISED and comparison.files_checked and other is None:
+        return _of_quantised(comparison, f"{engine}, {view.name}: {differ}")
     if comparison.route != "http":
         return Diagnosis("operator", engine, f"{engine}, {view.name}: {differ}, and no layer is seen to differ first")
     if other is None:
@@ -114,6 +121,15 @@ def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
     return Diagnosis("recording", "the bundle", words)
 
 
+def _of_quantised(comparison: Comparison, differ: str) -> Diagnosis:
+    """Of a model that was quantised, run here or by an engine: what rounding left may answer otherwise by itself."""
+    if comparison.route == "http":
+        unknown = "how it was quantised may be the cause as well: replay the same files in process"
+        return Diagnosis("engine", comparison.engine, f"{differ}; {unknown}")
+    within = f"{differ}, and every tensor is within its rounding: look at how the model was quantised"
+    return Diagnosis("conversion", comparison.limit.target, within)
+
+
 def _how_answers_differ(comparison: Comparison, view: View) -> str:
     """Where the mean is within the limit, or within the noise, the numbers that are not."""
     if not view.kl.mean <= comparison.limit.mean_kl and not comparison.is_drowned(view):
@@ -126,20 +142,20 @@ def _how_answers_differ(comparison: Comparison, view: View) -> str:
 
 
 def _row_is_bad(row: RowDistance, comparison: Comparison) -> bool:
-    """Whether a row is beyond honest rounding: by its activations where they are seen, else by its log-probs."""
-    if row.activation_ratio is not None:
+    """Whether a row is beyond honest rounding: by its activations where they are judged, else by its log-probs."""
+    if row.activation_ratio is not None and comparison.limit.target not in QUANTISED:
         # A row has fewer numbers than all rows together, so a floor measured over all is doubled.
         return not row.activation_ratio <= 2.0
     return row.kl.num_positions > 0 and not row.kl.mean <= 2 * comparison.limit.mean_kl
 
 
-def _of_length(view: View, is_bad: list[bool]) -> Diagnosis | None:
+def _of_length(comparison: Comparison, view: View, is_bad: list[bool]) -> Diagnosis | None:
     """Rows up to a length are right and all longer ones wrong, or rows are right up to a position."""
     bad = [row for row, wrong in zip(view.rows, is_bad, strict=True) if wrong]
     good = [row.length for row, wrong in zip(view.rows, is_bad, strict=True) if not wrong]
     if not bad:
         return None
-    starts = [row.first_bad for row in bad]
+    starts = [row.first_bad for row in bad if comparison.limit.target not in QUANTISED]
     positions = [start for start in starts if start is not None]
     all_after = all(row.share_bad >= _MOST for row in bad)  # else single positions stick out of noise
     if len(positions) == len(bad) and min(positions) >= _SHORTEST_TELLING and all_after:
@@ -152,7 +168,7 @@ def _of_length(view: View, is_bad: list[bool]) -> Diagnosis | None:
     shortest_bad = min(row.length for row in bad)
     longest_good = max(good, default=0)
     if longest_good >= _SHORTEST_TELLING and longest_good < shortest_bad:
-        first = view.first_diverging
+        first = _first_diverging(comparison, view)
         where = f"; the first to diverge there is {first.point}" if first else ""
         return Diagnosis(
             "length",

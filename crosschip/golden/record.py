@@ -16,6 +16,7 @@ import crosschip
 from crosschip.chips import Chip, fingerprint
 from crosschip.errors import GoldenError, ModelError
 from crosschip.golden.bundle import write_bundle
+from crosschip.golden.checkpoints import complete_checkpoints
 from crosschip.golden.comparison import CurveDistance
 from crosschip.golden.config_fields import special_tokens
 from crosschip.golden.files import fields_of
@@ -31,7 +32,7 @@ from crosschip.golden.weights import records_of
 from crosschip.model import ModelConfig, Transformer, load_multiplied_out, read_config
 from crosschip.model.weights import is_training_checkpoint
 from crosschip.recipe import parse_recipe
-from crosschip.rundir import RunDirectory, is_complete, read_json
+from crosschip.rundir import RunDirectory, read_json
 
 __all__ = ["BATCH_PLACE", "BATCH_SIZE", "MAX_BYTES", "RecordPlan", "model_directory_of", "record", "route_of"]
 
@@ -127,9 +128,7 @@ def model_directory_of(source: Path) -> tuple[Path, Path]:
         return source, source / "tokenizer.json"
     run = RunDirectory(source)
     for stage in _stages_of(run):
-        checkpoints = sorted((run.stage(stage) / "checkpoints").glob("step-*"))
-        complete = [path for path in checkpoints if is_complete(path)]
-        if complete:
+        if complete := complete_checkpoints(run, stage):
             return complete[-1], run.tokenizer / "tokenizer.json"
     raise GoldenError(
         f"{source} is neither a model directory (config.json) nor a run with a complete checkpoint",

@@ -76,11 +76,13 @@ class TensorRecord:
     sorted_rows: float
     sorted_columns: float
     projections: tuple[float, ...] = ()  # on irregular signs of rows and columns; older bundles are without
-    rounding: Rounding | None = None  # of a weight in 8 bits that is compared, never of a recorded one
+    # Of a tensor that is compared, never of a recorded one: what rounding to 8 bits did, and the hash of fp32 in fp16.
+    rounding: Rounding | None = None
+    sha256_fp16: str = ""  # where fp16 holds the same numbers: an export of a model in fp16 is in fp32
 
     def document(self) -> dict[str, Any]:
         """The record for JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "rounding"}
+        return {key: value for key, value in asdict(self).items() if key not in ("rounding", "sha256_fp16")}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> TensorRecord:
@@ -192,6 +194,7 @@ def tensor_record(tensor: Tensor, steps: Tensor | None = None) -> TensorRecord:
         sorted_columns=_weighed(column_norms.sort().values),
         projections=tuple(_rounded(one) for one in _projections(matrix)),
         rounding=None if steps is None else _rounding(matrix, steps.double().reshape(matrix.shape)),
+        sha256_fp16=_hash_in_fp16(tensor),
     )
 
 
@@ -259,8 +262,15 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def _hash_in_fp16(tensor: Tensor) -> str:
+    """Of a tensor in fp32 whose numbers fp16 all holds; "" for any other."""
+    halves = tensor.half() if tensor.dtype == torch.float32 else None
+    return "" if halves is None or not torch.equal(halves.float(), tensor) else _hash(halves)
+
+
 def compare_weights(recorded: dict[str, TensorRecord], found: dict[str, TensorRecord]) -> list[WeightDifference]:
-    """Every tensor that is not the recorded one. One rounded to bf16 is; one in 8 bits is, if rounding explains it."""
+    """Every tensor that is not the recorded one. One rounded to bf16 is, and one in fp32 with the numbers of the fp16
+    that was recorded; one in 8 bits is, if rounding explains it."""
     differences = []
     for name, record in recorded.items():
         if name not in found:
@@ -278,6 +288,8 @@ def _is_same(recorded: TensorRecord, found: TensorRecord) -> bool:
     if recorded.dtype == found.dtype and recorded.sha256 == found.sha256:
         return True
     if "bfloat16" in (recorded.dtype, found.dtype) and recorded.sha256_bf16 == found.sha256_bf16 != "":
+        return True
+    if recorded.dtype == "float16" and recorded.sha256 == found.sha256_fp16:
         return True
     if found.rounding is None:
         return False

@@ -7,6 +7,7 @@ from typing import Any
 
 from crosschip.certificate import Certificate
 from crosschip.golden.bundle import Bundle
+from crosschip.golden.checkpoints import run_of
 from crosschip.golden.limits import QUANTISED
 from crosschip.handoff.export import HANDOFF_FILE
 from crosschip.handoff.source import ModelSource
@@ -67,7 +68,7 @@ def described_source(source: Path, model: ModelSource, run: RunDirectory | None)
         "path": str(source),
         "checkpoint": str(model.directory),
         "step": int(step) if step is not None and step.isdigit() else None,
-        "stage": model.directory.parents[1].name if step is not None else None,
+        "stage": model.directory.parents[1].name if run_of(model.directory) is not None else None,
         "architecture": model.config.get("model_type"),
     }
 

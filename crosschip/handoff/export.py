@@ -70,13 +70,13 @@ def export_model(
     dtype = dtype or target.dtypes[0]
     if dtype not in target.dtypes:
         raise HandoffError(f"{target.name} is not written in {dtype}", f"choose among {', '.join(target.dtypes)}")
-    path = with_a_name(path)
+    path = path.resolve() if path.is_symlink() else with_a_name(path)  # a link stays, and leads to the new files
     check_place(source, path)
     try:
         with _partial(path) as partial:
             target.export(source, partial, dtype, tell, shard_bytes)
             origin = source.directory
-            named = str(origin.relative_to(relative_to)) if relative_to is not None else str(origin)
+            named = str(origin.relative_to(relative_to.absolute())) if relative_to is not None else str(origin)
             write_json(partial / HANDOFF_FILE, _record(partial, target, dtype, named))
             _publish(partial, path)
     except OSError as error:

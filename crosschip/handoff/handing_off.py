@@ -14,6 +14,8 @@ from crosschip.certificate.signing import sign
 from crosschip.chips import Chip, find_chip
 from crosschip.errors import CrosschipError, HandoffError
 from crosschip.golden.bundle import Bundle, load_bundle
+from crosschip.golden.checkpoints import run_of
+from crosschip.golden.config_fields import TIED
 from crosschip.golden.files import FileCheck
 from crosschip.golden.weights import WeightDifference
 from crosschip.handoff.bundles import check_numbers, choose_bundle, removed_if_refused
@@ -22,6 +24,7 @@ from crosschip.handoff.certificate.endings import tokenizer_and_endings_gate
 from crosschip.handoff.certificate.engines import Trial, check_engine, check_runs, default_engines, make_replays
 from crosschip.handoff.certificate.fields import fields_gate
 from crosschip.handoff.certificate.gate import Gate
+from crosschip.handoff.certificate.inside import gguf_tokenizer_gate, tokenizer_files_of
 from crosschip.handoff.certificate.making import GoldenUsed, Made, certify, earlier_certificate, gates_before
 from crosschip.handoff.certificate.overwriting import overwrite_gate
 from crosschip.handoff.certificate.replays import Replayed
@@ -130,7 +133,10 @@ def _places(source: Path, run: RunDirectory | None, to: str, out: Path | None) -
     """Where the files go, and where the usual bundle is."""
     if run is not None:
         return (with_a_name(out) if out is not None else run.handoff(to)), run.path / "golden"
-    directory = with_a_name(out) if out is not None else source.with_name(f"{source.resolve().name}-{to}")
+    name, of_run = source.resolve().name, run_of(source)
+    if out is None and of_run is not None:  # not among the run's checkpoints, nor instead of what the run hands off
+        return of_run.handoff(f"{name}-{to}"), of_run.path / f"golden-{name}"
+    directory = with_a_name(out) if out is not None else source.with_name(f"{name}-{to}")
     return directory, directory.with_name(f"{directory.name}-golden")
 
 
@@ -217,13 +223,13 @@ def _examine(
             target["computed_in"],
             target["quantised"],
             check,
-            [] if source is None else source.tokenizer_files,
+            tokenizer_files_of(directory, source),
             wishes.engine_python,
         )
         engines, left_out = (wishes.engines, []) if wishes.engines else default_engines(bundle, _is_gguf(directory))
         replays = make_replays(trial, engines, tell)
     for replayed in replays:
-        if replayed.tokenizer is not None:
+        if replayed.tokenizer is not None and _says_more(replayed.tokenizer, source, earlier):
             gates = [*gates[:-1], both(gates[-1], replayed.tokenizer)]
     failed = [
         (each.engine.partition("://")[0], each.comparison) for each in replays if each.judgement.verdict not in PASSED
@@ -267,6 +273,9 @@ def _file_gates(
     except CrosschipError as error:
         return [unreadable(error), tokenizer], FileCheck([], [], None), None
     is_gguf = _is_gguf(directory)
+    if is_gguf:
+        inside = gguf_tokenizer_gate(next(directory.glob("*.gguf")), source)
+        tokenizer = both(tokenizer, inside, "in the file") if _says_more(inside, source, earlier) else tokenizer
     known = None if source is not None or earlier is None else _known_manifest(earlier, bundle)
     if known is not None:
         manifest, weights = known, list[WeightDifference]()
@@ -276,11 +285,18 @@ def _file_gates(
             arrived.tensors,
             source=None if source is None else source.tensors,
             quantised=target["quantised"],
-            left_out=_prediction_layers(bundle) if is_gguf else (),
+            left_out=_without_a_place(bundle) if is_gguf else (),
             tell=tell,
         )
     fields, differing = fields_gate(bundle, arrived.config, is_gguf)
     return [manifest, fields, tokenizer], FileCheck(differing, weights, target["computed_in"]), arrived
+
+
+def _says_more(tokenizer: Gate, source: ModelSource | None, earlier: Certificate | None) -> bool:
+    """Whether a look at the tokenizer inside adds to what an earlier certificate says, which had the source at hand."""
+    before = None if earlier is None else gates_before(earlier).get(tokenizer.name)
+    is_known = before is not None and before.verdict != NOT_COVERED
+    return source is not None or not is_known or tokenizer.verdict == "FAIL"
 
 
 def _is_gguf(directory: Path) -> bool:
@@ -300,11 +316,18 @@ def _recorded_form(bundle: Bundle) -> dict[str, Any]:
     return {FIELD: recorded[FIELD]} if FIELD in recorded else {}
 
 
-def _prediction_layers(bundle: Bundle) -> list[str]:
-    """The layers of multi-token prediction, which GGUF has no place for; the model answers the same without them."""
-    number = bundle.manifest["config"].get("num_hidden_layers")
-    extra = bundle.manifest["num_nextn_predict_layers"]
-    return [f"model.layers.{number + index}." for index in range(extra)] if isinstance(number, int) else []
+def _without_a_place(bundle: Bundle) -> list[str]:
+    """Beginnings of the names that GGUF has no place for; the model answers the same without these tensors.
+
+    The layers of multi-token prediction; rotary tables, which are computed anew; the output where it is the embedding.
+    """
+    config, records = bundle.manifest["config"], bundle.weights
+    number, extra = config.get("num_hidden_layers"), bundle.manifest["num_nextn_predict_layers"]
+    layers = [f"model.layers.{number + index}." for index in range(extra)] if isinstance(number, int) else []
+    tables = [name for name in records if name.endswith("rotary_emb.inv_freq")]
+    output, embedding = (records.get(f"{each}.weight") for each in ("lm_head", "model.embed_tokens"))
+    is_tied = config.get(TIED) and output is not None and embedding is not None and output.sha256 == embedding.sha256
+    return [*layers, *tables, *(["lm_head.weight"] if is_tied else [])]
 
 
 def _run_and_path(source: Path | RunDirectory) -> tuple[RunDirectory | None, Path]:

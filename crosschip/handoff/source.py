@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import BrokenConfigError, HandoffError, ModelError, RunDirectoryError
+from crosschip.golden.checkpoints import complete_checkpoints, run_of
 from crosschip.golden.config_fields import OTHER_ENGINES_READ
 from crosschip.handoff.conversion.declared import checkpoint_layout, stored_layout
 from crosschip.handoff.conversion.layout import TensorSource
@@ -65,6 +66,7 @@ def open_source(path: Path) -> ModelSource:
         HandoffError: there is no model, it is incomplete, or it is quantised in a way that is not read here.
         ModelError: `config.json` or the checkpoint's index cannot be read.
     """
+    path = path.absolute()  # what lies around a checkpoint is found by its place
     if not path.is_dir():
         raise HandoffError(f"there is no directory {path}", "give a run directory or a model directory")
     if not (path / "config.json").is_file():
@@ -86,8 +88,7 @@ def last_checkpoint(path: Path, stage: str | None = None) -> Path:
         stage = recipe.stages[-1][0]
     stages = (stage,) if stage is not None else _STAGES
     for each in stages:
-        checkpoints = sorted((run.stage(each) / "checkpoints").glob("step-*"))
-        if complete := [checkpoint for checkpoint in checkpoints if is_complete(checkpoint)]:
+        if complete := complete_checkpoints(run, each):
             return complete[-1]
     if not (path / "train").is_dir() and stage is None:
         raise RunDirectoryError(
@@ -207,9 +208,9 @@ def _shared(settings: ModelConfig) -> set[str]:
 def _tokenizer_files(directory: Path) -> list[Path]:
     """The tokenizer beside the weights, or that of the run the checkpoint lies in."""
     found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if not found and directory.parent.name == "checkpoints" and len(directory.parents) > 3:
-        of_run = RunDirectory(directory.parents[3]).tokenizer
-        found = [of_run / name for name in TOKENIZER_FILES if (of_run / name).is_file()] if is_complete(of_run) else []
+    run = run_of(directory)
+    if not found and run is not None and is_complete(run.tokenizer):
+        found = [run.tokenizer / name for name in TOKENIZER_FILES if (run.tokenizer / name).is_file()]
     return found
 
 

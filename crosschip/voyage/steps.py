@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosschip.errors import UnfitChipError
+from crosschip.golden.checkpoints import complete_checkpoints
 from crosschip.rundir import is_complete, read_json
 from crosschip.voyage.state import Step, Voyage, differences
 
@@ -100,7 +101,7 @@ def _train(voyage: Voyage) -> str:
 
 def _trained_steps(voyage: Voyage, stage: str) -> int:
     """The step of a stage's newest checkpoint."""
-    return max(int(path.name.removeprefix("step-")) for path in voyage.run.stage(stage).glob("checkpoints/step-*"))
+    return int(complete_checkpoints(voyage.run, stage)[-1].name.removeprefix("step-"))
 
 
 def _is_trained(voyage: Voyage) -> bool:

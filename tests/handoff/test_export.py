@@ -171,3 +171,25 @@ def test_a_place_without_a_name_is_the_place_that_it_means(
     monkeypatch.chdir(tmp_path / "mine")
     assert export_hf(run, recipe(), Path(out)) == tmp_path / "mine"
     assert not (tmp_path / "mine" / "sub").exists(), "replaced whole"
+
+
+def test_a_link_to_an_older_export_stays_and_leads_to_the_new_one(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    export_hf(run, recipe(), tmp_path / "disk" / "v1")
+    (tmp_path / "disk" / "v1" / "surplus").touch()
+    link = tmp_path / "served"
+    link.symlink_to(tmp_path / "disk" / "v1")
+    export_hf(run, recipe(), link)
+    assert link.is_symlink()
+    assert (link / "handoff.json").is_file()
+    assert not (link / "surplus").exists()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["v1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run", "served"]
+
+
+def test_a_run_that_is_named_relative_to_it_says_the_same_of_its_checkpoint(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = json.loads((export_hf(RunDirectory(Path("run")), recipe()) / "handoff.json").read_text())
+    assert record["checkpoint"] == "train/pretrain/checkpoints/step-00000010"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from crosschip.data import train_tokenizer
 from crosschip.errors import CrosschipError, HandoffError, ModelError, RunDirectoryError
+from crosschip.handoff.describing import described_source
 from crosschip.handoff.export import export_model
 from crosschip.handoff.source import open_source
 from crosschip.handoff.targets import TARGETS
@@ -193,3 +194,30 @@ def test_scales_of_the_wrong_shape_and_the_wrong_dialect_are_refused(published: 
         open_source(stored).tensors.read(name)
     save_file({**tensors, name: codes}, stored / "model.safetensors")
     assert torch.isfinite(open_source(stored).tensors.read(name)).all()
+
+
+def test_a_checkpoint_that_is_named_relative_to_it_keeps_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = run_with(tmp_path, {"sft": (3,)}) / "train" / "sft" / "checkpoints"
+    monkeypatch.chdir(checkpoints)
+    source = open_source(Path("step-00000003"))
+    assert source.directory == checkpoints / "step-00000003"
+    assert "tokenizer.json" in {path.name for path in source.tokenizer_files}
+
+
+def test_what_lies_among_the_checkpoints_of_a_run_is_none_by_its_beginning_alone(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {"sft": (3,)})
+    checkpoints = run / "train" / "sft" / "checkpoints"
+    with atomic_directory(checkpoints / "step-00000003-hf-golden") as directory:
+        (directory / "manifest.json").write_text("{}")
+    assert open_source(run).directory == checkpoints / "step-00000003"
+
+
+def test_a_directory_that_is_called_like_a_checkpoint_is_described(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published.rename(tmp_path / "step-1000")
+    monkeypatch.chdir(tmp_path)
+    described = described_source(Path("step-1000"), open_source(Path("step-1000")), None)
+    assert (described["kind"], described["step"], described["stage"]) == ("directory", 1000, None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 import crosschip
 from crosschip.chips import Chip
@@ -48,7 +50,7 @@ class Trial:
     dtype: str
     quantised: str | None
     check: FileCheck  # how the files differ, as the gates before found
-    tokenizer_files: Sequence[Path] = ()  # of the source
+    tokenizer_files: Sequence[Path] = ()  # of the source, or those beside the model
     engine_python: Path | None = None
     start_s: float = 600.0
 
@@ -143,7 +145,12 @@ def _in_process(trial: Trial, engine: str, tell: Tell) -> Replayed:
         import transformers
 
         facts = {"version": transformers.__version__, "flags": ["attn_implementation=eager, then sdpa"]}
-    with _readable(trial) as (directory, form):
+    with ExitStack() as stack:
+        try:
+            directory, form = stack.enter_context(_readable(trial))
+        except (OSError, HandoffError, SafetensorError) as error:  # the last is what the library makes of a full disk
+            why = error.problem if isinstance(error, HandoffError) else f"{type(error).__name__}: {error}"
+            return Replayed(engine, _without_files(trial, engine, why), trial.chip, facts, _MULTIPLIED_OUT)
         settings: dict[str, Any] = {"dtype": trial.dtype, "quantised": trial.quantised, "tell": tell}
         settings["files"] = trial.check
         try:
@@ -210,6 +217,14 @@ def _over_http(trial: Trial, url: str, tell: Tell, api_key: str | None = None) -
         return replay_over_http(trial.bundle, url, files=files, check=trial.check, **settings)
     except GoldenError as error:  # it refuses to score, or nobody is there: the files stand, and what was seen of it
         return _broken(trial, "http", url, error.problem)
+
+
+def _without_files(trial: Trial, engine: str, why: str) -> Comparison:
+    """A replay for which there was no room, say: it is not covered, and tells nothing of the files."""
+    route = "model" if engine == "model" else "transformers"
+    comparison = _broken(trial, route, trial.chip.name, "")
+    left_out = f"the replay: the files could not be multiplied out for it: {why}"
+    return replace(comparison, broke=None, not_covered=[left_out])
 
 
 def _broken(trial: Trial, route: Any, engine: str, why: str) -> Comparison:

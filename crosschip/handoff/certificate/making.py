@@ -119,7 +119,7 @@ def certify(
     Raises:
         HandoffError: the key cannot be read, or a file cannot be hashed.
     """
-    anew = [replay_document(each) for each in replays]
+    anew = [replay_document(each, replays) for each in replays]
     documents = [*_kept(earlier, golden, anew), *anew]
     ordered = _ordered([*gates, replay_gate(documents)], earlier)
     verdict = worst_verdict([gate.verdict for gate in ordered if gate.verdict != NOT_COVERED])

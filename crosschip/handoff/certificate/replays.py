@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from crosschip.certificate import chip_kind
-from crosschip.certificate.document import worst_verdict
+from crosschip.certificate.document import PASSED, worst_verdict
 from crosschip.chips import Chip, fingerprint
 from crosschip.golden.comparison import Comparison, View
 from crosschip.golden.judge import Judgement, judge
@@ -39,8 +40,8 @@ class Replayed:
         return judge(self.comparison)
 
 
-def replay_document(replayed: Replayed) -> dict[str, Any]:
-    """The replay for the certificate."""
+def replay_document(replayed: Replayed, beside: Sequence[Replayed] = ()) -> dict[str, Any]:
+    """The replay for the certificate. `beside` are the others of the same files: together they tell whom to blame."""
     comparison, judgement, chip = replayed.comparison, replayed.judgement, replayed.chip
     return plain(
         {
@@ -55,7 +56,7 @@ def replay_document(replayed: Replayed) -> dict[str, Any]:
             "cause": judgement.diagnosis.cause,
             "subject": judgement.diagnosis.subject,
             "message": _message(comparison, judgement),
-            "blame": _blame(comparison, judgement),
+            "blame": _blame(comparison, judgement, beside),
             "broke": comparison.broke,
             "rows": {"replayed": comparison.rows_made, "of": comparison.rows_planned},
             "views": [_view(comparison, view) for view in comparison.views],
@@ -75,6 +76,8 @@ def _message(comparison: Comparison, judgement: Judgement) -> str:
         return "within every limit"
     if comparison.broke is not None and judgement.diagnosis.cause in ("none", "noise"):
         return f"it broke: {comparison.broke}"
+    if judgement.verdict == "INCONCLUSIVE" and judgement.diagnosis.cause == "none":
+        return str(judgement.findings[0]["message"])
     return judgement.diagnosis.words
 
 
@@ -150,7 +153,7 @@ def _finding(finding: dict[str, Any]) -> dict[str, Any]:
     return {key: finding[key] for key in kept}
 
 
-def _blame(comparison: Comparison, judgement: Judgement) -> str | None:
+def _blame(comparison: Comparison, judgement: Judgement, beside: Sequence[Replayed]) -> str | None:
     """`files`, `engine`, `chip` or `recording`; None where nothing differs or nobody can tell."""
     cause = judgement.diagnosis.cause
     if judgement.verdict == "PASS":
@@ -161,9 +164,20 @@ def _blame(comparison: Comparison, judgement: Judgement) -> str | None:
         return "files"
     if cause == "operator" and comparison.route != "http":
         return "chip"
+    if cause == "engine" and comparison.limit.target in QUANTISED and comparison.transformers is None:
+        return _blame_by_others(beside)
     if cause in ("engine", "recording"):
         told = comparison.transformers is not None or comparison.files_checked
         return cause if told else None
     if cause == "length":
         return "engine" if comparison.route == "http" else "chip"
     return None
+
+
+def _blame_by_others(beside: Sequence[Replayed]) -> str | None:
+    """What the same files, quantised within rounding, answered when they were run here; None where they were not."""
+    here = [each for each in beside if each.comparison.route != "http" and each.comparison.broke is None]
+    verdicts = [each.judgement.verdict for each in here]
+    if any(verdict in PASSED for verdict in verdicts):
+        return "engine"
+    return "files" if "FAIL" in verdicts else None

@@ -69,9 +69,9 @@ def manifest_gate(
         return unreadable(error), []
     unseen = []
     if len(kept) < len(bundle.weights):
-        unseen.append(
-            f"{len(bundle.weights) - len(kept)} tensors that this form has no place for: {', '.join(left_out)}"
-        )
+        more = f", and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+        names = f"{', '.join(left_out[:_SHOWN])}{more}"
+        unseen.append(f"{len(bundle.weights) - len(kept)} tensors that this form has no place for: {names}")
     if quantised is not None and source is None:
         unseen.append("the order inside quantised tensors, number by number: the model they come from is not here")
     measures = _measures(compared, len(kept), quantised)

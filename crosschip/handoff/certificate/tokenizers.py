@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from crosschip.handoff.source import TOKENIZER_FILES
 __all__ = [
     "CHATS",
     "CONTROLS",
+    "NAME",
     "TEXTS",
     "Behaviour",
     "Codec",
@@ -26,7 +27,7 @@ __all__ = [
     "tokenizer_gate",
 ]
 
-_NAME = "tokenizer and chat template"
+NAME = "tokenizer and chat template"
 _SHOWN = 60
 
 # White space that some normalise, digits, scripts, characters of several code points.
@@ -102,7 +103,7 @@ def tokenizer_gate(source_files: Sequence[Path], directory: Path, arrived: Codec
         arrived: a reader of a tokenizer that is inside of another file (GGUF): then there are no bytes to compare.
     """
     if not source_files:
-        return not_covered(_NAME, "the source has no tokenizer, or is not at hand")
+        return not_covered(NAME, "the source has no tokenizer, or is not at hand")
     if arrived is not None:
         return _by_behaviour(source_files[0].parent, arrived)
     wrong = [words for file in source_files if (words := _difference(file, directory / file.name)) is not None]
@@ -111,7 +112,7 @@ def tokenizer_gate(source_files: Sequence[Path], directory: Path, arrived: Codec
         return _works(directory, measures, len(source_files))
     behaves = _compare_directories(source_files[0].parent, directory)
     words = "; ".join([*wrong, behaves or "on the texts and chats tried, both do the same"])
-    return Gate(_NAME, "FAIL", words, wrong[0].split()[0], measures)
+    return Gate(NAME, "FAIL", words, wrong[0].split()[0], measures)
 
 
 def certified_tokenizer_gate(directory: Path) -> Gate:
@@ -135,19 +136,21 @@ def certified_tokenizer_gate(directory: Path) -> Gate:
         f"{', '.join(wrong)}: changed after the certificate that lies there was made; hand the model off again from "
         "its source or, if the change is meant, remove certificate.json and certify anew"
     )
-    return Gate(_NAME, "FAIL", words, wrong[0], [Measure("files that differ", len(wrong), 0, f"{len(names)} files")])
+    return Gate(NAME, "FAIL", words, wrong[0], [Measure("files that differ", len(wrong), 0, f"{len(names)} files")])
 
 
-def both(of_files: Gate, of_engine: Gate) -> Gate:
-    """The files beside the model, and the tokenizer that the engine really uses, as one gate."""
+def both(of_files: Gate, of_engine: Gate, where: str = "in the engine") -> Gate:
+    """The files beside the model, and the tokenizer that an engine really uses, as one gate; `where` that one lies."""
     told = [each for each in (of_engine, of_files) if each.verdict != NOT_COVERED]
     if len(told) < 2:
-        return told[0] if told else of_files
+        kept, other = (of_engine, of_files) if told == [of_engine] else (of_files, of_engine)
+        left_out = [*kept.not_covered, other.message, *other.not_covered]
+        return replace(kept, measures=[*kept.measures, *other.measures], not_covered=left_out)
     failed = next((each for each in told if each.verdict == "FAIL"), told[0])
     return Gate(
-        _NAME,
+        NAME,
         failed.verdict,
-        f"in the engine: {of_engine.message}; beside it: {of_files.message}",
+        f"{where}: {of_engine.message}; beside it: {of_files.message}",
         failed.subject,
         [*of_engine.measures, *of_files.measures],
         [*of_engine.not_covered, *of_files.not_covered],
@@ -161,17 +164,17 @@ def _works(directory: Path, measures: list[Measure], num_files: int) -> Gate:
         behaviour = behaviour_of(_Directory(directory))
     except CrosschipError as error:
         left_out = [f"what the tokenizer does: {error.problem}"]
-        return Gate(_NAME, "PASS", words, None, measures, left_out)
+        return Gate(NAME, "PASS", words, None, measures, left_out)
     lost = sum(text != back for text, back in zip(TEXTS, behaviour.texts, strict=True))
     measures.append(Measure("texts that do not come back as they were", lost))
-    return Gate(_NAME, "PASS", words, None, measures)
+    return Gate(NAME, "PASS", words, None, measures)
 
 
 def _by_behaviour(source: Path, arrived: Codec) -> Gate:
     try:
         expected = behaviour_of(_Directory(source))
     except CrosschipError as error:
-        return not_covered(_NAME, f"the source's tokenizer: {error.problem}")
+        return not_covered(NAME, f"the source's tokenizer: {error.problem}")
     try:
         wrong = _differences(expected, behaviour_of(arrived))
     except Exception as error:  # a reader of another format: whatever it raises, it does not read these texts
@@ -180,8 +183,8 @@ def _by_behaviour(source: Path, arrived: Codec) -> Gate:
     measures = [Measure("texts and chats that differ", len(wrong), 0, f"{number} texts and chats")]
     left_out = ["the tokenizer's bytes: it has another format here, so what it does was compared"]
     if wrong:
-        return Gate(_NAME, "FAIL", wrong[0], "tokenizer", measures, left_out)
-    return Gate(_NAME, "PASS", f"{number} texts and chats come out the same", None, measures, left_out)
+        return Gate(NAME, "FAIL", wrong[0], "tokenizer", measures, left_out)
+    return Gate(NAME, "PASS", f"{number} texts and chats come out the same", None, measures, left_out)
 
 
 def _difference(expected: Path, found: Path) -> str | None:

@@ -90,7 +90,9 @@ def export_gguf(
 
 
 def differing_keys(path: Path, config: dict[str, Any], tokenizer_files: Sequence[Path]) -> list[str]:
-    """Every key of a file that is not what this model's would be, in words; the numbers of tensors are not read.
+    """Every key of a file that is not what this model's would be, in words that begin with it; no tensor is read.
+
+    A key of the tokenizer that is too many counts as well: an end token more ends answers.
 
     Raises:
         HandoffError: the file cannot be read, or the model cannot be a GGUF file at all.
@@ -100,10 +102,11 @@ def differing_keys(path: Path, config: dict[str, Any], tokenizer_files: Sequence
     expected = {"general.architecture": planned.architecture, **planned.metadata}
     found = source.metadata
     free = ("general.name", "general.quantized_by")
+    surplus = [key for key in found if key.startswith("tokenizer.") and key not in expected]
     return [
-        f"{key} is {_shown(found.get(key))}, the model means {_shown(value)}"
-        for key, value in expected.items()
-        if key not in free and found.get(key) != value
+        f"{key} is {_shown(found.get(key))}, the model means {_shown(expected.get(key))}"
+        for key in (*expected, *surplus)
+        if key not in free and found.get(key) != expected.get(key)
     ]
 
 

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from crosschip.errors import CrosschipError
 from crosschip.golden.bundle import Bundle
+from crosschip.golden.weights import tensor_record
 from crosschip.handoff.certificate.arrived import open_arrived
 from crosschip.handoff.certificate.endings import tokenizer_and_endings_gate
 from crosschip.handoff.certificate.fields import fields_gate
@@ -74,6 +76,13 @@ def flip(tensors: Tensors) -> None:
     tensors[O_PROJ] = tensors[O_PROJ].flip(0)
 
 
+def less_than_bf16_shows(tensors: Tensors) -> None:
+    """Not beside halfway between two numbers of bf16, where the least change shows."""
+    is_of_bf16 = tensors[O_PROJ].bfloat16().float() == tensors[O_PROJ]
+    assert bool(is_of_bf16.any())
+    tensors[O_PROJ][is_of_bf16] *= 1 + 2**-22
+
+
 def double_scales(tensors: Tensors) -> None:
     for end in ("_scale", "_scale_inv"):
         if O_PROJ + end in tensors:
@@ -103,6 +112,24 @@ def test_of_a_tensor(
     directory = copied(target)
     change_tensors(directory, how)
     check(reproduced(directory, bundle, model_dir if at_hand else None, target), "tensor-manifest", exported(target))
+
+
+def test_of_a_tensor_that_was_recorded_in_fp16(copied: Export, bundle: Bundle) -> None:
+    directory = copied("hf")
+    halves: Tensors = {}
+
+    def to_halves(tensors: Tensors) -> None:
+        halves[O_PROJ] = tensors[O_PROJ].half()
+        tensors[O_PROJ] = halves[O_PROJ].float()
+
+    change_tensors(directory, to_halves)
+    weights = {O_PROJ: tensor_record(halves[O_PROJ]).document()}
+    of_halves = replace(bundle, manifest={**bundle.manifest, "weights": weights})
+    gate = Gate("tensor manifest", "FAIL", "wrong", O_PROJ)
+    (name,) = write_reproducers(directory, of_halves, [gate], [], Evidence(None, open_arrived(directory).tensors))
+    assert ends(directory / name)[0] == 0
+    change_tensors(directory, less_than_bf16_shows)
+    assert ends(directory / name)[0] == 1
 
 
 def test_of_a_tensor_too_many(copied: Export, exported: Export, bundle: Bundle) -> None:

@@ -228,3 +228,14 @@ def test_a_record_of_an_older_bundle_is_compared_by_what_it_has(tensors: Tensors
     assert compare_weights(older, records_of(tmp_path)) == []
     save_file(operator.forward({name: halves_swapped(tensors[name])}), tmp_path / "model.safetensors")
     assert [each.kind for each in compare_weights(older, records_of(tmp_path))] == ["rows permuted"]
+
+
+def test_what_was_recorded_in_fp16_is_itself_in_fp32_and_nothing_near_it_is(tensors: Tensors) -> None:
+    half = tensors["model.layers.1.self_attn.o_proj.weight"].half()
+    recorded = {"w": tensor_record(half)}
+    assert compare_weights(recorded, {"w": tensor_record(half.float())}) == []
+    near = half.float()
+    near[0, 0] = near[0, 0].nextafter(torch.tensor(1.0))
+    for other in (near, half.float() * 2, half.float().flip(0)):
+        assert len(compare_weights(recorded, {"w": tensor_record(other)})) == 1
+    assert "sha256_fp16" not in tensor_record(half.float()).document()
