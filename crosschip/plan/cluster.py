@@ -82,6 +82,7 @@ class Cluster:
 
     `matches` are regular expressions for the names under which a report speaks of this chip. `fixed_bytes` is what a
     process takes before it trains, `allocator_factor` what the allocator holds over the activations that are there.
+    `fp32_rate`: its rate of products was measured in fp32.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Cluster:
     recovery: RecoveryTable = field(default_factory=RecoveryTable)
     seen: tuple[SeenTable, ...] = ()
     matches: tuple[str, ...] = ()
+    fp32_rate: bool = False
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -128,6 +130,10 @@ def parse_cluster(document: dict[str, Any], origin: str) -> Cluster:
     unknown = [key for key in file.figures if key not in CHIP_FIGURES]
     if unknown:
         raise RecipeError(f"{origin}: figures.{unknown[0]} is no figure", f"these are: {', '.join(CHIP_FIGURES)}")
+    if "product_share" in file.figures and (share := file.figures["product_share"].value) > 1.0:
+        raise RecipeError(
+            f"{origin}: figures.product_share = {share:g} is no share of the datasheet's rate", "give 0 to 1, as 0.8"
+        )
     call = Figure(EAGER_CALL_S * 1e6, "µs for a call of torch", "assumed", "as measured on the host of one H100")
     hardware = _hardware(file, origin)
     hardware = replace(hardware, call_s=EAGER_CALLS * EAGER_CALL_S, sources=(*hardware.sources, ("call_us", call)))
@@ -142,13 +148,16 @@ def _hardware(file: ClusterFile, origin: str) -> Hardware:
     given = {key: Figure(each.value, CHIP_FIGURES[key], each.origin, each.source) for key, each in file.figures.items()}
     figures = {**(dict(base.sources) if base is not None else {}), **given}
     missing = [key for key in CHIP_FIGURES if key not in figures and key not in _OPTIONAL]
-    if base is None and file.node_size is None:
-        missing.append("node_size")
     if missing:
         raise RecipeError(
             f"{origin}: no figures are known for {file.chip}: {', '.join(missing)}",
             "measure them (`crosschip qualify`) or take them from the vendor, as in "
             f'`[figures.{missing[0]}]` with `value`, `origin` ("measured", "published" or "assumed") and `source`',
+        )
+    if base is None and file.node_size is None:
+        raise RecipeError(
+            f"{origin}: how many of {file.chip} share fast links is not known: node_size is not given",
+            "write it above the tables, as in `node_size = 8`",
         )
     figures.setdefault("product_share", Figure(0.7, CHIP_FIGURES["product_share"], "assumed", "as other chips"))
     node_size = file.node_size or (base.node_size if base is not None else 0)

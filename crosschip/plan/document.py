@@ -12,6 +12,7 @@ from crosschip.plan.failures import failure_outlook, outlook_document
 from crosschip.plan.fall_backs import fall_backs
 from crosschip.plan.figures_of import figures_of
 from crosschip.plan.page.document import dates_document, money_document, sensitivity_document, serving_document
+from crosschip.plan.planning import groups_notes
 from crosschip.plan.serving import plan_serving, served_model, serving_chip
 from crosschip.plan.stage_document import computed, layout_document, stage_document, step_document
 from crosschip.plan.step import Loser, Plan
@@ -99,11 +100,10 @@ def _failures(run: WholeRun) -> dict[str, Any]:
 
 def _effects(run: WholeRun) -> list[Effect]:
     """What moves the end, and where the same run would end on each compared cluster."""
-    scenario = run.schedule.scenario
-    found = sensitivity(scenario)
+    found = sensitivity(run.schedule)
     for name, other in run.others.items():
         if isinstance(other, WholeRun):
-            found.append(on_other_chip(scenario, other.schedule.scenario, name))
+            found.append(on_other_chip(run.schedule, other.schedule, name))
     return sorted(found, key=lambda effect: -abs(effect.days_p50))
 
 
@@ -124,6 +124,7 @@ def _serving(run: WholeRun) -> dict[str, Any] | None:
 def _notes(run: WholeRun) -> list[str]:
     """Each once: what was assumed or searched for, and what does not fit together."""
     notes = [note for stage in run.stages for note in (*stage.plan.notes, *stage.notes)]
+    notes += groups_notes(run.recipe)
     ramp = run.cluster.schedule.ramps()
     if ramp and ramp[-1].day > run.schedule.scenario.stages[0].work_s / 86400:
         notes.append("the ramp-up is longer than the first stage, and later stages are planned on all chips")

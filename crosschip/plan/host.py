@@ -124,4 +124,5 @@ def host_cluster(num_processes: int = 1) -> Cluster:
         fixed_bytes=_BASE_BYTES,
         allocator_factor=_ALLOCATOR,
         matches=("^cpu$",),
+        fp32_rate=True,
     )

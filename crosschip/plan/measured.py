@@ -150,7 +150,20 @@ def with_report(cluster: Cluster, path: Path) -> tuple[Cluster, list[str]]:
     found = _Measured(cluster.hardware, path.name)
     _put_rates(found, report)
     _put_links(found, report)
+    _put_verdict(found, report)
     return replace(cluster, hardware=found.hardware), found.notes
+
+
+def _put_verdict(found: _Measured, report: dict[str, Any]) -> None:
+    """Say where a qualification gives no leave to train on the chip; a benchmark's rates have no verdict to say."""
+    if "exams" not in report:
+        return
+    verdict, role = report.get("verdict"), report.get("role")
+    if verdict not in ("PASS", "PASS WITH LIMITS"):
+        told = f"its verdict is {verdict}" if isinstance(verdict, str) else "it has no verdict"
+        found.notes.append(f"{found.name}: {told}, and its figures are taken as they stand: see why before training")
+    if isinstance(role, str) and role != "train":
+        found.notes.append(f"{found.name} is of the role {role}: it does not say whether the chip may train")
 
 
 def _put_rates(found: _Measured, report: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from crosschip.plan.counts import active_parameters, num_parameters, train_flops
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.reading_architectures import architecture_from_directory, architecture_from_settings
 from crosschip.plan.search import Found, find_layouts
-from crosschip.plan.step import Plan
+from crosschip.plan.step import Layout, Plan
 from crosschip.recipe import Recipe, StageSettings
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "STATE_BYTES",
     "TRAINED_BYTES",
     "architecture_of",
+    "groups_notes",
     "plan_later_stage",
     "plan_run",
     "thin_link_of",
@@ -36,8 +37,12 @@ STATE_BYTES = 8.0  # two moments in fp32
 # and 1.26 and 1.18 times the activations kept (docs/log.md).
 EAGER_STREAM, EAGER_KEPT = 4.9, 1.22
 _VOCAB_MULTIPLE = 64  # training rounds the embedding's rows up to this
+_SYNC_EVERY = 100  # inner steps between outer steps, where the recipe leaves them open
 _MOST_NUMBERS = 12  # of chips that are tried for a stage that cannot use all
 _OTHER_TRAINER = "`crosschip train` shares a model by data and experts only: this layout needs another trainer"
+_RECOMPUTING_TRAINER = "`crosschip train` recomputes no activations: this layout needs another trainer"
+_ALL_WEIGHTS = "adapters (lora_rank) are not counted: planned is the training of all weights"
+_FP32 = "products in float32 are counted at the rate of bf16: fp32 is slower, by a factor that is not known here"
 
 
 def architecture_of(recipe: Recipe) -> Architecture:
@@ -60,12 +65,32 @@ def thin_link_of(recipe: Recipe) -> ThinLink | None:
     if mbit_s is None:
         raise RecipeError(
             f"groups.num_groups = {recipe.groups.num_groups}, and links.bandwidth_mbit_s is not given",
-            "give [links] bandwidth_mbit_s and latency_ms: how long groups wait for each other hangs on them",
+            "give [links] bandwidth_mbit_s and latency_ms (links.report is read by `crosschip train` alone): how long "
+            "groups wait for each other hangs on them",
         )
-    size = {"none": 4.0, "auto": 1.0, "int8": 1.0, "int4": 0.5}[recipe.groups.compression]
-    every = 1 if recipe.groups.mode == "every-step" else recipe.groups.sync_every or 100
+    each_step = recipe.groups.mode == "every-step"
+    # Left open, gradients of each step are sent in fp32 and what changed between outer steps in int8.
+    open_size = 4.0 if each_step else 1.0
+    size = {"none": 4.0, "auto": open_size, "int8": 1.0, "int4": 0.5}[recipe.groups.compression]
+    every = 1 if each_step else recipe.groups.sync_every or _SYNC_EVERY
     latency_s = (recipe.links.latency_ms or 0.0) / 1000
     return ThinLink(mbit_s * 1e6 / 8, latency_s, every, size, recipe.groups.overlap_steps or 0)
+
+
+def groups_notes(recipe: Recipe) -> list[str]:
+    """What `crosschip train` may choose otherwise between groups than is planned."""
+    groups = recipe.groups
+    notes: list[str] = []
+    if groups.num_groups == 1 or groups.mode == "every-step":
+        return notes
+    if groups.mode == "auto" or groups.sync_every is None:
+        notes.append(
+            f"planned is an outer step every {groups.sync_every or _SYNC_EVERY} steps, and `crosschip train` chooses "
+            "by the link: set groups.mode and groups.sync_every to plan what it is to do"
+        )
+    if (groups.fragments or 1) > 1:
+        notes.append(f"groups.fragments = {groups.fragments} is not counted: an outer step is planned in one piece")
+    return notes
 
 
 def job_of(recipe: Recipe, stage: StageSettings, cluster: Cluster) -> Job:
@@ -149,10 +174,7 @@ def _given(recipe: Recipe, fixed: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _plan(name: str, stage: StageSettings, job: Job, cluster: Cluster, found: Found, num_chips: int) -> Plan:
-    architecture, chosen = job.architecture, found.best[0].layout
-    notes = [architecture.assumed] if architecture.assumed else []
-    if chosen.tensor * chosen.pipeline * chosen.context > 1:
-        notes.append(_OTHER_TRAINER)
+    architecture = job.architecture
     return Plan(
         model_name=architecture.name,
         cluster_name=cluster.name,
@@ -168,9 +190,31 @@ def _plan(name: str, stage: StageSettings, job: Job, cluster: Cluster, found: Fo
         best=found.best[0],
         others=found.best[1:],
         losers=found.losers,
-        notes=tuple(notes),
+        notes=tuple(_notes(name, stage, job, cluster, found.best[0].layout)),
         num_searched=found.num_searched,
     )
+
+
+def _notes(name: str, stage: StageSettings, job: Job, cluster: Cluster, chosen: Layout) -> Iterator[str]:
+    """What was assumed, and what keeps `crosschip train` from running the stage as it is planned."""
+    if job.architecture.assumed:
+        yield job.architecture.assumed
+    if stage.lora_rank is not None:
+        yield f"{name}: {_ALL_WEIGHTS}"
+    if stage.dtype == "float32" and not cluster.fp32_rate:
+        yield _FP32
+    if chosen.tensor * chosen.pipeline * chosen.context > 1:
+        yield _OTHER_TRAINER
+        return
+    if chosen.recompute != "none":
+        yield _RECOMPUTING_TRAINER
+    parts = max(1, stage.batch_size // (chosen.data * chosen.groups * chosen.micro_batch))
+    if parts != stage.gradient_accumulation:
+        key = "train" if name == "pretrain" else name
+        yield (
+            f"{name}: planned with {chosen.micro_batch} sequences of a chip at once: set {key}.gradient_accumulation = "
+            f"{parts} (it is {stage.gradient_accumulation})"
+        )
 
 
 def _search(job: Job, cluster: Cluster, fixed: dict[str, Any], stage_name: str, stage: StageSettings) -> Found:

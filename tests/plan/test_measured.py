@@ -41,7 +41,7 @@ def written(path: Path, *measurements: dict[str, Any], **more: Any) -> Path:
 
 def test_measured_rates_stand_in_the_place_of_the_datasheet(tmp_path: Path) -> None:
     before = cluster()
-    report = written(tmp_path / "r.json", links("all_reduce SUM", 2), PRODUCT, STREAM, CALL)
+    report = written(tmp_path / "r.json", links("all_reduce SUM", 2), PRODUCT, STREAM, CALL, verdict="PASS")
     found, notes = with_report(before, report)
     assert notes == []
     assert {found.figures[key].origin for key in ("product_share", "memory_gb_s", "link_gb_s")} == {"measured"}
@@ -75,7 +75,8 @@ def test_a_measured_latency_is_a_figure(tmp_path: Path) -> None:
 
 
 def test_what_a_report_lacks_is_said(tmp_path: Path) -> None:
-    report = written(tmp_path / "r.json", {**PRODUCT, "flop_per_s": "fast"}, {**STREAM, "bytes_per_s": True})
+    odd = ({**PRODUCT, "flop_per_s": "fast"}, {**STREAM, "bytes_per_s": True})
+    report = written(tmp_path / "r.json", *odd, verdict="PASS", role="train")
     found, notes = with_report(cluster(), report)
     assert found.hardware == cluster().hardware
     assert [each.split(" has no ")[1].split(":")[0] for each in notes] == [
@@ -150,3 +151,18 @@ def test_a_label_names_one_kind(label: str, kind: str) -> None:
     fitting = [each.kind for patterns, each in kinds() if any(re.search(one, label, re.I) for one in patterns)]
     assert fitting == [kind]
     assert names_of_kind("Unheard-of (9)") == (r"Unheard\-of\ \(9\)",)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"verdict": "FAIL"}, "its verdict is FAIL"),
+        ({"verdict": "INCONCLUSIVE"}, "its verdict is INCONCLUSIVE"),
+        ({}, "it has no verdict"),
+        ({"verdict": "PASS", "role": "serve"}, "of the role serve"),
+    ],
+)
+def test_a_chip_that_did_not_pass_is_said(tmp_path: Path, said: dict[str, str], words: str) -> None:
+    measured = (links("all_reduce SUM", 2), PRODUCT, STREAM, CALL)
+    _, (note,) = with_report(cluster(), written(tmp_path / "r.json", *measured, **said))
+    assert words in note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -21,11 +22,11 @@ from crosschip.plan.host import host_cluster
 from crosschip.plan.job import Job
 from crosschip.plan.known_architectures import known_architecture
 from crosschip.plan.layout_check import check_layout
-from crosschip.plan.planning import plan_run
+from crosschip.plan.planning import groups_notes, plan_run, thin_link_of
 from crosschip.plan.search import find_layouts
 from crosschip.plan.step import Layout
 from crosschip.plan.whole_run import Asked, plan_whole_run
-from crosschip.recipe import load_recipe
+from crosschip.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 FIRST, CLUSTERS = ROOT / "recipes" / "first.toml", ROOT / "clusters"
@@ -53,6 +54,7 @@ def test_shipped_clusters() -> None:
         ({"figures": {"bf16_tflops": {"value": -1.0, "origin": "measured", "source": "x"}}}, "greater than 0"),
         ({"figures": {"bf16_tflops": {"value": 1.0, "origin": "guessed", "source": "x"}}}, "origin"),
         ({"figures": {"bf16_tflops": {"value": 1.0, "origin": "measured", "source": ""}}}, "source"),
+        ({"figures": {"product_share": {"value": 80.0, "origin": "measured", "source": "x"}}}, "product_share = 80"),
     ],
 )
 def test_a_wrong_cluster_is_refused_by_key(change: dict[str, object], words: str) -> None:
@@ -83,6 +85,9 @@ def test_given_figures_count_more_and_complete_an_unknown_chip() -> None:
     document = {"name": "x", "chip": "MLU", "num_chips": 8, "node_size": 8, "figures": {k: given(100.0) for k in keys}}
     found = parse_cluster(document, "x.toml")
     assert found.hardware.bf16_flops == 100e12
+    with pytest.raises(RecipeError, match="node_size is not given") as caught:
+        parse_cluster({key: value for key, value in document.items() if key != "node_size"}, "x.toml")
+    assert "`node_size = 8`" in caught.value.remedy
     known = parse_cluster({**document, "chip": "H100"}, "x.toml")
     assert known.figures["bf16_tflops"].origin == "measured"
     assert known.figures["fp8_tflops"].origin == "published"
@@ -186,3 +191,48 @@ def test_the_verb_refuses(more: list[str]) -> None:
     ended = CliRunner().invoke(command_line(), ["plan", str(FIRST), *more])
     assert ended.exit_code == 2
     assert "what to do" in ended.output
+
+
+def recipe(text: str) -> Recipe:
+    return parse_recipe({"name": "r", "data": {"source": "arithmetic"}, **tomllib.loads(text)}, "r.toml")
+
+
+GROUPS = "[train]\nsteps = 100\n[links]\nbandwidth_mbit_s = 100\n[groups]\nnum_groups = 2\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "every", "size"),
+    [
+        ('mode = "every-step"', 1, 4.0),
+        ('mode = "every-step"\ncompression = "int8"', 1, 1.0),
+        ('mode = "diloco"\nsync_every = 30', 30, 1.0),
+    ],
+)
+def test_what_groups_send_is_what_the_trainer_sends(more: str, every: int, size: float) -> None:
+    link = thin_link_of(recipe(GROUPS + more))
+    assert link is not None
+    assert (link.sync_every, link.bytes_per_parameter) == (every, size)
+    assert groups_notes(recipe(GROUPS + more)) == []
+
+
+def test_what_the_trainer_chooses_between_groups_is_said() -> None:
+    (chosen,) = groups_notes(recipe(GROUPS))
+    assert "every 100 steps" in chosen
+    (pieces,) = groups_notes(recipe(GROUPS + 'mode = "diloco"\nsync_every = 30\nfragments = 3'))
+    assert "groups.fragments = 3" in pieces
+    with pytest.raises(RecipeError) as caught:
+        thin_link_of(recipe(GROUPS.replace("bandwidth_mbit_s = 100", 'report = "links.json"')))
+    assert "links.report" in caught.value.remedy
+
+
+def test_what_the_trainer_does_otherwise_is_said() -> None:
+    one = read_cluster(CLUSTERS / "h200x8.toml")
+    text = '[train]\nsteps = 100\nbatch_size = 512\ndtype = "float32"\nlora_rank = 4\n'
+    notes = plan_run(recipe(text), one).notes
+    for words in ("lora_rank", "fp32 is slower", "train.gradient_accumulation = "):
+        assert any(words in note for note in notes), words
+    (parts,) = (each.split("gradient_accumulation = ")[1].split()[0] for each in notes if "accumulation" in each)
+    told = plan_run(recipe(text + f"gradient_accumulation = {parts}\n"), one).notes
+    assert not any("accumulation" in note for note in told)
+    held = plan_run(recipe(text), one, fixed={"recompute": "full"}).notes
+    assert any("recomputes no activations" in note for note in held)

@@ -8,6 +8,7 @@ import pytest
 
 from crosschip.errors import RecipeError
 from crosschip.plan.document import plan_document
+from crosschip.plan.failures import Observation, failure_outlook, published_rates, usual_recovery
 from crosschip.plan.hardware import kinds
 from crosschip.plan.page import plan_page
 from tests.plan.test_whole_run import PLAIN, cluster, planned, recipe
@@ -73,3 +74,14 @@ def test_a_clusters_file_may_say_how_large_a_host_is() -> None:
     for value in (2.5, 100.0):
         with pytest.raises(RecipeError, match="no whole number of chips of a node of 64"):
             cluster("GB200", 64, figures=given(value))
+
+
+def test_many_stops_seen_ask_for_more_spares_than_the_published_rates() -> None:
+    published = published_rates()
+    often = published.with_seen(Observation(num_stops=600, days=10.0, num_chips=1024))
+    (fewer, rare), (more, frequent) = (
+        (found.num_spares, failure_outlook(rates, 1024, found).swaps_per_day)
+        for rates, found in ((rates, usual_recovery(rates, 1024, 8)) for rates in (published, often))
+    )
+    assert more > fewer
+    assert frequent > rare

@@ -72,13 +72,22 @@ class Calendar:
     def elapsed_s(self, at_work_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """Seconds since the start after so many seconds at work: windows and the restarts after them are added.
 
-        Work that is done at the very moment when a window begins is done before it.
+        Work that is done at the very moment when a window begins is done before it; before the start nothing is done.
         """
         elapsed = np.array(at_work_s, dtype=np.float64)
         for begin, end in self.windows_s():
             restart = self.restart_s if begin > 0.0 else 0.0
-            elapsed = np.where(elapsed > begin, elapsed + (end - begin) + restart, elapsed)
+            later = elapsed > begin if begin > 0.0 else elapsed >= begin
+            elapsed = np.where(later, elapsed + (end - begin) + restart, elapsed)
         return elapsed
+
+    def at_work_s(self, elapsed_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds at work within so many seconds since the start: the inverse of `elapsed_s`, a window counts none."""
+        at_work = np.array(elapsed_s, dtype=np.float64)
+        for begin, end in reversed(self.windows_s()):
+            restart = self.restart_s if begin > 0.0 else 0.0
+            at_work = np.where(at_work > begin, np.maximum(begin, at_work - (end - begin) - restart), at_work)
+        return at_work
 
     def moment(self, elapsed_s: float) -> datetime:
         """The moment so many seconds after the start's midnight.
@@ -89,8 +98,11 @@ class Calendar:
         try:
             return datetime.combine(self.start, time()) + timedelta(seconds=elapsed_s)
         except OverflowError:
+            closed_s = sum(end - begin for begin, end in self.windows_s() if begin < elapsed_s)
             raise PlanError(
-                f"the plan ends {elapsed_s / _DAY_S / 365:.3g} years after its start", "use more chips or fewer tokens"
+                f"the plan ends {elapsed_s / _DAY_S / 365:.3g} years after its start, "
+                f"{closed_s / _DAY_S / 365:.3g} of them blackouts",
+                "shorten the blackouts" if closed_s > elapsed_s / 2 else "use more chips or fewer tokens",
             ) from None
 
     def day(self, elapsed_s: float) -> date:

@@ -79,13 +79,14 @@ def _shares(
     dates: StageDates, prices: Prices | dict[str, Prices]
 ) -> list[tuple[str, Prices, np.typing.NDArray[np.float64]]]:
     """(stage and chip, prices, chip-hours) of each kind of chip in a stage; spares are of its main kind."""
-    stage, wall_h = dates.stage, dates.ledger.wall_s / 3600
+    stage, spare_hours = dates.stage, dates.ledger.wall_s / 3600 * dates.stage.spare_chips
     found = []
     for place, (chip, number) in enumerate(stage.chips):
-        paid = number + (stage.spare_chips if place == 0 else 0)
-        if paid:
+        spares = spare_hours if place == 0 else 0.0
+        if number or (place == 0 and stage.spare_chips):
             what = stage.name if place == 0 else f"{stage.name} on {chip}"
-            found.append((what, _prices_of(chip, prices), wall_h * paid))
+            hours = dates.chip_hours * (number / max(1, stage.num_chips)) + spares
+            found.append((what, _prices_of(chip, prices), hours))
     return found
 
 

@@ -6,6 +6,7 @@ trial and holds for all its stages, so that bad luck adds up as it would.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from crosschip.plan.dates.calendar import Calendar
 from crosschip.plan.dates.stages import Stage
 from crosschip.plan.failures.problem import PlanError, at_least
 from crosschip.plan.failures.rates import FailureRates, SampledRates
-from crosschip.plan.failures.simulation import Ledger, simulate
+from crosschip.plan.failures.simulation import MOST_STOPS, Ledger, simulate
 
 __all__ = ["QUANTILES", "Scenario", "Schedule", "StageDates", "plan_dates"]
 
 Values = NDArray[np.float64]
+_Parts = Sequence[tuple[float, float | Values]]
 
 QUANTILES = (0.1, 0.5, 0.9)
 _DAY_S = 86400.0
@@ -57,17 +59,21 @@ class Scenario:
 
 @dataclass(frozen=True)
 class StageDates:
-    """One stage's dates by trial: `begin_s` and `end_s` in seconds since the plan's start, and where the time went."""
+    """One stage's dates by trial: `begin_s` and `end_s` in seconds since the plan's start, and where the time went.
+
+    `chip_s` is chips times seconds at work, of a ramp-up those chips that are there.
+    """
 
     stage: Stage
     begin_s: Values
     end_s: Values
     ledger: Ledger
+    chip_s: Values
 
     @property
     def chip_hours(self) -> Values:
         """Chips times hours at work, stops and waiting included, blackouts not."""
-        return self.ledger.wall_s * self.stage.num_chips / 3600
+        return self.chip_s / 3600
 
 
 @dataclass(frozen=True)
@@ -97,43 +103,54 @@ class Schedule:
         return float(np.mean(self.end_s <= limit_s))
 
 
-def plan_dates(scenario: Scenario) -> Schedule:
-    """Live through the scenario's trials; the same seed gives the same luck."""
+def plan_dates(scenario: Scenario, most_stops: int = MOST_STOPS) -> Schedule:
+    """Live through the scenario's trials; the same seed gives the same luck.
+
+    Raises:
+        PlanError: a trial does not come to an end within `most_stops` stops of a stage, or of a part of its ramp-up.
+    """
     num, seed = scenario.num_trials, scenario.seed
     rates = scenario.rates.sample(num, seed + _RATE_SEED).scaled(scenario.rate_factor)
     speed = np.exp(scenario.speed_spread * np.random.default_rng((seed, _SPEED_SEED)).standard_normal(num))
     at_work = np.zeros(num)
-    found = []
+    found: list[StageDates] = []
     for number, stage in enumerate(scenario.stages):
-        ledger = _live(stage, stage.work_s * speed, rates, (seed, number))
+        parts = _parts(stage, found[-1].end_s if found else np.zeros(num), scenario.calendar)
+        ledger, chip_s = _live(stage, parts, stage.work_s * speed, rates, (seed, number), most_stops)
         begin = scenario.calendar.elapsed_s(at_work)
         at_work = at_work + ledger.wall_s
-        found.append(StageDates(stage, begin, scenario.calendar.elapsed_s(at_work), ledger))
+        found.append(StageDates(stage, begin, scenario.calendar.elapsed_s(at_work), ledger, chip_s))
     return Schedule(scenario, tuple(found))
 
 
-def _live(stage: Stage, work_s: Values, rates: SampledRates, seed: tuple[int, ...]) -> Ledger:
-    """One stage's time, ramp-up included: each part of it runs on its own number of chips until the next are there."""
+def _live(
+    stage: Stage, parts: _Parts, work_s: Values, rates: SampledRates, seed: tuple[int, ...], most_stops: int
+) -> tuple[Ledger, Values]:
+    """One stage's time and chip-seconds: each part of a ramp-up runs on its own number of chips until the next are
+    there."""
     if stage.recovery is None:
         ledger = Ledger.empty(len(rates))
         ledger.useful_s[:] = ledger.wall_s[:] = stage.work_s  # a pause is no faster on faster chips
         ledger.finished[:] = True
-        return ledger
-    parts = _parts(stage)
-    whole = Ledger.empty(len(rates))
+        return ledger, ledger.wall_s * stage.num_chips
+    whole, chip_s = Ledger.empty(len(rates)), np.zeros(len(rates))
     left = work_s
     for number, (share, length_s) in enumerate(parts):
         chips = max(1, math.ceil(stage.num_chips * share))
-        ledger = simulate(rates, chips, stage.recovery, work_s=left / share, horizon_s=length_s, seed=(*seed, number))
+        ledger = simulate(
+            rates, chips, stage.recovery, work_s=left / share, horizon_s=length_s, seed=(*seed, number),
+            most_stops=most_stops,
+        )  # fmt: skip
         left = np.where(ledger.finished, 0.0, np.maximum(left - ledger.useful_s * share, 0.0))
-        whole = whole.then(ledger)
-    return whole
+        whole, chip_s = whole.then(ledger), chip_s + chips * ledger.wall_s
+    return whole, chip_s
 
 
-def _parts(stage: Stage) -> Sequence[tuple[float, float]]:
-    """(share of the chips, seconds) of each part of a ramp-up; the last has no end."""
-    ramp = stage.ramp
-    if not ramp:
+def _parts(stage: Stage, since_s: Values, calendar: Calendar) -> _Parts:
+    """(share of the chips, seconds at work) of each part of a ramp-up whose days count from `since_s`; the last has no
+    end. Days of a blackout pass without work."""
+    if not stage.ramp:
         return [(1.0, math.inf)]
-    ends = [*(later.day for later in ramp[1:]), math.inf]
-    return [(each.share, (end - each.day) * _DAY_S) for each, end in zip(ramp, ends, strict=True)]
+    edges = [calendar.at_work_s(since_s + each.day * _DAY_S) for each in stage.ramp]
+    lengths: list[float | Values] = [*(end - begin for begin, end in itertools.pairwise(edges)), math.inf]
+    return [(each.share, length) for each, length in zip(stage.ramp, lengths, strict=True)]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from crosschip.plan.dates.schedule import Scenario, plan_dates
+from crosschip.plan.dates.schedule import Scenario, Schedule, plan_dates
 from crosschip.plan.dates.stages import Stage
+from crosschip.plan.failures.problem import PlanError
 from crosschip.plan.failures.recovery import Recovery
 
 __all__ = ["Effect", "on_other_chip", "sensitivity"]
 
 _DAY_H = 24.0
 _LEAST_SHARE = 0.001
+# Trials of a question are followed through twice the stops of the plan's own worst one, and so many more.
+_MORE_STOPS = 20_000
 
 
 @dataclass(frozen=True)
 class Effect:
     """Days that one change adds to (or, negative, takes from) the P50 and the P90 of the end date.
 
-    `of_days` is the plan's own P50: a change of less than a thousandth of it is told as none.
+    `of_days` is the plan's own P50: a change of less than a thousandth of it is told as none. Both are infinite where a
+    trial loses between two stops what it does, and so does not come to an end.
     """
 
     change: str
@@ -30,6 +35,8 @@ class Effect:
     def words(self) -> str:
         """Such as `stops twice as often: 11 days later`."""
         days = self.days_p50
+        if math.isinf(days):
+            return f"{self.change}: some trials stop so often that they do not come to an end"
         if abs(days) <= max(_LEAST_SHARE * self.of_days, 1e-6):
             return f"{self.change}: no difference"
         return f"{self.change}: {_length(abs(days))} {'later' if days > 0 else 'earlier'}"
@@ -43,19 +50,21 @@ def _length(days: float) -> str:
     return f"{days * 24:.2g} h" if days >= 1 / 24 else f"{days * 1440:.2g} min"
 
 
-def sensitivity(scenario: Scenario) -> list[Effect]:
-    """The usual questions, largest effect first."""
-    base = plan_dates(scenario)
+def sensitivity(base: Schedule) -> list[Effect]:
+    """The usual questions to a plan, largest effect first."""
+    most_stops = _MORE_STOPS + 2 * round(max(float(each.ledger.num_stops.max()) for each in base.stages))
     effects = []
-    for change, changed in _questions(scenario):
-        schedule = plan_dates(changed)
-        effects.append(_effect(change, base.end_days, schedule.end_days))
+    for change, changed in _questions(base.scenario):
+        try:
+            effects.append(_effect(change, base.end_days, plan_dates(changed, most_stops).end_days))
+        except PlanError:
+            effects.append(Effect(change, math.inf, math.inf, base.end_days()))
     return sorted(effects, key=lambda effect: -abs(effect.days_p50))
 
 
-def on_other_chip(scenario: Scenario, other: Scenario, chip: str) -> Effect:
+def on_other_chip(base: Schedule, other: Schedule, chip: str) -> Effect:
     """The same run on another chip, planned in `other`."""
-    return _effect(f"on {chip}", plan_dates(scenario).end_days, plan_dates(other).end_days)
+    return _effect(f"on {chip}", base.end_days, other.end_days)
 
 
 def _effect(change: str, before: Callable[[float], float], after: Callable[[float], float]) -> Effect:

@@ -12,7 +12,10 @@ __all__ = ["Ramp", "Rollouts", "Stage", "pause", "reinforcement", "training"]
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `day` of a stage on (days at work since it began), `share` of its chips are there."""
+    """From `day` on, `share` of a stage's chips are there.
+
+    Days of the calendar, blackouts among them, since the plan's start or the end of the stage before.
+    """
 
     day: float
     share: float

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from crosschip.plan.failures.corruption import expected_corruption
 from crosschip.plan.failures.interval import best_interval, expected_goodput, young_interval
@@ -20,6 +21,7 @@ from crosschip.plan.figures import Figure
 __all__ = ["Outlook", "failure_outlook", "outlook_document", "rate_figures", "usual_recovery"]
 
 _CURVE_POINTS = 41
+_NUM_DRAWS = 20_000
 _CURVE_SPAN = 30.0  # the curve reaches from a thirtieth of the chosen interval to thirty times it
 
 
@@ -61,9 +63,14 @@ def usual_recovery(
     between_s = rates.hours_between_stops(num_chips)[1] * 3600
     interval = best_interval(save, between_s, least_s=max(lag, 60.0 if save == 0 else save))
     if num_spares is None:
-        swaps = draft.swap_share * rates.chip_per_day.quantile(0.9) * num_chips
+        swaps = draft.swap_share * float(np.quantile(_chip_rates(rates), 0.9)) * num_chips
         num_spares = spares_needed(swaps, draft.repair_s / 86400)
     return replace(draft, interval_s=interval, save_blocking_s=save, save_lag_s=lag, num_spares=num_spares)
+
+
+def _chip_rates(rates: FailureRates) -> NDArray[np.float64]:
+    """Draws of a chip's stops a day, with what was seen."""
+    return rates.sample(_NUM_DRAWS, 0).chip_per_day
 
 
 def failure_outlook(rates: FailureRates, num_chips: int, recovery: Recovery) -> Outlook:
@@ -78,7 +85,7 @@ def failure_outlook(rates: FailureRates, num_chips: int, recovery: Recovery) -> 
         for each in points
         if each >= recovery.save_lag_s
     )
-    swaps = recovery.swap_share * rates.chip_per_day.mean * num_chips
+    swaps = recovery.swap_share * float(_chip_rates(rates).mean()) * num_chips
     return Outlook(num_chips, between, young_interval(recovery.save_blocking_s, between_s), curve, recovery, swaps)
 
 

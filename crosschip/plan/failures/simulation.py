@@ -17,13 +17,13 @@ from crosschip.plan.failures.problem import PlanError, at_least
 from crosschip.plan.failures.rates import SampledRates
 from crosschip.plan.failures.recovery import Recovery
 
-__all__ = ["Ledger", "simulate"]
+__all__ = ["MOST_STOPS", "Ledger", "simulate"]
 
 Values = NDArray[np.float64]
 
 _DAY_S = 86400.0
 _EVENTS_DRAWN = 256  # events whose random numbers are drawn at once, for all trials
-_MOST_EVENTS = 2_000_000
+MOST_STOPS = 2_000_000
 _STATE = (
     "number", "work", "horizon", "useful", "lost", "restart", "saving", "idle", "wall", "stops", "down_idle",
     "down_restart", "spare_at", "next_spare", "per_s", "corrupt_below", "swap_below",
@@ -77,11 +77,13 @@ def simulate(
     work_s: float | Values = np.inf,
     horizon_s: float | Values = np.inf,
     seed: int | tuple[int, ...] = 0,
+    most_stops: int = MOST_STOPS,
 ) -> Ledger:
     """Run a job of `work_s` seconds of useful work on `num_chips` until it is done or `horizon_s` has passed.
 
     One trial for each draw in `rates`. The same seed gives the same stops in units of their rates, so that two calls
-    differ by what was changed and not by luck. Work that ends saves once more.
+    differ by what was changed and not by luck. Work that ends saves once more. A trial with more than `most_stops` is
+    not followed to its end.
 
     Raises:
         PlanError: neither work nor horizon is finite, or the job stops so often that it never comes to an end.
@@ -96,14 +98,14 @@ def simulate(
     random = np.random.default_rng(seed)
     ledger = Ledger.empty(len(rates))
     trials = _Trials(rates, num_chips, recovery, work, horizon, ledger)
-    for _ in range(_MOST_EVENTS // _EVENTS_DRAWN):
+    for _ in range(-(-most_stops // _EVENTS_DRAWN)):
         gaps = random.exponential(size=(_EVENTS_DRAWN, len(rates)))
         chances = random.random((_EVENTS_DRAWN, 3, len(rates)))
         if trials.live(gaps, chances) == 0:
             ledger.num_silent = random.poisson(trials.silent_per_s * ledger.wall_s).astype(np.float64)
             return ledger
     raise PlanError(
-        f"{len(trials.number)} of {len(rates)} trials did not end within {_MOST_EVENTS:,} stops, one every "
+        f"{len(trials.number)} of {len(rates)} trials did not end within {most_stops:,} stops, one every "
         f"{1 / float(np.median(trials.per_s)):.3g} s: what is done between two of them is lost again",
         "save more often, restart faster, or use fewer chips",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,9 +76,18 @@ def dates_document(schedule: Schedule, by: Any = None) -> dict[str, Any]:
 
 
 def sensitivity_document(effects: Sequence[Effect]) -> list[dict[str, Any]]:
-    """What moves the end date."""
+    """What moves the end date; the days are null where some trials do not come to an end."""
+
+    def finite(days: float) -> float | None:
+        return None if math.isinf(days) else days
+
     return [
-        {"change": each.change, "days_p50": each.days_p50, "days_p90": each.days_p90, "words": each.words()}
+        {
+            "change": each.change,
+            "days_p50": finite(each.days_p50),
+            "days_p90": finite(each.days_p90),
+            "words": each.words(),
+        }
         for each in effects
     ]
 

@@ -61,12 +61,15 @@ def draw_end_dates(dates: dict[str, Any]) -> str:
 
 
 def draw_tornado(effects: list[dict[str, Any]]) -> str:
-    """A bar for each change: the days that it moves the P50 of the end."""
+    """A bar for each change: the days that it moves the P50 of the end; words where some trials do not end."""
 
     def paint(axes: Any) -> None:
         _bare(axes, "x")
         for row, each in enumerate(effects):
             days = each["days_p50"]
+            if days is None:
+                axes.text(0, row, " does not end ", ha="left", va="center", fontsize=8.5, color=INK)
+                continue
             axes.barh(row, days, height=0.6, color=MARK if days > 0 else LINE, linewidth=0)
             side = "left" if days >= 0 else "right"
             axes.text(days, row, f" {days:+.1f} ", ha=side, va="center", fontsize=8.5, color=INK)
@@ -74,7 +77,7 @@ def draw_tornado(effects: list[dict[str, Any]]) -> str:
         axes.set_yticks(range(len(effects)), [_cut(each["change"]) for each in effects])
         axes.tick_params(axis="y", labelsize=8.5)
         axes.set_ylim(len(effects) - 0.4, -0.6)
-        reach = max((abs(each["days_p50"]) for each in effects), default=0.0) or 1.0
+        reach = max((abs(each["days_p50"] or 0.0) for each in effects), default=0.0) or 1.0
         axes.set_xlim(-1.45 * reach, 1.45 * reach)
         axes.set_xlabel("days later", color=INK, loc="right", labelpad=1)
 

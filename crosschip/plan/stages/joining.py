@@ -32,7 +32,7 @@ def join_stage(
         )
     link = thin_link_of(recipe)
     assert link is not None
-    share = stage.model_copy(update={"batch_size": stage.batch_size // len(clusters), "gradient_accumulation": 1})
+    share = stage.model_copy(update={"batch_size": stage.batch_size // len(clusters)})
     alone = recipe.model_copy(update={"groups": GroupSettings()})
     found = [plan_later_stage(alone, cluster, name, share) for cluster in clusters]
     plans = [plan for plan, _ in found]

@@ -108,7 +108,7 @@ def _is_fused(row: Row, architecture: Architecture) -> bool:
     """Whether attention's scores stay on the chip: not in a model's run from before, of whatever kind its row is."""
     if not architecture.fused_attention:
         return False
-    years = [int(found) for found in re.findall(r"arXiv (\d{4})\.\d", row.source)]
+    years = [int(found) for found in re.findall(r"arXiv[: ]\s*(\d{4})\.\d", row.source, re.I)]
     return not years or max(years) >= _BEFORE_FUSED
 
 

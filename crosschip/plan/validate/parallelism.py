@@ -8,8 +8,10 @@ from typing import Any
 
 __all__ = ["LayoutWords", "layout_words"]
 
-_SIZES = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "VPP?": "interleave"}
+_SIZES = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert", "VPP?": "interleave", "DP": "data"}
+_WAYS = {"tensor": "tensor", "pipeline": "pipeline", "expert": "expert", "context": "context", "data": "data"}
 _BETWEEN = r"[\s=:_-]*"  # a width and its number: `TP8`, `tp=8`, `TP-8`, `TP: 8`
+_NO_WORD_BEFORE = r"(?:(?<![A-Za-z])|(?<=\dx))"  # in `TP8xPP16` the x joins two widths
 # `selective AC` is torchtitan's word for every second product; `selective recompute` Megatron's for the scores.
 _RECOMPUTE = (
     (r"\bno (act|recomp|AC)", "none"),
@@ -34,16 +36,28 @@ class LayoutWords:
     notes: list[str] = field(default_factory=list)
 
 
+def _sizes(text: str) -> tuple[dict[str, Any], str]:
+    """The widths that are named, and the text without those of the form `8-way TP`."""
+    found: dict[str, Any] = {}
+    names = {**{short.lower().rstrip("?"): name for short, name in _SIZES.items()}, **_WAYS}
+    ways = re.compile(rf"(\d+)[- ]way[- ]({'|'.join(names)})(?:[- ]parallel\w*)?(?![A-Za-z])", re.I)
+    for each in ways.finditer(text):
+        found[names[each.group(2).lower()]] = int(each.group(1))
+    text = ways.sub("", text)
+    for short, name in _SIZES.items():
+        if width := re.search(rf"{_NO_WORD_BEFORE}{short}{_BETWEEN}(\d+)", text, re.I):
+            found[name] = int(width.group(1))
+    return found, text
+
+
 def layout_words(text: str, num_chips: int) -> LayoutWords:
     """Read the words; sizes that are not named beside named ones are 1, and what is left over is data parallel."""
     plain = text.lower().replace(" ", "").replace("-", "")
-    words = LayoutWords(tensor_overlap="asynctp" in plain, bf16_sums="bf16sums" in plain)
-    fixed = words.fixed
+    fixed, text = _sizes(text)
+    words = LayoutWords(fixed, tensor_overlap="asynctp" in plain, bf16_sums="bf16sums" in plain)
+    data = fixed.pop("data", 1)
     if found := re.search(rf"micro-?batch{_BETWEEN}(\d+)", text, re.I):
         fixed["micro_batch"] = int(found.group(1))
-    for short, name in _SIZES.items():
-        if found := re.search(rf"(?<![A-Za-z]){short}{_BETWEEN}(\d+)", text, re.I):
-            fixed[name] = int(found.group(1))
     if "interleave" not in fixed and re.search(r"interleaved", text, re.I):
         # What torch's own schedules take unless told (torchtitan, `generate_split_points`); Megatron names its number.
         fixed["interleave"] = 2
@@ -56,7 +70,7 @@ def layout_words(text: str, num_chips: int) -> LayoutWords:
         fixed["zero"] = min(3, int(found.group(1)))
     named = any(name in fixed for name in ("tensor", "pipeline", "expert", "context")) or fsdp is not None
     if "pipeline" not in fixed and re.search(r"(?<![A-Za-z])(?<!no )PP(?![A-Za-z])", text, re.I) and "tensor" in fixed:
-        fixed["pipeline"] = max(1, num_chips // fixed["tensor"])
+        fixed["pipeline"] = max(1, num_chips // (fixed["tensor"] * data))
     if fsdp is not None:
         fixed["zero"] = 2 if fixed.get("pipeline", 1) > 1 else 3
     words.is_named = named
@@ -64,7 +78,9 @@ def layout_words(text: str, num_chips: int) -> LayoutWords:
         for name in ("tensor", "pipeline", "context", "expert"):
             fixed.setdefault(name, 1)
     else:
-        words.notes.append("layout not given: the best one that fits is searched for")
+        is_read = fixed or words.tensor_overlap or words.bf16_sums or not plain
+        what = "layout not given" if is_read else f"the layout {text!r} could not be read"
+        words.notes.append(f"{what}: the best one that fits is searched for")
     missing = [name for name in ("recompute", "interleave") if name not in fixed]
     if named and missing:
         words.notes.append(f"{' and '.join(missing)} not given: the best that fits is taken")

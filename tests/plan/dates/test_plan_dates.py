@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 from datetime import date
@@ -32,6 +33,8 @@ from crosschip.plan.dates import (
     training,
 )
 from crosschip.plan.failures import FailureRates, Gamma, PlanError, Recovery, published_rates
+from crosschip.plan.page.document import sensitivity_document
+from crosschip.plan.page.drawings import draw_tornado
 
 START = date(2027, 1, 4)
 DAY_S = 86400.0
@@ -101,13 +104,14 @@ def test_a_step_of_reinforcement_is_writing_then_learning_or_the_longer_of_both(
 
 def test_what_moves_the_end_moves_it_the_right_way() -> None:
     base = scenario(calendar=Calendar(START, (Blackout(date(2027, 1, 6), date(2027, 1, 7), "x"),)), num_trials=300)
-    effects = {each.change.split(" (")[0]: each for each in sensitivity(base)}
+    effects = {each.change.split(" (")[0]: each for each in sensitivity(plan_dates(base))}
     assert effects["stops twice as often"].days_p50 > 0 > effects["stops half as often"].days_p50
     assert effects["one more day between stops"].days_p50 < 0
     assert effects["steps take 10 % longer"].days_p50 == pytest.approx(1.0, rel=0.25)
     assert effects["without blackouts"].days_p50 == pytest.approx(-2.0, rel=0.1)
     assert "later" in effects["stops twice as often"].words()
-    assert "chip B" in (told := on_other_chip(base, scenario(replace(TEN_DAYS, work_s=90 * DAY_S)), "chip B").words())
+    other = plan_dates(scenario(replace(TEN_DAYS, work_s=90 * DAY_S)))
+    assert "chip B" in (told := on_other_chip(plan_dates(base), other, "chip B").words())
     assert "weeks later" in told
 
 
@@ -213,3 +217,57 @@ def test_wrong_input_says_what_to_change() -> None:
         scenario(TEN_DAYS, TEN_DAYS)
     with pytest.raises(PlanError, match="years after its start"):
         plan_dates(scenario(replace(TEN_DAYS, work_s=1e13), rates=NEVER)).end_dates()
+
+
+def test_a_question_whose_trials_do_not_end_is_told_and_leaves_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("crosschip.plan.dates.sensitivity"), "_MORE_STOPS", 1000)
+    always = FailureRates(Gamma(1e6, 1e6 / 60), Gamma(1.0, 1e15), Gamma(1.0, 1e15))  # 60 stops a day
+    recovery = Recovery(interval_s=1800.0, save_blocking_s=0.0, restart_s=600.0, manual_share=0.0, swap_share=0.0)
+    slow = replace(TEN_DAYS, work_s=DAY_S, recovery=recovery)
+    base = plan_dates(scenario(slow, rates=always, num_trials=10))
+    often = replace(base, scenario=replace(base.scenario, rate_factor=20.0))
+    effects = {each.change: each for each in sensitivity(often)}
+    assert math.isinf(effects["stops twice as often"].days_p50)
+    assert "do not come to an end" in effects["stops twice as often"].words()
+    told = {each["change"]: each for each in sensitivity_document(list(effects.values()))}
+    assert told["stops twice as often"]["days_p50"] is None
+    assert "does not end" in draw_tornado(list(told.values()))
+
+
+def test_chip_hours_of_a_ramp_up_are_of_the_chips_that_are_there() -> None:
+    whole, ramped = (
+        plan_dates(scenario(stage, rates=NEVER, speed_spread=0.0))
+        for stage in (TEN_DAYS, replace(TEN_DAYS, ramp=(Ramp(0, 0.25), Ramp(8, 1.0))))
+    )
+    assert ramped.stages[0].chip_hours[0] == pytest.approx(whole.stages[0].chip_hours[0], rel=0.01)
+    hours, paid = (bill(each, Prices(per_chip_hour=1.0)) for each in (whole, ramped))
+    assert paid.money is not None
+    assert paid.money[1] == paid.chip_hours[1] == pytest.approx(hours.chip_hours[1], rel=0.01)
+
+
+def test_a_ramp_up_counts_the_days_of_the_calendar() -> None:
+    ramped = replace(TEN_DAYS, ramp=(Ramp(0, 0.25), Ramp(8, 1.0)))
+    closed = Calendar(START, (Blackout(date(2027, 1, 6), date(2027, 1, 9), "closed"),))  # the days 2 to 5
+    days = plan_dates(scenario(ramped, rates=NEVER, speed_spread=0.0, calendar=closed)).end_days()
+    assert days == pytest.approx(8 + 9, abs=0.02)  # four days at a quarter do one day's work
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=10), st.integers(0, 80), st.integers(0, 20))
+def test_time_at_work_is_the_inverse_of_time_elapsed(days: list[float], first: int, length: int) -> None:
+    day = date.fromordinal(START.toordinal() + first)
+    calendar = Calendar(START, (Blackout(day, date.fromordinal(day.toordinal() + length), "x"),), restart_s=60.0)
+    at_work = np.array(days) * DAY_S
+    np.testing.assert_allclose(calendar.at_work_s(calendar.elapsed_s(at_work)), at_work, atol=1e-6)
+
+
+def test_a_stage_does_not_begin_in_a_blackout() -> None:
+    calendar = Calendar(START, (Blackout(START, date(2027, 1, 10), "holidays"),))
+    found = plan_dates(scenario(rates=NEVER, calendar=calendar))
+    assert (found.stages[0].begin_s == 7 * DAY_S).all()
+
+
+def test_a_blackout_without_an_end_is_what_is_to_be_shortened() -> None:
+    calendar = Calendar(START, (Blackout(date(2027, 1, 5), date(9999, 12, 31), "closed"),))
+    with pytest.raises(PlanError, match="of them blackouts") as caught:
+        plan_dates(scenario(rates=NEVER, calendar=calendar)).end_dates()
+    assert caught.value.remedy == "shorten the blackouts"

@@ -59,7 +59,7 @@ def plan_document(num_trials: int = 200) -> dict[str, Any]:
         "document": "plan", "schema_version": 1, "model": "DeepSeek-V3", "cluster": "2,048 × H800",
         "failures": outlook_document(outlook, rates, first.ledger, 60.0),
         "dates": dates_document(schedule, date(2027, 3, 20)),
-        "sensitivity": sensitivity_document(sensitivity(scenario)),
+        "sensitivity": sensitivity_document(sensitivity(schedule)),
         "fall_backs": [
             fall_back_document(choice, fall_back(choice, START), "Ascend", "H800", lambda share: f"step {share:.3f}")
         ],

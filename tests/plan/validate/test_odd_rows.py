@@ -13,6 +13,7 @@ from crosschip.plan.step import Layout
 from crosschip.plan.validate import read_rows, validate_rows
 from crosschip.plan.validate.batches import batch_words
 from crosschip.plan.validate.cases import case_of
+from crosschip.plan.validate.parallelism import layout_words
 from crosschip.plan.validate.predicting import choose_layout, predicted_value
 from tests.plan.validate.test_validation import by_id, cells, written
 
@@ -217,3 +218,42 @@ def test_a_layout_of_a_runs_paper_does_not_describe_its_row() -> None:
     assert dict(case.fixed)["tensor"] == 8
     assert not case.is_described
     assert case_of(replace(full, parallelism="FSDP TP8")).is_described
+
+
+@pytest.mark.parametrize(
+    ("text", "widths"),
+    [
+        ("TP8xPP16xDP64", (8, 16, 1)),
+        ("TP8 x PP16", (8, 16, 1)),
+        ("8-way TP, 16-way PP", (8, 16, 1)),
+        ("8-way tensor and 16 way pipeline parallelism", (8, 16, 1)),
+        ("DP64 TP8 PP", (8, 16, 1)),
+        ("TP8 PP", (8, 1024, 1)),
+        ("EP64, DP128", (1, 1, 64)),
+    ],
+)
+def test_usual_spellings_of_a_layout_are_read(text: str, widths: tuple[int, int, int]) -> None:
+    words = layout_words(text, 8192)
+    assert words.is_named
+    assert tuple(words.fixed[name] for name in ("tensor", "pipeline", "expert")) == widths
+
+
+def test_a_layout_that_cannot_be_read_is_said() -> None:
+    assert any("'octopus' could not be read" in note for note in layout_words("octopus", 8).notes)
+    for text in ("", "full recompute"):
+        assert any("layout not given" in note for note in layout_words(text, 8).notes)
+
+
+@pytest.mark.parametrize("source", ["arXiv 2104.04473", "arXiv:2104.04473", "arXiv: 2104.04473"])
+def test_a_paper_is_dated_by_its_number_however_it_is_written(source: str) -> None:
+    row = next(row for row, _ in read_rows() if row.id == "korthikanti_1t_full")
+    assert not case_of(replace(row, source=source)).job.fused_attention
+    assert case_of(replace(row, source="a page")).job.fused_attention
+
+
+def test_step_times_of_others_are_not_held_to_calculons_threshold(tmp_path: Path) -> None:
+    (row,) = cells(("korthikanti_1t_full",))
+    rows = [row, {**row, "id": "mine", "source": "a page"}]
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", rows))))
+    assert found["korthikanti_1t_full"]["group"] == "Calculon's step times"
+    assert found["mine"]["group"] == "step times, other sources"
