@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.routing import Route
 
 import crosschip
 from crosschip.serve.api.chat import ChatCall
@@ -20,7 +19,7 @@ from crosschip.serve.api.transport import CERTIFICATE_HEADER, EventStream, Outer
 from crosschip.serve.api.weights import CertificateFinder, add_weights
 from crosschip.serve.engine.engine import Engine
 from crosschip.serve.limits import Limits, LimitsLayer, Paths, load_keys
-from crosschip.serve.page import add_page
+from crosschip.serve.page import PAGE_PATHS, add_page
 
 __all__ = ["create_app"]
 
@@ -67,8 +66,7 @@ def create_app(
 
 def _add_layers(app: FastAPI, engine: Engine, limits: Limits, metrics: ServerMetrics) -> None:
     """The last one added is the first one asked. The page is no secret: what it shows comes over the API."""
-    page = frozenset(route.path for route in app.routes if isinstance(route, Route) and not route.include_in_schema)
-    paths = Paths(without_key=Paths.without_key | page)
+    paths = Paths(without_key=Paths.without_key | PAGE_PATHS)
     keys = load_keys(limits.api_keys) if limits.api_keys else None
     app.add_middleware(LimitsLayer, limits=limits, keys=keys, paths=paths, registry=metrics.registry)
     word = lambda: engine.info.certificate.word  # noqa: E731

@@ -14,7 +14,7 @@ from crosschip.serve.answer import AnswerWriter, starts_in_reasoning
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoice
 from crosschip.serve.api.logprobs import TokenNames, chat_logprobs
-from crosschip.serve.api.planning import check_request, choose_max_tokens, refuse_endless, sampling_params
+from crosschip.serve.api.planning import check_ids, check_request, choose_max_tokens, refuse_endless, sampling_params
 from crosschip.serve.api.schemas import ChatRequest
 from crosschip.serve.api.served import ServedModel
 from crosschip.serve.api.tools import ToolPlan, call_document, plan_tools
@@ -33,9 +33,11 @@ def _encode(served: ServedModel, request: ChatRequest, plan: ToolPlan) -> tuple[
     try:
         text = tokenizer.render_chat(messages, plan.shown)
         refuse_endless(served, text, "messages")
-        return tokenizer.encode_chat(messages, plan.shown), text
+        prompt_ids = tokenizer.encode_chat(messages, plan.shown)
     except DataError as error:
         raise ApiError(400, str(error), param="messages") from error
+    check_ids(served, prompt_ids, "messages")
+    return prompt_ids, text
 
 
 def _messages(request: ChatRequest) -> list[Message]:

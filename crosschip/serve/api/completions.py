@@ -140,7 +140,7 @@ class CompletionCall:
         params = sampling_params(
             self._served,
             request,
-            index,
+            index % self._per_prompt,
             max_tokens,
             request.logprobs,
             num_prompt_logprobs=num_prompt_logprobs,

@@ -17,6 +17,7 @@ from crosschip.errors import ServeError
 from crosschip.serve.answer import AnswerWriter, TextDelta
 from crosschip.serve.api.errors import ApiError
 from crosschip.serve.engine.engine import Engine, EngineInfo, Handle
+from crosschip.serve.engine.refusals import EngineClosed, QueueFull
 from crosschip.serve.engine.request import SamplingParams, TokenEvent, TokenScore
 
 __all__ = ["ChoiceUpdate", "Generation", "PlannedChoice", "Usage"]
@@ -140,8 +141,7 @@ class Generation:
                 self._open |= dict(zip(indices, handles, strict=True))
         except ServeError as error:
             self.abort()
-            status, code = (429, "engine_overloaded") if engine.load.alive else (503, "server_ended")
-            raise ApiError(status, str(error), code=code) from error
+            raise _as_refusal(error) from error
 
     @property
     def info(self) -> EngineInfo | None:
@@ -218,6 +218,15 @@ class Generation:
         before = writer.num_reasoning_tokens
         update.text.add(writer.push(token_id))
         self.usage.reasoning_tokens += writer.num_reasoning_tokens - before
+
+
+def _as_refusal(error: ServeError) -> ApiError:
+    """Only what may be taken later is told so: clients ask again by themselves."""
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), code="engine_overloaded")
+    if isinstance(error, EngineClosed):
+        return ApiError(503, str(error), code="server_ended")
+    return ApiError(400, str(error))
 
 
 def _of_one_prompt(choices: list[PlannedChoice]) -> list[list[int]]:

@@ -28,13 +28,13 @@ def check_request(served: ServedModel, request: CommonRequest) -> None:
         _check_id(served, int(name), "logit_bias")
 
 
-def check_ids(served: ServedModel, prompt_ids: list[int]) -> None:
+def check_ids(served: ServedModel, prompt_ids: list[int], param: str = "prompt") -> None:
     """Refuse a prompt that is empty or leaves the vocabulary."""
     if not prompt_ids:
-        raise ApiError(400, "the prompt has no tokens; give at least one", param="prompt")
+        raise ApiError(400, "the prompt has no tokens; give at least one", param=param)
     if min(prompt_ids) < 0 or max(prompt_ids) >= served.engine.info.vocab_size:
         for token_id in prompt_ids:
-            _check_id(served, token_id, "prompt")
+            _check_id(served, token_id, param)
 
 
 def _check_id(served: ServedModel, token_id: int, param: str) -> None:
@@ -86,7 +86,8 @@ def sampling_params(
     wants_routes: bool = False,
     scores_as_drawn: bool = False,
 ) -> SamplingParams:
-    """The settings of one choice; choices of one seed differ by their number, and the first has the seed itself.
+    """The settings of one choice. The choices of one prompt and seed differ by their number among them, `choice`; so a
+    prompt's answers do not depend on the prompts beside it.
 
     An answer in a prescribed form ends where the form does, whatever `ignore_eos` says.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,13 @@ class DefaultSampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "top_k": (lambda value: value % 1 == 0, "a whole number (0: all)"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,12 @@ def describe_served(engine: Engine, model_name: str | None = None, tool_format: 
         tool_format: in which form the model writes tool calls; None finds it from the chat template.
 
     Raises:
-        ServeError: a file that cannot be read, or a format that is not known.
+        ServeError: a file that cannot be read, a default that no engine can sample by, or a format that is not known.
     """
     directory = engine.info.directory
     tokenizer = load_serving_tokenizer(directory)
-    generation = read_object(directory / "generation_config.json") or {}
+    generation_path = directory / "generation_config.json"
+    generation = read_object(generation_path) or {}
     stop_ids = set()
     for config in (generation, read_object(directory / "config.json") or {}):
         stop_ids.update(_id_list(config.get("eos_token_id")))
@@ -82,7 +92,7 @@ def describe_served(engine: Engine, model_name: str | None = None, tool_format: 
         tokenizer=tokenizer,
         name=model_name or directory.name or "model",
         stop_ids=frozenset(stop_ids),
-        sampling=_default_sampling(generation),
+        sampling=_default_sampling(generation, generation_path),
         tool_format=_tool_format(tokenizer, tool_format),
     )
 
@@ -104,13 +114,20 @@ def _shown(directory: Path) -> str:
     return directory.name
 
 
-def _default_sampling(generation: dict[str, Any]) -> DefaultSampling:
+def _default_sampling(generation: dict[str, Any], path: Path) -> DefaultSampling:
     if generation.get("do_sample") is False:
         return DefaultSampling(temperature=0.0)
+    found = {name: value for name in ("temperature", "top_p", "top_k") if (value := generation.get(name)) is not None}
+    for name, value in found.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_possible, allowed = _RANGES[name]
+        if not (is_number and is_possible(value)):
+            remedy = f"write {allowed} there, or leave it out"
+            raise ServeError(f"{path}: the default {name} is {value!r}, and no token can be drawn by it", remedy)
     return DefaultSampling(
-        temperature=float(generation.get("temperature") or 1.0),
-        top_p=float(generation.get("top_p") or 1.0),
-        top_k=int(generation.get("top_k") or 0),
+        temperature=float(found.get("temperature", 1.0)),
+        top_p=float(found.get("top_p", 1.0)),
+        top_k=int(found.get("top_k", 0)),
     )
 
 

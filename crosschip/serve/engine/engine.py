@@ -25,7 +25,7 @@ from crosschip.serve.engine.engine_info import (
     next_version,
 )
 from crosschip.serve.engine.overwrite import probe_scores
-from crosschip.serve.engine.refusals import refuse_impossible
+from crosschip.serve.engine.refusals import EngineClosed, QueueFull, refuse_impossible
 from crosschip.serve.engine.request import Request, SamplingParams, TokenEvent, TokenScore
 from crosschip.serve.engine.scheduler import Scheduler, Step
 
@@ -129,8 +129,8 @@ class Engine:
         handle's iterator.
 
         Raises:
-            ServeError: a prompt that is empty, too long together with `max_tokens`, or outside the vocabulary; an
-                engine whose queue is full or that was closed.
+            ServeError: a prompt that is empty, too long together with `max_tokens`, or outside the vocabulary.
+            QueueFull, EngineClosed: the engine takes none now, or none any more.
         """
         return self.submit_all(prompt_ids, [params], [deliver])[0]
 
@@ -150,9 +150,9 @@ class Engine:
         handles = [Handle(self, request, to) for request, to in zip(requests, delivers, strict=True)]
         with self._wake:
             if self._closing or not self._load.alive:
-                raise ServeError("the engine is closed", "start the server again")
+                raise EngineClosed("the engine is closed", "start the server again")
             if len(self._arrived) + self._load.waiting >= self._max_waiting:
-                raise ServeError(f"{self._max_waiting} requests are waiting already", "try again later")
+                raise QueueFull(f"{self._max_waiting} requests are waiting already", "try again later")
             self._arrived += handles
             self._wake.notify()
         return handles
@@ -323,9 +323,7 @@ class Engine:
             if request in ended:  # a token was drafted after its last one
                 continue
             if not choice.finite:
-                message = "the model's logits are not finite (NaN or infinity): wrong weights or a faulty chip"
-                ended[request] = TokenEvent(finish_reason="error", error=message)
-                self._runner.clear(self._scheduler.distrust(request))
+                ended[request] = self._end_faulty(request)
                 continue
             if request in answered:
                 self._scheduler.advance_drafted(request)
@@ -346,12 +344,20 @@ class Engine:
         ended: dict[Request, TokenEvent] = {}
         for chunk in (chunk for group in step.prefill for chunk in group if chunk.completes_prompt):
             request = chunk.request
-            if request.params.max_tokens == 0:
+            if not all(score is None or score.is_finite for score in request.prompt_scores):
+                ended[request] = self._end_faulty(request)
+            elif request.params.max_tokens == 0:
                 scores, routes = request.prompt_scores or None, self._routes_of(request)
                 ended[request] = TokenEvent(finish_reason="length", prompt_scores=scores, routes=routes)
             elif request.prompt_scores and not request.output_ids:
                 self._handles[request].deliver(TokenEvent(prompt_scores=request.prompt_scores))
         return ended
+
+    def _end_faulty(self, request: Request) -> TokenEvent:
+        """The last event of a request that was computed to no numbers; nobody shall find what lies in its blocks."""
+        self._runner.clear(self._scheduler.distrust(request))
+        message = "the model's logits are not finite (NaN or infinity): wrong weights or a faulty chip"
+        return TokenEvent(finish_reason="error", error=message)
 
     def _routes_of(self, request: Request) -> NDArray[Any] | None:
         """To be asked while the request holds its blocks."""

@@ -8,7 +8,15 @@ from crosschip.errors import ServeError
 from crosschip.serve.engine.engine_info import EngineInfo
 from crosschip.serve.engine.request import SamplingParams
 
-__all__ = ["refuse_impossible"]
+__all__ = ["EngineClosed", "QueueFull", "refuse_impossible"]
+
+
+class QueueFull(ServeError):
+    """Too many requests wait already: the same request may be taken later."""
+
+
+class EngineClosed(ServeError):
+    """The engine takes no requests any more."""
 
 
 def refuse_impossible(prompt_ids: list[int], params: SamplingParams, info: EngineInfo, cache_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,11 @@ class TokenScore:
 
     logprob: float
     top: list[tuple[int, float]]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the logits were numbers: a NaN or an infinite one makes the token's own log-prob none."""
+        return math.isfinite(self.logprob)
 
 
 @dataclass(frozen=True, slots=True)

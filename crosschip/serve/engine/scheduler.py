@@ -246,7 +246,7 @@ class Scheduler:
         copies = []
         while self._free_slots and (request := self._first_waiting()) is not None:
             if not self._holdings.admit(request, self._free_slots[0]):
-                if self._running or not self._drop_fork(request):
+                if self._running or not (self._drop_fork(request) or self._drop_fork()):
                     break
                 continue
             self._waiting.remove(request)  # it is the first one, but for the time before new weights
@@ -282,7 +282,8 @@ class Scheduler:
             self._waiting.appendleft(first)
 
     def _drop_fork(self, but: Request | None = None) -> bool:
-        """Take back what a waiting sibling holds; its prompt will be computed again."""
+        """Take back what a waiting sibling holds, the one at the end of the queue first; its prompt will be computed
+        again."""
         for request in reversed(self._waiting):
             if request.num_computed > 0 and request is not but:
                 self._holdings.leave(request)

@@ -117,7 +117,7 @@ class Admission:
 
     def retry_after_s(self, model: str) -> int:
         """About how long until a request that comes now would have its turn."""
-        places = sum(e.table.max_in_flight for e in self._fleet.of_model(model) if self._fleet.is_usable(e))
+        places = sum(engine.table.max_in_flight for engine in self._fleet.usable_of_model(model))
         ahead = len(self._waiting[model]) + 1
         seconds = self._seconds_per_request[model] * ahead / max(1, places)
         return min(60, max(1, math.ceil(seconds)))
@@ -164,4 +164,6 @@ class Admission:
             return "draining"
         if engine.name in ask.tried:
             return "it failed with this request"
+        if not self._fleet.has_share(engine):
+            return "its group has a share of 0"
         return "UNCERTIFIED, and a certificate is required"

@@ -193,7 +193,7 @@ def _add_state(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Whether each model has an engine that takes requests."""
-        without = [model for model in fleet.models if not any(map(fleet.is_usable, fleet.of_model(model)))]
+        without = [model for model in fleet.models if not fleet.usable_of_model(model)]
         is_ready = not without and not admission.draining
         body = {"ready": is_ready, "draining": admission.draining, "models_without_engine": without}
         return JSONResponse(body, 200 if is_ready else 503)

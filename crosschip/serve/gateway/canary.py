@@ -1,7 +1,7 @@
 """Which group of engines a conversation goes to. Policy, no I/O.
 
 Shares are kept exactly, not by lot: after any number of new conversations each group has had its share, rounded. A
-conversation stays with its group.
+conversation stays with its group; those that open alike are one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ class Split:
         self._owed = dict.fromkeys(shares, 0.0)
         self._group_of: OrderedDict[bytes, str] = OrderedDict()
 
+    def has_share(self, group: str) -> bool:
+        """Whether any requests go to a group."""
+        return self._shares.get(group, 0.0) > 0
+
     def choose(self, key: bytes, is_later_turn: bool, usable: set[str]) -> str | None:
         """The group for a request; None when no group with a share is usable."""
         if is_later_turn and (known := self._group_of.get(key)) in usable:
             self._group_of.move_to_end(key)
             return known
-        open_groups = [group for group, share in self._shares.items() if group in usable and share > 0]
+        open_groups = [group for group in self._shares if group in usable and self.has_share(group)]
         if not open_groups:
             return None
         total = sum(self._shares[group] for group in open_groups)

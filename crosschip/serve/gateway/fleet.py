@@ -106,14 +106,22 @@ class Fleet:
         return next((engine for engine in self.engines if engine.name == name), None)
 
     def is_usable(self, engine: EngineState) -> bool:
-        """Whether requests may go to it, if it has room."""
+        """Whether it is up, as far as requests may go to it."""
         certified = engine.certificate.is_certified or not self._require_certificate
         return engine.problem is None and not engine.draining and certified
 
+    def has_share(self, engine: EngineState) -> bool:
+        """Whether requests go to its group: a split may give it a share of 0."""
+        split = self._splits.get(engine.table.model)
+        return split is None or split.has_share(engine.table.group)
+
+    def usable_of_model(self, model: str) -> list[EngineState]:
+        """The engines that a model's requests go to, whether they have room or not."""
+        return [engine for engine in self.of_model(model) if self.is_usable(engine) and self.has_share(engine)]
+
     def usable(self, ask: Ask) -> list[EngineState]:
         """The engines that this request could still go to, whether they have room or not."""
-        engines = self.of_model(ask.model)
-        return [engine for engine in engines if self.is_usable(engine) and engine.name not in ask.tried]
+        return [engine for engine in self.usable_of_model(ask.model) if engine.name not in ask.tried]
 
     def choose(self, ask: Ask) -> EngineState | None:
         """The engine for a request, which it now is on (`leave` ends that); None when none has room.

@@ -77,7 +77,11 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def prompt_chars(body: bytes) -> int:
-    """Characters of `prompt`, `messages` and `tools`, a token id counting as one; 0 for what is no such request."""
+    """Characters of `prompt`, `messages` and `tools`; 0 for what is no such request.
+
+    A token id counts as one. So do the names in objects, letter by letter: a template may show them, as those of a
+    tool's parameters.
+    """
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
@@ -95,7 +99,7 @@ def _chars(value: Any) -> int:
         if isinstance(each, str):
             count += len(each)
         elif isinstance(each, dict):
-            waiting += each.values()
+            waiting += [*each, *each.values()]
         elif isinstance(each, list):
             waiting += each
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class LimitsLayer:
             return
         name = _NOBODY
         try:
+            _refuse_control_characters(scope["path"])
             key = self._admit(scope)
             name = key.name if key is not None else _NOBODY
             scope.setdefault("state", {})["api_key"] = name
@@ -196,6 +198,14 @@ class _Answer:
             with suppress(TimeoutError):  # a reader who does not read does not get it
                 async with asyncio.timeout(_LAST_WORDS_S):
                     await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+
+
+def _refuse_control_characters(path: str) -> None:
+    """A server's patterns may read over them: `$` matches before a line feed at the end, so that `/v1/weights` and a
+    line feed would be another path here, and the same one there."""
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        message = f"the path {path!r} has control characters, and no path here has; leave them out"
+        raise _Refused(404, message, "unknown_url", "path")
 
 
 def _allowance(limits: Limits, key: ApiKey | None) -> Allowance:

@@ -15,7 +15,7 @@ class Limits(BaseModel):
 
     `requests_per_minute` and `max_concurrent` hold for each key, and for all clients together where there are no keys;
     a key's own table goes before them. `max_prompt_chars` counts the characters of all text that a request sends for
-    the model to read; a token id counts as one.
+    the model to read, the names in its objects, too; a token id counts as one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -24,10 +25,20 @@ async def length(request: Request) -> PlainTextResponse:
     return PlainTextResponse(str(len(await request.body())))
 
 
+async def unread(_: Request) -> PlainTextResponse:
+    return PlainTextResponse("no")
+
+
+async def slow(_: Request) -> PlainTextResponse:
+    await asyncio.sleep(0.5)
+    return PlainTextResponse("at last")
+
+
 @contextmanager
 def served() -> Iterator[tuple[str, int]]:
     listener = bind("127.0.0.1", 0)
-    app = Starlette(routes=[Route("/length", length, methods=["POST"])])
+    handlers = (length, unread, slow)
+    app = Starlette(routes=[Route(f"/{each.__name__}", each, methods=["POST"]) for each in handlers])
     server = uvicorn.Server(uvicorn_config(app, grace_s=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -41,6 +52,14 @@ def served() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[tuple[str, int]]:
+    with served() as place:
+        yield place
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """A server that waits for no head longer than 0.2 s, and between two requests as long as any."""
+    monkeypatch.setattr("crosschip.serve.api.http_protocol._HEAD_S", 0.2)
     with served() as place:
         yield place
 
@@ -109,3 +128,37 @@ def test_a_body_in_parts_of_any_length_is_taken(place: tuple[str, int], part: in
 def test_many_requests_on_one_connection_are_each_counted_by_themselves(place: tuple[str, int]) -> None:
     with httpx.Client(base_url=f"http://{place[0]}:{place[1]}", headers={"x-wide": "a" * 30_000}) as client:
         assert {client.post("/length", content=b"123").text for _ in range(8)} == {"3"}
+
+
+WHOLE = HEAD + b"content-length: 1\r\n\r\na"
+
+
+@pytest.mark.parametrize(
+    ("parts", "status"),
+    [
+        ([], b""),
+        ([b"POST /len"], b""),
+        ([b"\r\n"], b""),
+        ([WHOLE, b"POST /len"], b"200"),
+        ([WHOLE, b"\r\n"], b"200"),
+        ([WHOLE.replace(b"length", b"unread", 1).replace(b": 1", b": 9"), b"b"], b"200"),
+    ],
+    ids=["nothing", "half a head", "a blank line", "half a second head", "a second blank line", "a body nobody reads"],
+)
+def test_a_connection_whose_request_does_not_come_is_closed(
+    impatient: tuple[str, int], parts: list[bytes], status: bytes
+) -> None:
+    found = b""
+    with socket.create_connection(impatient, timeout=10) as connection:
+        for number, part in enumerate(parts):
+            connection.sendall(part)
+            if number < len(parts) - 1:
+                found = connection.recv(4096)
+        while some := connection.recv(4096):
+            found += some
+    assert found[9:12] == status
+
+
+def test_an_answer_may_take_longer_than_a_head(impatient: tuple[str, int]) -> None:
+    with httpx.Client(base_url=f"http://{impatient[0]}:{impatient[1]}") as client:
+        assert [client.post("/slow", content=b"a").text for _ in range(2)] == ["at last"] * 2

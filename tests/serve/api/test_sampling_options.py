@@ -52,6 +52,14 @@ def test_choices_of_one_prompt_are_those_of_single_requests(random_server: Runni
     assert all(choice["prompt_token_ids"] == [5, 6, 7] for choice in choices)
 
 
+def test_a_seed_gives_a_prompt_its_answer_whatever_is_asked_beside_it(random_server: RunningServer) -> None:
+    drawn: dict[str, Any] = {"temperature": 1.0, "seed": 3, "n": 2}
+    both = GREEDY | drawn | {"prompt": [[8, 9], [5, 6, 7]]}
+    choices = httpx.post(f"{random_server.url}/v1/completions", json=both, timeout=60).json()["choices"]
+    alone = httpx.post(f"{random_server.url}/v1/completions", json=GREEDY | drawn, timeout=60).json()["choices"]
+    assert [choice["token_ids"] for choice in choices[2:]] == [choice["token_ids"] for choice in alone]
+
+
 def test_a_stream_tells_the_ids_of_its_prompt_once(taught_server: RunningServer) -> None:
     client = openai.OpenAI(base_url=f"{taught_server.url}/v1", api_key="none")
     messages: Any = [{"role": "user", "content": CONVERSATIONS[0][0]}]

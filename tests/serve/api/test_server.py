@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from crosschip.errors import ModelError, ServeError
 from crosschip.serve import load_engine, serve
+from crosschip.serve.api.app import create_app
+from crosschip.serve.limits import Limits, new_key
+from crosschip.serve.page import PAGE_PATHS
 from tests.serve.conftest import running_server
 
 
@@ -65,3 +70,24 @@ def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:
 def test_a_length_beyond_the_model_is_refused(random_dir: Path) -> None:
     with pytest.raises(ServeError, match="2048"):
         load_engine(random_dir, max_model_len=4096)
+
+
+def test_without_a_key_the_page_is_given_and_nothing_else(random_dir: Path, tmp_path: Path) -> None:
+    secret, lines = new_key("alice")
+    (tmp_path / "keys.toml").write_text(lines)
+    engine = load_engine(random_dir, max_batch_size=1)
+    try:
+        app = create_app(engine, limits=Limits(api_keys=tmp_path / "keys.toml"))
+        paths = [route.path for route in app.routes if isinstance(route, Route) and "GET" in (route.methods or ())]
+
+        async def statuses(headers: dict[str, str]) -> dict[str, int]:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as client:
+                return {path: (await client.get(path)).status_code for path in paths}
+
+        found = asyncio.run(statuses({}))
+        assert {path for path, status in found.items() if status == 200} == PAGE_PATHS | {"/health", "/ready"}
+        assert found["/openapi.json"] == 401
+        assert asyncio.run(statuses({"authorization": f"Bearer {secret}"}))["/openapi.json"] == 200
+    finally:
+        engine.close()

@@ -213,6 +213,24 @@ def test_nan_ends_the_request_with_an_error(random_dir: Path) -> None:
         broken.close()
 
 
+def test_scores_of_a_prompt_that_are_no_numbers_end_the_request_with_an_error(random_dir: Path) -> None:
+    model = load_model(random_dir)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    decoder, prompt = Decoder(model), list(range(3, 43))
+    info = EngineInfo(random_dir, "cpu", "float32", decoder.config.vocab_size, 0, 64, 1)
+    scheduler = Scheduler(1, 64, 64)
+    broken = Engine(Runner(decoder, 1, 64, torch.device("cpu")), scheduler, info)
+    try:
+        (only,) = broken.submit(prompt, SamplingParams(0, num_prompt_logprobs=2))
+        assert only.finish_reason == "error"
+        assert "not finite" in (only.error or "")
+        list(broken.submit(prompt, SamplingParams(1)))
+        assert scheduler.blocks.counts.found == 0, "nobody finds what it computed"
+    finally:
+        broken.close()
+
+
 def test_a_failing_step_ends_its_requests_and_not_the_engine(random_dir: Path) -> None:
     shaky = make_engine(random_dir, num_slots=2)
     try:

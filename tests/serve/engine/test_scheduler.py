@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosschip.serve.engine.blocks import BLOCK_TOKENS, BlockManager
+from crosschip.serve.engine.holdings import blocks_for
 from crosschip.serve.engine.request import Request, SamplingParams
 from crosschip.serve.engine.scheduler import Scheduler, Step
 
@@ -174,7 +176,7 @@ class _Traffic:
 @given(
     prompts=st.lists(st.tuples(st.integers(1, 120), st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=12),
     num_slots=st.integers(1, 5),
-    num_blocks=st.integers(6, 14),
+    spare_blocks=st.integers(0, 8),
     budget=st.integers(1, 90),
     prefix_cache=st.booleans(),
     deterministic=st.booleans(),
@@ -183,13 +185,14 @@ class _Traffic:
 def test_any_traffic_is_served_by_any_pool(
     prompts: list[tuple[int, int, int]],
     num_slots: int,
-    num_blocks: int,
+    spare_blocks: int,
     budget: int,
     prefix_cache: bool,
     deterministic: bool,
     leaving: set[int],
 ) -> None:
     """Preemption, shared prefixes, siblings and aborts in any mixture: all end, and every block comes back."""
+    num_blocks = spare_blocks + max(blocks_for(length + max_tokens) for length, max_tokens, _ in prompts)
     manager = BlockManager(num_blocks, prefix_cache)
     scheduler = Scheduler(num_slots, 192, budget, manager, deterministic)
     traffic = _Traffic(scheduler)
@@ -256,6 +259,25 @@ def test_siblings_share_blocks_and_copy_the_last_one() -> None:
     assert sibling.blocks[0] == leader.blocks[0]
     assert scheduler.blocks.references(leader.blocks[0]) == 2
     assert scheduler.blocks.references(leader.blocks[1]) == 1
+
+
+@pytest.mark.parametrize(("num_blocks", "num_prompt"), [(2, 60), (2, 40), (4, 120)])
+def test_a_sibling_gives_back_what_it_holds_where_that_leaves_no_room_for_its_own(
+    num_blocks: int, num_prompt: int
+) -> None:
+    scheduler = Scheduler(2, 192, 1000, BlockManager(num_blocks))
+    traffic = _Traffic(scheduler)
+    leader, *siblings = pending = [request(num_prompt, 4) for _ in range(4)]
+    leader.siblings = list(siblings)
+    scheduler.add(leader)
+    while scheduler.num_waiting or scheduler.active:
+        step, tokened = traffic.step()
+        assert not step.is_empty, "requests are left, and nothing will ever be computed"
+        for each in tokened:
+            each.output_ids.append(0)
+        scheduler.remove([each for each in tokened if each.finish_reason_after(-1)])
+    assert [len(each.output_ids) for each in pending] == [4] * 4
+    assert scheduler.blocks.num_free == num_blocks
 
 
 def test_a_leader_that_leaves_hands_on_its_prompt() -> None:

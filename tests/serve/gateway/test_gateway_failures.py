@@ -235,6 +235,22 @@ def test_an_engine_that_is_down_comes_back() -> None:
         wait_until(lambda: httpx.get(f"{gateway.url}/ready").status_code == 200, "it is ready again")
 
 
+def test_a_group_without_a_share_is_not_waited_for() -> None:
+    failing, idle = ScriptedEngine(refusal=JSONResponse({"error": {"message": "out of memory"}}, 500)), ScriptedEngine()
+    with scripted(failing, idle) as urls:
+        tables = table("a", urls[0]), table("b", urls[1], group="canary")
+        splits = [{"model": "m", "shares": {"main": 100, "canary": 0}}]
+        with running_gateway(settings_of(*tables, splits=splits, forwarding={"max_wait_s": 5.0})) as gateway:
+            response = ask(gateway.url)
+            assert (response.status_code, error_of(response)["code"]) == (502, "engine_lost")
+            failing.well = False
+            wait_until(lambda: httpx.get(f"{gateway.url}/ready").status_code == 503, "it is not ready")
+            response = ask(gateway.url)
+            assert (response.status_code, error_of(response)["code"]) == (503, "no_engine")
+            assert "a: down; b: its group has a share of 0" in error_of(response)["message"]
+            assert idle.sent == []
+
+
 def test_an_engine_that_serves_another_model_gets_nothing() -> None:
     with scripted(ScriptedEngine(model="other")) as [url]:
         with running_gateway(settings_of(table("a", url)), wait_for=0) as gateway:

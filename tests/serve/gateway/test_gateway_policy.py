@@ -104,6 +104,17 @@ def test_a_canary_that_is_down_leaves_its_share_to_the_others() -> None:
     assert split.choose(b"", False, {"off"}) is None
 
 
+def test_a_group_without_a_share_is_nobody_to_wait_for() -> None:
+    tables = {"name": "a"}, {"name": "b", "group": "off"}
+    fleet = fleet_of(*tables, splits=[{"model": "m", "shares": {"main": 1, "off": 0}}])
+    ask = ask_for("x")
+    assert [engine.name for engine in fleet.usable(ask)] == ["a"]
+    ask.tried.add("a")
+    assert fleet.usable(ask) == []
+    assert fleet.is_usable(fleet.engines[1]), "it is up all the same"
+    assert len(fleet_of(*tables).usable(ask)) == 1, "without a split all groups are one"
+
+
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any), st.integers(1, 300))
 def test_shares_are_off_by_less_than_the_number_of_groups(shares: list[int], requests: int) -> None:
     split = Split({str(group): share for group, share in enumerate(shares)})

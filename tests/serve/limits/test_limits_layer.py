@@ -124,6 +124,19 @@ def test_only_an_admin_administrates(keys: tuple[KeyRing, str, str], path: str) 
         assert backend.reached == [], "without keys nobody is an admin"
 
 
+@pytest.mark.parametrize("path", ["/v1/weights%0A", "/v1/weights%0a", "/v1/%0Aweights", "/v1/weights%00", "/%7f"])
+def test_a_path_with_control_characters_reaches_nothing(keys: tuple[KeyRing, str, str], path: str) -> None:
+    ring, alice, root = keys
+    with limited() as (url, backend, _):
+        response = httpx.post(url + path)
+        assert (response.status_code, code_of(response)) == (404, "unknown_url")
+        assert backend.reached == []
+    with limited(ring) as (url, backend, _):
+        for secret in (alice, root):
+            assert httpx.post(url + path, headers=bearer(secret)).status_code == 404
+        assert backend.reached == []
+
+
 def test_each_key_has_its_own_rate(keys: tuple[KeyRing, str, str]) -> None:
     ring, alice, root = keys
     with limited(ring, requests_per_minute=3) as (url, _, _):

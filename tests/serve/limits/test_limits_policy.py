@@ -119,7 +119,10 @@ def test_a_refused_request_takes_nothing_from_the_rate() -> None:
 def test_what_a_model_would_read_is_counted() -> None:
     assert prompt_chars(b'{"prompt": "12345"}') == 5
     assert prompt_chars(b'{"prompt": [1, 2, 3]}') == 3
-    assert prompt_chars(b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "12"}]}]}') == 10
+    parts = b'[{"type": "text", "text": "12"}]'
+    values, names = len("user" + "text" + "12"), len("role" + "content" + "type" + "text")
+    assert prompt_chars(b'{"messages": [{"role": "user", "content": ' + parts + b"}]}") == values + names
+    assert prompt_chars(b'{"tools": [{"' + b"a" * 5000 + b'": null}]}') == 5001
     assert prompt_chars(b'{"model": "x"}') == 0
     for no_request in (b"", b"[]", b"{", b"\xff", b"[" * 100_000):
         assert prompt_chars(no_request) == 0
