@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-__all__ = ["THINK_CLOSE", "THINK_OPEN", "check_answer", "split_reasoning"]
+__all__ = ["THINK_CLOSE", "THINK_OPEN", "check_answer", "final_answer", "split_reasoning"]
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
@@ -18,6 +18,7 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))")
 _LATEX_WORDS = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
+_FINAL = re.compile(r"(?:^|\n)#### ?([^\n]+)\s*$")  # the last line of an answer in GSM8K and in what copies it
 _UNIT = re.compile(r"\s[^\d]*$")
 _ANSWER_IS = re.compile(r"answer(?: is|:)\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
@@ -37,6 +38,12 @@ def split_reasoning(text: str) -> tuple[str | None, str, bool]:
     if opened:
         return body, "", False
     return None, text, True
+
+
+def final_answer(expected: str) -> str:
+    """What a row's answer ends in behind `####`, where its last line is such a one; else the whole of it."""
+    found = _FINAL.search(expected)
+    return expected if found is None else found[1].strip()
 
 
 def check_answer(answer_text: str, expected: str) -> bool:

@@ -17,13 +17,16 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def check_arithmetic(attempt: Attempt) -> float:
-    """1.0 where the final answer is the expected number (or word), by the verifier that evaluation uses."""
+    """1.0 where the final answer is the expected number (or word), by the verifier that evaluation uses.
+
+    Where the row's answer ends in a line of `####`, what stands there is expected.
+    """
     # Inside the function, because the package `crosschip.data` imports torch; this checker runs where torch is in use.
-    from crosschip.data.answers import check_answer
+    from crosschip.data.answers import check_answer, final_answer
 
     if not attempt.closed:
         return 0.0
-    return float(check_answer(attempt.answer, attempt.expected))
+    return float(check_answer(attempt.answer, final_answer(attempt.expected)))
 
 
 def check_format(attempt: Attempt) -> float:

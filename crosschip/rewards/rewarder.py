@@ -17,6 +17,7 @@ from crosschip.rewards.worker_process import CheckerError, WorkerLostError, Work
 __all__ = ["Rewarder"]
 
 _LONGEST_S = 86_400.0  # a day: clocks of the system have bounds
+_LARGEST_REWARD = 1e6  # far beyond, the deviation of a group overflows, and its advantages are 0 or NaN
 _warned: set[tuple[str, ...]] = set()
 
 
@@ -75,7 +76,7 @@ class Rewarder:
                 errors.append(f"{name}: {error}")
         if errors:
             return Verdict(None, parts, "; ".join(errors))
-        return Verdict(math.fsum(weight * parts[name] for name, weight in self._terms), parts, None)
+        return _weighed(self._terms, parts)
 
     def _submitted(self, name: str, attempt: Attempt) -> Future[float] | None:
         if name in IN_PROCESS:
@@ -130,6 +131,19 @@ class Rewarder:
         with self._lock:
             self._running.discard(worker)
         worker.kill()
+
+
+def _weighed(terms: Sequence[RewardTerm], parts: dict[str, float]) -> Verdict:
+    """The verdict where every checker gave a value: the sum, or an error where it would spoil the whole group."""
+    try:
+        reward = math.fsum(weight * parts[name] for name, weight in terms)
+    except (OverflowError, ValueError):  # also of an infinity less another
+        reward = math.nan
+    if abs(reward) <= _LARGEST_REWARD:
+        return Verdict(reward, parts, None)
+    told = " + ".join(f"{weight:g} * {parts[name]:g} ({name})" for name, weight in terms)
+    why = f"the reward {told} is not between -{_LARGEST_REWARD:,.0f} and {_LARGEST_REWARD:,.0f}"
+    return Verdict(None, parts, f"{why}; scale the checkers or their weights")
 
 
 def _judged_here(name: str, attempt: Attempt) -> float:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Isolation", "Limits", "SandboxError", "find_isolation", "run_script", "run_tests"]
+__all__ = ["Isolation", "Limits", "SandboxError", "ScriptRun", "find_isolation", "run_script", "run_tests"]
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _POLL_S = 0.02
@@ -65,10 +65,19 @@ class Isolation:
 
 
 @dataclass(frozen=True)
+class ScriptRun:
+    """What a script printed, None unless it ended with 0, and how long it ran; its sandbox's start is not counted."""
+
+    output: str | None
+    wall_s: float
+
+
+@dataclass(frozen=True)
 class _Ended:
     control: bytes  # what came through the control socket
     output: bytes
     status: int | None  # None where it was killed from outside: too late, or too much output
+    wall_s: float  # from when it was ready
 
 
 def run_tests(candidate: str, tests: str, limits: Limits) -> bool:
@@ -79,11 +88,12 @@ def run_tests(candidate: str, tests: str, limits: Limits) -> bool:
     return _behind_ready(ended) == token.encode()
 
 
-def run_script(candidate: str, given: str, limits: Limits) -> str | None:
-    """The standard output of the candidate as a script with `given` as standard input; None unless it ended with 0."""
+def run_script(candidate: str, given: str, limits: Limits) -> ScriptRun:
+    """Run the candidate as a script with `given` as standard input."""
     ended = _run({"code": candidate, "tests": None, "token": ""}, given, limits, find_isolation().doors)
     _behind_ready(ended)
-    return ended.output.decode("utf-8", "replace") if ended.status == 0 else None
+    output = ended.output.decode("utf-8", "replace") if ended.status == 0 else None
+    return ScriptRun(output, ended.wall_s)
 
 
 @functools.cache
@@ -144,6 +154,7 @@ def _collect(process: subprocess.Popen[bytes], control: socket.socket, limits: L
     received = {"control": bytearray(), "output": bytearray()}
     most = {"control": _MAX_CONTROL_BYTES, "output": limits.output_bytes}
     deadline, is_ready = time.monotonic() + _START_S, False
+    began = last_heard = time.monotonic()  # it is last heard when it closes the control socket, by ending
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ, "control")
         if process.stdout is not None:
@@ -151,17 +162,19 @@ def _collect(process: subprocess.Popen[bytes], control: socket.socket, limits: L
         while True:
             has_ended = process.poll() is not None  # asked first, so nothing written before the end is missed
             events = selector.select(0 if has_ended else _POLL_S)
+            last_heard = time.monotonic() if events else last_heard
             for key, _ in events:
                 chunk = _read(key.fd)
                 received[key.data] += chunk
                 if not chunk:
                     selector.unregister(key.fileobj)
             if not is_ready and received["control"].startswith(_READY):
-                deadline, is_ready = time.monotonic() + limits.wall_s + _GRACE_S, True
+                began, is_ready = last_heard, True
+                deadline = began + limits.wall_s + _GRACE_S
             is_too_much = any(len(received[name]) > most[name] for name in most)
             if is_too_much or time.monotonic() > deadline or (has_ended and not events):
                 status = process.returncode if has_ended and not is_too_much else None
-                return _Ended(bytes(received["control"]), bytes(received["output"]), status)
+                return _Ended(bytes(received["control"]), bytes(received["output"]), status, last_heard - began)
 
 
 def _read(descriptor: int) -> bytes:

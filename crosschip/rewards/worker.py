@@ -1,7 +1,8 @@
 """The process in which checkers run that may hang or die: `python -m crosschip.rewards.worker SOCKET_FD`.
 
 One JSON object a line, both ways. First the names to load, answered by `ready` or by why they are refused; then one
-attempt and the name of one checker at a time, answered by `reward` or by `raised`.
+attempt and the name of one checker at a time, answered by `reward` or by `raised`. Each answer repeats the `id` of what
+it answers.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     """Load the checkers, then judge until the other side is closed."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
+    own_pid = os.getpid()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than the training
     with channel.makefile("rwb") as stream:
@@ -44,13 +46,17 @@ def main() -> None:
         try:
             checkers = {name: _loaded(name, task["timeout_s"]) for name in task["names"]}
         except CrosschipError as error:
-            _say(stream, {"refused": {"problem": error.problem, "remedy": error.remedy}})
+            _say(stream, {"id": task["id"], "refused": {"problem": error.problem, "remedy": error.remedy}})
             return
         _limit_memory(task["names"])
-        _say(stream, {"ready": True, "gaps": find_isolation().gaps if "code" in checkers else ()})
+        gaps = find_isolation().gaps if "code" in checkers else ()
+        _say(stream, {"id": task["id"], "ready": True, "gaps": gaps})
         for line in stream:
             task = json.loads(line)
-            _say(stream, _judge(checkers[task["name"]], Attempt(**task["attempt"]), task["timeout_s"]))
+            found = _judge(checkers[task["name"]], Attempt(**task["attempt"]), task["timeout_s"])
+            if os.getpid() != own_pid:
+                os._exit(0)  # a child that the checker forked came back from it, too: it shares our socket
+            _say(stream, {"id": task["id"], **found})
 
 
 def _loaded(name: str, timeout_s: float) -> Checker:

@@ -44,7 +44,7 @@ class WorkerProcess:
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process runs)
         self._socket, theirs = socket.socketpair()
-        self._unread = b""
+        self._unread, self._num_asked = b"", 0
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "crosschip.rewards.worker", str(theirs.fileno())],
@@ -90,14 +90,27 @@ class WorkerProcess:
 
     def _exchange(self, message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
+        self._num_asked += 1
         try:
+            self._check_silent()
             self._socket.settimeout(timeout_s)
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
-            return json.loads(self._line(deadline))
+            self._socket.sendall(json.dumps({"id": self._num_asked, **message}).encode() + b"\n")
+            answer: dict[str, Any] = json.loads(self._line(deadline))
+            if answer["id"] != self._num_asked:
+                raise ValueError(f"it answered question {answer['id']} when it was asked question {self._num_asked}")
+            return answer
         except TimeoutError:
             raise WorkerLostError(f"gave no answer within {timeout_s:g} s and was killed") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise WorkerLostError(f"broke its worker process: {self._last_words(error)}") from error
+
+    def _check_silent(self) -> None:
+        """A `ValueError` for anything said that nobody has asked for: what comes next would answer another attempt."""
+        self._socket.settimeout(0.0)
+        with suppress(BlockingIOError):
+            self._unread += self._socket.recv(1, socket.MSG_PEEK)
+        if self._unread:
+            raise ValueError("it said something unasked: a process that the checker forked writes into the same socket")
 
     def _line(self, deadline: float) -> bytes:
         while b"\n" not in self._unread:

@@ -11,6 +11,7 @@ from typing import Any
 from crosschip import __version__
 from crosschip.errors import CrosschipError, RunDirectoryError
 from crosschip.recipe import load_recipe, parse_recipe
+from crosschip.rewards.of_recipe import check_checkers
 from crosschip.rundir import RunDirectory, read_json, write_json, write_text
 from crosschip.voyage.state import DOCUMENT, Step, Voyage, differences
 from crosschip.voyage.steps import STEPS, target_of
@@ -46,6 +47,7 @@ def run_voyage(
         KeyboardInterrupt: the voyage was interrupted; what is done is kept.
     """
     recipe = load_recipe(recipe_path, overrides)
+    check_checkers(recipe)
     if serve:
         _check_address(host, port)
     run = RunDirectory(out or Path("runs") / recipe.name)

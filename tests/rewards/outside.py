@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from crosschip.rewards import Attempt
@@ -67,3 +68,25 @@ def as_told(attempt: Attempt) -> object:
         case "torch":
             return float("torch" in sys.modules)
     return 1.0
+
+
+def forks(attempt: Attempt) -> float:
+    """A child comes back from here as well."""
+    os.fork()
+    return float(attempt.answer)
+
+
+def forks_and_exits(attempt: Attempt) -> float:
+    """The child ends as a program ends."""
+    if os.fork() == 0:
+        sys.exit(0)
+    return float(attempt.answer)
+
+
+def talks_into_the_socket(attempt: Attempt) -> float:
+    """Writes an answer of its own into every socket that it finds open, before the worker answers."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.write(int(name), b'{"id": 2, "reward": 7.0}\n')
+    return float(attempt.answer)

@@ -32,7 +32,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize(
     ("answer", "expected", "reward"),
-    [("It is 72.", "72", 1.0), ("\\boxed{3/4}", "0.75", 1.0), ("73", "72", 0.0), ("The answer is Paris", "paris", 1.0)],
+    [
+        ("It is 72.", "72", 1.0),
+        ("\\boxed{3/4}", "0.75", 1.0),
+        ("73", "72", 0.0),
+        ("The answer is Paris", "paris", 1.0),
+        ("#### 72", "Natalia sold 48 + 24 = 72.\n#### 72", 1.0),
+        ("It is 48.", "Natalia sold 48 + 24 = 72.\n#### 72", 0.0),
+    ],
 )
 def test_arithmetic(answer: str, expected: str, reward: float) -> None:
     assert check_arithmetic(attempt(answer, expected)) == reward

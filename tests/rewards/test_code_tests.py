@@ -6,7 +6,7 @@ import pytest
 
 from crosschip.errors import DataError
 from crosschip.rewards.code_tests import candidate_of, check_code, parse_problem
-from crosschip.rewards.sandbox import Limits
+from crosschip.rewards.sandbox import Limits, ScriptRun
 from tests.rewards.attempts import attempt
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -47,6 +47,20 @@ def test_the_inputs_share_the_time() -> None:
     slow = "```python\nimport time\ntime.sleep(0.4)\nprint(1)\n```"
     many = json.dumps({"inputs": [""] * 50, "outputs": ["1"] * 50})
     assert check_code(attempt(slow, many), Limits(wall_s=1.0)) == 0.0
+
+
+def test_starting_the_sandbox_takes_nothing_from_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    own_s = [0.25, 0.5, 0.0]
+
+    def run(candidate: str, text: str, limits: Limits) -> ScriptRun:
+        given.append(limits.wall_s)
+        return ScriptRun("1", own_s[len(given) - 1])
+
+    monkeypatch.setattr("crosschip.rewards.code_tests.run_script", run)
+    cases = json.dumps({"inputs": [""] * 3, "outputs": ["1"] * 3})
+    assert check_code(attempt(READS, cases), Limits(wall_s=1.0)) == 1.0
+    assert given == [1.0, 0.75, 0.25]
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "def broken(:", "\0", "\ud800", "(" * 100_000, "x = " + "9" * 10_000])

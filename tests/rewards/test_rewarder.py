@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from crosschip.errors import RecipeError
-from crosschip.rewards import Rewarder, RewardTerm, Verdict, rewarder
+from crosschip.rewards import Rewarder, RewardTerm, Verdict, checkers, rewarder
 from tests.rewards.attempts import attempt
 
 OUTSIDE = "tests.rewards.outside:"
@@ -91,6 +91,20 @@ def test_a_part_that_has_a_value_is_shown_beside_the_error() -> None:
     assert (verdict.reward, verdict.parts) == (None, {"format": 1.0})
 
 
+@pytest.mark.parametrize("weights", [(10.0, 1e-9), (1.0, 1.0), (10.0, -10.0), (1e-300, 0.0)])
+def test_a_sum_that_would_spoil_its_group_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float]
+) -> None:
+    for name in ("arithmetic", "format"):
+        monkeypatch.setitem(checkers.CHECKERS, name, lambda attempt: 1e308)
+    made = Rewarder(list(zip(("arithmetic", "format"), weights, strict=True)))
+    (found,) = made.judge([attempt("72", "72")])
+    assert found.reward is None
+    assert found.parts == {"arithmetic": 1e308, "format": 1e308}
+    assert f"the reward {weights[0]:g} * 1e+308 (arithmetic) + " in str(found.error)
+    assert "is not between -1,000,000 and 1,000,000" in str(found.error)
+
+
 def test_an_error_of_a_checker_in_this_process_is_one_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> float:
         raise ZeroDivisionError("of ours")
@@ -112,6 +126,27 @@ def test_a_worker_that_hung_is_gone_and_another_takes_its_place() -> None:
     finally:
         made.close()
     assert not is_alive(second.reward or 0)
+
+
+@pytest.mark.parametrize("name", ["forks", "forks_and_exits"])
+def test_a_checker_that_forks_shifts_no_reward_to_another_answer(name: str) -> None:
+    made = Rewarder([(OUTSIDE + name, 1.0)])
+    try:
+        found = made.judge([attempt(str(number)) for number in range(8)])
+    finally:
+        made.close()
+    assert [verdict.reward for verdict in found] == [float(number) for number in range(8)]
+
+
+def test_an_answer_that_nobody_asked_for_loses_the_worker_before_the_next_question() -> None:
+    made = Rewarder([(OUTSIDE + "talks_into_the_socket", 1.0)])
+    try:
+        first, second, third = made.judge([attempt("1"), attempt("2"), attempt("3")])
+    finally:
+        made.close()
+    assert second.reward is None
+    assert "broke its worker process: it " in str(second.error)
+    assert (first.reward, third.reward) == (7.0, 7.0)  # in a worker of its own again: who writes there lies to us
 
 
 def test_workers_do_not_load_torch(told: Rewarder) -> None:

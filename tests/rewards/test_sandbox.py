@@ -20,7 +20,7 @@ MARK = "crosschip-code-mark"
 
 
 def says(code: str, limits: Limits = BRIEF) -> str | None:
-    return run_script(code, "", limits)
+    return run_script(code, "", limits).output
 
 
 @pytest.fixture(params=["all that can be shut", "nothing"])
@@ -239,8 +239,8 @@ def test_root_without_another_user_has_no_capabilities(monkeypatch: pytest.Monke
 
 def test_standard_input_is_closed_unless_given(doors: frozenset[str]) -> None:
     assert run_tests("import sys\ntext = sys.stdin.read()", "assert text == ''", BRIEF)
-    assert run_script("print(input())", "hello\n", BRIEF) == "hello\n"
-    assert run_script("print(1)", "x" * (4 << 20), BRIEF) == "1\n"  # given and never read
+    assert run_script("print(input())", "hello\n", BRIEF).output == "hello\n"
+    assert run_script("print(1)", "x" * (4 << 20), BRIEF).output == "1\n"  # given and never read
 
 
 def test_nothing_is_left_in_the_temporary_directory(monkeypatch: pytest.MonkeyPatch, doors: frozenset[str]) -> None:
@@ -275,3 +275,9 @@ def test_a_sandbox_that_does_not_start_is_an_error_and_no_zero(monkeypatch: pyte
     monkeypatch.setattr(sandbox, "_CHILD", child)
     with pytest.raises(SandboxError):
         run_tests("x = 1", "assert x", BRIEF)
+
+
+def test_the_time_of_a_script_is_its_own_and_not_that_of_its_sandbox() -> None:
+    began = time.monotonic()
+    run = run_script("import time; time.sleep(0.2)", "", BRIEF)
+    assert 0.2 <= run.wall_s < time.monotonic() - began

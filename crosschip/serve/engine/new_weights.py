@@ -21,6 +21,7 @@ from crosschip.rundir import read_json
 from crosschip.serve.documents import read_object
 from crosschip.serve.engine.blocks import BLOCK_TOKENS
 from crosschip.serve.engine.engine import EngineInfo, PreparedWeights
+from crosschip.serve.engine.manifest import check_manifest
 from crosschip.serve.engine.overwrite import probe_scores
 from crosschip.serve.engine.runner import Runner
 
@@ -66,11 +67,12 @@ class WeightsPreparer:
         """Load, after `check`.
 
         Raises:
-            ServeError, ModelError: as `check`, or weights that cannot be taken.
+            ServeError, ModelError: as `check`, or weights that cannot be taken, or are not those of their manifest.
         """
         self.check(directory)
         info, dtype = self._info, getattr(torch, self._info.dtype)
         try:
+            check_manifest(directory)
             model = load_model(directory, dtype=dtype, device=self._chip.device)
             _refuse_non_finite(directory, model)
             decoder = Decoder(model, dtype=dtype, by_kernels=True)

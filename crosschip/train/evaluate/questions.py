@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from crosschip.data import Message, Row, Split, held_out_problems, open_source
+from crosschip.data.answers import final_answer
 from crosschip.data.files import find_files
 from crosschip.data.readers import BadRow, RowForm, read_file
 from crosschip.errors import DataError
 from crosschip.recipe import DataSettings, EvaluateSettings, Recipe
 
 __all__ = ["Question", "file_questions", "made_questions", "question_of_row", "questions_of", "split_questions"]
-
-_FINAL = re.compile(r"(?:^|\n)#### ?([^\n]+)\s*$")  # the last line of an answer in GSM8K and in what copies it
 
 
 @dataclass(frozen=True)
@@ -100,5 +98,4 @@ def question_of_row(row: Row) -> Question | None:
     if not row.messages or len(row.messages) < 2 or row.messages[-1].role != "assistant":
         return None
     *asked, answer = row.messages
-    final = _FINAL.search(answer.content)
-    return Question(tuple(asked), answer.content if final is None else final[1].strip())
+    return Question(tuple(asked), final_answer(answer.content))

@@ -7,39 +7,55 @@ rollouts/step-00000200.safetensors   the rest of a batch that was taken, where m
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
 from crosschip.errors import RunDirectoryError
+from crosschip.recipe import RlSettings
 from crosschip.rundir import read_json, sha256_of, write_json
 from crosschip.train.rl.batch import RlBatch
 
-__all__ = ["Kept", "read_kept", "remove_kept", "write_kept"]
+__all__ = ["Kept", "read_kept", "remove_kept", "sampled_with", "without_answers", "write_kept"]
 
 _DIRECTORY = "rollouts"
 _NAMES = "step-*.*"
+# Answers of other settings are none of this policy, or have rewards of another sum.
+_SAMPLED_WITH = {"samples", "max_new_tokens", "temperature", "rewards", "reward_timeout_s"}
 
 
 @dataclass(frozen=True)
 class Kept:
     """`version` counts the weights that were published, `rollouts` is `Rollouts.state()`. `rest` are the answers of the
     batch that is being trained which no update has used, and `engines` are those that its `engine_B` numbers, with
-    their chips."""
+    their chips. `sampled_with` are the settings that the answers hang on."""
 
     version: int
     rollouts: dict[str, Any]
     rest: RlBatch | None = None
     engines: dict[str, str] = field(default_factory=dict)
+    sampled_with: dict[str, Any] = field(default_factory=dict)
+
+
+def sampled_with(settings: RlSettings) -> dict[str, Any]:
+    """The settings without which an answer would be another, or have another reward."""
+    return settings.model_dump(mode="json", include=_SAMPLED_WITH)
+
+
+def without_answers(kept: Kept) -> Kept:
+    """The same without any answer; the problems of finished groups are to be asked again."""
+    answered = {group["problem"]["number"] for group in kept.rollouts["finished"]}
+    ask_again = sorted(answered | set(kept.rollouts["ask_again"]))
+    return replace(kept, rollouts={**kept.rollouts, "finished": [], "ask_again": ask_again}, rest=None)
 
 
 def write_kept(stage: Path, step: int, kept: Kept) -> None:
     """Write what belongs to the checkpoint of `step`, the document last."""
     document, tensors = _paths(stage, step)
     document.parent.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {"version": kept.version, "rollouts": kept.rollouts, "engines": kept.engines}
+    told: dict[str, Any] = {name: value for name, value in vars(kept).items() if name != "rest"}
     if kept.rest is not None:
         named = {name: value.contiguous() for name, value in vars(kept.rest).items() if value is not None}
         temporary = tensors.with_name(f".{tensors.name}.tmp")
@@ -69,7 +85,8 @@ def read_kept(stage: Path, step: int) -> Kept:
         if not tensors.is_file() or sha256_of(tensors) != digest:
             raise RunDirectoryError(f"{tensors} is missing or damaged", "nothing: its answers are sampled anew")
         rest = RlBatch(**safetensors.torch.load_file(tensors))
-    return Kept(document["version"], document["rollouts"], rest, document.get("engines", {}))
+    sampled = document.get("sampled_with", {})
+    return Kept(document["version"], document["rollouts"], rest, document.get("engines", {}), sampled)
 
 
 def _paths(stage: Path, step: int) -> tuple[Path, Path]:

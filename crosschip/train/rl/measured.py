@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from crosschip.train.rl.panel import EngineAgreement
 from crosschip.train.rl.rollouts import TakenBatch
 
@@ -9,14 +11,18 @@ __all__ = ["measured_agreement", "measured_rollouts"]
 
 
 def measured_agreement(agreement: EngineAgreement, prefix: str = "") -> dict[str, float]:
-    """How an engine, or all of them, agree with the trainer."""
-    return {
+    """How an engine, or all of them, agree with the trainer.
+
+    What is not finite is left out, as no log takes it: log-probs that nobody can have sampled at have a KL of infinity.
+    """
+    numbers = {
         f"{prefix}mismatch_k3": agreement.k3,
         f"{prefix}mismatch_mean_dp": agreement.mean_dp,
         f"{prefix}mismatch_max_dp": agreement.max_dp,
         f"{prefix}truncated_share": agreement.truncated_share,
         f"{prefix}left_out": agreement.left_out,
     }
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
 def measured_rollouts(taken: TakenBatch) -> dict[str, float]:

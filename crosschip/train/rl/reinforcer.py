@@ -16,10 +16,11 @@ from crosschip.model import save_model
 from crosschip.recipe import RlSettings
 from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.world import World
+from crosschip.train.identity import differing_fields
 from crosschip.train.outer.errors import StepNotCommitted
 from crosschip.train.rl.batch import RlBatch, batch_of_groups
 from crosschip.train.rl.event_queue import EventQueue
-from crosschip.train.rl.kept import Kept, read_kept, remove_kept, write_kept
+from crosschip.train.rl.kept import Kept, read_kept, remove_kept, sampled_with, without_answers, write_kept
 from crosschip.train.rl.measured import measured_agreement, measured_rollouts
 from crosschip.train.rl.objective import Agreement, GrpoObjective, score_batch
 from crosschip.train.rl.panel import EngineAgreement, over_all, panel
@@ -72,7 +73,7 @@ class Reinforcer:
     _numbers: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.stream = RolloutStream(self.settings, self.seed, self._collect)
+        self.stream = RolloutStream(self.settings, self.seed, self._collect, self.world.rank)
         self.objective = GrpoObjective(self.settings, self._heard.append)
 
     def begin(self, step: int) -> None:
@@ -99,6 +100,13 @@ class Reinforcer:
                 "problems are asked from the first one on, and sampled anew",
             )
             return None
+        differing = list(differing_fields(kept.sampled_with, sampled_with(self.settings), "rl"))
+        if differing:
+            detail = (
+                f"answers of the checkpoint of step {step} were sampled or judged otherwise: {'; '.join(differing)}"
+            )
+            self.events.put("rollouts lost", detail, "they are not trained, and their problems are asked again")
+            kept = without_answers(kept)
         self.rollouts.restore(kept.rollouts)
         return kept
 
@@ -139,11 +147,13 @@ class Reinforcer:
         if self.rollouts is None:
             return
         rest = self.stream.rest(self._updates_left * self.settings.batch_size)
-        write_kept(self.directory, step, Kept(self.version, self.rollouts.state(), rest, self._engines))
+        kept = Kept(self.version, self.rollouts.state(), rest, self._engines, sampled_with(self.settings))
+        write_kept(self.directory, step, kept)
 
     def renew(self) -> None:
-        """Begin anew with the weights as they are: rollouts of before are not used any more."""
+        """Begin anew with the weights as they are: rollouts of before are not used any more, nor told of."""
         self.stream.forget()
+        self._numbers.clear()
         self._updates_left = 0
         self._kept_step = None
         self.version += 1

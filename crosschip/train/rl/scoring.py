@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crosschip.data import check_answer
 from crosschip.errors import DataError
 from crosschip.model import Decoder
 from crosschip.recipe import RlSettings
 from crosschip.train.answering import Asking, Limits, answer_all
-from crosschip.train.evaluate.opening import opening_of
+from crosschip.train.evaluate.checking import opened_checker
+from crosschip.train.evaluate.judging import Judge
+from crosschip.train.evaluate.questions import Question
 
 if TYPE_CHECKING:
     from crosschip.data import ChatTokenizer, Source
@@ -23,34 +24,37 @@ __all__ = ["HeldOutProblems", "HeldOutScore"]
 
 @dataclass(frozen=True)
 class HeldOutScore:
-    """Of how many problems how many were answered right, and with how many tokens on average."""
+    """Of how many problems how many were answered right, and with how many tokens on average. Of `num_errors` answers
+    the checker could not tell; they are not right."""
 
     num_right: int
     num_problems: int
     mean_tokens: float
+    num_errors: int = 0
 
 
 class HeldOutProblems:
     """The first `settings.validation_sequences` questions of the validation split that leave room for an answer.
+
+    They are judged by the stage's reward with the largest weight; right is what it gives 1.0 or more.
 
     Raises:
         DataError: there is none.
     """
 
     def __init__(self, source: Source, tokenizer: ChatTokenizer, settings: RlSettings) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._timeout_s = tokenizer, settings.reward_timeout_s
+        self._checker_name = max(settings.rewards, key=lambda reward: reward.weight).checker
         self._limits = Limits(settings.max_new_tokens, frozenset(tokenizer.stop_ids))
         self._askings: list[Asking] = []
-        self._openings: list[str] = []
-        self._expected: list[str] = []
+        self._questions: list[Question] = []
         longest = settings.seq_len - settings.max_new_tokens
         for row in source.rows("validation"):
             messages = row.as_messages()
             prompt_ids = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
             if len(prompt_ids) <= longest:
                 self._askings.append(Asking(tuple(prompt_ids)))
-                self._openings.append(opening_of(tokenizer, prompt_ids))
-                self._expected.append(messages[-1].content)
+                self._questions.append(Question(tuple(messages[:-1]), messages[-1].content))
             if len(self._askings) == settings.validation_sequences:
                 break
         if not self._askings:
@@ -61,10 +65,15 @@ class HeldOutProblems:
 
     def score(self, model: Transformer) -> HeldOutScore:
         """Answer them all in fp32."""
-        num_right = num_tokens = 0
-        for number, answer in answer_all(Decoder(model, torch.float32, by_kernels=True), self._askings, self._limits):
-            num_tokens += len(answer)
-            text = self._openings[number] + self._tokenizer.decode(answer)
-            num_right += check_answer(text, self._expected[number])
+        num_right = num_tokens = num_errors = 0
+        decoder = Decoder(model, torch.float32, by_kernels=True)
+        with opened_checker(self._checker_name, self._timeout_s) as checker:
+            judge = Judge(self._tokenizer, checker)
+            for number, answer in answer_all(decoder, self._askings, self._limits):
+                opening = judge.opening_of(self._askings[number].prompt_ids)
+                found = judge.judge(self._questions[number], answer, opening)
+                num_tokens += len(answer)
+                num_right += found.right
+                num_errors += found.error is not None
         num_problems = len(self._askings)
-        return HeldOutScore(num_right, num_problems, num_tokens / num_problems)
+        return HeldOutScore(num_right, num_problems, num_tokens / num_problems, num_errors)

@@ -131,6 +131,7 @@ def _score(
         assert model is not None
         found = held_out().score(model)
         told = f"{found.num_right} of {found.num_problems} held-out problems right, {found.mean_tokens:.0f} tokens each"
+        told += f"; the checker failed on {found.num_errors} of them" if found.num_errors else ""
         return {"score": found.num_right / found.num_problems, "answer_tokens": found.mean_tokens}, told
 
     return world.from_rank_zero(measure)

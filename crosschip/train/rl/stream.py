@@ -22,17 +22,17 @@ class RolloutStream:
 
     A batch of rollouts is dealt out to its steps in a seeded order, so that no step gets the answers to a few problems
     alone, and each gets as many of those that train anything. Every rank asks at the same steps, because `collect`
-    brings the batch to all of them.
+    brings the batch to all of them; rank r for the r-th of equal runs of a step's sequences.
     """
 
-    def __init__(self, settings: RlSettings, seed: int, collect: Callable[[], RlBatch]) -> None:
-        self._settings, self._seed, self._collect = settings, seed, collect
+    def __init__(self, settings: RlSettings, seed: int, collect: Callable[[], RlBatch], rank: int = 0) -> None:
+        self._settings, self._seed, self._collect, self._rank = settings, seed, collect, rank
         self._batches: OrderedDict[int, RlBatch] = OrderedDict()
         self._rest: RlBatch | None = None
 
     def batch(self, first_sequence: int, count: int) -> RlBatch:
         """[count, T] the answers at places from `first_sequence` on."""
-        begin, batch = self._around(first_sequence)
+        begin, batch = self._around(first_sequence, count)
         first = first_sequence - begin
         return batch.rows(torch.arange(first, first + count))
 
@@ -53,12 +53,12 @@ class RolloutStream:
         self._batches.clear()
         self._rest = None
 
-    def _around(self, place: int) -> tuple[int, RlBatch]:
+    def _around(self, place: int, count: int) -> tuple[int, RlBatch]:
         for begin, batch in self._batches.items():
             if begin <= place < begin + len(batch):
                 return begin, batch
-        size = self._settings.batch_size
-        begin = place // size * size  # where a step's batch begins: ranks ask for places within it
+        # Where the step begins. No multiple of the batch's size: before a resume that may have been another.
+        begin = place - self._rank * count
         batch = self._next(begin)
         # What was remembered beyond this place is of a time before the stage was rolled back.
         for other in [other for other in self._batches if other >= begin]:

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from crosschip.errors import CrosschipError, ServeError
 from crosschip.model import Transformer, load_model, save_model
+from crosschip.rundir import sha256_of, write_json
 from crosschip.serve.engine import loading, new_weights
 from crosschip.serve.engine.engine import Engine
+from crosschip.serve.engine.manifest import MANIFEST
 from crosschip.serve.engine.overwrite import Overwritten, check_overwrite
 from crosschip.serve.engine.request import SamplingParams
 from crosschip.serve.engine.runner import Runner
@@ -156,6 +158,28 @@ def test_a_bad_directory_changes_nothing(
     assert list(flying)[-1].finish_reason == "length"
     assert engine.info.weights_version == "1"
     assert against_cold(engine, directories[0]).passed
+
+
+def test_weights_that_are_not_those_of_their_manifest_are_refused(
+    engine: Engine, directories: tuple[Path, Path], tmp_path: Path
+) -> None:
+    published = tmp_path / "published"
+    shutil.copytree(directories[1], published)
+    files = {file.name: sha256_of(file) for file in published.iterdir()}
+    write_json(published / MANIFEST, {"schema_version": 1, "version": 1, "files": files})
+    assert engine.update_weights(published, version="whole") == "whole"
+    weights = published / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ServeError, match=r"model\.safetensors is not what was published"):
+        engine.update_weights(published, version="torn")
+    weights.unlink()
+    with pytest.raises(CrosschipError):
+        engine.update_weights(published, version="missing")
+    write_json(published / MANIFEST, ["nothing"])
+    with pytest.raises(ServeError, match="lists no files"):
+        engine.update_weights(published, version="odd")
+    assert engine.info.weights_version == "whole"
 
 
 def test_only_one_update_at_a_time_and_none_of_the_same_name(engine: Engine, directories: tuple[Path, Path]) -> None:

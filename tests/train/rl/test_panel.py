@@ -34,6 +34,13 @@ def test_each_engine_is_measured_on_its_own_and_all_together() -> None:
     assert set(measured_agreement(far, "far ")) == {f"far {name}" for name in measured_agreement(both)}
 
 
+def test_a_divergence_without_bound_is_told_in_words_and_left_out_of_the_log() -> None:
+    (far,) = panel([heard(1, 0.1, float("inf"))], ENGINES)
+    assert "KL inf nats" in far.line()
+    assert "far mismatch_k3" not in measured_agreement(far, "far ")
+    assert measured_agreement(over_all([far]))["mismatch_mean_dp"] == pytest.approx(0.1)
+
+
 def test_an_engine_without_a_token_is_not_on_the_panel() -> None:
     assert [each.engine for each in panel([heard(1, 0.1, 0.3)], ENGINES)] == ["far"]
     assert panel([], ENGINES) == []

@@ -8,6 +8,7 @@ from crosschip.data import ChatTokenizer, open_source, train_tokenizer
 from crosschip.errors import DataError
 from crosschip.model import ModelConfig, Transformer, init_weights
 from crosschip.recipe import DataSettings, RlSettings
+from crosschip.rewards import CHECKERS
 from crosschip.train.evaluate.opening import opening_of
 from crosschip.train.rl.scoring import HeldOutProblems
 
@@ -47,15 +48,33 @@ def test_no_room_for_any_prompt_is_told(tokenizer: ChatTokenizer) -> None:
         HeldOutProblems(SOURCE, tokenizer, settings_of(seq_len=18))
 
 
+def writes(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> None:
+    """The model writes these answers."""
+    monkeypatch.setattr("crosschip.train.rl.scoring.answer_all", lambda *_: enumerate(answers))
+    monkeypatch.setattr("crosschip.train.rl.scoring.Decoder", lambda *_, **__: None)
+
+
+def test_answers_are_judged_by_the_checker_that_counts_most(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHECKERS, "arithmetic", lambda attempt: float("good" in attempt.answer))
+    monkeypatch.setitem(CHECKERS, "format", lambda attempt: 1 / 0)
+    texts = ["good", "bad", "good", "good", "bad"]
+    writes(monkeypatch, [tokenizer.encode(text) for text in texts])
+    terms = [{"checker": "format", "weight": 0.5}, {"checker": "arithmetic", "weight": 2.0}]
+    found = HeldOutProblems(SOURCE, tokenizer, settings_of(rewards=terms)).score(None)  # type: ignore[arg-type]
+    assert (found.num_right, found.num_errors) == (3, 0)
+    failing = HeldOutProblems(SOURCE, tokenizer, settings_of(rewards=terms[:1])).score(None)  # type: ignore[arg-type]
+    assert (failing.num_right, failing.num_errors) == (0, 5)
+
+
 def test_reasoning_that_the_prompt_opened_and_nobody_closed_is_no_answer(
     tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held_out = HeldOutProblems(SOURCE, tokenizer, settings_of())
-    written = [tokenizer.encode(f"I try {expected}") for expected in held_out._expected]
-    monkeypatch.setattr("crosschip.train.rl.scoring.answer_all", lambda *_: enumerate(written))
-    monkeypatch.setattr("crosschip.train.rl.scoring.Decoder", lambda *_, **__: None)
+    writes(monkeypatch, [tokenizer.encode(f"I try {question.expected}") for question in held_out._questions])
     assert held_out.score(None).num_right == 5  # type: ignore[arg-type]
-    held_out._openings = ["<think>"] * 5
+    monkeypatch.setattr("crosschip.train.evaluate.judging.opening_of", lambda *_: "<think>")
     assert held_out.score(None).num_right == 0  # type: ignore[arg-type]
 
 

@@ -48,10 +48,19 @@ def test_each_update_gets_its_share_of_the_answers_that_train_anything(seed: int
 
 def test_ranks_get_their_shares_of_one_batch() -> None:
     collect = Collector()
-    stream = RolloutStream(settings(), 0, collect)
-    parts = [stream.batch(rank * 4, 4) for rank in (1, 0)]  # whichever rank comes first
-    assert collect.num_collected == 1
-    assert sum(len(part) for part in parts) == 8
+    streams = [RolloutStream(settings(updates_per_batch=2), 0, collect, rank) for rank in range(2)]
+    whole = RolloutStream(settings(updates_per_batch=2), 0, collect)
+    for step in (3, 4):  # the first step that is asked for is not the first of all, nor a multiple of the batch
+        parts = [stream.batch(4 * step + 2 * rank, 2) for rank, stream in enumerate(streams)]
+        step_whole = whole.batch(4 * step, 4)
+        assert torch.equal(torch.cat([part.advantage_B for part in parts]), step_whole.advantage_B)
+    assert collect.num_collected == 3  # one for each stream
+
+
+def test_a_step_that_begins_at_no_multiple_of_the_batch_has_a_whole_batch() -> None:
+    stream = RolloutStream(settings(), 0, Collector())
+    assert len(stream.batch(20, 8)) == 8
+    assert len(stream.batch(28, 8)) == 8
 
 
 def test_after_a_roll_back_the_place_gets_new_rollouts() -> None:

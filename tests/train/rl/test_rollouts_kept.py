@@ -18,6 +18,7 @@ from crosschip.train.rl.event_queue import EventQueue
 from crosschip.train.rl.reinforcer import Reinforcer
 from crosschip.train.rl.rollouts import RolloutError, Rollouts
 from crosschip.train.rl.rollouts.ledger import Ledger
+from crosschip.train.rl.rollouts.saved import group_of, saved_group
 from crosschip.train.rl.rollouts.taken import TakenBatch, Window, WorkClock
 from crosschip.train.rl.sample import Group
 from tests.train.rl.made import problem, sample, settings
@@ -54,10 +55,17 @@ class InstantRollouts:
         return Window().batch(self.ledger.take(), True, WorkClock(0.0).cut(1.0))
 
     def state(self) -> dict[str, Any]:
-        return {"due": self.ledger.due, "next_number": self.ledger.next_number}
+        finished = [saved_group(group) for group in self.ledger.finished]
+        return {
+            "due": self.ledger.due,
+            "next_number": self.ledger.next_number,
+            "ask_again": [],
+            "finished": finished,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.ledger.restore(state["next_number"], [], [], state["due"])
+        finished = [group_of(each) for each in state["finished"]]
+        self.ledger.restore(state["next_number"], state["ask_again"], finished, state["due"])
 
 
 @dataclass
@@ -166,6 +174,14 @@ def test_after_a_roll_back_batches_begin_anew_and_weights_go_out_when_they_are_u
     assert stage.rollouts.published == [0, 1, 2, 3, 4]
 
 
+def test_what_was_measured_of_rollouts_that_are_thrown_away_is_not_told(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, two_updates())
+    stage.reinforcer.begin(0)
+    stage.reinforcer.stream.batch(0, BATCH)
+    stage.reinforcer.renew()
+    assert stage.reinforcer.measured() == {}
+
+
 def test_a_stage_that_was_finished_goes_on_with_the_next_batch(tmp_path: Path) -> None:
     Stage(tmp_path, two_updates()).go(0, 8)
     longer = Stage(tmp_path, two_updates().model_copy(update={"steps": 10}))
@@ -184,6 +200,37 @@ def test_a_checkpoint_whose_rollouts_are_missing_says_so(tmp_path: Path) -> None
     assert "step-00000003.json is missing" in detail
     stage.step(4)
     assert stage.rollouts.taken == [0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"temperature": 0.5}, "rl.temperature was 1.0 and is now 0.5"),
+        ({"rewards": [{"checker": "math"}]}, "rl.rewards was"),
+        ({"reward_timeout_s": 1.0}, "rl.reward_timeout_s"),
+        ({"max_new_tokens": 3}, "rl.max_new_tokens"),
+    ],
+)
+def test_answers_of_other_settings_are_not_trained_and_their_problems_asked_again(
+    tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
+    before = Stage(tmp_path, two_updates())
+    before.reinforcer.begin(0)
+    for step in range(1, 4):
+        before.step(step)
+    number = before.rollouts.ledger.next_number
+    before.rollouts.ledger.restore(number + 1, [], [Group(problem(number), (sample(1.0),))], before.rollouts.ledger.due)
+    before.reinforcer._keep(3)
+    after = Stage(tmp_path, two_updates(**changed))
+    after.reinforcer.begin(3)
+    ((event, detail, _),) = after.events.taken()
+    assert event == "rollouts lost"
+    assert told in detail
+    assert after.rollouts.ledger.finished == []
+    assert after.rollouts.ledger.to_ask_again == [number]
+    after.step(4)
+    assert not set(after.trained) & set(before.trained)
+    assert after.rollouts.taken == [2]  # the rest of batch 1 is not trained
 
 
 def test_a_damaged_rest_is_not_trained(tmp_path: Path) -> None:

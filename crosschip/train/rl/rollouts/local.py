@@ -44,8 +44,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """How an engine is started here. `num_threads` None leaves it half of the cores; `max_model_len` None the model's
-    own limit."""
+    """How an engine is started here. `num_threads` None leaves it half of the usable cores; `max_model_len` None the
+    model's own limit."""
 
     directory: Path  # of its log and its file of keys
     chip: str = "auto"
@@ -133,11 +133,13 @@ class LocalEngine:
         process.poll()
 
     def _begin(self, publication: Publication) -> None:
+        from crosschip.chips.host import usable_cores  # its package imports torch
+
         directory = self.settings.directory
         directory.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(self.key.encode()).hexdigest()
         write_text(self._keys, f'[[keys]]\nname = "trainer"\nhash = "sha256:{digest}"\nadmin = true\n')
-        num_threads = self.settings.num_threads or max(1, (os.cpu_count() or 2) // 2)
+        num_threads = self.settings.num_threads or max(1, usable_cores() // 2)
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         if self.log.exists():
             self.log.replace(self.log.with_suffix(".previous.log"))  # why the one before ended

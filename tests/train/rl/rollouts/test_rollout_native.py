@@ -18,6 +18,7 @@ import torch
 from crosschip.model import Transformer, save_model
 from crosschip.rewards import Attempt, Verdict
 from crosschip.train.rl.rollouts import LocalEngine, LocalSettings, RolloutError, TakenBatch, engines_of
+from crosschip.train.rl.rollouts.publishing import ModelFacts, Publication
 from tests.serve.conftest import make_model, tiny_config
 from tests.train.rl.rollouts.rollout_parts import FirstIsEven, Told, rollouts_of, settings_of, wait_until
 from tests.train.rl.rollouts.scripted_engine import STOP_ID, VOCAB_SIZE
@@ -222,3 +223,12 @@ def test_engines_are_named_and_set_up_as_the_recipe_says(tmp_path: Path) -> None
 def test_an_engine_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="'nativ' is no engine"):
         settings_of(rollouts_engines=["nativ"])
+
+
+def test_an_engine_takes_half_of_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append(env))
+    native(tmp_path, num_threads=None)._begin(Publication(0, "0-0", tmp_path, ModelFacts()))
+    assert started[0]["OMP_NUM_THREADS"] == started[0]["MKL_NUM_THREADS"] == "3"
