@@ -282,6 +282,7 @@ class RunDirectory:
             try:
                 self._remove_stale_lock(lock)
                 written.write_text(json.dumps(holder), encoding="utf-8")
+                sync(written)  # a power cut that took its bytes and left its name would lock the run for good
                 os.link(written, lock)  # appears whole or not at all, unlike open(O_EXCL) and a write
             except FileExistsError:
                 problem = f"{self.path} was taken by another machine just now"

@@ -31,6 +31,16 @@ def end(child: subprocess.Popen[str]) -> None:
     child.communicate()
 
 
+def test_a_lock_is_on_the_disk_before_it_is_there(tmp_path, monkeypatch) -> None:
+    """Else a power cut may leave an empty one, which nobody takes over."""
+    done: list[str] = []
+    for name in ("fsync", "link"):
+        honest = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, honest=honest: (done.append(name), honest(*given))[1])
+    with RunDirectory(tmp_path / "run").lock():
+        assert done == ["fsync", "link"]
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

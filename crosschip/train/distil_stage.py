@@ -10,8 +10,9 @@ from crosschip.recipe import FurtherDistilling, Recipe
 from crosschip.rundir import RunDirectory, read_json
 from crosschip.train.distill import distill, manifest_path, training_problems
 from crosschip.train.evaluate import time_limit_s, weights_sha256
-from crosschip.train.group.world import World
-from crosschip.train.progress import StageProgress
+from crosschip.train.group.waiting import made_by_rank_zero
+from crosschip.train.guard.allowances import START
+from crosschip.train.stage_making import Rank
 
 __all__ = ["distil_stage"]
 
@@ -23,8 +24,7 @@ def distil_stage(
     recipe: Recipe,
     run: RunDirectory,
     tokenizer: ChatTokenizer,
-    world: World,
-    progress: StageProgress,
+    rank: Rank,
 ) -> bool:
     """Write the rows on rank 0, unless they are there; whether anything was done.
 
@@ -37,11 +37,15 @@ def distil_stage(
         raise RecipeError(f"{name} has no model to distil", "put a stage that trains before it")
     out = run.distilled(name)
 
+    def tell(line: str) -> None:
+        rank.heartbeat.beat(START, 0)
+        rank.progress.say(f"{name}: {line}")
+
     def make() -> bool:
         if manifest_path(out).exists():
             _check_model(name, out, model)
             return False
-        progress.say(f"{name}: right answers of {model}")
+        tell(f"right answers of {model}")
         problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)
         distill(
             model,
@@ -49,7 +53,7 @@ def distil_stage(
             problems,
             settings,
             out,
-            lambda line: progress.say(f"{name}: {line}"),
+            tell,
             seed=recipe.seed,
             chip=recipe.chips.serve,
             force=True,
@@ -57,7 +61,7 @@ def distil_stage(
         )
         return True
 
-    return world.from_rank_zero(make)
+    return made_by_rank_zero(rank.world, rank.heartbeat, make)
 
 
 def _check_model(name: str, out: Path, model: Path) -> None:

@@ -45,7 +45,7 @@ def check_same_run(saved: Identity, now: Identity, origin: str, stage: str) -> l
     Raises:
         CheckpointError: names `origin`, the differing field, and both values.
     """
-    for kind in ("architecture", "tokenizer", "data"):
+    for kind in ("tokenizer", "architecture", "data"):  # another tokenizer makes another vocabulary of the model
         if saved.fingerprints[kind] == now.fingerprints[kind]:
             continue
         fields = list(differing_fields(saved.settings[_TABLE_OF[kind]], now.settings[_TABLE_OF[kind]], _TABLE_OF[kind]))

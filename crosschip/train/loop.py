@@ -253,11 +253,15 @@ class _Stage:
                 continue
 
     def _observe(self, step: int, result: StepResult, taken: Slice) -> None:
-        """Let the saver compare this loss with that of the checkpoint before the step; it needs the same sequences."""
+        """Let the saver compare this loss with that of the checkpoint before the step; it needs the same sequences.
+
+        The loss of a step that was skipped says nothing about the checkpoint.
+        """
         first, count = self.job.groups.seen(self.job.position.sequences, taken)
         parts = self.job.settings.gradient_accumulation
         groups = count // taken.count
-        self.saver.observe(step, result.loss, lambda: self.job.train_stream.batch(first, count), parts, groups)
+        loss = result.loss if result.updated else None
+        self.saver.observe(step, loss, lambda: self.job.train_stream.batch(first, count), parts, groups)
 
     def _roll_back(self, order: RollBack) -> None:
         """Go back to the last good checkpoint, or, between outer steps, to what the groups have in common."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from typing import IO, Any, Protocol
 
 from crosschip.errors import RunDirectoryError
 from crosschip.rundir import sync
+from crosschip.train.curves import Curves
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.run_files import cut_torn_line, record_of, unreadable_lines
 from crosschip.train.step import StepResult
@@ -154,16 +156,12 @@ class StageLog:
             for name in (METRICS_FILE, VALIDATION_FILE, SAMPLES_FILE, EVENTS_FILE)
         }
         sync(self._directory)  # the names of files that were made just now
-        from tensorboardX import SummaryWriter  # slow to import, and only a stage that runs needs it
-
-        # purge_step hides what a run that was killed had drawn beyond the step it is resumed from.
-        purged = last_step + 1 if last_step else None
-        self._curves = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purged)
+        self._curves = Curves(self._directory / "tensorboard", last_step)
 
     def _close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._curves.close()
+        for close in (*(file.close for file in self._files.values()), self._curves.close):
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was told when it came
+                close()
 
     def roll_back(self, last_step: int) -> None:
         """Drop what was written of steps after `last_step`; events stay."""
@@ -177,6 +175,10 @@ class StageLog:
                 os.fsync(file.fileno())
             except OSError as error:
                 raise _not_written(str(self._directory / name), error) from error
+        try:
+            self._curves.flush()
+        except OSError as error:
+            raise _not_written(str(self._directory / "tensorboard"), error) from error
 
     def unreadable(self) -> list[Event]:
         """Lines that were no records and were left out when the logs were opened; each is told once."""
@@ -218,8 +220,12 @@ class StageLog:
 
     def _draw(self, group: str, record: dict[str, Any], keys: set[str]) -> None:
         for key in sorted(keys & record.keys()):
-            if record[key] is not None:
-                self._curves.add_scalar(f"{group}/{key}", record[key], record["step"])
+            if record[key] is None:
+                continue
+            try:
+                self._curves.draw(f"{group}/{key}", record[key], record["step"])
+            except OSError as error:
+                raise _not_written(str(self._directory / "tensorboard"), error) from error
 
 
 def _not_written(name: str, error: OSError) -> RunDirectoryError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,11 +46,16 @@ def has_results(run: RunDirectory) -> bool:
 
 
 def obtain_tokenizer(
-    recipe: Recipe, run: RunDirectory, sources: list[Source], resume: bool, progress: StageProgress
+    recipe: Recipe,
+    run: RunDirectory,
+    sources: list[Source],
+    resume: bool,
+    progress: StageProgress,
+    beat: Callable[[], None],
 ) -> ChatTokenizer:
     """The run's tokenizer: an existing one where the recipe names one, else trained once on the training split.
 
-    It is saved to `run.tokenizer`; a resumed run loads it from there.
+    It is saved to `run.tokenizer`; a resumed run loads it from there. `beat` is called for each text that is read.
     """
     given = recipe.tokenizer.directory or recipe.model.directory
     if given is not None:
@@ -61,14 +66,17 @@ def obtain_tokenizer(
         return load_tokenizer(run.tokenizer)
     else:
         progress.say(f"training a tokenizer of {recipe.tokenizer.vocab_size} entries on the training split")
-        tokenizer = train_tokenizer(_texts(sources), recipe.tokenizer.vocab_size)
+        tokenizer = train_tokenizer(_texts(sources, beat), recipe.tokenizer.vocab_size)
     with atomic_directory(run.tokenizer) as directory:
         tokenizer.save(directory)
     return tokenizer
 
 
-def _texts(sources: Iterable[Source]) -> Iterator[str]:
-    return (row.as_text() for source in sources for row in source.rows("train"))
+def _texts(sources: Iterable[Source], beat: Callable[[], None]) -> Iterator[str]:
+    for source in sources:
+        for row in source.rows("train"):
+            beat()
+            yield row.as_text()
 
 
 def architecture(recipe: Recipe, tokenizer: ChatTokenizer) -> ModelConfig:

@@ -44,6 +44,11 @@ def resumption_events(
     if logged < state.step:
         events.append(("log-lines-lost", lost, "training: the weights hold these steps, the log does not"))
     events += [("damaged-checkpoint", str(path), "renamed and passed over") for path in aside]
+    for kept in (each for each in changed if _is_kept(name, each)):
+        told = f"{kept}, but a stage goes on as it began, in {state.compute_dtype}"
+        run.rank.progress.say(f"{name}: {told}")
+        events.append(("setting-not-taken", told, "training as recorded; for the new one begin another run"))
+    changed = [each for each in changed if not _is_kept(name, each)]
     if changed := [*changed, *_other_surroundings(run, state)]:
         told = "; ".join(changed)
         run.rank.progress.say(
@@ -51,6 +56,11 @@ def resumption_events(
         )
         events.append(("changed-settings", told, "training with the new ones"))
     return events
+
+
+def _is_kept(name: str, changed: str) -> bool:
+    """Whether a stage goes on as recorded in a setting that has changed: the dtype (see `stage_making`)."""
+    return changed.startswith(f"{name}.dtype ")
 
 
 def _lost(step: int, logged: int) -> str:

@@ -22,7 +22,9 @@ from crosschip.train.checkpoint import CheckpointState, load_optimizer
 from crosschip.train.drill import orders
 from crosschip.train.drill.injection import disturbed
 from crosschip.train.group.starting import starting_shards
+from crosschip.train.group.waiting import rank_zero_begins
 from crosschip.train.group.world import Ranks, World
+from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.identity import Identity
 from crosschip.train.joining import estimate_step_s, join_groups
@@ -242,8 +244,13 @@ def _prepare_data(run: StageRun, name: str, settings: StageSettings) -> StageDat
     prepare = pretraining_data if name == "pretrain" else fine_tuning_data
     run.rank.progress.say(f"{name}: preparing the data")
     source = run.sources.of(settings)
-    tell = _every_few_seconds(run.rank.progress, name)
-    with run.rank.world.rank_zero_first():
+    say = _every_few_seconds(run.rank.progress, name)
+
+    def tell(num_tokens: int) -> None:
+        run.rank.heartbeat.beat(START, 0)
+        say(num_tokens)
+
+    with rank_zero_begins(run.rank.world, run.rank.heartbeat):
         data = prepare(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
     for note in data.train.notes:
         run.rank.progress.say(f"{name}: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from dataclasses import asdict, dataclass
@@ -11,13 +12,16 @@ import torch
 
 from crosschip.chips import keep_freed_memory
 from crosschip.recipe import FurtherDistilling, Recipe, StageSettings
+from crosschip.rewards.of_recipe import check_checkers
 from crosschip.rundir import RunDirectory, write_json
 from crosschip.train.beginning import beginning, check_next_stage
-from crosschip.train.checkpoint import find_newest, read_state, set_damaged_aside
+from crosschip.train.checkpoint import find_newest, give_name_back, read_state, set_damaged_aside
 from crosschip.train.distil_stage import distil_stage
 from crosschip.train.group.device import find_rank_chip
 from crosschip.train.group.layout import check_experts, check_layout
+from crosschip.train.group.waiting import rank_zero_begins
 from crosschip.train.group.world import World, join_world
+from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
 from crosschip.train.identity import Identity, check_same_run, digest
 from crosschip.train.loop import run_stage
@@ -71,11 +75,13 @@ def train_recipe(
     `resume_command`.
 
     Raises:
+        RecipeError: it names a checker that does not exist.
         RunDirectoryError: the directory is in use, holds another run's results, or has nothing to resume.
         CheckpointError: a checkpoint belongs to other data, another tokenizer or another architecture, or is damaged.
         GuardError: the training diverged or the chip errs; the last checkpoint is still there.
         GroupsError: the groups do not fit together.
     """
+    check_checkers(recipe)
     heartbeat = heartbeat or open_heartbeat(recipe.guard.start_allowance_s)
     if resume_command is None:
         recipe_file = run.recipe if run.recipe.exists() else "RECIPE"
@@ -102,9 +108,7 @@ def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -
         for name, settings in recipe.order:
             before = ends[-1].checkpoint if ends else None
             if isinstance(settings, FurtherDistilling):
-                rank = prepared.rank
-                made = distil_stage(name, settings, before, recipe, run, prepared.tokenizer, rank.world, rank.progress)
-                did_work |= made
+                did_work |= distil_stage(name, settings, before, recipe, run, prepared.tokenizer, rank)
                 continue
             end, trained = _run_one(prepared, name, settings, before)
             ends.append(end)
@@ -112,7 +116,10 @@ def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -
             if end.received is not None and (end.interrupted_by or name != recipe.order[-1][0]):
                 return TrainOutcome(tuple(ends), end.received)
     except KeyboardInterrupt:  # outside a stage's loop, where nothing is half done
+        if rank.world.size > 1:
+            raise  # another rank may wait for this one in a collective, deaf to signals: only its end wakes that one
         return TrainOutcome(tuple(ends), signal.SIGINT.value)
+    _record_recipe(prepared)
     return TrainOutcome(tuple(ends), already_complete=not did_work)
 
 
@@ -131,14 +138,23 @@ def _prepare(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -> Sta
     progress.say(f"training on {rank.chip.name}" + _layout(recipe, world))
     check_layout(recipe, world.size)
     sources = StageSources(recipe, run)
-    if world.rank == 0:
-        write_json(run.resolved_recipe, recipe.model_dump(mode="json"))
-    with world.rank_zero_first():
+    with rank_zero_begins(world, rank.heartbeat):
         # What rank 0 has made is there for the others as it is for a resumed run.
-        tokenizer = obtain_tokenizer(recipe, run, sources.from_the_start(), resume or world.rank > 0, progress)
+        there = resume or world.rank > 0
+        beat = functools.partial(rank.heartbeat.beat, START, 0)
+        tokenizer = obtain_tokenizer(recipe, run, sources.from_the_start(), there, progress, beat)
     config = architecture(recipe, tokenizer)
     check_experts(recipe.parallel, config, world.size)
-    return StageRun(recipe, run, resume, rank, tokenizer, config, sources)
+    prepared = StageRun(recipe, run, resume, rank, tokenizer, config, sources)
+    if not resume:
+        _record_recipe(prepared)
+    return prepared
+
+
+def _record_recipe(run: StageRun) -> None:
+    """Write down what is trained: of a run that goes on only once it is known to be the same run."""
+    if run.rank.world.rank == 0:
+        write_json(run.directory.resolved_recipe, run.recipe.model_dump(mode="json"))
 
 
 def _layout(recipe: Recipe, world: World) -> str:
@@ -167,7 +183,7 @@ def _identity(run: StageRun, settings: StageSettings, before: Path | None) -> Id
         },
         settings={
             "data": {**data.model_dump(mode="json"), "seed": run.recipe.seed, "seq_len": settings.seq_len},
-            "tokenizer": {"vocab_size": vocab_size},
+            "tokenizer": {"vocab_size": vocab_size, "directory": given},
             "model": model,
             "stage": stage,
         },
@@ -181,12 +197,10 @@ def _run_one(run: StageRun, name: str, settings: StageSettings, before: Path | N
     Returns how it ended, and whether there was anything to train.
     """
     run.rank.heartbeat.stage(name)
-    run.rank.heartbeat.beat("start", 0)
+    run.rank.heartbeat.beat(START, 0)
     directory = run.directory.stage(name)
     identity = _identity(run, settings, before)
-    checkpoint = run.rank.world.from_rank_zero(
-        lambda: find_newest(directory, run.rank.progress.say) if run.resume else None
-    )
+    checkpoint = _newest(run, directory) if run.resume else None
     state, position = None, StagePosition()
     if checkpoint is None:
         events = beginning_events(run, name, before)
@@ -202,8 +216,19 @@ def _run_one(run: StageRun, name: str, settings: StageSettings, before: Path | N
         step = state.step
         aside = run.rank.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
         events = resumption_events(run, name, state, changed, aside)
+    _record_recipe(run)
     job = make_job(run, name, settings, Start(checkpoint, before, state, identity, position, events))
     return run_stage(job), True
+
+
+def _newest(run: StageRun, stage_directory: Path) -> Path | None:
+    """The newest whole checkpoint of a stage, as rank 0 finds it."""
+
+    def find() -> Path | None:
+        give_name_back(stage_directory)
+        return find_newest(stage_directory, run.rank.progress.say)
+
+    return run.rank.world.from_rank_zero(find)
 
 
 def _check_next(run: StageRun, name: str, settings: StageSettings) -> None:

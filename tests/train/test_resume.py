@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
+import re
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 
+from crosschip.data import train_tokenizer
 from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.rundir import RunDirectory
 from crosschip.train.checkpoint import Checkpointer, CheckpointState, read_state
@@ -136,6 +139,23 @@ def test_resume_refuses_another_run_by_the_field(tiny, train, uninterrupted, ove
         train(tiny(override), "uninterrupted", resume=True)
 
 
+@pytest.mark.parametrize("vocab_size", [316, 400])
+def test_resume_refuses_another_given_tokenizer_by_its_directory(tiny, train, tmp_path, vocab_size) -> None:
+    """Also where it changes the vocabulary of the model, rounded up, or does not."""
+    chance = random.Random(0)
+    text = [" ".join("".join(chance.choices("abcdefgh", k=4)) for _ in range(8)) for _ in range(300)]
+    for name, size in (("one", 320), ("other", vocab_size)):
+        train_tokenizer(text, size).save(tmp_path / name)
+    recipes = {
+        name: tiny(f"tokenizer.directory={tmp_path / name}", "train.steps=3").model_copy(update={"sft": None})
+        for name in ("one", "other")
+    }
+    train(recipes["one"])
+    named = f"another tokenizer: tokenizer.directory was '{tmp_path / 'one'}' and is now '{tmp_path / 'other'}'"
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        train(recipes["other"], resume=True)
+
+
 def test_resume_refuses_other_content_behind_the_same_settings(tiny, train, tmp_path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} speaks of {i * i} things and of {i % 7} more." for i in range(900)))
@@ -165,6 +185,11 @@ def test_the_recorded_dtype_is_kept(tiny, train, tmp_path, capsys) -> None:
     outcome = train(longer, "run", resume=True)
     assert read_state(outcome.checkpoint).compute_dtype == "bfloat16"
     assert "computing in bfloat16, as recorded" in capsys.readouterr().err
+    lines = (tmp_path / "run/train/pretrain/events.jsonl").read_text().splitlines()
+    told = {event["event"]: event["detail"] for event in map(json.loads, lines)}
+    kept = "pretrain.dtype was 'bfloat16' and is now 'float32', but a stage goes on as it began, in bfloat16"
+    assert told["setting-not-taken"] == kept
+    assert told["changed-settings"] == "pretrain.steps was 4 and is now 6"
 
 
 def cut(path: Path) -> None:

@@ -19,6 +19,7 @@ from crosschip.train.distill import manifest_path
 from crosschip.train.group.world import ALONE
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.progress import LineProgress
+from crosschip.train.stage_making import Rank
 
 
 def events(stage: Path) -> list[dict[str, Any]]:
@@ -141,7 +142,8 @@ def test_rows_that_another_model_wrote_are_refused(uninterrupted) -> None:
     run, model = RunDirectory(uninterrupted), uninterrupted / "train/sft/checkpoints/step-00000007"
     out, settings = run.distilled("own"), FurtherDistilling(kind="distill", name="own")
     unused: Any = None
-    given = ("own", settings, model, unused, run, unused, ALONE, LineProgress(None))
+    rank = Rank(ALONE, unused, LineProgress(None), Heartbeat(None, 0, 600.0), None)
+    given = ("own", settings, model, unused, run, unused, rank)
     write_json(manifest_path(out), {"model": {"directory": "earlier", "weights_sha256": "of others"}})
     with pytest.raises(
         CheckpointError, match=rf"written by earlier, with other weights than {model} has\n.*delete {out}"

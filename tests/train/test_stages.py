@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from crosschip.chips import find_chip
 from crosschip.data import load_tokenizer
-from crosschip.errors import ModelError
+from crosschip.errors import CheckpointError, ModelError
 from crosschip.model import load_model, save_model
 from crosschip.rundir import RunDirectory, atomic_directory, read_json
+from crosschip.train import stages
 from crosschip.train.checkpoint import read_state
+from crosschip.train.group.world import Alone
+from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.guard.hook import GuardError
+from crosschip.train.progress import LineProgress
+from crosschip.train.stage_making import Rank
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -50,6 +56,38 @@ def test_bits_per_byte_is_the_loss_in_other_units(uninterrupted) -> None:
     for line in lines(uninterrupted / "train/pretrain/validation.jsonl"):
         bits_per_token = line["validation_loss"] / 0.6931471805599453  # type: ignore[operator]
         assert 0.3 * bits_per_token < line["bits_per_byte"] < 1.2 * bits_per_token  # type: ignore[operator]
+
+
+def test_a_refused_recipe_is_not_recorded(tiny, train, uninterrupted) -> None:
+    resolved = RunDirectory(uninterrupted).resolved_recipe
+    with pytest.raises(CheckpointError, match="seed"):
+        train(tiny("seed=5"), "uninterrupted", resume=True)
+    assert read_json(resolved)["seed"] == 7
+    train(tiny("sft.steps=8"), "uninterrupted", resume=True)
+    assert read_json(resolved)["sft"]["steps"] == 8
+
+
+def test_a_checkpoint_whose_replacement_was_killed_is_gone_on_from(tiny, train, uninterrupted) -> None:
+    last = uninterrupted / "train/sft/checkpoints/step-00000007"
+    last.rename(last.with_name(f".{last.name}.old"))
+    assert train(tiny(), "uninterrupted", resume=True).already_complete
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_interrupt_between_stages_never_waits_for_other_ranks(tiny, tmp_path, monkeypatch, size) -> None:
+    """They may be in a collective, where nothing but this rank's end reaches them."""
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "_prepare", interrupted)
+    rank = Rank(Alone(0, size), find_chip("cpu"), LineProgress(None), Heartbeat(None, 0, 600.0), None)
+    arguments = (tiny(), RunDirectory(tmp_path), False, rank)
+    if size > 1:
+        with pytest.raises(KeyboardInterrupt):
+            stages._train_stages(*arguments)
+    else:
+        assert stages._train_stages(*arguments).exit_code == 130
 
 
 @pytest.fixture

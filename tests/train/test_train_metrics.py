@@ -1,8 +1,13 @@
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from crosschip.errors import RunDirectoryError
+from crosschip.train.curves import Curves
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.run_files import EventLog, cut_torn_line
 from crosschip.train.metrics import StageLog, cut_after_step, step_record
@@ -86,6 +91,39 @@ def test_many_lines_that_are_no_records_are_counted(tmp_path) -> None:
         assert log.unreadable()[0].detail == f"9 lines of {path} cannot be read: line 1, 2, 3, 4, 5, ..."
 
 
+def let_the_disk_be_full(descriptor: int) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, descriptor)
+    os.close(full)
+
+
+def test_a_line_that_a_full_disk_does_not_take_is_named(tmp_path) -> None:
+    log = StageLog(tmp_path, 0)
+    let_the_disk_be_full(log._files["metrics.jsonl"].fileno())
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl could not be written: .*No space left"), log:
+        log.step(step_record(1, RESULT, 0.5, 1e-3))
+
+
+def test_who_draws_on_a_full_disk_is_told_and_does_not_wait(tmp_path) -> None:
+    curves = Curves(tmp_path, 0)
+    let_the_disk_be_full(curves._writer._py_recordio_writer._writer.fileno())
+
+    def draw() -> None:
+        for step in range(10_000):
+            curves.draw("train/loss", 1.0, step)
+
+    with pytest.raises(OSError, match="No space left"):
+        draw()
+
+
+def test_tensorboard_hides_what_was_drawn_after_the_resumed_step(tmp_path) -> None:
+    for last_step in (0, 3):
+        curves = Curves(tmp_path / str(last_step), last_step)
+        curves.close()
+        events = list(events_of(tmp_path / str(last_step)))
+        assert [event.step for event in events if event.session_log.status] == ([4] if last_step else [])
+
+
 def test_tensorboard_reads_the_curves(tmp_path) -> None:
     with StageLog(tmp_path, 0) as log:
         for step in (1, 2):
@@ -94,15 +132,20 @@ def test_tensorboard_reads_the_curves(tmp_path) -> None:
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in the event files."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events_of(directory):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def events_of(directory: Path) -> Iterator[Any]:
     """What the event files hold, read with the protocol buffers that tensorboardX ships."""
     record_writer = pytest.importorskip("tensorboardX.proto.event_pb2")
-    found: dict[str, list[tuple[int, float]]] = {}
     for file in directory.glob("events.*"):
         content = file.read_bytes()
         while content:  # length (8 bytes), its checksum (4), the event, its checksum (4)
             length = int.from_bytes(content[:8], "little")
-            event = record_writer.Event.FromString(content[12 : 12 + length])
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            yield record_writer.Event.FromString(content[12 : 12 + length])
             content = content[12 + length + 4 :]
-    return found

@@ -9,7 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosschip.train.checkpoint.directory import checkpoint_path, clear_leftovers, find_newest, set_damaged_aside
+from crosschip.train.checkpoint.directory import (
+    checkpoint_path,
+    clear_leftovers,
+    find_newest,
+    give_name_back,
+    set_damaged_aside,
+)
 from crosschip.train.checkpoint.loading import load_optimizer, load_weights
 from crosschip.train.checkpoint.retention import delete_old
 from crosschip.train.checkpoint.saver import Checkpointer, CheckpointEvent, SaveReceipt, background_group
@@ -30,6 +36,7 @@ __all__ = [
     "checkpoint_path",
     "clear_leftovers",
     "find_newest",
+    "give_name_back",
     "library_versions",
     "load_optimizer",
     "load_weights",

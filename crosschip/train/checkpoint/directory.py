@@ -17,6 +17,7 @@ __all__ = [
     "clear_leftovers",
     "damage",
     "find_newest",
+    "give_name_back",
     "numbered",
     "read_verdict",
     "set_damaged_aside",
@@ -47,18 +48,26 @@ def numbered(stage_directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def give_name_back(stage_directory: Path) -> None:
+    """Let a checkpoint that was about to be replaced when its process was killed be found again under its name.
+
+    The caller holds the run's lock, so nobody is writing here.
+    """
+    for path in (stage_directory / "checkpoints").glob(f".step-*{REPLACED}"):
+        original = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
+        if is_complete(path) and not original.exists():
+            path.rename(original)
+
+
 def clear_leftovers(stage_directory: Path) -> list[str]:
     """Remove what saves that were killed have left under temporary names; return the names.
 
-    One that was about to be replaced gets its name back. The caller holds the run's lock, so nobody is writing here.
+    See `give_name_back` for what is not removed, and for the lock.
     """
+    give_name_back(stage_directory)
     leftovers = sorted((stage_directory / "checkpoints").glob(".step-*"))
     for path in leftovers:
-        original = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
-        if path.name.endswith(REPLACED) and is_complete(path) and not original.exists():
-            path.rename(original)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
 
 

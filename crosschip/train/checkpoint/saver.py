@@ -142,11 +142,14 @@ class Checkpointer:
         self._writing.add_done_callback(functools.partial(self._learn, self._writing_since))
         return SaveReceipt(path, time.perf_counter() - waited, waited - started)
 
-    def observe(self, step: int, loss: float, batch: Callable[[], Batch], num_parts: int, num_groups: int = 1) -> None:
+    def observe(
+        self, step: int, loss: float | None, batch: Callable[[], Batch], num_parts: int, num_groups: int = 1
+    ) -> None:
         """Hear the loss of `step`, computed before its update, and how to get its whole batch, of `num_groups` groups.
 
         It is the loss of the checkpoint after `step - 1`, if there is one; then that is asked about. `num_parts` are
-        the parts in which one process computed its share of the batch. Cheap at every other step.
+        the parts in which one process computed its share of the batch. A step that was skipped has no `loss` that could
+        be believed. Cheap at every other step.
         """
         state = self._awaits_loss
         self._awaits_loss = None
@@ -217,15 +220,16 @@ class Checkpointer:
         self.save(state)
         path = self.wait()
         assert path is not None
-        if self._is_first and self._settings.verify_checkpoints != "off" and read_verdict(path) is None:
-            self._hear_tensors(state.step, path)
+        problem = read_verdict(path) if self._is_first else None
+        if self._is_first and self._settings.verify_checkpoints != "off" and problem is None:
+            problem = self._hear_tensors(state.step, path)
         for job in self._verifier.close() if self._verifier is not None else []:
             self._tell(
                 job.step, "checkpoint-not-verified", "training ended before its loss was computed", "kept as it is"
             )
-        if self._is_first and read_verdict(path):
+        if problem:
             raise CheckpointError(
-                f"{path} is wrong: {read_verdict(path)}",
+                f"{path} is wrong: {problem}",
                 "examine memory and disk of this machine, then go on from the checkpoint before with --resume",
             )
         return path
@@ -287,8 +291,11 @@ class Checkpointer:
             if self._verifier is not None:
                 self._verifier.submit(VerifyJob(step, checkpoint_path(self._directory, step), question, batch))
 
-    def _hear_tensors(self, step: int, path: Path) -> None:
-        self._judge(step, path, verdict_of(compare_tensors(path), None))
+    def _hear_tensors(self, step: int, path: Path) -> str | None:
+        """Read a checkpoint back; returns what is wrong with its tensors."""
+        problem = compare_tensors(path)
+        self._judge(step, path, verdict_of(problem, None))
+        return problem
 
     def _hear(self, job: VerifyJob, verdict: Verdict) -> None:
         self._judge(job.step, job.path, verdict)
@@ -297,23 +304,32 @@ class Checkpointer:
         with self._lock:
             if not path.is_dir():
                 return  # it was old, and has been deleted meanwhile
-            if verdict.verdict != "unknown":
-                write_verdict(path, verdict)
-        if verdict.verdict == "unknown":
-            self._tell(step, "checkpoint-not-verified", verdict.detail, "training goes on")
+            unwritten = None if verdict.verdict == "unknown" else _not_written(path, verdict)
+        detail = verdict.detail if unwritten is None else f"{verdict.detail}; {unwritten}"
+        if verdict.verdict == "wrong":
+            self._wrong_in_a_row += 1
+            away = "it will not be resumed from" if unwritten is None else f"delete {path}, which nothing marks"
+            self._tell(step, "checkpoint-wrong", detail, f"{away}; the next save takes its place")
             return
         if verdict.verdict == "right":
             self._wrong_in_a_row = 0
-            self._tell(step, "checkpoint-verified", verdict.detail, "kept")
+        if verdict.verdict == "right" and unwritten is None:
+            self._tell(step, "checkpoint-verified", detail, "kept")
         else:
-            self._wrong_in_a_row += 1
-            self._tell(
-                step, "checkpoint-wrong", verdict.detail, "it will not be resumed from; the next save takes its place"
-            )
+            self._tell(step, "checkpoint-not-verified", detail, "training goes on")
 
     def _tell(self, step: int, event: str, detail: str, action: str) -> None:
         if self._is_first:
             self._events.put(CheckpointEvent(step, event, detail, action))
+
+
+def _not_written(path: Path, verdict: Verdict) -> str | None:
+    """Write the verdict; returns why that could not be done, as on a full disk."""
+    try:
+        write_verdict(path, verdict)
+    except OSError as error:
+        return f"the verdict could not be written: {error}"
+    return None
 
 
 def _step_back() -> None:

@@ -100,7 +100,8 @@ def _failure(step: int, path: Path, error: BaseException) -> WriteFailedError:
         told = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
     else:
         told = str(error)
-    free_mb = shutil.disk_usage(path.parent).free / 1e6
+    there = next(each for each in path.absolute().parents if each.is_dir())  # its own may be what could not be made
+    free_mb = shutil.disk_usage(there).free / 1e6
     return WriteFailedError(
         f"the checkpoint of step {step} could not be written to {path} ({free_mb:,.0f} MB are free there): {told}",
         "free disk space or mend the file system, then go on from the last checkpoint with --resume",

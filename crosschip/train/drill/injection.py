@@ -13,17 +13,20 @@ import errno
 import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from crosschip.model.weights import MODEL_PREFIX
+from crosschip.model.weights import DCP_DIRECTORY, MODEL_PREFIX
 from crosschip.train.drill.orders import Order, note_taken, take_order
 from crosschip.train.group.sharding import local_part
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from crosschip.data import Batch
     from crosschip.model import Transformer
     from crosschip.train.checkpoint.staging import Staged
@@ -35,7 +38,7 @@ __all__ = ["disturbed"]
 _FOR_EVER_S = 1e6
 _SLOW_STEPS, _SLOW_TIMES = 90, 2.0  # a step then takes three times as long
 _MEMORY_LEFT = 256 << 20  # bytes, of which a step may still get some
-_FILE_LIMIT = 1 << 20  # bytes that a file may have while the disk is full: logs are smaller, checkpoints larger
+_FULL = "/dev/full"  # takes no byte
 
 
 class DrillException(RuntimeError):
@@ -169,7 +172,7 @@ class _Disturber:
                 time.sleep(_FOR_EVER_S)
             if fault == "wrong-save":
                 _lose_half(staged)
-            with _full_disk() if fault == "full-disk" else contextlib.nullcontext():
+            with _full_disk(self._job.world.rank) if fault == "full-disk" else contextlib.nullcontext():
                 honest(path, staged, *args, **kwargs)
 
         writing.write_checkpoint = write_checkpoint
@@ -182,15 +185,24 @@ def _lose_half(staged: Staged) -> None:
     largest[largest.numel() // 2 :] = 0
 
 
-class _full_disk:
-    """Within the block the system refuses to make files longer than `_FILE_LIMIT`, in the whole process."""
+@contextlib.contextmanager
+def _full_disk(rank: int) -> Iterator[None]:
+    """Within the block the system has no room for this rank's part of a checkpoint; logs are written beside it."""
+    from crosschip.train.checkpoint import writing
 
-    def __enter__(self) -> None:
-        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_LIMIT, self._before[1]))
+    honest = writing._write_tensors
 
-    def __exit__(self, *error: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+    def write_tensors(temporary: Path, staged: Staged, group: ProcessGroup | None) -> None:
+        part = temporary / DCP_DIRECTORY / f"__{rank}_0.distcp"
+        part.parent.mkdir(exist_ok=True)
+        part.symlink_to(_FULL)
+        honest(temporary, staged, group)
+
+    writing._write_tensors = write_tensors
+    try:
+        yield
+    finally:
+        writing._write_tensors = honest
 
 
 def _use_up_memory() -> None:

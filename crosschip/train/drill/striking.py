@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from crosschip.rundir import is_complete
+from crosschip.errors import RunDirectoryError
+from crosschip.rundir import is_complete, read_json
 
 __all__ = [
     "cut_newest_checkpoint",
@@ -25,6 +26,7 @@ __all__ = [
 _DISTURBED_S = 25.0  # how long a link is slow, or loses packets
 _CUT_S = 2.5  # shorter than groups wait for one that says nothing
 _SLOW_STILL_S, _SLOW_MOVING_S = 0.29, 0.01
+_LEAST_CHECKPOINTS = 2  # one to damage, and one to go on from
 _RESEND_S = 0.3  # TCP sends again after 0.2 s, and after twice that when it is lost again
 
 
@@ -93,14 +95,24 @@ def _hold_still(pid: int, rhythm: Iterable[tuple[float, float]]) -> None:
 
 
 def _largest_file_of_newest(stage_directory: Path) -> Path | None:
+    """That of the newest good checkpoint; None without another good one, which training can go on from."""
     complete = [path for path in sorted(stage_directory.glob("checkpoints/step-*")) if is_complete(path)]
-    if not complete:
+    good = [path for path in complete if not _is_wrong(path)]
+    if len(good) < _LEAST_CHECKPOINTS:
         return None
-    return max((file for file in complete[-1].rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    return max((file for file in good[-1].rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def _is_wrong(checkpoint: Path) -> bool:
+    """Whether a checkpoint was found wrong when it was read back."""
+    with contextlib.suppress(RunDirectoryError):
+        verdict = read_json(checkpoint / "verified.json")
+        return isinstance(verdict, dict) and verdict.get("verdict") == "wrong"
+    return False  # not read back yet
 
 
 def cut_newest_checkpoint(stage_directory: Path) -> Path | None:
-    """Cut the largest file of the newest checkpoint in half; None when there is no checkpoint."""
+    """Cut the largest file of the newest checkpoint in half; None when there are not two good ones."""
     file = _largest_file_of_newest(stage_directory)
     if file is not None:
         os.truncate(file, file.stat().st_size // 2)
@@ -108,7 +120,7 @@ def cut_newest_checkpoint(stage_directory: Path) -> Path | None:
 
 
 def flip_byte_of_newest_checkpoint(stage_directory: Path) -> Path | None:
-    """Change one byte in the middle of the largest file of the newest checkpoint; None when there is no checkpoint."""
+    """Change a byte in the middle of the newest checkpoint's largest file; None when there are not two good ones."""
     file = _largest_file_of_newest(stage_directory)
     if file is not None:
         with file.open("r+b") as opened:

@@ -20,13 +20,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ALONE", "Alone", "Ranks", "World", "join_world", "local_rank", "world_size"]
+__all__ = ["ALONE", "PATIENCE", "Alone", "Ranks", "World", "join_world", "local_rank", "world_size"]
 
 Made = TypeVar("Made")
 
 # Ranks that wait for rank 0 to tokenise a data set, to write samples or a checkpoint wait longer than for a collective.
 # A rank that died ends the wait all the same: its connections close.
-_PATIENCE = timedelta(days=7)
+PATIENCE = timedelta(days=7)
 
 
 def world_size() -> int:
@@ -202,7 +202,7 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
     with telling_of_lost_ranks(int(os.environ["RANK"])):
         distributed.init_process_group(_backends(device), timeout=timedelta(seconds=timeout_s))
         try:
-            world = Ranks(device, distributed.new_group(backend="gloo", timeout=_PATIENCE))
+            world = Ranks(device, distributed.new_group(backend="gloo", timeout=PATIENCE))
             yield world
             world.part()
         finally:

@@ -67,7 +67,7 @@ def record_of(line: str) -> dict[str, Any] | None:
     """What a whole line of a log holds; None when it is no record of a step, as after a byte of it has changed."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: nested too deep
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 

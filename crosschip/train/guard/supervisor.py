@@ -6,8 +6,10 @@ is bounded: after `max_restarts` attempts without a new checkpoint it ends with 
 
 from __future__ import annotations
 
+import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from crosschip.train.guard.restarts import Ended, Restarts
 __all__ = ["Launch", "NoProgressError", "SupervisedRun", "supervise", "wait_for_orphans"]
 
 TRACED_STEPS_AFTER_HANG = 20
+_LOCK = "supervisor.lock"  # among the heartbeats; held as long as somebody supervises
 _ORPHANS_S = 15.0
 _POLL_S = 0.1
 
@@ -59,12 +62,12 @@ def supervise(run: SupervisedRun) -> int:
 
     Raises:
         NoProgressError: more than `max_restarts` attempts in a row brought no new checkpoint.
-        RunDirectoryError: ranks of an earlier run are still there.
+        RunDirectoryError: ranks of an earlier run are still there, or another process supervises this one.
     """
     run.heartbeats.mkdir(parents=True, exist_ok=True)
     restarts = Restarts(run.settings.max_restarts, run.committed())
     number = traced_steps = 0
-    with Interruption() as interruption:
+    with _supervising(run.heartbeats), Interruption() as interruption:
         while True:
             wait_for_orphans(run.heartbeats)
             attempt = Attempt(run.launch(number), run.heartbeats, run.settings.start_allowance_s, interruption)
@@ -78,6 +81,26 @@ def supervise(run: SupervisedRun) -> int:
                 return interruption.exit_code
             traced_steps = TRACED_STEPS_AFTER_HANG if ended.event == "hang" else 0
             number += 1
+
+
+@contextmanager
+def _supervising(heartbeats: Path) -> Iterator[None]:
+    """Keep out whoever starts the same run meanwhile: its ranks would write the heartbeats that are read here.
+
+    The run's own lock comes too late, as a rank takes it after its first beat.
+
+    Raises:
+        RunDirectoryError: another process supervises the run.
+    """
+    with (heartbeats / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(
+                f"another process trains in {heartbeats.parent} ({lock.name} is held)",
+                f"wait for it or end it: fuser {lock.name} names it",
+            ) from None
+        yield
 
 
 def _tell_of_the_end(run: SupervisedRun, ended: Ended, is_interrupted: bool) -> None:

@@ -1,4 +1,4 @@
-"""What groups tell each other before they send anything large, and when they must not go on. Pure: no torch."""
+"""What groups tell each other before they send anything large: who is behind, who must not go on. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import astuple, dataclass
 
 from crosschip.train.outer.errors import GroupsError
 
-__all__ = ["Header", "UnfitGroup", "check_headers", "digest_of"]
+__all__ = ["Header", "UnfitGroup", "begun_anew", "check_headers", "digest_of", "standing"]
+
+_NOTHING_IN_COMMON = -(2**40)  # below every place that `begun_anew` gives
 
 _EQUAL = {
     "rules": "settings (a digest of them)",
@@ -26,6 +28,22 @@ class UnfitGroup(RuntimeError):
 def digest_of(text: str) -> int:
     """32 bits of a text, which fp64 holds exactly."""
     return zlib.crc32(text.encode())
+
+
+def standing(count: int, begun: int = 0) -> int:
+    """What groups compare to find who is behind, and must be healed: `count` common steps, or outer steps, so far.
+
+    Without any, `begun` decides (see `begun_anew`); it is 0 for a group that begins at the first step.
+    """
+    return count if count > 0 else _NOTHING_IN_COMMON + begun
+
+
+def begun_anew(step: int, group: int, num_groups: int) -> int:
+    """Where `group` stands that has weights of its own, of a checkpoint after `step`, and no outer state to them.
+
+    No two groups stand at the same place: the furthest gives its state to the others, of equals the first.
+    """
+    return step * num_groups + num_groups - group
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from crosschip.errors import CheckpointError
+from crosschip.train.outer.agreement import begun_anew, digest_of
 from crosschip.train.outer.errors import SidecarLost
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.link_watch import OuterLinkWatch
 from crosschip.train.outer.messages import OuterStep, OuterStepDone, View
-from crosschip.train.outer.outer_files import load_outer_state, save_outer_state
+from crosschip.train.outer.outer_files import load_outer_state, newest_outer_step, other_layout, save_outer_state
 from crosschip.train.outer.outer_state import OuterState
 from crosschip.train.outer.placement import Place, Slice
 from crosschip.train.outer.training_state import FlatParameters, TrainingState
@@ -29,6 +30,7 @@ from crosschip.train.outer.training_state import FlatParameters, TrainingState
 __all__ = ["DiLoCo", "Rhythm"]
 
 _MEET_AGAIN_S = 0.2
+_BEGUN_ANEW = "the outer optimizer begins anew, from another group's state or else from this checkpoint's weights"
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,38 @@ class DiLoCo:
     def resume(self, stage_directory: Path, step: int) -> None:
         """Take up this rank's outer state where it was saved after `step`, and meet the other groups.
 
+        Where there is none that fits, it is begun anew from a group that has one, or from the furthest group.
+
         Raises:
             CheckpointError: it is damaged, and other ranks of the group have theirs.
         """
+        found = self._saved(stage_directory, step)
+        if found is not None:
+            self.load(*found)
+        elif step:
+            member = self.handle.config.member
+            # The weights of a checkpoint from averaging each step are those of all groups, as group 0's.
+            number = 0 if newest_outer_step(stage_directory) is None else member.group
+            self.handle.memory.begun = begun_anew(step, number, member.num_groups)
+        self.join()
+
+    def _saved(self, stage_directory: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, int]] | None:
+        """What was saved after `step` if it can be taken up; that it cannot is told."""
         try:
             found = load_outer_state(stage_directory, self.handle.config.member.rank, step)
         except CheckpointError as error:
             if self.handle.config.member.size > 1:
                 raise  # the other ranks have theirs: parts of one model would be at different outer steps
-            found = None
-            self._tell(
-                "damaged-outer-state", error.problem, "the outer optimizer begins anew, from another group's state"
-            )
-        if found is not None:
-            self.load(*found)
-        self.join()
+            self._tell("damaged-outer-state", error.problem, _BEGUN_ANEW)
+            return None
+        if found is None:
+            if step and newest_outer_step(stage_directory) is not None:
+                self._tell("no-outer-state", f"none was saved beside the checkpoint of step {step}", _BEGUN_ANEW)
+            return None
+        if differing := other_layout(*found, self.layout()):
+            self._tell("other-outer-layout", f"that of step {step} does not fit: {differing}", _BEGUN_ANEW)
+            return None
+        return found
 
     def finish(self) -> None:
         """Outer steps for all fragments that were trained since their last; then the common parameters everywhere."""
@@ -247,11 +266,13 @@ class DiLoCo:
     def _donate(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """The state for a group that joins, with the position at which all begin the next interval together."""
         tensors, position = self._state.donate()
+        member = self.handle.config.member
+        place = self._place or Place(member.group, member.num_groups, member.num_groups)  # not yet met: all will come
         left = self._rhythm.interval - self._inner_steps if self._inner_steps else 0
         if left:
             per_step = position["tokens"] // max(1, position["step"])
             position["step"] += left
-            position["sequences"] += left * self.place.slice(0, self._rhythm.batch_size).taken_by_all
+            position["sequences"] += left * place.slice(0, self._rhythm.batch_size).taken_by_all
             position["tokens"] += left * per_step
         return tensors, position
 
@@ -283,7 +304,17 @@ class DiLoCo:
         exported = self.outer.export()
         tensors = {"parameters": exported[0], "momentum": exported[1], "residual": self.handle.memory.residual.clone()}
         counts = {f"tokens_since_{number}": tokens for number, tokens in enumerate(self._tokens_since)}
-        return tensors, {"commits": self.outer.commits, "inner_steps": self._inner_steps, **counts}
+        return tensors, {"commits": self.outer.commits, "inner_steps": self._inner_steps, **counts, **self.layout()}
+
+    def layout(self) -> dict[str, int]:
+        """What the outer state belongs to: it cannot be taken up where a number differs."""
+        config = self.handle.config
+        return {
+            "ranks": config.member.size,
+            "fragments": len(config.rules.fragments),
+            "parameters": config.layout.num_elements,
+            "cuts": digest_of(f"{config.rules.fragments} {self._flat.spread}"),
+        }
 
     def load(self, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
         """Take over what `export` gave, before `join`."""

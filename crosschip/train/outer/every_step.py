@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from crosschip.train.outer.agreement import begun_anew, standing
 from crosschip.train.outer.errors import SidecarLost, StepNotCommitted
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.memory import checksum_of
 from crosschip.train.outer.messages import Average, Averaged, Join, Joined, View
+from crosschip.train.outer.outer_files import newest_outer_step
 from crosschip.train.outer.placement import Place, Slice
 from crosschip.train.outer.training_state import FlatParameters, TrainingState
 
@@ -36,6 +38,7 @@ class EveryStep:
         self._flat, self._state = flat, state
         self._events: list[GroupEvent] = []
         self._place: Place | None = None
+        self._stands_at: int | None = None  # until a step is committed; None: at the step of its position
         self._is_checked = False  # whether the parameters were seen to equal the other groups'
         self._revived = False
 
@@ -58,17 +61,18 @@ class EveryStep:
                 time.sleep(_MEET_AGAIN_S)
 
     def _join(self, is_ready: bool) -> Joined:
+        stands_at = standing(self._state.position.step) if self._stands_at is None else self._stands_at
         try:
-            joined = self.handle.call(Join(self._state.position.step, is_ready), Joined)
+            joined = self.handle.call(Join(stands_at, is_ready), Joined)
         except SidecarLost as error:
             self._revive(error)
-            joined = self.handle.call(Join(self._state.position.step, is_ready), Joined)
+            joined = self.handle.call(Join(stands_at, is_ready), Joined)
         view = joined.view
         if view.donation is not None:
             behind = self._state.position.step
             self._state.load(read_donation(self.handle.memory, view.donation), view.donation.position)
             self.handle.memory.forget_state()
-            self._is_checked = False
+            self._is_checked, self._stands_at = False, view.max_step
             self._tell("healed", f"this group was at step {behind}", f"took over step {self._state.position.step}")
         return joined
 
@@ -99,7 +103,7 @@ class EveryStep:
         if not done.committed:
             self._tell("step-not-committed", done.reason, "the step is done again")
             raise StepNotCommitted(done.reason)
-        self._is_checked, self._revived = True, False
+        self._is_checked, self._revived, self._stands_at = True, False, None
         if self.place.num_participants > 1:
             self._flat.read_gradients(memory.exchange)
         return GroupSums(done.num_tokens, done.numbers)
@@ -137,7 +141,17 @@ class EveryStep:
         """The checkpoint has everything."""
 
     def resume(self, stage_directory: Path, step: int) -> None:
-        """The first step meets the others."""
+        """The first step meets the others; beside a checkpoint of DiLoCo with what one of them has, as all differ."""
+        newest = newest_outer_step(stage_directory)
+        if step == 0 or newest is None or newest < step:
+            return
+        member = self.handle.config.member
+        self._stands_at = standing(0, begun_anew(step, member.group, member.num_groups))
+        self._tell(
+            "no-more-outer-steps",
+            f"the checkpoint of step {step} is of DiLoCo, and has weights of this group alone",
+            "all groups go on from those of the furthest, of equals the first",
+        )
 
     def finish(self) -> None:
         """The parameters are equal after each step."""

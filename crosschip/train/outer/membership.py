@@ -40,7 +40,7 @@ _ASK_AGAIN_S = 0.2
 
 
 class Quorum:
-    """Who takes part now: this group's rank among `size`, the step of the most advanced, and the state to heal from."""
+    """Who takes part now: this group's rank among `size`, where the furthest stands, and the state to heal from."""
 
     def __init__(self, group: ExchangeGroup, max_step: int, state: dict[str, Any] | None) -> None:
         self.group = group
@@ -109,6 +109,8 @@ class Membership:
 
     def quorum(self, step: int, donate: Callable[[], dict[str, Any]]) -> Quorum:
         """Meet the other groups; give those that are behind our state, or take theirs when we are.
+
+        `step` is where this group stands, which may be below zero (`agreement.standing`).
 
         Raises:
             GroupsError: nobody answered for `quorum_patience_s`.
@@ -195,7 +197,7 @@ class Membership:
             self._tell(f"quorum {found.quorum_id}: {found.replica_world_size} groups, this is {found.replica_rank}")
         limit = timedelta(seconds=self._limits.healing_s)
         if found.recover_dst_replica_ranks:
-            self._tell(f"giving our state of step {found.max_step} to {found.recover_dst_replica_ranks}")
+            self._tell(f"giving our state to {found.recover_dst_replica_ranks}")
             self._transport.send_checkpoint(found.recover_dst_replica_ranks, found.max_step, donate(), limit)
         state = self._fetch(found, limit) if found.heal else None
         group = ExchangeGroup(
@@ -223,7 +225,7 @@ class Membership:
         donor = ManagerClient(found.recover_src_manager_address, connect_timeout=connect)
         where = donor._checkpoint_metadata(self._member.rank, timeout=limit)
         state = self._transport.recv_checkpoint(found.recover_src_replica_rank, where, found.max_step, limit)
-        self._tell(f"healed to step {found.max_step} in {time.monotonic() - started:.2f} s")
+        self._tell(f"took the state of {found.recover_src_replica_rank} in {time.monotonic() - started:.2f} s")
         return state
 
     def agreed(self, step: int, mine: bool) -> bool:

@@ -2,7 +2,7 @@
 
 Both map the same descriptor; the kernel takes the memory back when both are gone, however they ended. It lies in parts:
 
-    counters      int64: outer steps committed, the trainer's sign of life
+    counters      int64: outer steps committed, the trainer's sign of life, where a group stands that began anew
     exchange      fp32 [n]: what is to be averaged, and the mean
     residual      fp32 [n]: what compression has lost so far
     outer         fp32 [2, 2, n]: DiLoCo's parameters and momentum, in two slots (see `outer_state`)
@@ -24,7 +24,7 @@ __all__ = ["Layout", "SharedMemory", "checksum_of", "open_descriptor"]
 
 _PAGE = 4096
 _NUM_COUNTERS = _PAGE // 8
-_COMMITS, _BEATS = 0, 1
+_COMMITS, _BEATS, _BEGUN = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,15 @@ class SharedMemory:
     @commits.setter
     def commits(self, value: int) -> None:
         self._counters[_COMMITS] = value
+
+    @property
+    def begun(self) -> int:
+        """See `agreement.begun_anew`; it counts until an outer step is committed."""
+        return int(self._counters[_BEGUN])
+
+    @begun.setter
+    def begun(self, value: int) -> None:
+        self._counters[_BEGUN] = value
 
     @property
     def beats(self) -> int:

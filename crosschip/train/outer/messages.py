@@ -102,7 +102,10 @@ class Donation:
 
 @dataclass(frozen=True)
 class View:
-    """The groups that take part now. `donation` is there when this group was behind and has been healed."""
+    """The groups that take part now, and where the furthest stands.
+
+    `donation` is there when this group was behind and has been healed.
+    """
 
     rank: int
     num_participants: int
@@ -112,7 +115,7 @@ class View:
 
 @dataclass(frozen=True)
 class Join:
-    """Ask who takes part in the step after `step`, and be healed when behind.
+    """Ask who takes part in the next step, and be healed when behind: `step` is where the group stands (`standing`).
 
     A group that waits for the others at the start of a run is not ready.
     """

@@ -1,6 +1,6 @@
 """The outer state of DiLoCo beside a checkpoint: `outer/step-00000200-rank-0.safetensors`, one file a rank.
 
-It belongs to a layout: with another number of ranks it is begun anew from the parameters.
+It belongs to a layout: with another number of ranks, or other fragments, it is begun anew from the parameters.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from safetensors.torch import save_file
 
 from crosschip.errors import CheckpointError
 
-__all__ = ["load_outer_state", "save_outer_state"]
+__all__ = ["load_outer_state", "newest_outer_step", "other_layout", "save_outer_state"]
 
 _KEPT = 4  # more than the checkpoints that a resume could take would be better, and costs room
 
 
 def _path(stage_directory: Path, rank: int, step: int) -> Path:
     return stage_directory / "outer" / f"step-{step:08d}-rank-{rank}.safetensors"
+
+
+def newest_outer_step(stage_directory: Path) -> int | None:
+    """The last step beside whose checkpoint any rank has saved; None where the groups never trained by DiLoCo."""
+    names = [path.name for path in stage_directory.glob("outer/step-*-rank-*.safetensors")]
+    return max((int(name.split("-")[1]) for name in names), default=None)
 
 
 def save_outer_state(
@@ -53,6 +59,17 @@ def save_outer_state(
         ) from error
     for older in sorted(path.parent.glob(f"step-*-rank-{rank}.safetensors"))[:-_KEPT]:
         older.unlink()
+
+
+def other_layout(tensors: dict[str, torch.Tensor], counts: dict[str, int], layout: dict[str, int]) -> str:
+    """In what a saved outer state does not fit `layout` (see `DiLoCo.layout`), in words; empty where it fits."""
+    num_fragments = sum(name.startswith("tokens_since_") for name in counts)
+    saved = {"fragments": num_fragments, "parameters": tensors["parameters"].numel(), **counts}
+    # An older crosschip did not say how many ranks there were, and how parameters were cut.
+    differing = [name for name, number in layout.items() if saved.get(name, number) != number]
+    if differing == ["cuts"]:
+        return "parameters that are cut in another way"
+    return ", ".join(f"{saved[name]} {name}, now {layout[name]}" for name in differing if name != "cuts")
 
 
 def _digest(tensors: dict[str, torch.Tensor], counts: str) -> str:

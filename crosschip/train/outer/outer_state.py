@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from crosschip.train.outer.agreement import standing
 from crosschip.train.outer.memory import SharedMemory
 from crosschip.train.outer.placement import Fragment
 
@@ -33,6 +34,11 @@ class OuterState:
     def commits(self) -> int:
         """Outer steps committed so far, over all fragments."""
         return self._memory.commits
+
+    @property
+    def standing(self) -> int:
+        """What groups compare to find who is behind."""
+        return standing(self.commits, self._memory.begun)
 
     @property
     def due(self) -> int:

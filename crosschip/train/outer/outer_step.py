@@ -50,7 +50,7 @@ def take_outer_step(
     started = time.monotonic()
     num_tokens, failures, donation, num_bytes = command.num_tokens, [], None, 0
     while True:
-        view, group = join(outer.commits)
+        view, group = join(outer.standing)
         if view.donation is not None:
             donation, num_tokens = view.donation, 0  # what was trained from older parameters is given up
         if group.size < config.member.min_groups:

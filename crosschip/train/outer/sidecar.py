@@ -135,7 +135,7 @@ class Sidecar:
         return Joined(view, may_begin)
 
     def join(self, step: int) -> tuple[View, ExchangeGroup]:
-        """A quorum for the step after `step`; a group that is behind is healed before this returns."""
+        """A quorum of a group that stands at `step`; one that is behind is healed before this returns."""
         if self._has_given:
             self.memory.forget_state()
             self._has_given = False
@@ -151,7 +151,7 @@ class Sidecar:
         state: dict[str, Any] = {"donation": donation, "bytes": self.memory.state(num_bytes)}
         if self.outer is not None:
             state["outer"] = self.outer.export()
-            state["commits"] = self.outer.commits
+            state["commits"], state["begun"] = self.outer.commits, self.memory.begun
         return state
 
     def _take_over(self, state: dict[str, Any]) -> Donation:
@@ -160,6 +160,7 @@ class Sidecar:
         if self.outer is not None:
             self.outer.load(state["outer"], state["commits"])
             self.memory.residual.zero_()  # it belongs to parameters that are given up
+            self.memory.begun = state["begun"]  # last: a sidecar that is killed before is behind again
         donation: Donation = state["donation"]
         self._received = donation
         return donation

@@ -30,6 +30,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _spread(parameter: nn.Parameter) -> str:
+    whole, own = tuple(parameter.shape), tuple(_local(parameter.detach()).shape)
+    mesh = tuple(parameter.device_mesh.shape) if isinstance(parameter, DTensor) else ()
+    return f"{own} of {whole} over {mesh}"
+
+
 class FlatParameters:
     """The trained parameters in their order, as one flat fp32 vector on the CPU and back."""
 
@@ -42,6 +48,11 @@ class FlatParameters:
     def num_elements(self) -> int:
         """Elements of this rank."""
         return sum(self.sizes)
+
+    @property
+    def spread(self) -> str:
+        """How each parameter is cut among ranks. Where it differs, a flat vector of before means something else."""
+        return " ".join(_spread(parameter) for parameter in self._parameters)
 
     def _parts(self, flat: torch.Tensor, first: int, last: int | None) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
         last = len(self.sizes) if last is None else last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import subprocess
@@ -19,7 +20,7 @@ from crosschip.errors import CheckpointError
 from crosschip.model import load_model
 from crosschip.model.weights import own_tensors
 from crosschip.rundir import write_json
-from crosschip.train.checkpoint import Checkpointer, find_newest, load_optimizer, read_state
+from crosschip.train.checkpoint import Checkpointer, find_newest, load_optimizer, read_state, save_checkpoint
 from crosschip.train.checkpoint.staging import StagingBuffers, tensors_to_save
 from crosschip.train.optimizer import build_optimizer, optimizer_tensors
 
@@ -275,6 +276,43 @@ def test_finish_refuses_a_wrong_one(tmp_path, monkeypatch) -> None:
     named = r"step-00000001 is wrong: other numbers.*model\.lm_head\.weight"
     with Checkpointer(tmp_path, model, optimizer, STAGE) as saver, pytest.raises(CheckpointError, match=named):
         saver.finish(state_of(1))
+
+
+def test_a_verdict_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch) -> None:
+    """As on a full disk: what comes after is read back all the same."""
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, TENSORS) as saver:
+        with monkeypatch.context() as full:
+            full.setattr("crosschip.train.checkpoint.saver.write_verdict", disk_is_full)
+            saver.save(state_of(1))
+            saver.wait()
+        saver.finish(state_of(2))
+        first, second = saver.events()
+    assert (first.event, first.step) == ("checkpoint-not-verified", 1)
+    assert "the verdict could not be written: [Errno 28]" in first.detail
+    assert (second.event, second.step) == ("checkpoint-verified", 2)
+
+
+def test_a_last_one_that_is_wrong_ends_training_where_no_verdict_can_be_written(tmp_path, monkeypatch) -> None:
+    model, optimizer = trained(1)
+    spoil_copies(monkeypatch, "model.norm.weight")
+    monkeypatch.setattr("crosschip.train.checkpoint.saver.write_verdict", disk_is_full)
+    with Checkpointer(tmp_path, model, optimizer, STAGE) as saver:
+        with pytest.raises(CheckpointError, match="step-00000001 is wrong: other numbers in the file"):
+            saver.finish(state_of(1))
+        (event,) = saver.events()
+    assert event.event == "checkpoint-wrong"
+    assert event.action.startswith(f"delete {tmp_path / 'checkpoints/step-00000001'}, which nothing marks")
+
+
+def test_a_directory_that_cannot_be_made_is_a_save_that_failed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("crosschip.train.checkpoint.writing._make_directory", disk_is_full)
+    with pytest.raises(CheckpointError, match=r"could not be written to .* MB are free there.*No space"):
+        save_checkpoint(tmp_path / "pretrain", *trained(1), state_of(1), keep=1)
+
+
+def disk_is_full(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def spoil_copies(monkeypatch, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +22,14 @@ from checkpoint_parts import STAGE, batch_of, state_of, train, trained
 import crosschip.train.checkpoint.staging
 from crosschip.errors import CheckpointError
 from crosschip.train.checkpoint import Checkpointer, CheckpointEvent, find_newest, save_checkpoint, verify
-from crosschip.train.checkpoint.loss_check import LossQuestion, answer_question
+from crosschip.train.checkpoint.loss_check import LossAnswer, LossQuestion, answer_question
 from crosschip.train.checkpoint.readback import compare_tensors
 from crosschip.train.checkpoint.staging import StagingBuffers, tensors_to_save
+from crosschip.train.checkpoint.verdict import verdict_of
 from crosschip.train.checkpoint.verifier import COMMAND
+from crosschip.train.loop import _Stage
 from crosschip.train.optimizer import build_optimizer
+from crosschip.train.step import StepResult
 
 HANG_S = 120.0
 
@@ -212,6 +218,30 @@ def test_elsewhere_the_loss_is_within_a_limit_that_an_old_checkpoint_is_not(
         assert answer.is_reproduced
         assert 0 < answer.limit < 0.01 * loss
         assert not answer_question(newer, question, batch_of(3)).is_reproduced
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_loss_of_a_step_that_was_skipped_condemns_no_checkpoint(tmp_path, device) -> None:
+    path = save_checkpoint(tmp_path, *trained(1), state_of(1), keep=1)
+    answer = answer_question(path, LossQuestion(None, "float32", 1, 1, 1, device), batch_of(2))
+    verdict = verdict_of(None, answer)
+    assert verdict.verdict == "right"
+    assert f"its loss is {answer.found!r}, and training has skipped the step" in verdict.detail
+    assert verdict_of(None, LossAnswer(None, math.nan, 0.0)).verdict == "wrong", "its weights are no numbers"
+
+
+@pytest.mark.parametrize("updated", [True, False])
+def test_only_the_loss_of_a_step_that_counts_is_compared(updated) -> None:
+    heard: list[float | None] = []
+    job = SimpleNamespace(
+        groups=SimpleNamespace(seen=lambda sequences, taken: (0, 4)),
+        position=SimpleNamespace(sequences=0),
+        settings=SimpleNamespace(gradient_accumulation=1),
+    )
+    stage: Any = SimpleNamespace(job=job, saver=SimpleNamespace(observe=lambda step, loss, *rest: heard.append(loss)))
+    result, taken = StepResult(7.5, None, 0.1, 4, 4, None, updated=updated), SimpleNamespace(count=4)
+    _Stage._observe(stage, 3, result, taken)  # type: ignore[arg-type]
+    assert heard == [7.5 if updated else None]
 
 
 def test_by_hand(tmp_path, capsys) -> None:

@@ -30,7 +30,15 @@ def test_no_line_is_step_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoilt", [b"\xff\xfe\n", b'{"stfp": 8}\n', b'{"step": 8, "loss": 1..0}\n', b"8\n", b"\0" * 5000 + b"\n"]
+    "spoilt",
+    [
+        b"\xff\xfe\n",
+        b'{"stfp": 8}\n',
+        b'{"step": 8, "loss": 1..0}\n',
+        b"8\n",
+        b"\0" * 5000 + b"\n",
+        b"[" * 100_000 + b"\n",
+    ],
 )
 def test_a_line_that_cannot_be_read_is_passed_over(tmp_path: Path, spoilt: bytes) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from crosschip.errors import RunDirectoryError
+from crosschip.recipe import GuardSettings
 from crosschip.train.guard.heartbeat import Heartbeat, read_beats
-from crosschip.train.guard.supervisor import NoProgressError, wait_for_orphans
+from crosschip.train.guard.supervisor import NoProgressError, SupervisedRun, supervise, wait_for_orphans
 from tests.train.guard.supervised_runs import ENVIRONMENT, HERE, Supervised, committed_steps, processes_of
 
 PATIENCE_S = 60.0  # only a hang takes this long
@@ -201,6 +203,23 @@ def test_a_killed_supervisor_leaves_nothing_behind(supervised, ranks) -> None:
     process.kill()
     process.wait()
     until(lambda: processes_of(state_of(supervised)) == [], "the kernel ends the ranks")
+
+
+def test_a_second_supervisor_of_the_same_run_starts_nothing(tmp_path: Path) -> None:
+    """Not even where the first one's ranks have not begun: the second one's would take their heartbeats' place."""
+    heartbeats = tmp_path / "heartbeats"
+    run = SupervisedRun(
+        launch=lambda attempt: pytest.fail("ranks are started"),
+        heartbeats=heartbeats,
+        committed=lambda: 0,
+        tell=lambda stage, event: None,
+        settings=GuardSettings(),
+    )
+    heartbeats.mkdir()
+    with (heartbeats / "supervisor.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunDirectoryError, match=f"another process trains in {tmp_path} .*supervisor.lock is held"):
+            supervise(run)
 
 
 def test_a_run_waits_for_the_ranks_of_the_one_before(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ class Options:
     rendezvous: str = ""  # a file by which the ranks of one group find each other
     poisoned_step: int = 0  # after it, this group's parameters hold a NaN
     digest: str = "same"
+    stage: str = ""  # where it goes on after step `resumed_at`
+    resumed_at: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
@@ -148,7 +150,7 @@ def main() -> int:
     options = Options(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     model, optimizer, device, share = build(options)
-    position = Position()
+    position = Position(options.resumed_at)
     choice = Choice(options.mode, options.compression, "", options.sync_every, options.fragments, options.overlap_steps)  # type: ignore[arg-type]
     groups = open_groups(
         GroupSettings(num_groups=options.num_groups, **options.settings),
@@ -168,7 +170,9 @@ def main() -> int:
 
         note(sidecar=groups.handle.pid)
         try:
-            if isinstance(groups, DiLoCo):
+            if options.stage:
+                groups.resume(Path(options.stage), options.resumed_at)
+            elif isinstance(groups, DiLoCo):
                 groups.join()
             train(options, groups, model, optimizer, position, device, note)
             groups.finish()

@@ -4,11 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from crosschip.train.outer.agreement import Header, UnfitGroup, check_headers
+from crosschip.train.outer.agreement import Header, UnfitGroup, begun_anew, check_headers, standing
 from crosschip.train.outer.errors import GroupsError
 
 HEADER = Header(rules=7, num_elements=100, num_numbers=2, step=5, num_tokens=4096, checksum=0xABCD1234, seniority=3)
 FIELDS = [("rules", "settings"), ("num_elements", "number of parameters"), ("num_numbers", "figures"), ("step", "step")]
+
+
+def test_groups_that_begin_anew_stand_in_one_order() -> None:
+    """A new group is behind, one with anything in common with others ahead; of the rest no two stand alike."""
+    anew = [standing(0, begun_anew(step, group, 3)) for step in (1, 2, 10**9) for group in (2, 1, 0)]
+    order = [standing(0), *anew, standing(1), standing(2)]
+    assert order == sorted(set(order))
 
 
 def test_a_header_survives_the_wire() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 from crosschip.train.outer.lighthouse import Lighthouse
+from crosschip.train.outer.outer_files import save_outer_state
 from tests.train.outer.conftest import Group, wait_until
 
 ENDLESS = 1_000_000
@@ -41,6 +44,21 @@ def test_a_cpu_and_a_simulated_chip_train_together_and_one_is_killed(start: Star
     assert "healed" in again.events()
     assert again.steps()[min(again.steps())]["now_at"] > 20
     assert equal_after_outer_steps(cpu, again, 5) >= 2
+
+
+@pytest.mark.parametrize("mode", ["diloco", "every-step"])
+def test_groups_that_go_on_with_weights_of_their_own_take_those_of_the_first(
+    start: Start, tmp_path: Path, mode: str
+) -> None:
+    """As after DiLoCo in another layout, or with every step averaged from now on."""
+    numbers = {"parameters": torch.zeros(10), "momentum": torch.zeros(10), "residual": torch.zeros(10)}
+    save_outer_state(tmp_path, 0, 40, numbers, {"commits": 8, "inner_steps": 3, "tokens_since_0": 7})
+    words = {"mode": mode, "sync_every": 5 if mode == "diloco" else 1, "stage": str(tmp_path), "resumed_at": 40}
+    groups = [start(group=group, seed=group, steps=50, **words) for group in (1, 0)]
+    assert [group.wait() for group in groups] == [0, 0], groups[0].told()
+    assert [group.events().count("healed") for group in groups] == [1, 0]
+    ends = [next(line for line in group.lines() if "finished" in line) for group in groups]
+    assert ends[0]["checksum"] == ends[1]["checksum"]
 
 
 @pytest.mark.slow

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from crosschip.train.outer.every_step import EveryStep
 from crosschip.train.outer.lighthouse import Lighthouse
+from crosschip.train.outer.messages import Average, Averaged, Join, Joined, View
+from crosschip.train.outer.outer_files import save_outer_state
 from crosschip.train.outer.placement import Slice
+from crosschip.train.outer.time_limits import TimeLimits
+from crosschip.train.outer.training_state import TrainingState
 from tests.train.outer.conftest import Group, wait_until, wait_until_gone
-from tests.train.outer.group_process import Options, backward, new_model
+from tests.train.outer.group_process import Options, Position, backward, new_model
 
 ENDLESS = 1_000_000
 Start = Callable[..., Group]
@@ -70,6 +77,46 @@ def test_a_killed_group_is_dropped_and_healed_and_no_data_is_lost(start: Start) 
     found = [first.steps()[step + 1]["loss"] for step in range(8)]
     assert found == pytest.approx(expected, rel=1e-4)
     assert [first.steps()[step + 1]["loss"] for step in range(1, 8)] != pytest.approx(expected[:7], rel=1e-4)
+
+
+class Heard:
+    """A sidecar's handle that writes down where a group says that it stands."""
+
+    def __init__(self, group: int) -> None:
+        self.config = SimpleNamespace(member=SimpleNamespace(group=group, num_groups=2), limits=TimeLimits())
+        self.memory = SimpleNamespace(exchange=torch.zeros(4))
+        self.stands_at: list[int] = []
+
+    def call(self, command: Join | Average, kind: type) -> Joined | Averaged:
+        if isinstance(command, Average):
+            return Averaged(True, command.num_tokens, command.numbers, 0, 0.0)
+        self.stands_at.append(command.step)
+        return Joined(View(0, 1, command.step), may_begin=True)
+
+
+@pytest.mark.parametrize(("outer_step", "is_of_diloco"), [(40, True), (60, True), (20, False)])
+def test_beside_a_checkpoint_of_diloco_a_group_stands_by_its_number(
+    tmp_path: Path, outer_step: int, is_of_diloco: bool
+) -> None:
+    save_outer_state(tmp_path, 0, outer_step, {"parameters": torch.zeros(4)}, {"commits": 8})
+    first, second = (Heard(group) for group in (0, 1))
+    for heard in (first, second):
+        model = new_model(0)
+        state = TrainingState(model, torch.optim.AdamW(model.parameters()), Position(40))
+        groups = EveryStep(lambda donate, heard=heard: heard, state.flat(), state)  # type: ignore[misc]
+        groups.resume(tmp_path, 40)
+        assert [event.event for event in groups.new_events()] == ["no-more-outer-steps"] * is_of_diloco
+        groups.before_step()
+        heard.memory.exchange = torch.zeros(state.flat().num_elements)
+        groups.average_gradients(10, [1.0])
+        state.position.step += 1
+        groups.before_step()
+    (before, after), (second_before, second_after) = first.stands_at, second.stands_at
+    assert after == second_after == 41
+    if is_of_diloco:
+        assert second_before < before < 0
+    else:
+        assert second_before == before == 40
 
 
 @pytest.mark.slow
