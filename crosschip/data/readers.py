@@ -77,7 +77,8 @@ class RowForm:
             return Row(messages=_messages(record[s.messages_field], s.messages_field))
         if record.get(s.question_field) is not None and record.get(s.answer_field) is not None:
             question = _text(record[s.question_field], s.question_field)
-            return Row(messages=(Message("user", question), self._answer(record[s.answer_field])))
+            asked = Message("user", question + s.question_suffix)
+            return Row(messages=(asked, self._answer(record[s.answer_field])), question=question)
         text = record.get(s.text_field)
         if isinstance(text, str) and not text.strip():
             raise _Unusable(f"the field {s.text_field!r} is empty", "remove the row", is_empty=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from crosschip.errors import DataError
@@ -44,10 +44,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """One document: plain `text`, or `messages` (a question and its answer are two messages)."""
+    """One document: plain `text`, or `messages` (a question and its answer are two messages).
+
+    `question` is the data's own, without what the recipe adds to it.
+    """
 
     text: str | None = None
     messages: tuple[Message, ...] | None = None
+    question: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a row is either text or messages"
@@ -79,7 +83,8 @@ class Row:
         for message in self.messages or ():
             if message.role == "assistant":
                 break
-            prompt.append(f"{message.role}\x00{message.content}")
+            content = message.content if self.question is None else self.question
+            prompt.append(f"{message.role}\x00{content}")
         return "\x00".join(prompt)
 
 

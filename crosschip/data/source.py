@@ -88,6 +88,8 @@ class FileSource:
         if self._digests is None:
             self._digests = [f"{file.format} {file.digest()}" for file in self._files]
         settings = self._settings.model_dump(exclude={"path", "levels", "num_problems"})
+        if not self._settings.question_suffix:
+            del settings["question_suffix"]  # runs from before there was one go on
         return digest_of([*self._digests, sorted(settings.items())])
 
     @property

@@ -92,6 +92,7 @@ class DataSettings(Settings):
     A path is a file, a directory, a glob, or `hf://datasets/OWNER/NAME[/FILES]`. A row is plain text (`text_field`),
     chat messages (`messages_field`), or a question and an answer; `reasoning_separator` splits an answer into
     reasoning and final answer, and `remove_pattern` is a regular expression deleted from the answer before that.
+    `question_suffix` follows each question of such a row: an instruction, say how the answer is to be written.
     """
 
     source: Literal["arithmetic", "files"] = "files"
@@ -101,6 +102,7 @@ class DataSettings(Settings):
     messages_field: str = "messages"
     question_field: str = "question"
     answer_field: str = "answer"
+    question_suffix: str = ""
     reasoning_separator: str | None = None
     remove_pattern: str | None = None
     skip_bad_rows: Annotated[int, Field(ge=0)] = 0

@@ -29,6 +29,17 @@ def test_questions_and_answers_become_reasoned_conversations(write_jsonl: WriteJ
     assert rows == [Row(messages=(Message("user", "How many?"), Message("assistant", "24", "Half: 24.")))]
 
 
+def test_what_follows_a_question_is_asked_with_it_and_moves_no_row_to_the_other_split(write_jsonl: WriteJsonl) -> None:
+    path = write_jsonl([{"question": f"What is {n}?", "answer": n} for n in range(40)])
+    plain = DataSettings(path=str(path), validation_fraction=0.5)
+    asked = plain.model_copy(update={"question_suffix": " In a box."})
+    sources = [open_source(settings, seed=0) for settings in (plain, asked)]
+    for split in ("train", "validation"):
+        questions = [[row.as_messages()[0].content for row in source.rows(split)] for source in sources]
+        assert questions[1] == [f"{question} In a box." for question in questions[0]]
+    assert sources[0].fingerprint != sources[1].fingerprint
+
+
 def test_messages_and_texts_are_read_by_their_fields(write_jsonl: WriteJsonl) -> None:
     messages = [
         {"role": "system", "content": ""},
