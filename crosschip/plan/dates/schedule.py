@@ -19,7 +19,7 @@ from crosschip.plan.dates.calendar import Calendar
 from crosschip.plan.dates.stages import Stage
 from crosschip.plan.failures.problem import PlanError, at_least
 from crosschip.plan.failures.rates import FailureRates, SampledRates
-from crosschip.plan.failures.simulation import MOST_STOPS, Ledger, simulate
+from crosschip.plan.failures.simulation import Ledger, simulate
 
 __all__ = ["QUANTILES", "Scenario", "Schedule", "StageDates", "plan_dates"]
 
@@ -103,11 +103,11 @@ class Schedule:
         return float(np.mean(self.end_s <= limit_s))
 
 
-def plan_dates(scenario: Scenario, most_stops: int = MOST_STOPS) -> Schedule:
+def plan_dates(scenario: Scenario) -> Schedule:
     """Live through the scenario's trials; the same seed gives the same luck.
 
     Raises:
-        PlanError: a trial does not come to an end within `most_stops` stops of a stage, or of a part of its ramp-up.
+        PlanError: a trial loses between two stops what it does, and so does not come to an end.
     """
     num, seed = scenario.num_trials, scenario.seed
     rates = scenario.rates.sample(num, seed + _RATE_SEED).scaled(scenario.rate_factor)
@@ -116,7 +116,7 @@ def plan_dates(scenario: Scenario, most_stops: int = MOST_STOPS) -> Schedule:
     found: list[StageDates] = []
     for number, stage in enumerate(scenario.stages):
         parts = _parts(stage, found[-1].end_s if found else np.zeros(num), scenario.calendar)
-        ledger, chip_s = _live(stage, parts, stage.work_s * speed, rates, (seed, number), most_stops)
+        ledger, chip_s = _live(stage, parts, stage.work_s * speed, rates, (seed, number))
         begin = scenario.calendar.elapsed_s(at_work)
         at_work = at_work + ledger.wall_s
         found.append(StageDates(stage, begin, scenario.calendar.elapsed_s(at_work), ledger, chip_s))
@@ -124,7 +124,7 @@ def plan_dates(scenario: Scenario, most_stops: int = MOST_STOPS) -> Schedule:
 
 
 def _live(
-    stage: Stage, parts: _Parts, work_s: Values, rates: SampledRates, seed: tuple[int, ...], most_stops: int
+    stage: Stage, parts: _Parts, work_s: Values, rates: SampledRates, seed: tuple[int, ...]
 ) -> tuple[Ledger, Values]:
     """One stage's time and chip-seconds: each part of a ramp-up runs on its own number of chips until the next are
     there."""
@@ -137,10 +137,7 @@ def _live(
     left = work_s
     for number, (share, length_s) in enumerate(parts):
         chips = max(1, math.ceil(stage.num_chips * share))
-        ledger = simulate(
-            rates, chips, stage.recovery, work_s=left / share, horizon_s=length_s, seed=(*seed, number),
-            most_stops=most_stops,
-        )  # fmt: skip
+        ledger = simulate(rates, chips, stage.recovery, work_s=left / share, horizon_s=length_s, seed=(*seed, number))
         left = np.where(ledger.finished, 0.0, np.maximum(left - ledger.useful_s * share, 0.0))
         whole, chip_s = whole.then(ledger), chip_s + chips * ledger.wall_s
     return whole, chip_s

@@ -15,8 +15,6 @@ __all__ = ["Effect", "on_other_chip", "sensitivity"]
 
 _DAY_H = 24.0
 _LEAST_SHARE = 0.001
-# Trials of a question are followed through twice the stops of the plan's own worst one, and so many more.
-_MORE_STOPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,10 @@ def _length(days: float) -> str:
 
 def sensitivity(base: Schedule) -> list[Effect]:
     """The usual questions to a plan, largest effect first."""
-    most_stops = _MORE_STOPS + 2 * round(max(float(each.ledger.num_stops.max()) for each in base.stages))
     effects = []
     for change, changed in _questions(base.scenario):
         try:
-            effects.append(_effect(change, base.end_days, plan_dates(changed, most_stops).end_days))
+            effects.append(_effect(change, base.end_days, plan_dates(changed).end_days))
         except PlanError:
             effects.append(Effect(change, math.inf, math.inf, base.end_days()))
     return sorted(effects, key=lambda effect: -abs(effect.days_p50))

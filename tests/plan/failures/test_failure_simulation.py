@@ -129,6 +129,33 @@ def test_spares_end_the_waiting_and_groups_divide_a_stop() -> None:
     assert grouped.goodput.mean() > whole.goodput.mean()
 
 
+@pytest.mark.parametrize("limit", [{"work_s": 30 * DAY_S}, {"work_s": 90 * DAY_S, "horizon_s": 60 * DAY_S}])
+def test_after_many_stops_the_pace_tells_what_following_the_trial_does(
+    limit: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, recovery = same_rates(50, job=100.0), replace(PLAIN, interval_s=300.0, save_blocking_s=10.0, restart_s=300.0)
+    followed = simulate(rates, 8, recovery, **limit)
+    assert 4_000 < followed.num_stops.min() <= followed.num_stops.max() < 10_000
+    monkeypatch.setattr("crosschip.plan.failures.simulation._PACE_KNOWN_AFTER", 2048)
+    paced = simulate(rates, 8, recovery, **limit)
+    assert unaccounted_s(paced) < 1e-9
+    np.testing.assert_array_equal(paced.finished, followed.finished)
+    for name in ("useful_s", "lost_s", "restart_s", "saving_s", "wall_s", "num_stops"):
+        np.testing.assert_allclose(getattr(paced, name), getattr(followed, name), rtol=0.1)
+        assert getattr(paced, name).mean() == pytest.approx(getattr(followed, name).mean(), rel=0.02)
+
+
+def test_few_trials_without_an_end_leave_the_others_and_many_are_refused() -> None:
+    job = np.full(200, 1.0)
+    job[0] = 10_000.0  # a stop every 9 s, and nothing is saved before the next
+    ledger = simulate(SampledRates(job, 0 * job, 0 * job), 8, PLAIN, work_s=DAY_S)
+    assert ledger.finished.tolist() == [False] + [True] * 199
+    assert ledger.wall_s[0] > 100 * ledger.wall_s[1:].max()
+    job[1:5] = 10_000.0
+    with pytest.raises(PlanError, match="5 of 200 trials do not end"):
+        simulate(SampledRates(job, 0 * job, 0 * job), 8, PLAIN, work_s=DAY_S)
+
+
 def test_one_seed_gives_one_result_and_what_has_no_end_is_refused() -> None:
     rates = same_rates(10, job=3.0)
     first, again = (simulate(rates, 8, PLAIN, horizon_s=DAY_S, seed=5).useful_s for _ in range(2))
