@@ -66,9 +66,9 @@ def open_source(path: Path) -> ModelSource:
         HandoffError: there is no model, it is incomplete, or it is quantised in a way that is not read here.
         ModelError: `config.json` or the checkpoint's index cannot be read.
     """
-    path = path.absolute()  # what lies around a checkpoint is found by its place
     if not path.is_dir():
         raise HandoffError(f"there is no directory {path}", "give a run directory or a model directory")
+    path = path.absolute()  # what lies around a checkpoint is found by its place
     if not (path / "config.json").is_file():
         return open_source(last_checkpoint(path))
     if is_training_checkpoint(path):
