@@ -25,6 +25,7 @@ from crosschip.errors import RunDirectoryError
 
 __all__ = [
     "COMPLETE",
+    "WEIGHTS_MANIFEST",
     "RunDirectory",
     "atomic_directory",
     "is_complete",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 COMPLETE = "COMPLETE"
+WEIGHTS_MANIFEST = "weights-manifest.json"  # the hashes of weights that a trainer publishes for engines
 
 
 def write_text(path: Path, text: str) -> None:

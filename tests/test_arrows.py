@@ -14,12 +14,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "crosschip"
 
 # "": the package itself, for its version
-KNOWN_TO_ALL = {"recipe", "errors", "rundir", "intervals", "paired", "published", "certificate", ""}
+KNOWN_TO_ALL = {"checkpoints", "recipe", "errors", "rundir", "intervals", "paired", "published", "certificate", ""}
 EVERYTHING = None
 
 # A room and the rooms it may know, besides itself and what is known to all. A dotted name opens one module only.
 ARROWS: dict[str, set[str] | None] = {
     "": set(),
+    "checkpoints": set(),
     "errors": set(),
     "intervals": set(),
     "paired": set(),
@@ -28,15 +29,17 @@ ARROWS: dict[str, set[str] | None] = {
     "rundir": set(),
     "certificate": set(),
     "chips": set(),
+    "thin_links": set(),
     "data": set(),
-    "plan": {"report.templating", "report.plots", "report.figures", "report.measured_drawings"},  # the look of pages
+    # The look of pages, and what the trainer would choose.
+    "plan": {"report.templating", "report.plots", "report.figures", "report.measured_drawings", "thin_links"},
     "report": set(),
     "doctor": set(),
     "torch_plugin": {"chips"},
     "model": {"chips"},
     "golden": {"chips", "model"},
     "rewards": {"data"},
-    "train": {"chips", "model", "data", "golden", "rewards"},
+    "train": {"chips", "model", "data", "golden", "rewards", "thin_links"},
     "handoff": {"chips", "model", "data", "golden", "engines"},
     "serve": {"chips", "model", "data", "golden"},
     # Qualify examines what really runs: the train step with its optimizer, the runner with what it is handed.
@@ -67,6 +70,7 @@ TORCH_FREE = (
     "",
     "__main__",
     "certificate",
+    "checkpoints",
     "cli",
     "doctor",
     "errors",
@@ -78,6 +82,7 @@ TORCH_FREE = (
     "report",
     "rewards",
     "rundir",
+    "thin_links",
     "torch_plugin",
     "voyage",
 )

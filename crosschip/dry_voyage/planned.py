@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from crosschip.checkpoints import checkpoint_path
 from crosschip.data import load_tokenizer, train_tokenizer
 from crosschip.errors import QualifyError, RecipeError
 from crosschip.handoff import export_hf
@@ -165,7 +166,7 @@ def export_planned(planned: PlannedModel, directory: Path, seed: int) -> Path:
         pad_token_id=tokenizer.pad_id,
     )
     stage = planned.recipe.stages[-1][0]
-    with atomic_directory(run.stage(stage) / "checkpoints" / "step-00000000") as target:
+    with atomic_directory(checkpoint_path(run.stage(stage), 0)) as target:
         save_model(random_model(config, seed), target, torch.float32)
     write_json(run.resolved_recipe, planned.recipe.model_dump())
     return export_hf(run, planned.recipe)

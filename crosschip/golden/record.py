@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 import crosschip
+from crosschip.checkpoints import complete_checkpoints
 from crosschip.chips import Chip, fingerprint
 from crosschip.errors import GoldenError, ModelError
 from crosschip.golden.bundle import write_bundle
-from crosschip.golden.checkpoints import complete_checkpoints
 from crosschip.golden.comparison import CurveDistance
 from crosschip.golden.config_fields import special_tokens
 from crosschip.golden.files import fields_of

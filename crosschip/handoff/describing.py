@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.certificate import Certificate
+from crosschip.checkpoints import run_of
 from crosschip.golden.bundle import Bundle
-from crosschip.golden.checkpoints import run_of
 from crosschip.golden.limits import QUANTISED
 from crosschip.handoff.export import HANDOFF_FILE
 from crosschip.handoff.source import ModelSource
@@ -62,6 +62,7 @@ def described_target(directory: Path, earlier: Certificate | None, bundle: Bundl
 def described_source(source: Path, model: ModelSource, run: RunDirectory | None) -> dict[str, Any]:
     """Where a model came from, in words and numbers."""
     kind = "run" if run is not None else "checkpoint" if (source / "dcp").is_dir() else "directory"
+    # Other trainers call theirs so, too, with as many digits as they like.
     step = model.directory.name.removeprefix("step-") if model.directory.name.startswith("step-") else None
     return {
         "kind": kind,

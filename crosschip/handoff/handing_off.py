@@ -11,10 +11,10 @@ from typing import Any
 from crosschip.certificate import Certificate
 from crosschip.certificate.document import NOT_COVERED, PASSED
 from crosschip.certificate.signing import sign
+from crosschip.checkpoints import run_of
 from crosschip.chips import Chip, find_chip
 from crosschip.errors import CrosschipError, HandoffError
 from crosschip.golden.bundle import Bundle, load_bundle
-from crosschip.golden.checkpoints import run_of
 from crosschip.golden.config_fields import TIED
 from crosschip.golden.files import FileCheck
 from crosschip.golden.weights import WeightDifference

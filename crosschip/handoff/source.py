@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crosschip.checkpoints import complete_checkpoints, run_of
 from crosschip.errors import BrokenConfigError, HandoffError, ModelError, RunDirectoryError
-from crosschip.golden.checkpoints import complete_checkpoints, run_of
 from crosschip.golden.config_fields import OTHER_ENGINES_READ
 from crosschip.handoff.conversion.declared import checkpoint_layout, stored_layout
 from crosschip.handoff.conversion.layout import TensorSource

@@ -12,7 +12,6 @@ from crosschip.plan.failures import failure_outlook, outlook_document
 from crosschip.plan.fall_backs import fall_backs
 from crosschip.plan.figures_of import figures_of
 from crosschip.plan.page.document import dates_document, money_document, sensitivity_document, serving_document
-from crosschip.plan.planning import groups_notes
 from crosschip.plan.serving import plan_serving, served_model, serving_chip
 from crosschip.plan.stage_document import computed, layout_document, stage_document, step_document
 from crosschip.plan.step import Loser, Plan
@@ -124,7 +123,6 @@ def _serving(run: WholeRun) -> dict[str, Any] | None:
 def _notes(run: WholeRun) -> list[str]:
     """Each once: what was assumed or searched for, and what does not fit together."""
     notes = [note for stage in run.stages for note in (*stage.plan.notes, *stage.notes)]
-    notes += groups_notes(run.recipe)
     ramp = run.cluster.schedule.ramps()
     if ramp and ramp[-1].day > run.schedule.scenario.stages[0].work_s / 86400:
         notes.append("the ramp-up is longer than the first stage, and later stages are planned on all chips")

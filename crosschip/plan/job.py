@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crosschip.plan.architecture import Architecture
+from crosschip.thin_links import Link, exchange
 
 __all__ = ["Job", "ThinLink"]
 
@@ -13,8 +14,9 @@ __all__ = ["Job", "ThinLink"]
 class ThinLink:
     """The link of a replica group to the others, and how rarely it is used (DiLoCo, arXiv 2311.08105).
 
-    `bytes_per_parameter` is what an outer step sends of a parameter: 1 in int8. `overlap_steps` inner steps go on
-    meanwhile.
+    `bytes_per_parameter` is what an exchange sends of a parameter: about 1 in int8. `fragments` parts of the model take
+    turns, each once in `sync_every` inner steps; `overlap_steps` inner steps go on while one is under way.
+    `averages_gradients`: in each step, so that there is no outer optimizer.
     """
 
     bandwidth_bytes_s: float
@@ -22,6 +24,18 @@ class ThinLink:
     sync_every: int = 100
     bytes_per_parameter: float = 1.0
     overlap_steps: int = 0
+    fragments: int = 1
+    averages_gradients: bool = False
+
+    @property
+    def steps_between(self) -> float:
+        """Inner steps from one exchange to the next."""
+        return self.sync_every / self.fragments
+
+    def exchange_s(self, num_parameters: float, num_groups: int) -> float:
+        """Seconds of one exchange of a model, of which it carries one fragment."""
+        link = Link(self.bandwidth_bytes_s, self.latency_s)
+        return exchange(link, num_groups, num_parameters / self.fragments, self.bytes_per_parameter)[1]
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def memory_parts(job: Job, layout: Layout) -> dict[str, int]:
     gathered = 0.0
     if layout.zero == 3:  # two layers stand whole: the one that runs and the next one
         gathered = 2 * held / max(1, job.architecture.num_layers / layout.pipeline) * job.weight_bytes
-    outer = 8.0 * cut if job.thin_link is not None else 0.0  # the outer step's copy and momentum, on the host or here
+    has_outer = job.thin_link is not None and not job.thin_link.averages_gradients
+    outer = 8.0 * cut if has_outer else 0.0  # the outer step's copy and momentum, on the host or here
     return {
         "weights": round((cut if layout.zero == 3 else held) * job.weight_bytes + gathered),
         "gradients": round((cut if layout.zero >= 2 else held) * job.gradient_bytes),

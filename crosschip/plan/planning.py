@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from crosschip.plan.reading_architectures import architecture_from_directory, ar
 from crosschip.plan.search import Found, find_layouts
 from crosschip.plan.step import Layout, Plan
 from crosschip.recipe import Recipe, StageSettings
+from crosschip.thin_links import BYTES_PER_ELEMENT, choose, link_from
 
 __all__ = [
     "EAGER_KEPT",
@@ -24,7 +26,6 @@ __all__ = [
     "STATE_BYTES",
     "TRAINED_BYTES",
     "architecture_of",
-    "groups_notes",
     "plan_later_stage",
     "plan_run",
     "thin_link_of",
@@ -37,7 +38,6 @@ STATE_BYTES = 8.0  # two moments in fp32
 # and 1.26 and 1.18 times the activations kept (docs/log.md).
 EAGER_STREAM, EAGER_KEPT = 4.9, 1.22
 _VOCAB_MULTIPLE = 64  # training rounds the embedding's rows up to this
-_SYNC_EVERY = 100  # inner steps between outer steps, where the recipe leaves them open
 _MOST_NUMBERS = 12  # of chips that are tried for a stage that cannot use all
 _OTHER_TRAINER = "`crosschip train` shares a model by data and experts only: this layout needs another trainer"
 _RECOMPUTING_TRAINER = "`crosschip train` recomputes no activations: this layout needs another trainer"
@@ -53,44 +53,39 @@ def architecture_of(recipe: Recipe) -> Architecture:
     return architecture_from_settings(recipe.model, rows, recipe.name)
 
 
-def thin_link_of(recipe: Recipe) -> ThinLink | None:
-    """What joins the recipe's groups; None for one group alone.
+def thin_link_of(recipe: Recipe, num_elements: int, step_s: float) -> tuple[ThinLink, str]:
+    """What joins the recipe's groups, used as `crosschip train` chooses to where a step takes `step_s`; and the reason.
 
     Raises:
-        RecipeError: there are groups and no bandwidth between them.
+        RecipeError: there is no bandwidth between the groups.
+        RunDirectoryError: links.report is missing or no JSON.
     """
-    if recipe.groups.num_groups == 1:
-        return None
-    mbit_s = recipe.links.bandwidth_mbit_s
-    if mbit_s is None:
+    link = link_from(recipe.links)
+    if link is None:
         raise RecipeError(
-            f"groups.num_groups = {recipe.groups.num_groups}, and links.bandwidth_mbit_s is not given",
-            "give [links] bandwidth_mbit_s and latency_ms (links.report is read by `crosschip train` alone): how long "
-            "groups wait for each other hangs on them",
+            f"groups.num_groups = {recipe.groups.num_groups}, and nothing is known of the link between them",
+            "give [links] bandwidth_mbit_s and latency_ms, or report: groups wait for each other as long as it takes",
         )
-    each_step = recipe.groups.mode == "every-step"
-    # Left open, gradients of each step are sent in fp32 and what changed between outer steps in int8.
-    open_size = 4.0 if each_step else 1.0
-    size = {"none": 4.0, "auto": open_size, "int8": 1.0, "int4": 0.5}[recipe.groups.compression]
-    every = 1 if each_step else recipe.groups.sync_every or _SYNC_EVERY
-    latency_s = (recipe.links.latency_ms or 0.0) / 1000
-    return ThinLink(mbit_s * 1e6 / 8, latency_s, every, size, recipe.groups.overlap_steps or 0)
+    choice = choose(recipe.groups, link, num_elements, step_s)
+    return ThinLink(
+        link.bandwidth_bytes_s,
+        link.latency_s,
+        choice.sync_every,
+        BYTES_PER_ELEMENT[choice.compression],
+        choice.overlap_steps,
+        choice.fragments,
+        averages_gradients=choice.mode == "every-step",
+    ), choice.reason
 
 
-def groups_notes(recipe: Recipe) -> list[str]:
-    """What `crosschip train` may choose otherwise between groups than is planned."""
-    groups = recipe.groups
-    notes: list[str] = []
-    if groups.num_groups == 1 or groups.mode == "every-step":
-        return notes
-    if groups.mode == "auto" or groups.sync_every is None:
-        notes.append(
-            f"planned is an outer step every {groups.sync_every or _SYNC_EVERY} steps, and `crosschip train` chooses "
-            "by the link: set groups.mode and groups.sync_every to plan what it is to do"
-        )
-    if (groups.fragments or 1) > 1:
-        notes.append(f"groups.fragments = {groups.fragments} is not counted: an outer step is planned in one piece")
-    return notes
+def _joined(recipe: Recipe, job: Job, find: Callable[[Job], Found]) -> tuple[Job, Found, str | None]:
+    """The layouts with the link between the groups, where there are several: what they send hangs on a step's time."""
+    found = find(job)
+    if recipe.groups.num_groups == 1:
+        return job, found, None
+    link, reason = thin_link_of(recipe, num_parameters(job.architecture), found.best[0].step_s)
+    linked = replace(job, thin_link=link)
+    return linked, find(linked), reason
 
 
 def job_of(recipe: Recipe, stage: StageSettings, cluster: Cluster) -> Job:
@@ -106,7 +101,6 @@ def job_of(recipe: Recipe, stage: StageSettings, cluster: Cluster) -> Job:
         stream_factor=EAGER_STREAM,
         kept_factor=EAGER_KEPT * cluster.allocator_factor,
         fixed_bytes=cluster.fixed_bytes,
-        thin_link=thin_link_of(recipe),
     )
 
 
@@ -132,10 +126,12 @@ def plan_run(
         RecipeError: the stage is not there, nothing fits, or nothing divides; says what to change.
     """
     name, stage = stage_named(recipe, stage_name)
-    job = job_of(recipe, stage, cluster)
     given = _given(recipe, fixed)
     key = "train" if name == "pretrain" else name
-    return _plan(name, stage, job, cluster, _search(job, cluster, given, key, stage), cluster.num_chips)
+    job, found, reason = _joined(
+        recipe, job_of(recipe, stage, cluster), lambda job: _search(job, cluster, given, key, stage)
+    )
+    return _plan(name, stage, job, cluster, found, cluster.num_chips, reason)
 
 
 def plan_later_stage(recipe: Recipe, cluster: Cluster, name: str, stage: StageSettings) -> tuple[Plan, list[str]]:
@@ -144,17 +140,19 @@ def plan_later_stage(recipe: Recipe, cluster: Cluster, name: str, stage: StageSe
     Raises:
         RecipeError: no number of chips will do.
     """
-    job, given = job_of(recipe, stage, cluster), _given(recipe, None)
+    alone, given = job_of(recipe, stage, cluster), _given(recipe, None)
     first: RecipeError | None = None
     for num_chips in _numbers_of_chips(cluster, stage.batch_size):
         try:
-            found = find_layouts(job, num_chips, cluster.hardware, given)
+            job, found, reason = _joined(
+                recipe, alone, partial(find_layouts, num_chips=num_chips, hardware=cluster.hardware, fixed=given)
+            )
         except RecipeError as error:
             first = first or error
             continue
         left = cluster.num_chips - num_chips
         notes = [f"{name}: {stage.batch_size} sequences use {num_chips:,} chips; {left:,} have nothing to do meanwhile"]
-        return _plan(name, stage, job, cluster, found, num_chips), notes if left else []
+        return _plan(name, stage, job, cluster, found, num_chips, reason), notes if left else []
     assert first is not None
     raise first
 
@@ -173,7 +171,15 @@ def _given(recipe: Recipe, fixed: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-def _plan(name: str, stage: StageSettings, job: Job, cluster: Cluster, found: Found, num_chips: int) -> Plan:
+def _plan(
+    name: str,
+    stage: StageSettings,
+    job: Job,
+    cluster: Cluster,
+    found: Found,
+    num_chips: int,
+    joining: str | None,
+) -> Plan:
     architecture = job.architecture
     return Plan(
         model_name=architecture.name,
@@ -190,15 +196,19 @@ def _plan(name: str, stage: StageSettings, job: Job, cluster: Cluster, found: Fo
         best=found.best[0],
         others=found.best[1:],
         losers=found.losers,
-        notes=tuple(_notes(name, stage, job, cluster, found.best[0].layout)),
+        notes=tuple(_notes(name, stage, job, cluster, found.best[0].layout, joining)),
         num_searched=found.num_searched,
     )
 
 
-def _notes(name: str, stage: StageSettings, job: Job, cluster: Cluster, chosen: Layout) -> Iterator[str]:
+def _notes(
+    name: str, stage: StageSettings, job: Job, cluster: Cluster, chosen: Layout, joining: str | None
+) -> Iterator[str]:
     """What was assumed, and what keeps `crosschip train` from running the stage as it is planned."""
     if job.architecture.assumed:
         yield job.architecture.assumed
+    if joining is not None:
+        yield f"{name}: {joining}"
     if stage.lora_rank is not None:
         yield f"{name}: {_ALL_WEIGHTS}"
     if stage.dtype == "float32" and not cluster.fp32_rate:

@@ -115,7 +115,9 @@ def _joined(stage: JoinedStage) -> dict[str, Any]:
         "tokens_per_s": computed(joined.tokens_per_s, "tokens/s", "of all groups, exchanges included"),
         "utilisation": computed(joined.utilisation, "share", "of what the groups reach alone"),
         "exchange_s": computed(joined.exchange_s, "s", "one exchange on the thin link"),
-        "between_exchanges_s": computed(joined.inner_s, "s", f"{stage.sync_every} inner steps of the slowest group"),
+        "between_exchanges_s": computed(
+            joined.inner_s, "s", f"{stage.steps_between:g} inner steps of the slowest group"
+        ),
         "divided_by_speed_tokens_per_s": computed(
             stage.divided_by_speed.tokens_per_s, "tokens/s", "if each group's batch were in proportion to its speed"
         ),

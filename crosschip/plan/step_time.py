@@ -191,14 +191,12 @@ def _optimizer_s(job: Job, layout: Layout, hardware: Hardware) -> float:
 
 
 def _outer_s(job: Job, layout: Layout, inner_step_s: float) -> float:
-    """The part of a DiLoCo round's exchange that is waited for, per inner step."""
+    """The part of an exchange between groups that is waited for, per inner step."""
     link = job.thin_link
     if link is None or layout.groups == 1:
         return 0.0
-    num_bytes = num_parameters(job.architecture) * link.bytes_per_parameter
-    exchange = 2 * num_bytes * (layout.groups - 1) / layout.groups / link.bandwidth_bytes_s
-    exchange += 2 * (layout.groups - 1) * link.latency_s
-    return max(0.0, exchange - link.overlap_steps * inner_step_s) / link.sync_every
+    exchange_s = link.exchange_s(num_parameters(job.architecture), layout.groups)
+    return max(0.0, exchange_s - link.overlap_steps * inner_step_s) / link.steps_between
 
 
 def estimate_step(job: Job, layout: Layout, hardware: Hardware) -> StepEstimate:

@@ -6,10 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from crosschip.checkpoints import checkpoint_path, numbered_checkpoints
 from crosschip.errors import CheckpointError
 from crosschip.rundir import read_json
-from crosschip.train.checkpoint import checkpoint_path, read_state
-from crosschip.train.checkpoint.directory import numbered
+from crosschip.train.checkpoint import read_state
 from crosschip.train.checkpoint.state import STATE_FILE
 
 __all__ = ["beginning", "check_next_stage"]
@@ -36,7 +36,7 @@ def check_next_stage(next_stage: Path, stage: Path, num_steps: int) -> None:
     Raises:
         CheckpointError: names both steps.
     """
-    saved = numbered(next_stage)
+    saved = numbered_checkpoints(next_stage)
     try:
         began_from = read_state(saved[-1][1]).began_from if saved else None
     except CheckpointError:  # a damaged one is named when its stage's turn comes

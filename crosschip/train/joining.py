@@ -12,14 +12,13 @@ import torch
 
 from crosschip.chips import Chip, product_rate
 from crosschip.recipe import Recipe, StageSettings
+from crosschip.thin_links import choose, link_from
 from crosschip.train.flops import train_flops_per_token
 from crosschip.train.group.world import World
 from crosschip.train.guard.replicas import Disagreement, find_disagreement
 from crosschip.train.identity import digest
 from crosschip.train.outer.alone import AloneGroup
-from crosschip.train.outer.choice import choose
 from crosschip.train.outer.groups import Groups
-from crosschip.train.outer.links_report import link_from
 from crosschip.train.outer.messages import Member
 from crosschip.train.step import StepSums
 

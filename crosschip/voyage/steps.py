@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crosschip.checkpoints import complete_checkpoints, step_of
 from crosschip.errors import UnfitChipError
-from crosschip.golden.checkpoints import complete_checkpoints
 from crosschip.rundir import is_complete, read_json
 from crosschip.voyage.state import Step, Voyage, differences
 
@@ -99,13 +99,13 @@ def _train(voyage: Voyage) -> str:
     return ", ".join(f"{name} {_trained_steps(voyage, name)} steps" for name, _ in voyage.recipe.stages)
 
 
-def _trained_steps(voyage: Voyage, stage: str) -> int:
+def _trained_steps(voyage: Voyage, stage: str) -> int | None:
     """The step of a stage's newest checkpoint."""
-    return int(complete_checkpoints(voyage.run, stage)[-1].name.removeprefix("step-"))
+    return step_of(complete_checkpoints(voyage.run, stage)[-1])
 
 
 def _is_trained(voyage: Voyage) -> bool:
-    return all(any(voyage.run.stage(name).glob("checkpoints/step-*")) for name, _ in voyage.recipe.stages)
+    return all(complete_checkpoints(voyage.run, name) for name, _ in voyage.recipe.stages)
 
 
 def _evaluate(voyage: Voyage) -> str:

@@ -22,11 +22,12 @@ from crosschip.plan.host import host_cluster
 from crosschip.plan.job import Job
 from crosschip.plan.known_architectures import known_architecture
 from crosschip.plan.layout_check import check_layout
-from crosschip.plan.planning import groups_notes, plan_run, thin_link_of
+from crosschip.plan.planning import plan_run, thin_link_of
 from crosschip.plan.search import find_layouts
 from crosschip.plan.step import Layout
 from crosschip.plan.whole_run import Asked, plan_whole_run
 from crosschip.recipe import Recipe, load_recipe, parse_recipe
+from crosschip.thin_links import Link, choose
 
 ROOT = Path(__file__).parent.parent.parent
 FIRST, CLUSTERS = ROOT / "recipes" / "first.toml", ROOT / "clusters"
@@ -200,29 +201,45 @@ def recipe(text: str) -> Recipe:
 GROUPS = "[train]\nsteps = 100\n[links]\nbandwidth_mbit_s = 100\n[groups]\nnum_groups = 2\n"
 
 
+BIG, STEP_S = 35_000_000, 1.0
+
+
 @pytest.mark.parametrize(
-    ("more", "every", "size"),
+    ("more", "expected"),
     [
-        ('mode = "every-step"', 1, 4.0),
-        ('mode = "every-step"\ncompression = "int8"', 1, 1.0),
-        ('mode = "diloco"\nsync_every = 30', 30, 1.0),
+        ('mode = "every-step"', (1, 4.0, 1, True)),
+        ('mode = "every-step"\ncompression = "int8"', (1, 1.03125, 1, True)),
+        ('mode = "diloco"\nsync_every = 30\ncompression = "int8"', (30, 1.03125, 1, False)),
+        ('mode = "diloco"\nsync_every = 30\ncompression = "none"\nfragments = 3', (30, 4.0, 3, False)),
     ],
 )
-def test_what_groups_send_is_what_the_trainer_sends(more: str, every: int, size: float) -> None:
-    link = thin_link_of(recipe(GROUPS + more))
-    assert link is not None
-    assert (link.sync_every, link.bytes_per_parameter) == (every, size)
-    assert groups_notes(recipe(GROUPS + more)) == []
+def test_what_groups_send_is_what_the_trainer_sends(more: str, expected: tuple[int, float, int, bool]) -> None:
+    link, _ = thin_link_of(recipe(GROUPS + more), BIG, STEP_S)
+    assert (link.sync_every, link.bytes_per_parameter, link.fragments, link.averages_gradients) == expected
 
 
-def test_what_the_trainer_chooses_between_groups_is_said() -> None:
-    (chosen,) = groups_notes(recipe(GROUPS))
-    assert "every 100 steps" in chosen
-    (pieces,) = groups_notes(recipe(GROUPS + 'mode = "diloco"\nsync_every = 30\nfragments = 3'))
-    assert "groups.fragments = 3" in pieces
-    with pytest.raises(RecipeError) as caught:
-        thin_link_of(recipe(GROUPS.replace("bandwidth_mbit_s = 100", 'report = "links.json"')))
-    assert "links.report" in caught.value.remedy
+def test_what_is_left_open_between_groups_is_what_the_trainer_chooses(tmp_path: Path) -> None:
+    thin = recipe(GROUPS)
+    link, reason = thin_link_of(thin, BIG, STEP_S)
+    chosen = choose(thin.groups, Link(12.5e6, 0.0), BIG, STEP_S)
+    assert (link.sync_every, link.overlap_steps, reason) == (chosen.sync_every, chosen.overlap_steps, chosen.reason)
+    assert chosen.mode == "diloco"
+    assert thin_link_of(recipe(GROUPS.replace("= 100\n[groups", "= 1e6\n[groups")), BIG, STEP_S)[0].averages_gradients
+    report = tmp_path / "links.json"
+    report.write_text(json.dumps([{"check": "pairs", "bandwidth_gb_s": 0.0125, "latency_s": 0.0}]))
+    told = recipe(GROUPS.replace("bandwidth_mbit_s = 100", f'report = "{report}"'))
+    assert thin_link_of(told, BIG, STEP_S)[0] == link
+    with pytest.raises(RecipeError, match="nothing is known of the link") as caught:
+        thin_link_of(recipe(GROUPS.replace("[links]\nbandwidth_mbit_s = 100\n", "")), BIG, STEP_S)
+    assert "bandwidth_mbit_s" in caught.value.remedy
+
+
+def test_the_plan_of_groups_loses_what_the_trainer_predicts_to_lose() -> None:
+    of = recipe(GROUPS.replace("steps = 100", "steps = 100\nbatch_size = 64"))
+    found = plan_run(of, read_cluster(CLUSTERS / "h200x8.toml"))
+    (told,) = [note for note in found.notes if "pretrain: DiLoCo" in note]
+    alone_s = found.best.step_s - found.best.parts["outer step"]
+    assert f"utilisation {alone_s / found.best.step_s:.1%}" in told
 
 
 def test_what_the_trainer_does_otherwise_is_said() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.certificate.document import VERDICTS
+from crosschip.checkpoints import VERDICT_FILE
 from crosschip.errors import HandoffError, RunDirectoryError
 from crosschip.handoff.answers.identity import weights_hash
 from crosschip.handoff.certificate.gate import Gate, Measure, not_covered
@@ -23,7 +24,6 @@ _UNHEALTHY = {
     "num_loops": "answers that end in a loop",
     "num_not_utf8": "answers with broken characters",
 }
-_VERIFIED = "verified.json"  # of a checkpoint that was read back after it was saved
 
 
 def answer_gates(report: dict[str, Any] | None) -> list[Gate]:
@@ -96,16 +96,17 @@ class _Side:
 def write_read_gate(checkpoint: Path) -> Gate | None:
     """Whether the chip that saved a checkpoint read it back to the loss of the saving step; None if nobody looked."""
     try:
-        document = read_json(checkpoint / _VERIFIED)
+        document = read_json(checkpoint / VERDICT_FILE)
     except RunDirectoryError:
         return None
     found = document if isinstance(document, dict) else {}
     loss, words = found.get("loss"), str(found.get("detail"))
+    numbers = [loss.get(key) for key in ("found", "expected", "limit")] if isinstance(loss, dict) else []
     measures = []
-    if isinstance(loss, dict):
-        difference = abs(float(loss["found"]) - float(loss["expected"]))
+    if numbers and all(isinstance(each, int | float) for each in numbers):  # None: training did not believe its own
         source = "0 where every bit must be the same, else what honest rounding explains"
-        measures.append(Measure("difference of the loss, in nats", difference, float(loss["limit"]), source))
+        difference = abs(numbers[0] - numbers[1])
+        measures.append(Measure("difference of the loss, in nats", difference, numbers[2], source))
     if found.get("verdict") == "wrong":
         return Gate(_WRITE_READ, "FAIL", words, str(checkpoint), measures)
     if found.get("verdict") != "right":

@@ -1,7 +1,7 @@
 """Several vendors in one run: replica groups on different chips, joined by a thin link (DiLoCo).
 
 Between two exchanges each group makes the same number of inner steps on its own batch; the slowest sets the pace unless
-the batches are divided by speed. The link carries every group's outer gradient once an exchange.
+the batches are divided by speed.
 """
 
 from __future__ import annotations
@@ -45,31 +45,22 @@ def join_groups(
     groups: Sequence[Group],
     *,
     tokens_between: float,
-    exchange_bytes: float,
-    link_gbit_s: float,
-    latency_s: float = 0.05,
+    exchange_s: float,
     overlap: float = 0.0,
     divided_by_speed: bool = True,
 ) -> Joined:
-    """Throughput of `groups` that exchange `exchange_bytes` every `tokens_between` tokens (of all groups together).
+    """Throughput of `groups` that exchange for `exchange_s` every `tokens_between` tokens (of all groups together).
 
-    A ring over n groups sends 2 (n - 1) / n times the bytes through each group's link. `overlap` is the share of an
-    exchange that is hidden behind inner steps. One group needs no exchange.
+    `overlap` is the share of the inner steps that go on while an exchange is under way. One group needs no exchange.
     """
     if not groups:
         raise PlanError("no group is given", "give at least one group of chips")
     positive("tokens_between", tokens_between)
-    at_least("exchange_bytes", exchange_bytes, 0.0)
-    positive("link_gbit_s", link_gbit_s)
-    at_least("latency_s", latency_s, 0.0)
+    at_least("exchange_s", exchange_s, 0.0)
     is_share("overlap", overlap)
     num, alone = len(groups), sum(each.tokens_per_s for each in groups)
     shares = tuple(each.tokens_per_s / alone if divided_by_speed else 1 / num for each in groups)
     inner_s = max(tokens_between * share / each.tokens_per_s for share, each in zip(shares, groups, strict=True))
-    exchange_s = 0.0
-    if num > 1:
-        exchange_s = 2 * (num - 1) / num * exchange_bytes * 8 / (link_gbit_s * 1e9) + 2 * (num - 1) * latency_s
-    # What is hidden cannot be longer than the work that hides it.
-    shown_s = exchange_s - min(overlap * exchange_s, inner_s)
-    rate = tokens_between / (inner_s + shown_s)
-    return Joined(rate, rate / alone, shares, exchange_s, inner_s)
+    waited_s = max(0.0, exchange_s - overlap * inner_s) if num > 1 else 0.0
+    rate = tokens_between / (inner_s + waited_s)
+    return Joined(rate, rate / alone, shares, exchange_s if num > 1 else 0.0, inner_s)

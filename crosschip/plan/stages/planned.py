@@ -35,7 +35,7 @@ class JoinedStage:
     chips: tuple[str, ...]
     joined: Joined
     divided_by_speed: Joined
-    sync_every: int
+    steps_between: float  # exchanges
 
 
 @dataclass(frozen=True)

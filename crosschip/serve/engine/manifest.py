@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosschip.errors import ServeError
-from crosschip.rundir import read_json, sha256_of
+from crosschip.rundir import WEIGHTS_MANIFEST, read_json, sha256_of
 
-__all__ = ["MANIFEST", "check_manifest"]
-
-MANIFEST = "weights-manifest.json"  # written by the trainer of a stage with rollouts
+__all__ = ["check_manifest"]
 
 
 def check_manifest(directory: Path) -> None:
@@ -20,7 +18,7 @@ def check_manifest(directory: Path) -> None:
         RunDirectoryError: the manifest is no JSON.
         OSError: a file cannot be read.
     """
-    path = directory / MANIFEST
+    path = directory / WEIGHTS_MANIFEST
     if not path.is_file():
         return
     document = read_json(path)
@@ -32,6 +30,6 @@ def check_manifest(directory: Path) -> None:
         found = sha256_of(file) if file.is_file() else "missing"
         if found != expected:
             raise ServeError(
-                f"{file} is not what was published: its SHA-256 is {expected} in {MANIFEST}, and here it is {found}",
+                f"{file} is not what was published: its SHA-256 is {expected} in {path.name}, and here it is {found}",
                 "copy the directory again, or publish the weights again",
             )

@@ -9,13 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosschip.train.checkpoint.directory import (
-    checkpoint_path,
-    clear_leftovers,
-    find_newest,
-    give_name_back,
-    set_damaged_aside,
-)
+from crosschip.checkpoints import checkpoint_path, numbered_checkpoints
+from crosschip.train.checkpoint.directory import clear_leftovers, find_newest, give_name_back, set_damaged_aside
 from crosschip.train.checkpoint.loading import load_optimizer, load_weights
 from crosschip.train.checkpoint.retention import delete_old
 from crosschip.train.checkpoint.saver import Checkpointer, CheckpointEvent, SaveReceipt, background_group
@@ -33,7 +28,6 @@ __all__ = [
     "Checkpointer",
     "SaveReceipt",
     "background_group",
-    "checkpoint_path",
     "clear_leftovers",
     "find_newest",
     "give_name_back",
@@ -61,7 +55,6 @@ def save_checkpoint(
     """
     import torch.distributed as dist
 
-    from crosschip.train.checkpoint.directory import numbered
     from crosschip.train.checkpoint.staging import StagingBuffers, tensors_to_save
     from crosschip.train.checkpoint.writing import write_checkpoint
 
@@ -69,5 +62,5 @@ def save_checkpoint(
     staged = StagingBuffers().take(tensors_to_save(model, optimizer))
     write_checkpoint(path, staged, state, model.config, group)
     if group is None or dist.get_rank(group) == 0:
-        delete_old(numbered(stage_directory), keep, None)
+        delete_old(numbered_checkpoints(stage_directory), keep, None)
     return path

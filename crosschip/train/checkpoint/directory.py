@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from crosschip.checkpoints import numbered_checkpoints, read_verdict, step_of
 from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.rundir import COMPLETE, is_complete, read_json, sha256_of
-from crosschip.train.checkpoint.state import SCHEMA_VERSION, STATE_FILE, VERDICT_FILE, flaw
+from crosschip.train.checkpoint.state import SCHEMA_VERSION, STATE_FILE, flaw
 
 __all__ = [
-    "checkpoint_path",
     "clear_leftovers",
     "damage",
     "find_newest",
     "give_name_back",
-    "numbered",
-    "read_verdict",
     "set_damaged_aside",
     "unfinished_path",
 ]
 
 REPLACED = ".old"  # ends the name of a checkpoint while another one of its step takes its place
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-def checkpoint_path(stage_directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` lies."""
-    return stage_directory / "checkpoints" / f"step-{step:08d}"
 
 
 def unfinished_path(path: Path) -> Path:
     """Where the checkpoint at `path` is written until it is whole. The same for all processes that write it."""
     return path.with_name(f".{path.name}.tmp")
-
-
-def numbered(stage_directory: Path) -> list[tuple[int, Path]]:
-    """Checkpoint directories by step, oldest first, damaged ones among them."""
-    found = []
-    for path in (stage_directory / "checkpoints").glob("step-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
 
 
 def give_name_back(stage_directory: Path) -> None:
@@ -69,16 +50,6 @@ def clear_leftovers(stage_directory: Path) -> list[str]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
-
-
-def read_verdict(path: Path) -> str | None:
-    """Why the checkpoint at `path` was found wrong when it was read back; "" when it was right, None when unknown."""
-    try:
-        document: Any = read_json(path / VERDICT_FILE)
-        verdict, detail = str(document["verdict"]), str(document["detail"])
-    except (RunDirectoryError, KeyError, TypeError):
-        return None  # not looked at yet, or a verdict torn by a crash, which is none
-    return {"right": "", "wrong": detail or "it was found wrong"}.get(verdict)
 
 
 def damage(path: Path) -> str | None:
@@ -122,8 +93,7 @@ def _damage_of_old_state(path: Path) -> str | None:
         return f"{STATE_FILE} is of no version that has an empty {COMPLETE}"
     if found := flaw(document):
         return f"{STATE_FILE} {found}"
-    named = _NAME.fullmatch(path.name)  # a copy may have any name
-    if named and int(named[1]) != document["step"]:
+    if step_of(path) not in (None, document["step"]):  # a copy may have any name
         return f"{STATE_FILE} has step {document['step']}"
     return None
 
@@ -153,7 +123,7 @@ def find_newest(stage_directory: Path, warn: Callable[[str], None]) -> Path | No
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     damages = []
-    for _, path in reversed(numbered(stage_directory)):
+    for _, path in reversed(numbered_checkpoints(stage_directory)):
         found = damage(path) or read_verdict(path)
         if not found:
             return path
@@ -170,7 +140,7 @@ def find_newest(stage_directory: Path, warn: Callable[[str], None]) -> Path | No
 def set_damaged_aside(stage_directory: Path, newest_whole_step: int) -> list[Path]:
     """Rename every checkpoint after `newest_whole_step` to `damaged-...`, so that none counts as newest again."""
     renamed = []
-    for step, path in numbered(stage_directory):
+    for step, path in numbered_checkpoints(stage_directory):
         if step > newest_whole_step:
             target = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(target, ignore_errors=True)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from crosschip.train.checkpoint.directory import read_verdict
+from crosschip.checkpoints import read_verdict
 
 __all__ = ["delete_old", "steps_to_delete"]
 

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from crosschip.checkpoints import checkpoint_path, numbered_checkpoints, read_verdict
 from crosschip.errors import CheckpointError
 from crosschip.recipe import StageSettings
-from crosschip.train.checkpoint.directory import checkpoint_path, clear_leftovers, numbered, read_verdict
+from crosschip.train.checkpoint.directory import clear_leftovers
 from crosschip.train.checkpoint.loss_check import LossQuestion
 from crosschip.train.checkpoint.readback import compare_tensors
 from crosschip.train.checkpoint.retention import delete_old
@@ -279,7 +280,9 @@ class Checkpointer:
         if self._settings.verify_checkpoints == "tensors":
             self._hear_tensors(state.step, path)
         with self._lock:
-            delete_old(numbered(self._directory), self._settings.keep_checkpoints, self._settings.keep_every)
+            delete_old(
+                numbered_checkpoints(self._directory), self._settings.keep_checkpoints, self._settings.keep_every
+            )
             self._written = {state.step}
             self._ask()
 

@@ -21,7 +21,6 @@ __all__ = ["SCHEMA_VERSION", "CheckpointState", "flaw", "library_versions", "rea
 SCHEMA_VERSION = 2
 STATE_FILE = "state.json"
 CHECKSUM_FILE = "checksums.json"
-VERDICT_FILE = "verified.json"
 OPTIMIZER_PREFIX = "optimizer."  # before PARAMETER/KEY in the DCP files
 ADAPTER_PREFIX = "adapter."  # before the names of low-rank adapters
 OLD_OPTIMIZER_FILE = "optimizer/state.safetensors"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from crosschip.checkpoints import VERDICT_FILE
 from crosschip.rundir import write_json
-from crosschip.train.checkpoint.state import VERDICT_FILE
 
 if TYPE_CHECKING:
     from crosschip.train.checkpoint.loss_check import LossAnswer

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from crosschip.errors import RunDirectoryError
-from crosschip.rundir import is_complete, read_json
+from crosschip.checkpoints import numbered_checkpoints, read_verdict
+from crosschip.rundir import is_complete
 
 __all__ = [
     "cut_newest_checkpoint",
@@ -96,19 +96,11 @@ def _hold_still(pid: int, rhythm: Iterable[tuple[float, float]]) -> None:
 
 def _largest_file_of_newest(stage_directory: Path) -> Path | None:
     """That of the newest good checkpoint; None without another good one, which training can go on from."""
-    complete = [path for path in sorted(stage_directory.glob("checkpoints/step-*")) if is_complete(path)]
-    good = [path for path in complete if not _is_wrong(path)]
+    complete = [path for _, path in numbered_checkpoints(stage_directory) if is_complete(path)]
+    good = [path for path in complete if not read_verdict(path)]
     if len(good) < _LEAST_CHECKPOINTS:
         return None
     return max((file for file in good[-1].rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-
-
-def _is_wrong(checkpoint: Path) -> bool:
-    """Whether a checkpoint was found wrong when it was read back."""
-    with contextlib.suppress(RunDirectoryError):
-        verdict = read_json(checkpoint / "verified.json")
-        return isinstance(verdict, dict) and verdict.get("verdict") == "wrong"
-    return False  # not read back yet
 
 
 def cut_newest_checkpoint(stage_directory: Path) -> Path | None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from crosschip.checkpoints import checkpoint_path, numbered_checkpoints
 from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.recipe import Recipe, parse_recipe
 from crosschip.rundir import RunDirectory, is_complete, read_json, sha256_of
-from crosschip.train.checkpoint import checkpoint_path, find_newest, read_state
-from crosschip.train.checkpoint.directory import damage, numbered
+from crosschip.train.checkpoint import find_newest, read_state
+from crosschip.train.checkpoint.directory import damage
 from crosschip.train.checkpoint.state import STATE_FILE
 
 __all__ = ["Subject", "find_subject", "weights_sha256"]
@@ -61,12 +62,12 @@ def _trained_stage(run: RunDirectory) -> str:
     """The recipe's last stage that has a checkpoint; without a recipe the one that was saved last."""
     recipe = _recipe_of(run)
     for stage, _ in reversed(recipe.stages if recipe is not None else []):
-        if numbered(run.stage(stage)):
+        if numbered_checkpoints(run.stage(stage)):
             return stage
     saved = {
         directory.name: steps[-1][1].stat().st_mtime
         for directory in sorted((run.path / "train").iterdir())
-        if (steps := numbered(directory))
+        if (steps := numbered_checkpoints(directory))
     }
     if not saved:
         raise CheckpointError(f"{run.path} has no checkpoint", "train it first: crosschip train RECIPE")
@@ -78,13 +79,13 @@ def _checkpoint(run: RunDirectory, stage: str, step: int | None, tell: Callable[
     if step is None:
         checkpoint = find_newest(directory, tell)
         if checkpoint is None:
-            there = sorted(each.name for each in (run.path / "train").iterdir() if numbered(each))
+            there = sorted(each.name for each in (run.path / "train").iterdir() if numbered_checkpoints(each))
             raise CheckpointError(
                 f"{directory} has no checkpoint", f"stages with one are {', '.join(there) or 'none'}: --stage NAME"
             )
         return checkpoint
     checkpoint = checkpoint_path(directory, step)
-    steps = [number for number, _ in numbered(directory)]
+    steps = [number for number, _ in numbered_checkpoints(directory)]
     if step not in steps:
         raise CheckpointError(
             f"{stage} has no checkpoint of step {step}", f"there are {', '.join(map(str, steps)) or 'none'}"

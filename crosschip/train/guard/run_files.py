@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosschip.checkpoints import step_of
 from crosschip.rundir import is_complete
 from crosschip.train.guard.observed import Event
 
@@ -24,7 +24,6 @@ __all__ = [
     "unreadable_lines",
 ]
 
-_NAME = re.compile(r"step-(\d{8,})")
 _TAIL = 4096  # bytes at the end of a log, more than most lines
 _NAMED_LINES = 5  # so many lines that cannot be read are told by number
 
@@ -33,9 +32,9 @@ def committed_steps(train_directory: Path) -> int:
     """The steps that complete checkpoints hold, over all stages; it only grows while a run makes progress."""
     newest: dict[Path, int] = {}
     for path in train_directory.glob("*/checkpoints/step-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and is_complete(path):
-            newest[path.parent] = max(int(match[1]), newest.get(path.parent, 0))
+        step = step_of(path)
+        if step is not None and is_complete(path):
+            newest[path.parent] = max(step, newest.get(path.parent, 0))
     return sum(newest.values())
 
 

@@ -11,7 +11,7 @@ import statistics
 from collections import deque
 
 from crosschip.recipe import GroupSettings
-from crosschip.train.outer.choice import Link, choose
+from crosschip.thin_links import Link, choose
 from crosschip.train.outer.groups import GroupEvent
 
 __all__ = ["OuterLinkWatch"]

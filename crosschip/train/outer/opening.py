@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from crosschip.recipe import GroupSettings
-from crosschip.train.outer.choice import BYTES_PER_ELEMENT, Choice, Link
+from crosschip.thin_links import BYTES_PER_ELEMENT, Choice, Link
 from crosschip.train.outer.diloco import DiLoCo, Rhythm
 from crosschip.train.outer.errors import GroupsError
 from crosschip.train.outer.every_step import EveryStep

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from crosschip.checkpoints import checkpoint_path, numbered_checkpoints
 from crosschip.data import NOT_TRAINED
 from crosschip.errors import EXIT_FAIL, CrosschipError, RunDirectoryError
 from crosschip.model import save_model
@@ -127,8 +128,8 @@ class Reinforcer:
         if self._kept_step != step:
             self._keep(step)
         if self.rollouts is not None:
-            there = {path.name for path in (self.directory / "checkpoints").glob("step-*")}
-            remove_kept(self.directory, {*there, f"step-{step:08d}"})
+            there = {path.name for _, path in numbered_checkpoints(self.directory)}
+            remove_kept(self.directory, {*there, checkpoint_path(self.directory, step).name})
 
     def after_update(self, step: int) -> None:
         """New weights go out when the batch of rollouts is used up, but not after the last step.

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from crosschip.checkpoints import VERDICT_FILE
 from crosschip.handoff.answers.identity import weights_hash
-from crosschip.handoff.certificate.taken_over import bound_answer_gates
+from crosschip.handoff.certificate.taken_over import bound_answer_gates, write_read_gate
+from crosschip.rundir import write_json
 
 COUNTS = ("num_reasoning_open", "num_without_one_answer", "num_loops", "num_not_utf8")
 
@@ -84,3 +86,23 @@ def test_what_it_was_compared_with_is_told_where_it_is_not_the_source(
 
 def test_without_a_report_there_are_no_gates(models: list[Path]) -> None:
     assert bound_answer_gates(None, models[1], models[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict", "num_measures"),
+    [
+        ({"expected": 2.5, "found": 2.5, "limit": 0.0}, "right", 1),
+        ({"expected": None, "found": 2.5, "limit": 0.0}, "right", 0),  # training skipped the step to compare with
+        (None, "right", 0),
+        ({"expected": 2.5, "found": 2.75, "limit": 0.0}, "wrong", 1),
+        (["damaged"], "right", 0),
+    ],
+)
+def test_what_was_found_when_a_checkpoint_was_read_back_is_taken_over(
+    tmp_path: Path, loss: object, verdict: str, num_measures: int
+) -> None:
+    write_json(tmp_path / VERDICT_FILE, {"schema_version": 1, "verdict": verdict, "detail": "told", "loss": loss})
+    gate = write_read_gate(tmp_path)
+    assert gate is not None
+    assert (gate.verdict, len(gate.measures)) == ({"right": "PASS", "wrong": "FAIL"}[verdict], num_measures)
+    assert bool(gate.not_covered) == (num_measures == 0)

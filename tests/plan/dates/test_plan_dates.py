@@ -190,19 +190,16 @@ def test_a_change_that_moves_a_long_run_by_minutes_is_none_and_a_short_run_by_mi
 
 def test_groups_of_two_vendors_add_up_and_a_thin_link_takes_its_share() -> None:
     groups = [Group("A", 64, 3e5), Group("B", 32, 1e5)]
-    free = join_groups(groups, tokens_between=1e8, exchange_bytes=0.0, link_gbit_s=1.0, latency_s=0.0)
+    free = join_groups(groups, tokens_between=1e8, exchange_s=0.0)
     assert free.tokens_per_s == pytest.approx(4e5)
     assert free.batch_shares == (0.75, 0.25)
-    thin = join_groups(groups, tokens_between=1e8, exchange_bytes=1e10, link_gbit_s=1.0, latency_s=0.0)
-    assert thin.exchange_s == pytest.approx(80.0)
+    thin = join_groups(groups, tokens_between=1e8, exchange_s=80.0)
     assert thin.utilisation == pytest.approx(250 / 330)
-    hidden = join_groups(groups, tokens_between=1e8, exchange_bytes=1e10, link_gbit_s=1.0, latency_s=0.0, overlap=1.0)
+    hidden = join_groups(groups, tokens_between=1e8, exchange_s=80.0, overlap=0.5)
     assert hidden.utilisation == pytest.approx(1.0)
-    equal = join_groups(
-        groups, tokens_between=1e8, exchange_bytes=0.0, link_gbit_s=1.0, divided_by_speed=False, latency_s=0
-    )
+    equal = join_groups(groups, tokens_between=1e8, exchange_s=0.0, divided_by_speed=False)
     assert equal.tokens_per_s == pytest.approx(2e5)  # the slow group sets the pace
-    assert join_groups(groups[:1], tokens_between=1e8, exchange_bytes=1e10, link_gbit_s=1.0).utilisation == 1.0
+    assert join_groups(groups[:1], tokens_between=1e8, exchange_s=80.0).utilisation == 1.0
 
 
 def test_wrong_input_says_what_to_change() -> None:

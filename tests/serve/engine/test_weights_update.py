@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from crosschip.errors import CrosschipError, ServeError
 from crosschip.model import Transformer, load_model, save_model
-from crosschip.rundir import sha256_of, write_json
+from crosschip.rundir import WEIGHTS_MANIFEST, sha256_of, write_json
 from crosschip.serve.engine import loading, new_weights
 from crosschip.serve.engine.engine import Engine
-from crosschip.serve.engine.manifest import MANIFEST
 from crosschip.serve.engine.overwrite import Overwritten, check_overwrite
 from crosschip.serve.engine.request import SamplingParams
 from crosschip.serve.engine.runner import Runner
@@ -166,7 +165,7 @@ def test_weights_that_are_not_those_of_their_manifest_are_refused(
     published = tmp_path / "published"
     shutil.copytree(directories[1], published)
     files = {file.name: sha256_of(file) for file in published.iterdir()}
-    write_json(published / MANIFEST, {"schema_version": 1, "version": 1, "files": files})
+    write_json(published / WEIGHTS_MANIFEST, {"schema_version": 1, "version": 1, "files": files})
     assert engine.update_weights(published, version="whole") == "whole"
     weights = published / "model.safetensors"
     whole = weights.read_bytes()
@@ -176,7 +175,7 @@ def test_weights_that_are_not_those_of_their_manifest_are_refused(
     weights.unlink()
     with pytest.raises(CrosschipError):
         engine.update_weights(published, version="missing")
-    write_json(published / MANIFEST, ["nothing"])
+    write_json(published / WEIGHTS_MANIFEST, ["nothing"])
     with pytest.raises(ServeError, match="lists no files"):
         engine.update_weights(published, version="odd")
     assert engine.info.weights_version == "whole"

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import crosschip.train.checkpoint.writing  # noqa: F401  (here, so that no forked process has to import it)
+from crosschip.checkpoints import checkpoint_path
 from crosschip.errors import CheckpointError
 from crosschip.model import Transformer, load_model
 from crosschip.model.experts import RoutedExperts
@@ -38,7 +39,6 @@ from crosschip.train.checkpoint import (
     load_weights,
     read_state,
 )
-from crosschip.train.checkpoint.directory import checkpoint_path
 from crosschip.train.checkpoint.readback import compare_tensors
 from crosschip.train.optimizer import build_optimizer, optimizer_tensors
 

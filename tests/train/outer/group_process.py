@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from crosschip.recipe import GroupSettings
-from crosschip.train.outer.choice import Choice
+from crosschip.thin_links import Choice
 from crosschip.train.outer.diloco import DiLoCo
 from crosschip.train.outer.errors import GroupsError, StepNotCommitted
 from crosschip.train.outer.messages import Member

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crosschip.train.outer.choice import BYTES_PER_ELEMENT
+from crosschip.thin_links import BYTES_PER_ELEMENT
 from crosschip.train.outer.codec import BLOCK, CODECS, CompressionName
 
 LARGEST_CODE: dict[CompressionName, int] = {"int8": 127, "int4": 7}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crosschip.recipe import GroupSettings
-from crosschip.train.outer.choice import Link
+from crosschip.thin_links import Link
 from crosschip.train.outer.groups import GroupEvent
 from crosschip.train.outer.link_watch import OuterLinkWatch
 

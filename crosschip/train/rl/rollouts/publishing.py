@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosschip.rundir import atomic_directory, read_json, sha256_of, write_json
+from crosschip.rundir import WEIGHTS_MANIFEST, atomic_directory, read_json, sha256_of, write_json
 
-__all__ = ["MANIFEST", "ModelFacts", "Publication", "Publisher", "version_of"]
+__all__ = ["ModelFacts", "Publication", "Publisher", "version_of"]
 
-MANIFEST = "weights-manifest.json"
 SCHEMA_VERSION = 1
 NUM_KEPT = 2
 _DIRECTORY = re.compile(r"version-(\d{8,})")
@@ -68,7 +67,9 @@ class Publisher:
         with atomic_directory(path) as temporary:
             write(temporary)
             files = _hashes(temporary)
-            write_json(temporary / MANIFEST, {"schema_version": SCHEMA_VERSION, "version": version, "files": files})
+            write_json(
+                temporary / WEIGHTS_MANIFEST, {"schema_version": SCHEMA_VERSION, "version": version, "files": files}
+            )
         self._remove_old({path, *in_use} | ({self._previous} if self._previous else set()))
         self._previous = path
         return Publication(version, f"{version}-{_digest(files)}", path, _read_facts(path))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from crosschip.errors import EXIT_FAIL
-from crosschip.rundir import is_complete, sha256_of
+from crosschip.rundir import WEIGHTS_MANIFEST, is_complete, sha256_of
 from crosschip.train.rl.rollouts.driver import seed_of
 from crosschip.train.rl.rollouts.engine import HttpEngine
 from crosschip.train.rl.rollouts.errors import RolloutError
 from crosschip.train.rl.rollouts.member import Member, RemoteEngine, pick
-from crosschip.train.rl.rollouts.publishing import MANIFEST, Publisher, version_of
+from crosschip.train.rl.rollouts.publishing import Publisher, version_of
 from crosschip.train.rl.rollouts.saved import group_of, saved_group, that_fit
 from crosschip.train.rl.rollouts.standing import MOST_BAD_IN_A_ROW, Standing
 from crosschip.train.rl.rollouts.taken import Window, WorkClock
@@ -30,7 +30,7 @@ def test_a_version_is_a_directory_with_a_manifest_and_a_name_of_its_content(tmp_
     first = publisher.publish(12, write_nothing)
     assert first.path == tmp_path / "version-00000012"
     assert is_complete(first.path)
-    manifest = json.loads((first.path / MANIFEST).read_text())
+    manifest = json.loads((first.path / WEIGHTS_MANIFEST).read_text())
     assert manifest["files"] == {"config.json": sha256_of(first.path / "config.json")}
     assert (manifest["version"], first.facts.vocab_size, version_of(first.name)) == (12, VOCAB_SIZE, 12)
     assert Publisher(tmp_path).publish(12, write_nothing).name == first.name

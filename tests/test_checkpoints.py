@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crosschip.golden.checkpoints import complete_checkpoints, run_of
+from crosschip.checkpoints import complete_checkpoints, run_of
 from crosschip.golden.record import model_directory_of
 from crosschip.rundir import COMPLETE, RunDirectory
 

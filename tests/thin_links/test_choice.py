@@ -7,8 +7,7 @@ import pytest
 
 from crosschip.errors import RecipeError
 from crosschip.recipe import GroupSettings, LinkSettings
-from crosschip.train.outer.choice import BYTES_PER_ELEMENT, TARGET_UTILISATION, Link, choose
-from crosschip.train.outer.links_report import link_from
+from crosschip.thin_links import BYTES_PER_ELEMENT, TARGET_UTILISATION, Link, choose, link_from
 
 NUM_ELEMENTS, STEP_S = 35_000_000, 1.0
 FAST = Link(12.5e9, 1e-5)  # 100 Gbit/s

@@ -13,7 +13,7 @@ from typing import Literal
 
 from crosschip.recipe import GroupSettings
 
-__all__ = ["BYTES_PER_ELEMENT", "TARGET_UTILISATION", "Choice", "Link", "choose"]
+__all__ = ["BYTES_PER_ELEMENT", "TARGET_UTILISATION", "Choice", "Link", "choose", "exchange"]
 
 TARGET_UTILISATION = 0.94
 """Share of the time in which chips compute, below which another way is looked for."""
@@ -56,6 +56,15 @@ class Choice:
     utilisation: float | None = None
 
 
+def exchange(link: Link, num_groups: int, num_elements: float, bytes_per_element: float) -> tuple[float, float]:
+    """Bytes that a group sends when `num_elements` are averaged over the groups, and the seconds that takes."""
+    others = num_groups - 1
+    num_bytes = 2 * others / num_groups * num_elements * bytes_per_element
+    # The quorum's question and answer, headers and numbers in rings, the chunks at once, the mean in a ring.
+    num_latencies = 2 + 2 * others + 1 + others
+    return num_bytes, num_latencies * link.latency_s + num_bytes / link.bandwidth_bytes_s
+
+
 @dataclass(frozen=True)
 class _Job:
     link: Link
@@ -65,11 +74,7 @@ class _Job:
 
     def exchange(self, num_elements: float, compression: Compression) -> tuple[float, float]:
         """Bytes that a group sends in one exchange, and its seconds."""
-        others = self.num_groups - 1
-        num_bytes = 2 * others / self.num_groups * num_elements * BYTES_PER_ELEMENT[compression]
-        # The quorum's question and answer, headers and numbers in rings, the chunks at once, the mean in a ring.
-        num_latencies = 2 + 2 * others + 1 + others
-        return num_bytes, num_latencies * self.link.latency_s + num_bytes / self.link.bandwidth_bytes_s
+        return exchange(self.link, self.num_groups, num_elements, BYTES_PER_ELEMENT[compression])
 
     def every_step(self, compression: Compression) -> Choice:
         num_bytes, seconds = self.exchange(self.num_elements, compression)

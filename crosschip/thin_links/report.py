@@ -9,7 +9,7 @@ from typing import Any
 from crosschip.errors import RecipeError
 from crosschip.recipe import LinkSettings
 from crosschip.rundir import read_json
-from crosschip.train.outer.choice import Link
+from crosschip.thin_links.choice import Link
 
 __all__ = ["link_from"]
 
