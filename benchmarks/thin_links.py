@@ -31,7 +31,7 @@ from thin_links_group import Options  # noqa: E402
 from crosschip.chips import find_chip, fingerprint  # noqa: E402
 from crosschip.recipe import GroupSettings  # noqa: E402
 from crosschip.rundir import write_json, write_text  # noqa: E402
-from crosschip.train.outer.choice import Choice, Link, choose  # noqa: E402
+from crosschip.thin_links import Choice, Link, choose  # noqa: E402
 from crosschip.train.outer.lighthouse import Lighthouse  # noqa: E402
 from tests.qualify.exams.links.namespaces import ADDRESS_A, MASTER_PORT, shaped_link, why_not  # noqa: E402
 from tests.train.outer.slow_link_drill import DELAY_MS, RATE_MBIT, drill_slow_link  # noqa: E402

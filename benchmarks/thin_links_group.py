@@ -19,7 +19,7 @@ import torch
 from crosschip.chips import find_chip
 from crosschip.model import ModelConfig, Transformer, init_weights
 from crosschip.recipe import GroupSettings
-from crosschip.train.outer.choice import Choice
+from crosschip.thin_links import Choice
 from crosschip.train.outer.diloco import DiLoCo
 from crosschip.train.outer.errors import StepNotCommitted
 from crosschip.train.outer.messages import Member
