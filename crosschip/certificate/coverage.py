@@ -93,6 +93,4 @@ def _of_coverage(certificate: Certificate, wanted: Serving) -> Status:
 
 
 def _of_replay(replay: dict[str, Any]) -> Serving:
-    engine = replay.get("engine")
-    name = engine.get("name") if isinstance(engine, dict) else engine
-    return Serving(str(name), str(replay.get("chip_kind")), str(replay.get("dtype")))
+    return Serving(replay["engine"]["name"], str(replay["chip_kind"]), replay["dtype"])

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from crosschip.errors import HandoffError
@@ -35,8 +36,9 @@ PASSED = ("PASS", "PASS WITH LIMITS")
 _LARGEST_BYTES = 64 << 20  # a certificate of 10,000 shards has some 2 MB
 _SHOWN = 80  # characters of a strange value that a message shows
 _DEEPEST = 64  # lists and objects in one another; ours have some 8
-# What a certificate must have to be one, and of what type.
-_FORM: dict[str, type] = {
+# What a certificate, and each part of it that is read again, must have to be one, and of what type.
+_Form = dict[str, type | UnionType]
+_FORM: _Form = {
     "made_at": str,
     "verdict": str,
     "target": dict,
@@ -47,6 +49,24 @@ _FORM: dict[str, type] = {
     "replays": list,
     "not_covered": list,
     "seal": str,
+}
+_FORM_OF_TARGET: _Form = {"name": str, "dtype": str, "computed_in": str}
+_FORM_OF_REPLAY: _Form = {
+    "engine": dict,
+    "chip": str | None,
+    "chip_kind": str | None,
+    "dtype": str,
+    "message": str,
+    "subject": str | None,
+    "views": list,
+    "not_covered": list,
+}
+_FORM_OF_VIEW: _Form = {"name": str, "positions": int, "measures": list}
+_FORM_OF_MEASURE: _Form = {
+    "what": str,
+    "value": int | float | str | None,
+    "limit": int | float | str | None,
+    "limit_source": str,
 }
 _REMEDY = "make it again with `crosschip handoff`, or copy the directory again from where it was made"
 
@@ -184,14 +204,15 @@ def _check_writable(document: Any) -> None:
 
 
 def _check_form(path: Path, document: dict[str, Any]) -> None:
-    for key, kind in _FORM.items():
-        if not isinstance(document.get(key), kind):
-            raise HandoffError(f"{path} is no certificate: {key} is {_shown(document.get(key))}", _REMEDY)
+    _check_fields(path, "", document, _FORM)
+    _check_fields(path, "the target's ", document["target"], _FORM_OF_TARGET)
     verdicts = [document["verdict"], *(_field(each, "verdict") for each in document["replays"])]
     of_gates = [_field(each, "verdict") for each in document["gates"]]
     for verdict in (*verdicts, *(each for each in of_gates if each != NOT_COVERED)):
         if verdict not in VERDICTS:
             raise HandoffError(f"{path} is no certificate: a verdict is {_shown(verdict)}", _REMEDY)
+    for replay in document["replays"]:
+        _check_replay(path, replay)
     if not document["files"]:
         raise HandoffError(f"{path} is no certificate: it lists no files", _REMEDY)
     for entry in document["files"]:
@@ -200,6 +221,23 @@ def _check_form(path: Path, document: dict[str, Any]) -> None:
             raise HandoffError(f"{path} is no certificate: a file's entry is {_shown(entry)}", _REMEDY)
     if not isinstance(document.get("signature"), dict | None):
         raise HandoffError(f"{path} is no certificate: its signature is {_shown(document['signature'])}", _REMEDY)
+
+
+def _check_replay(path: Path, replay: dict[str, Any]) -> None:
+    _check_fields(path, "a replay's ", replay, _FORM_OF_REPLAY)
+    _check_fields(path, "a replay's engine's ", replay["engine"], {"name": str})
+    for view in replay["views"]:
+        _check_fields(path, "a view's ", view, _FORM_OF_VIEW)
+        if not view["measures"]:
+            raise HandoffError(f"{path} is no certificate: the view {_shown(view['name'])} has no measures", _REMEDY)
+        for measure in view["measures"]:
+            _check_fields(path, "a measure's ", measure, _FORM_OF_MEASURE)
+
+
+def _check_fields(path: Path, whose: str, entry: Any, form: _Form) -> None:
+    for key, kind in form.items():
+        if not isinstance(entry, dict) or key not in entry or not isinstance(entry[key], kind):
+            raise HandoffError(f"{path} is no certificate: {whose}{key} is {_shown(_field(entry, key))}", _REMEDY)
 
 
 def _check_verdict(path: Path, document: dict[str, Any]) -> None:

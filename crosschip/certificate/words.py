@@ -42,7 +42,7 @@ def _of_replay(replay: dict[str, Any]) -> Iterator[str]:
         yield f"  to blame: the {replay['blame']}"
     if replay.get("broke"):
         yield f"  it broke: {replay['broke']}"
-    for view in replay.get("views", []):
+    for view in replay["views"]:
         numbers = [_number(measure) for measure in view["measures"]]
         yield f"  {view['name']}, {view['positions']} positions: {'; '.join(numbers)}"
 

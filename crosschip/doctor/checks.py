@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from crosschip.doctor.environment import Environment, normalised
 from crosschip.doctor.known import CUDA_DRIVERS, KNOWN_PLUGINS, TORCH_HIGHEST, TORCH_LOWEST, KnownPlugin
@@ -20,6 +21,7 @@ def check_environment(environment: Environment) -> list[Finding]:
         _check_python,
         _check_torch,
         _check_copies,
+        _check_damaged,
         _check_missing,
         _check_nvidia,
         _check_known_plugins,
@@ -80,12 +82,40 @@ def _check_copies(environment: Environment) -> Iterator[Finding]:
         )
 
 
+def _check_damaged(environment: Environment) -> Iterator[Finding]:
+    for place, why in sorted(environment.damaged.items()):
+        name = PurePath(place).name.partition("-")[0]
+        yield Finding(
+            "problem", name, f"{place} cannot be read: {why}", f"reinstall it: pip install --force-reinstall {name}"
+        )
+
+
 def _check_missing(environment: Environment) -> Iterator[Finding]:
-    needed = [line for line in environment.requirements.get("crosschip", []) if "extra ==" not in line]
-    names = [normalised(found.group()) for line in needed if (found := re.match(r"[A-Za-z0-9._-]+", line))]
-    missing = [name for name in names if name not in environment.versions]
+    try:
+        needed = _needed_here(environment.requirements.get("crosschip", []))
+    except ValueError as error:
+        detail = f"a requirement of its METADATA cannot be read: {str(error).splitlines()[0]}"
+        yield Finding("problem", "crosschip", detail, "reinstall it: pip install --force-reinstall crosschip")
+        return
+    missing = [name for name in needed if name not in environment.versions]
     if missing:
         yield Finding("problem", "dependencies", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+
+
+def _needed_here(requirements: list[str]) -> list[str]:
+    """The names of those that this machine needs: without extras, and where a marker stands, if it holds here.
+
+    Raises:
+        ValueError: one is none.
+    """
+    if not requirements:
+        return []
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # what reads them is what is missing
+        return ["packaging"]
+    read = [Requirement(line) for line in requirements]
+    return [normalised(each.name) for each in read if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def _check_nvidia(environment: Environment) -> Iterator[Finding]:

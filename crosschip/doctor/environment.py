@@ -27,13 +27,15 @@ class Environment:
     """What the checks judge.
 
     `versions` maps normalised distribution names to versions; `copies` holds the places of those found more than once;
-    `requirements` are the `Requires-Dist` lines of the distributions that are checked for theirs. `torch_build` holds
-    `cuda`, `hip` and `xpu` of torch's own version file. `root` stands before every path that is looked at.
+    `damaged` says of a distribution's directory why it cannot be read; `requirements` are the `Requires-Dist` lines of
+    the distributions that are checked for theirs. `torch_build` holds `cuda`, `hip` and `xpu` of torch's own version
+    file. `root` stands before every path that is looked at.
     """
 
     python: tuple[int, int]
     versions: dict[str, str]
     copies: dict[str, list[str]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     requirements: dict[str, list[str]] = field(default_factory=dict)
     autoload: tuple[AutoloadEntry, ...] = ()
     vllm_platforms: tuple[str, ...] = ()
@@ -67,42 +69,62 @@ def normalised(name: str) -> str:
 def gather_environment(search_path: list[str] | None = None, root: Path = Path("/")) -> Environment:
     """Look at the distributions on `search_path` (this interpreter's when None) and at the variables."""
     path = sys.path if search_path is None else search_path
-    versions: dict[str, str] = {}
-    places: dict[str, list[str]] = {}
-    requirements, torch_build = {}, {}
-    autoload: dict[str, AutoloadEntry] = {}
-    platforms: dict[str, str] = {}
+    found = _Found()
     for distribution in metadata.distributions(path=path):
-        if not distribution.metadata or not distribution.metadata["Name"]:
-            continue  # the remains of an interrupted pip, which is not a distribution
-        name = normalised(distribution.metadata["Name"])
-        place = str(distribution.locate_file(""))
-        if place not in places.setdefault(name, []):
-            places[name].append(place)
-        if name in versions:
-            continue  # the first on the path is the one that is imported
-        versions[name] = distribution.version
-        if name in _REQUIREMENTS_OF:
-            requirements[name] = distribution.requires or []
-        if name == "torch":
-            torch_build = _read_torch_build(Path(str(distribution.locate_file("torch/version.py"))))
-        for entry_point in distribution.entry_points:
-            if entry_point.group == "torch.backends" and not _is_inert(name):
-                entry = AutoloadEntry(entry_point.name, entry_point.value, name, distribution.version)
-                autoload.setdefault(entry_point.name, entry)
-            if entry_point.group == "vllm.platform_plugins":
-                platforms.setdefault(entry_point.name, name)
+        try:
+            found.note(distribution)
+        except Exception as error:  # whatever is wrong in its files, the others are looked at
+            place = str(getattr(distribution, "_path", distribution.locate_file("")))
+            found.damaged[place] = f"{type(error).__name__}: {error}"
     return Environment(
         python=(sys.version_info.major, sys.version_info.minor),
-        versions=versions,
-        copies={name: found for name, found in places.items() if len(found) > 1},
-        requirements=requirements,
-        autoload=tuple(autoload.values()),
-        vllm_platforms=tuple(platforms),
-        torch_build=torch_build,
+        versions=found.versions,
+        copies={name: places for name, places in found.places.items() if len(places) > 1},
+        damaged=found.damaged,
+        requirements=found.requirements,
+        autoload=tuple(found.autoload.values()),
+        vllm_platforms=tuple(found.platforms),
+        torch_build=found.torch_build,
         variables=dict(os.environ),
         root=root,
     )
+
+
+@dataclass
+class _Found:
+    """What is gathered from one distribution after another, in the fields of `Environment`."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    requirements: dict[str, list[str]] = field(default_factory=dict)
+    torch_build: dict[str, str] = field(default_factory=dict)
+    autoload: dict[str, AutoloadEntry] = field(default_factory=dict)
+    platforms: dict[str, str] = field(default_factory=dict)
+
+    def note(self, distribution: metadata.Distribution) -> None:
+        """Take note of one; raises whatever its files make importlib raise."""
+        if not distribution.metadata or not distribution.metadata["Name"]:
+            return  # the remains of an interrupted pip, which is not a distribution
+        name, version = normalised(distribution.metadata["Name"]), distribution.metadata["Version"]
+        if not version:
+            raise ValueError("its METADATA has no Version")
+        place = str(distribution.locate_file(""))
+        if place not in self.places.setdefault(name, []):
+            self.places[name].append(place)
+        if name in self.versions:
+            return  # the first on the path is the one that is imported
+        self.versions[name] = version
+        if name in _REQUIREMENTS_OF:
+            self.requirements[name] = distribution.requires or []
+        if name == "torch":
+            self.torch_build = _read_torch_build(Path(str(distribution.locate_file("torch/version.py"))))
+        for entry_point in distribution.entry_points:
+            if entry_point.group == "torch.backends" and not _is_inert(name):
+                entry = AutoloadEntry(entry_point.name, entry_point.value, name, version)
+                self.autoload.setdefault(entry_point.name, entry)
+            if entry_point.group == "vllm.platform_plugins":
+                self.platforms.setdefault(entry_point.name, name)
 
 
 def _is_inert(distribution: str) -> bool:

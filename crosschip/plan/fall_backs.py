@@ -22,28 +22,41 @@ def fall_backs(run: WholeRun) -> tuple[list[dict[str, Any]], list[str]]:
         if not isinstance(other, WholeRun):
             notes.append(f"on {name}: {other.problem}")
             continue
-        cost_a, cost_b = _cost_per_day(run.cluster), _cost_per_day(other.cluster)
-        if cost_a == 0.0 and run.asked.switch.delay_per_day == 0.0:
-            notes.append(
-                f"no fall-back rule to {name}: neither a price of {run.cluster.name} ([price] per_chip_hour) nor "
-                "--delay-cost-per-day is given"
-            )
+        why_none = _why_none(run, other)
+        if why_none is not None:
+            notes.append(f"no fall-back rule to {name}: {why_none}")
             continue
-        ours, theirs = run.cluster.price.currency, other.cluster.price.currency
-        if cost_b > 0.0 and ours != theirs:
-            notes.append(
-                f"no fall-back rule to {name}: its price is in {theirs}, the price of {run.cluster.name} and "
-                f"--delay-cost-per-day are in {ours}; give all of them in one currency ([price] currency)"
-            )
-            continue
-        if cost_b == 0.0:
-            notes.append(f"{name} has no [price] per_chip_hour: the fall-back rule counts it as free")
-        found.append(_rule(run, other, cost_a, cost_b))
+        notes += [
+            f"{each.name} has no [price] per_chip_hour: the fall-back rule to {name} counts it as free"
+            for each in _all_of_them(run, other)
+            if _cost_per_day(each) == 0.0
+        ]
+        found.append(_rule(run, other))
     return found, notes
 
 
-def _rule(run: WholeRun, other: WholeRun, cost_a: float, cost_b: float) -> dict[str, Any]:
+def _why_none(run: WholeRun, other: WholeRun) -> str | None:
+    """Why what the two cost cannot be compared; None where it can."""
+    names = " and ".join(each.name for each in run.clusters)
+    if not any(map(_cost_per_day, run.clusters)) and run.asked.switch.delay_per_day == 0.0:
+        return f"neither a price of {names} ([price] per_chip_hour) nor --delay-cost-per-day is given"
+    ours = run.cluster.price.currency
+    for each in _all_of_them(run, other):
+        if _cost_per_day(each) > 0.0 and each.price.currency != ours:
+            return (
+                f"the price of {each.name} is in {each.price.currency}, that of {run.cluster.name} and "
+                f"--delay-cost-per-day are in {ours}; give all of them in one currency ([price] currency)"
+            )
+    return None
+
+
+def _all_of_them(run: WholeRun, other: WholeRun) -> list[Cluster]:
+    return list({each.name: each for each in (*run.clusters, *other.clusters)}.values())
+
+
+def _rule(run: WholeRun, other: WholeRun) -> dict[str, Any]:
     switch = run.asked.switch
+    cost_a, cost_b = (sum(map(_cost_per_day, each.clusters)) for each in (run, other))
     choice = FallBack(
         days_a=run.schedule.end_days(0.5), days_b=other.schedule.end_days(0.9), cost_a_per_day=cost_a,
         cost_b_per_day=cost_b, delay_per_day=switch.delay_per_day, switch_days=switch.days, switch_cost=switch.cost,

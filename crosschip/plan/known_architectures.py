@@ -15,6 +15,7 @@ from crosschip.plan.counts import active_parameters, num_parameters
 __all__ = ["architecture_for", "known_architecture", "known_architectures", "likely_architecture"]
 
 _TABLE = Path(__file__).parent / "data" / "architectures.toml"
+_USUALLY_CHOSEN = 2  # experts of the few that a name like 8x7B tells
 _SAME_MODEL = 0.08  # relative distance of parameter totals up to which a name is believed
 
 
@@ -148,4 +149,6 @@ def architecture_for(name: str, total: float | None = None, active: float | None
         return known
     assert total is not None, f"no published widths for {name!r} and no number of parameters"
     found = re.search(r"(\d+)\s*x\s*\d", name.lower())  # 8x7B: eight experts, two of them chosen as usual
-    return likely_architecture(name, total, active, *((int(found.group(1)), 2) if found else (None, None)))
+    if found is None or int(found.group(1)) <= _USUALLY_CHOSEN:  # of two experts both would be chosen: no mixture
+        return likely_architecture(name, total, active)
+    return likely_architecture(name, total, active, int(found.group(1)), _USUALLY_CHOSEN)

@@ -60,6 +60,13 @@ class WholeRun:
     others: dict[str, WholeRun | CrosschipError] = field(default_factory=dict)
 
     @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """Every cluster that trains or answers, its own first; one that does both comes once."""
+        choices = self.asked.choices
+        answering = () if choices.rollouts_on is None else (choices.rollouts_on,)
+        return tuple({each.name: each for each in (self.cluster, *answering, *choices.joined_with)}.values())
+
+    @property
     def main(self) -> PlannedStage:
         """The stage that takes longest."""
         return max(self.stages, key=lambda each: each.work_s)
@@ -147,7 +154,5 @@ def _recovery(stage: PlannedStage, cluster: Cluster, rates: FailureRates, parame
 
 def prices_of(run: WholeRun) -> dict[str, Prices]:
     """The prices of every chip that trains, by its label."""
-    choices = run.asked.choices
-    labels = choices.labels(run.cluster)
-    clusters = [run.cluster, *([choices.rollouts_on] if choices.rollouts_on else []), *choices.joined_with]
-    return {labels[each.name]: Prices(**each.price.model_dump()) for each in clusters}
+    labels = run.asked.choices.labels(run.cluster)
+    return {labels[each.name]: Prices(**each.price.model_dump()) for each in run.clusters}

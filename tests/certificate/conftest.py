@@ -18,18 +18,33 @@ CHIP = "cpu (Intel, Xeon)"
 Certified = Callable[..., Path]
 
 
+def replay_of(**changes: Any) -> dict[str, Any]:
+    limit = {"what": "mean KL", "value": 1e-7, "limit": 1e-6, "limit_source": "stated"}
+    return {
+        "verdict": "PASS",
+        "engine": {"name": "native"},
+        "chip": "cpu",
+        "chip_kind": CHIP,
+        "dtype": "float32",
+        "message": "",
+        "subject": None,
+        "views": [{"name": "all", "positions": 7, "measures": [limit]}],
+        "not_covered": [],
+        **changes,
+    }
+
+
 def document_of(directory: Path, **changes: Any) -> dict[str, Any]:
-    replay = {"verdict": "PASS", "engine": {"name": "native"}, "chip_kind": CHIP, "dtype": "float32", "message": ""}
     return {
         "schema_version": 1,
         "made_at": "2026-01-01T00:00:00+0000",
         "verdict": "PASS",
-        "target": {"name": "hf", "dtype": "float32"},
+        "target": {"name": "hf", "dtype": "float32", "computed_in": "float32"},
         "source": {"kind": "run"},
         "files": [asdict(each) for each in hash_files(directory, files_of(directory))],
         "golden": {"seal": "s"},
         "gates": [{"name": "tensor manifest", "verdict": changes.get("verdict", "PASS"), "message": "all there"}],
-        "replays": [replay],
+        "replays": [replay_of()],
         "not_covered": [],
         **changes,
     }

@@ -10,7 +10,7 @@ import pytest
 from crosschip.certificate import Serving, Status, chip_kind, status_of
 from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.certificate.verifying import verify
-from tests.certificate.conftest import CHIP, Certified
+from tests.certificate.conftest import CHIP, Certified, replay_of
 
 NATIVE = Serving("native", CHIP, "float32")
 
@@ -43,9 +43,9 @@ def test_what_was_not_replayed_is_not(certified: Certified, serving: Serving, wo
         ({"verdict": "INCONCLUSIVE"}, "the certificate's verdict is INCONCLUSIVE"),
         ({"verdict": "FAIL", "gates": [{"verdict": "FAIL", "message": "lm_head is missing"}]}, "FAIL: lm_head is miss"),
         ({"replays": []}, "covers no engine"),
-        ({"replays": [{"verdict": "FAIL", "engine": {"name": "native"}}]}, "covers no engine"),
-        ({"replays": [{"verdict": "PASS", "engine": "native"}]}, "covers the chip None"),
-        ({"replays": [{"verdict": "PASS", "engine": ["native"]}]}, "not the engine 'native'"),
+        ({"replays": [replay_of(verdict="FAIL")]}, "covers no engine"),
+        ({"replays": [replay_of(chip_kind=None)]}, "covers the chip None"),
+        ({"replays": [replay_of(engine="native")]}, "is no certificate: a replay's engine is 'native'"),
     ],
 )
 def test_a_verdict_or_replay_that_is_no_pass_does_not_count(

@@ -18,7 +18,7 @@ from crosschip.certificate import CERTIFICATE_FILE, Serving, status_of, verify
 from crosschip.certificate.document import seal_of
 from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.errors import HandoffError
-from tests.certificate.conftest import CHIP, Certified
+from tests.certificate.conftest import CHIP, Certified, replay_of
 
 
 def edit(directory: Path, how: Callable[[dict[str, Any]], None], sealed: bool = True) -> None:
@@ -199,6 +199,15 @@ def test_what_is_no_certificate_is_told(certified: Certified, text: str, words: 
         {"files": [{"name": 7, "bytes": 1, "sha256": ""}]},
         {"files": "all"},
         {"files": []},
+        {"target": {}},
+        {"target": {"name": "hf", "dtype": "float32", "computed_in": None}},
+        {"replays": [replay_of(engine={})]},
+        {"replays": [replay_of(engine="native")]},
+        {"replays": [{key: value for key, value in replay_of().items() if key != "chip_kind"}]},
+        {"replays": [replay_of(views=["x"])]},
+        {"replays": [replay_of(views=[{"name": "all", "positions": 7, "measures": []}])]},
+        {"replays": [replay_of(views=[{"name": "all", "positions": 7, "measures": ["x"]}])]},
+        {"replays": [replay_of(views=[{"name": "all", "positions": 7, "measures": [{"what": "mean KL"}]}])]},
     ],
 )
 def test_a_form_that_is_not_ours_is_told(certified: Certified, changes: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +88,20 @@ def test_two_torches(machine: Environment) -> None:
 
 
 def test_missing_dependencies(machine: Environment) -> None:
-    needed = {"crosschip": ["torch<2.14", "Prometheus_Client>=0.21", 'pytest>=8; extra == "dev"']}
+    elsewhere = f"torchft>=0.2; sys_platform == 'other' or python_version < '3.{machine.python[1]}'"
+    optional = 'pytest>=8; python_version >= "3" and extra == "dev"'
+    needed = {"crosschip": ["torch<2.14", "Prometheus_Client>=0.21", optional, elsewhere]}
     assert "missing: prometheus-client =>" in only_problem(replace(machine, requirements=needed))
+    here = {"crosschip": [f"torchft>=0.2; sys_platform == '{sys.platform}'"]}
+    assert "missing: torchft =>" in only_problem(replace(machine, requirements=here))
+    cut = {"crosschip": ["torchft>=0.2; sys_pla"]}
+    assert "crosschip: a requirement of its METADATA cannot be read" in only_problem(replace(machine, requirements=cut))
+
+
+def test_a_damaged_distribution(machine: Environment) -> None:
+    damaged = {"/site/gguf-0.17.dist-info": "UnicodeDecodeError: byte 7"}
+    words = "/site/gguf-0.17.dist-info cannot be read: UnicodeDecodeError: byte 7 => reinstall it: pip install"
+    assert words in only_problem(replace(machine, damaged=damaged))
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,21 @@ def test_distributions_are_read_without_importing_them(tmp_path: Path) -> None:
     assert environment.vllm_platforms == ("ascend",)
 
 
+def test_a_distribution_that_is_damaged_hides_no_other(tmp_path: Path) -> None:
+    make_distribution(tmp_path, "broken", "1.0")
+    (tmp_path / "broken-1.0.dist-info" / "METADATA").write_bytes(b"Name: broken\nVersion: 1.0\nAuthor: M\xfcller\n")
+    make_distribution(tmp_path, "cut", "1.0", "[torch.backends]\ncut = cut:load\ncu")
+    make_distribution(tmp_path, "nameless", "")
+    make_distribution(tmp_path, "torch", "2.13.0")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_bytes(b"cuda = '13.0' # \xfc")
+    make_distribution(tmp_path, "whole", "1.0")
+    environment = gather_environment([str(tmp_path)])
+    assert environment.versions == {"cut": "1.0", "torch": "2.13.0", "whole": "1.0"}
+    names = ["broken-1.0.dist-info", "cut-1.0.dist-info", "nameless-.dist-info", "torch-2.13.0.dist-info"]
+    assert sorted(environment.damaged) == [str(tmp_path / name) for name in names]
+
+
 def test_the_simulated_chip_is_a_plug_in_only_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

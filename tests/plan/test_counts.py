@@ -88,6 +88,13 @@ BASE = {
         ("Qwen3", {"head_dim": 24}),
         ("Qwen2", {}),
         ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        (
+            "Qwen3Moe",
+            {
+                "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                "decoder_sparse_step": 2,
+            },
+        ),
         ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
         ("GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
         (
@@ -151,3 +158,38 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
         architecture_from_hf({"model_type": "mamba"})
     with pytest.raises(ModelError, match="lacks 'hidden_size'"):
         architecture_from_hf({"model_type": "llama"})
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 100, "num_attention_heads": 4,
+    "intermediate_size": 96,
+}  # fmt: skip
+QWEN = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DEEPSEEK = LLAMA | {
+    "model_type": "deepseek_v3", "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("document", "change", "words"),
+    [
+        (LLAMA, {"hidden_size": "4096"}, "hidden_size = '4096', which is no whole number from 1 on"),
+        (LLAMA, {"num_attention_heads": 0}, "num_attention_heads = 0"),
+        (LLAMA, {"num_hidden_layers": 4.5}, "num_hidden_layers = 4.5"),
+        (LLAMA, {"vocab_size": True}, "vocab_size = True"),
+        (LLAMA, {"intermediate_size": None}, "lacks 'intermediate_size'"),
+        (LLAMA, {"layer_types": 7}, "layer_types = 7, which is no list"),
+        (DEEPSEEK, {"q_lora_rank": -1}, "q_lora_rank = -1"),
+        (DEEPSEEK, {"n_shared_experts": "two"}, "n_shared_experts = 'two', which is no whole number from 0 on"),
+        (DEEPSEEK, {"moe_layer_freq": 2}, "moe_layer_freq = 2: which of its layers are dense is not counted"),
+        (QWEN, {"mlp_only_layers": [0, 2]}, r"mlp_only_layers = \[0, 2\]: which of its layers are dense"),
+        (QWEN, {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+    ],
+)
+def test_a_damaged_or_uncounted_config_is_refused_by_its_field(
+    document: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    assert num_parameters(architecture_from_hf(document)) > 0
+    with pytest.raises(ModelError, match=words):
+        architecture_from_hf(document | change)

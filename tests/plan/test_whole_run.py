@@ -149,10 +149,40 @@ def test_two_currencies_are_never_compared_as_one() -> None:
     assert isinstance(there, WholeRun)
     rules, notes = fall_backs(run)
     assert rules == []
-    assert any("its price is in CNY" in note and "[price] currency" in note for note in notes)
+    assert any("the price of there is in CNY" in note and "[price] currency" in note for note in notes)
     for other in (same, free):
         rules, _ = fall_backs(replace(run, others={"there": replace(there, cluster=other)}))
         assert len(rules) == 1
+
+
+def test_every_cluster_that_trains_or_answers_counts_in_the_fall_back_rule() -> None:
+    price = {"price": {"per_chip_hour": 2.0}}
+    run = planned(cluster(**price), recipe(PLAIN), compared=(cluster("A100 80 GB", 32, "there", **price),))
+    (there,) = run.others.values()
+    assert isinstance(there, WholeRun)
+    free, priced, foreign = (
+        cluster("Ascend 910B", 64, "beside", **more)
+        for more in ({}, price, {"price": {"per_chip_hour": 14.0, "currency": "CNY"}})
+    )
+
+    def rule(here: StageChoices, on_the_other: StageChoices) -> tuple[float, list[str]]:
+        other = replace(there, asked=replace(there.asked, choices=on_the_other))
+        rules, notes = fall_backs(replace(run, asked=replace(run.asked, choices=here), others={"there": other}))
+        return (rules[0]["milestones"][0]["share"] if rules else 0.0), notes
+
+    none = StageChoices()
+    alone, _ = rule(none, none)
+    unpriced, notes = rule(StageChoices(joined_with=(free,)), none)
+    assert unpriced == alone
+    assert any("beside has no [price]" in note for note in notes)
+    joined, _ = rule(StageChoices(joined_with=(priced,)), none)
+    assert joined > alone, "staying costs more, so more must be done by the same day"
+    answering = StageChoices(rollouts_on=priced)
+    assert rule(answering, none)[0] == pytest.approx(joined)
+    assert rule(none, answering)[0] < alone
+    nothing, notes = rule(StageChoices(joined_with=(foreign,)), none)
+    assert nothing == 0.0
+    assert any("the price of beside is in CNY" in note for note in notes)
 
 
 def test_fewer_stops_seen_never_end_the_run_later() -> None:
@@ -262,6 +292,7 @@ REFUSED = [
     (["--ramp", "3:1"], "begin at day 0"),
     (["--serve-cluster", str(CLUSTERS / "h20x1024.toml")], "stands without a load"),
     (["--requests-per-s", "-1"], "requests_per_s is -1"),
+    (["--requests-per-s", "1e12"], "1e+12 requests a second"),
     (["--start", "2020-01-01"], "before today"),
     (["--join-cluster", str(CLUSTERS / "h20x1024.toml")], "2 clusters are joined"),
 ]

@@ -10,6 +10,7 @@ import pytest
 from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.certificate.signing import make_key, sign
 from crosschip.report.certificates import view_certificate
+from tests.certificate.conftest import replay_of
 
 
 def document(verdict: str = "PASS") -> dict[str, Any]:
@@ -17,7 +18,7 @@ def document(verdict: str = "PASS") -> dict[str, Any]:
         "schema_version": 1,
         "made_at": "2026-01-01T00:00:00+0000",
         "verdict": verdict,
-        "target": {"name": "hf"},
+        "target": {"name": "hf", "dtype": "float32", "computed_in": "float32"},
         "source": {},
         "files": [{"name": "model.safetensors", "bytes": 8, "sha256": "0" * 64}],
         "golden": {},
@@ -25,9 +26,7 @@ def document(verdict: str = "PASS") -> dict[str, Any]:
             {"name": "generation health", "verdict": "NOT COVERED", "message": "not examined"},
             {"name": "tensor manifest", "verdict": verdict, "message": "all 3 tensors"},
         ],
-        "replays": [
-            {"engine": {"name": "native"}, "chip": "cpu", "dtype": "float32", "verdict": verdict, "message": "within"}
-        ],
+        "replays": [replay_of(verdict=verdict, message="within")],
         "not_covered": [],
     }
     return written | {"seal": seal_of(written)}

@@ -23,20 +23,14 @@ from crosschip.serve.api.served import describe_served
 from crosschip.serve.certificate import find_status
 from crosschip.serve.engine.loading import load_engine
 from crosschip.serve.gateway.server import serve_gateway
-from tests.certificate.conftest import CHIP, document_of
+from tests.certificate.conftest import CHIP, document_of, replay_of
 from tests.serve.conftest import RunningServer, running_server
 
 
 def certify(directory: Path, key: Path | None = None, **changes: Any) -> Path:
     """A certificate of this machine's CPU in fp32, as a handoff would write it; keywords change the replay."""
     chip = find_chip("cpu")
-    replay = {
-        "verdict": "PASS",
-        "engine": {"name": "native"},
-        "chip_kind": chip_kind(chip.name, chip.vendor, chip.model_name),
-        "dtype": "float32",
-        **changes,
-    }
+    replay = replay_of(**{"chip_kind": chip_kind(chip.name, chip.vendor, chip.model_name), **changes})
     (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
     files = [asdict(each) for each in hash_files(directory, files_of(directory))]
     document = document_of(directory, files=files, replays=[replay])

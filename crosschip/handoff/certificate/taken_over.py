@@ -101,12 +101,15 @@ def write_read_gate(checkpoint: Path) -> Gate | None:
         return None
     found = document if isinstance(document, dict) else {}
     loss, words = found.get("loss"), str(found.get("detail"))
-    numbers = [loss.get(key) for key in ("found", "expected", "limit")] if isinstance(loss, dict) else []
     measures = []
-    if numbers and all(isinstance(each, int | float) for each in numbers):  # None: training did not believe its own
-        source = "0 where every bit must be the same, else what honest rounding explains"
-        difference = abs(numbers[0] - numbers[1])
-        measures.append(Measure("difference of the loss, in nats", difference, numbers[2], source))
+    match loss:  # without an expected number training did not believe its own
+        case {
+            "found": int() | float() as value,
+            "expected": int() | float() as wanted,
+            "limit": int() | float() as limit,
+        }:
+            source = "0 where every bit must be the same, else what honest rounding explains"
+            measures.append(Measure("difference of the loss, in nats", abs(value - wanted), limit, source))
     if found.get("verdict") == "wrong":
         return Gate(_WRITE_READ, "FAIL", words, str(checkpoint), measures)
     if found.get("verdict") != "right":

@@ -107,7 +107,7 @@ def plan_serving(
     """The cheapest plan in chips over the sizes of an instance.
 
     Raises:
-        PlanError: the model fits on no instance, or no instance keeps the promise.
+        PlanError: the model fits on no instance, no instance keeps the promise, or the load takes too many of them.
     """
     fitting = [num for num in instance_chips if chip.cache_bytes(model, num) > 0]
     if not fitting:
@@ -117,14 +117,9 @@ def plan_serving(
             "serve in fewer bits, or give larger instances",
         )
     prefills = [found for num in fitting if (found := _prefill(model, chip, load, num))]
-    decodes = [each for num in fitting if (each := _decode(model, chip, load, num))]
     if not prefills:
-        alone = min(_prompt_s(model, chip, load, num) for num in fitting)
-        raise PlanError(
-            f"a prompt of {load.prompt_tokens:g} tokens takes {alone:.3g} s on {chip.name} without any wait, "
-            f"{load.first_token_s:g} s to the first token are promised",
-            "promise more, or shorten the prompts",
-        )
+        raise _no_prefill(chip, load, min(_prompt_s(model, chip, load, num) for num in fitting))
+    decodes = [each for num in fitting if (each := _decode(model, chip, load, num))]
     if not decodes:
         fastest = min(_token_s(model, chip, load, num, 1) for num in fitting)
         raise PlanError(
@@ -137,6 +132,21 @@ def plan_serving(
         load,
         min(prefills, key=lambda each: (each.num_chips, each.first_token_s)),
         min(decodes, key=lambda each: (each.num_chips, each.token_s)),
+    )
+
+
+def _no_prefill(chip: ServingChip, load: Load, alone_s: float) -> PlanError:
+    """Why no number of instances keeps the promise, where a prompt takes `alone_s` at best."""
+    if alone_s <= load.first_token_s:
+        return PlanError(
+            f"{load.requests_per_s:g} requests a second with {load.first_token_s:g} s to the first token take more "
+            f"than {_MOST_INSTANCES:,} instances of {chip.name}",
+            "plan for fewer requests a second, or promise more time",
+        )
+    return PlanError(
+        f"a prompt of {load.prompt_tokens:g} tokens takes {alone_s:.3g} s on {chip.name} without any wait, "
+        f"{load.first_token_s:g} s to the first token are promised",
+        "promise more, or shorten the prompts",
     )
 
 
@@ -155,6 +165,8 @@ def _prefill(model: ServedModel, chip: ServingChip, load: Load, num_chips: int) 
     def first_token_s(instances: int) -> float:
         return service_s + wait_quantile(instances, work, service_s, 0.95)
 
+    if work / load.filled > _MOST_INSTANCES:
+        return None
     least = max(1, math.ceil(work / load.filled))
     high = least
     while first_token_s(high) > load.first_token_s:

@@ -18,8 +18,8 @@ from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import architecture_for, known_architecture
 from crosschip.plan.step import Layout
 from crosschip.plan.validate.batches import batch_words
-from crosschip.plan.validate.parallelism import layout_words
-from crosschip.plan.validate.rows import QUANTITIES, Row
+from crosschip.plan.validate.parallelism import LayoutWords, layout_words
+from crosschip.plan.validate.rows import MOST_COUNT, QUANTITIES, Row
 
 __all__ = ["CannotPredict", "Case", "case_of"]
 
@@ -147,11 +147,15 @@ def _hardware(row: Row, notes: list[str]) -> Hardware:
     return hardware
 
 
-def _num_chips(row: Row, fixed: dict[str, Any], notes: list[str]) -> int:
-    """Chips of the row, or a usual number; of "about 6,000" as many as the layout can be built on, experts included."""
-    num_chips = row.num_chips or _DEFAULT_CHIPS
+def _num_chips(row: Row, words: LayoutWords, fixed: dict[str, Any], notes: list[str]) -> int:
+    """Chips of the row, else of its layout, or a usual number; of "about 6,000" as many as the layout can be built on,
+    experts included."""
+    num_chips = row.num_chips or words.num_chips or _DEFAULT_CHIPS
+    if num_chips > MOST_COUNT:
+        raise CannotPredict(f"{num_chips:.3g} chips in parallelism = {row.parallelism!r}", "mend the widths")
     if row.num_chips is None:
-        notes.append(f"number of chips not given: {num_chips} assumed")
+        whence = "assumed" if words.num_chips is None else "taken, the product of the layout's widths"
+        notes.append(f"number of chips not given: {num_chips} {whence}")
     widths = Layout(**{name: fixed.get(name, 1) for name in ("tensor", "pipeline", "context", "expert")})
     unit = widths.pipeline * math.lcm(widths.tensor * widths.context, widths.expert_shards)
     if num_chips % unit:
@@ -192,7 +196,7 @@ def case_of(row: Row) -> Case:
     if row.seq_len is None:
         notes.append(f"sequence length not given: {seq_len} taken")
     is_run = row.kind == "full_run"
-    if zero := re.search(r"\b(?:DP|TP|PP|CP|EP|VPP?|micro-?batch|H)[\s=:_-]*0+\b", row.parallelism, re.I):
+    if zero := re.search(r"\b(?:DP|H?FSDP|TP|PP|CP|EP|VPP?|micro-?batch|H)[\s=:_-]*0+\b", row.parallelism, re.I):
         raise CannotPredict(f"{zero.group()!r} in parallelism = {row.parallelism!r}", "sizes of a layout begin at 1")
     words = layout_words(
         row.parallelism or (architecture.train_layout if is_run else ""), row.num_chips or _DEFAULT_CHIPS
@@ -200,10 +204,11 @@ def case_of(row: Row) -> Case:
     notes += words.notes
     fixed = dict(words.fixed)
     is_named = bool(row.parallelism) and words.is_named
-    is_described = is_named and batch.size is not None and row.seq_len is not None and row.num_chips is not None
+    has_chips = row.num_chips is not None or words.num_chips is not None
+    is_described = is_named and has_chips and batch.size is not None and row.seq_len is not None
     if is_run and not architecture.interleaved:
         fixed.setdefault("interleave", 1)
-    num_chips = _num_chips(row, fixed, notes)
+    num_chips = _num_chips(row, words, fixed, notes)
     link = _thin_link(row, notes)
     if link is not None:
         nodes = max(1, num_chips // hardware.node_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,13 +27,15 @@ class LayoutWords:
     """Fields of `Layout` that are given, whether collectives of tensor parallelism are hidden, and notes.
 
     `is_named`: some width of the layout is given, or FSDP. `bf16_sums`: gradients are summed in bf16; most trainers sum
-    them in fp32 (arXiv 2407.21783, section 3.3.2).
+    them in fp32 (arXiv 2407.21783, section 3.3.2). `num_chips`: the product of the widths, where the data-parallel one
+    is among those named; of one group, so None where thin links join several.
     """
 
     fixed: dict[str, Any] = field(default_factory=dict)
     tensor_overlap: bool = False
     bf16_sums: bool = False
     is_named: bool = False
+    num_chips: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,12 +53,8 @@ def _sizes(text: str) -> tuple[dict[str, Any], str]:
     return found, text
 
 
-def layout_words(text: str, num_chips: int) -> LayoutWords:
-    """Read the words; sizes that are not named beside named ones are 1, and what is left over is data parallel."""
-    plain = text.lower().replace(" ", "").replace("-", "")
-    fixed, text = _sizes(text)
-    words = LayoutWords(fixed, tensor_overlap="asynctp" in plain, bf16_sums="bf16sums" in plain)
-    data = fixed.pop("data", 1)
+def _read_other_words(text: str, fixed: dict[str, Any]) -> None:
+    """What a layout says beside its widths."""
     if found := re.search(rf"micro-?batch{_BETWEEN}(\d+)", text, re.I):
         fixed["micro_batch"] = int(found.group(1))
     if "interleave" not in fixed and re.search(r"interleaved", text, re.I):
@@ -65,20 +64,39 @@ def layout_words(text: str, num_chips: int) -> LayoutWords:
         if re.search(pattern, text, re.I):
             fixed["recompute"] = recompute
             break
-    fsdp = re.search(r"\bH?FSDP(?!2)(\d*)|\bFSDP2\b", text, re.I)
     if found := re.search(r"ZeRO[- ]?(\d)", text, re.I):
         fixed["zero"] = min(3, int(found.group(1)))
+
+
+def _data(data: int | None, fsdp: re.Match[str] | None) -> int | None:
+    """The data-parallel width, if it is named: as DP, as FSDP's shards, or both as two factors (hybrid sharding)."""
+    shards = int(fsdp.group(1)) if fsdp is not None and fsdp.group(1) else None
+    named = [width for width in (data, shards) if width is not None]
+    return math.prod(named) if named else None
+
+
+def layout_words(text: str, num_chips: int) -> LayoutWords:
+    """Read the words; sizes that are not named beside named ones are 1, and what is left over is data parallel."""
+    plain = text.lower().replace(" ", "").replace("-", "")
+    fixed, text = _sizes(text)
+    words = LayoutWords(fixed, tensor_overlap="asynctp" in plain, bf16_sums="bf16sums" in plain)
+    fsdp = re.search(rf"\bH?FSDP(?!\s*2\b)(?:{_BETWEEN}(\d+))?|\bFSDP\s*2\b", text, re.I)
+    data = _data(fixed.pop("data", None), fsdp)
+    _read_other_words(text, fixed)
     named = any(name in fixed for name in ("tensor", "pipeline", "expert", "context")) or fsdp is not None
     if "pipeline" not in fixed and re.search(r"(?<![A-Za-z])(?<!no )PP(?![A-Za-z])", text, re.I) and "tensor" in fixed:
-        fixed["pipeline"] = max(1, num_chips // (fixed["tensor"] * data))
+        fixed["pipeline"] = max(1, num_chips // (fixed["tensor"] * (data or 1)))
+        data = None  # the number of chips is not told by a width that was told by them
     if fsdp is not None:
         fixed["zero"] = 2 if fixed.get("pipeline", 1) > 1 else 3
     words.is_named = named
     if named:
         for name in ("tensor", "pipeline", "context", "expert"):
             fixed.setdefault(name, 1)
+        if data is not None and "loco" not in plain:
+            words.num_chips = data * fixed["tensor"] * fixed["pipeline"] * fixed["context"]
     else:
-        is_read = fixed or words.tensor_overlap or words.bf16_sums or not plain
+        is_read = fixed or data or words.tensor_overlap or words.bf16_sums or not plain
         what = "layout not given" if is_read else f"the layout {text!r} could not be read"
         words.notes.append(f"{what}: the best one that fits is searched for")
     missing = [name for name in ("recompute", "interleave") if name not in fixed]

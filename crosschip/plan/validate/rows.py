@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from crosschip.errors import RecipeError
 
-__all__ = ["OUTCOMES", "QUANTITIES", "SHIPPED_ROWS", "Outcome", "Row", "read_rows"]
+__all__ = ["MOST_COUNT", "OUTCOMES", "QUANTITIES", "SHIPPED_ROWS", "Outcome", "Row", "read_rows"]
 
 SHIPPED_ROWS = Path(__file__).parent.parent / "data" / "published_runs.csv"
 
@@ -36,7 +36,7 @@ QUANTITIES = (
 )
 _ROUNDED = 1.02  # active over all parameters that are the same but for rounding, at most
 _IS_MIXTURE = 0.95  # active over all parameters, below which a token does not meet them all
-_MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
+MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
 # Between these a number is taken for one: no run is as small or as large, and products of them stay finite.
 _LEAST_NUMBER, _MOST_NUMBER = 1e-6, 1e12
 _T = TypeVar("_T")
@@ -110,8 +110,8 @@ def _whole(cell: str, name: str) -> int | None:
     value = _number(cell, name)
     if value is None:
         return None
-    if value != round(value) or value > _MOST_COUNT:
-        raise _Odd(f"{name} = {cell!r} is no whole number up to {_MOST_COUNT:,}")
+    if value != round(value) or value > MOST_COUNT:
+        raise _Odd(f"{name} = {cell!r} is no whole number up to {MOST_COUNT:,}")
     return round(value)
 
 

@@ -20,7 +20,7 @@ from crosschip.serve.gateway.calls import Call
 from crosschip.serve.gateway.events import EventSplitter, StreamReader, is_error
 from crosschip.serve.gateway.fleet import EngineState
 from crosschip.serve.gateway.settings import ForwardingTable
-from crosschip.serve.gateway.upstream import Upstreams
+from crosschip.serve.gateway.upstream import BodyTooLong, Upstreams, read_whole
 from crosschip.serve.gateway.watched import WatchedCall
 
 __all__ = ["Attempt", "AttemptFailed", "Outcome", "SlowClient"]
@@ -99,6 +99,8 @@ class Attempt:
             why = self._lateness()
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             why, had_it = f"it cannot be reached ({type(error).__name__})", False
+        except BodyTooLong as error:
+            why = str(error)
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, ValueError) as error:
             why = f"the connection to it broke ({type(error).__name__})"
         finally:
@@ -115,7 +117,7 @@ class Attempt:
         return await self._whole(response)
 
     async def _whole(self, response: httpx.Response) -> Outcome:
-        content = await response.aread()
+        content = await read_whole(response)
         is_ok = response.status_code == 200
         if is_ok:
             content = self._note_whole(content)
@@ -124,10 +126,18 @@ class Attempt:
         return "ok" if is_ok else "refused"
 
     def _note_whole(self, content: bytes) -> bytes:
-        """Take note of an answer that came at once; what of it is the client's."""
-        self._note_token()
+        """Take note of an answer that came at once; what of it is the client's.
+
+        Raises:
+            AttemptFailed: it is none, whatever its status says.
+        """
         document = self.reader.read(b"data: " + content.replace(b"\n", b" ").replace(b"\r", b" "))
-        left = None if document is None else self._as_asked(document)
+        if self.reader.error is not None:
+            raise AttemptFailed("error", _message_of(self.reader.error), had_it=True)
+        if document is None or not isinstance(document.get("choices"), list):
+            raise AttemptFailed("error", "it answered with HTTP 200 and without choices", had_it=True)
+        self._note_token()
+        left = self._as_asked(document)
         return content if left is None else _compact(left)
 
     async def _stream(self, response: httpx.Response) -> Outcome:
@@ -246,7 +256,7 @@ class Attempt:
 
 async def _failure_of(response: httpx.Response) -> AttemptFailed:
     """An answer that says that this engine cannot; another one may."""
-    content = await response.aread()
+    content = await read_whole(response)
     status, retry_after = response.status_code, response.headers.get("retry-after")
     try:
         document: Any = json.loads(content)

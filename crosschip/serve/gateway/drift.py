@@ -71,9 +71,7 @@ def bound_of(table: ParityTable, public_key: bytes | None = None) -> Bound:
     if wrong := signature_problem(certificate.document, public_key):
         remedy = "name a directory whose certificate that key signed, or state `mean_kl`"
         raise ServeError(f"parity of {table.model!r}: {certificate.path}: {wrong}", remedy)
-    views = [
-        view for replay in certificate.replays if replay.get("verdict") in PASSED for view in replay.get("views") or []
-    ]
+    views = [view for replay in certificate.replays if replay["verdict"] in PASSED for view in replay["views"]]
     limits = {what: _limits(views, what) for what in (_MEAN_KL, _LOGPROB)}
     if not limits[_MEAN_KL]:
         raise ServeError(
@@ -85,8 +83,8 @@ def bound_of(table: ParityTable, public_key: bytes | None = None) -> Bound:
 
 
 def _limits(views: list[dict[str, Any]], what: str) -> list[float]:
-    measures = [measure for view in views for measure in view.get("measures") or [] if measure.get("what") == what]
-    return [float(m["limit"]) for m in measures if isinstance(m.get("limit"), int | float)]
+    measures = [measure for view in views for measure in view["measures"] if measure["what"] == what]
+    return [float(m["limit"]) for m in measures if isinstance(m["limit"], int | float)]
 
 
 def compare(said: Said, predictions: Sequence[Prediction | None]) -> Scored:

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["EventSplitter", "StreamReader", "data_of", "is_error", "num_new_parts"]
 
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_LONGEST_END = 4  # bytes
 _DATA = re.compile(rb"^data:[ ]?(.*)$", re.MULTILINE)
 DONE = b"[DONE]"
 LONGEST_EVENT = 64 * 2**20
@@ -19,7 +20,7 @@ class EventSplitter:
     """Bytes in any parts, whole events out, each with the bytes that end it: joined they are what came in."""
 
     def __init__(self) -> None:
-        self._held = b""
+        self._held = bytearray()
 
     @property
     def held(self) -> int:
@@ -32,12 +33,14 @@ class EventSplitter:
         Raises:
             ValueError: an event that does not end.
         """
+        # What was held was searched before: an end that is new has at least one new byte.
+        searched = max(0, len(self._held) - (_LONGEST_END - 1))
         self._held += data
         events, start = [], 0
-        for found in _END.finditer(self._held):
-            events.append(self._held[start : found.end()])
+        for found in _END.finditer(self._held, searched):
+            events.append(bytes(self._held[start : found.end()]))
             start = found.end()
-        self._held = self._held[start:]
+        del self._held[:start]
         if len(self._held) > LONGEST_EVENT:
             raise ValueError(f"an event of more than {LONGEST_EVENT} bytes")
         return events

@@ -13,7 +13,7 @@ from crosschip.serve.gateway.admission import Admission
 from crosschip.serve.gateway.fleet import EngineState, Fleet
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import HealthTable
-from crosschip.serve.gateway.upstream import Upstreams
+from crosschip.serve.gateway.upstream import BodyTooLong, Upstreams
 
 __all__ = ["HealthWatch"]
 
@@ -56,9 +56,13 @@ class HealthWatch:
                     wanted = engine.table.upstream_model or engine.table.model
                     raise LookupError(f"it does not list the model {wanted!r}")
             self._fleet.mark_healthy(engine)
-        except (httpx.HTTPError, httpx.InvalidURL, LookupError) as error:
-            words = str(error) if isinstance(error, LookupError) else f"{type(error).__name__}: {error}"
+        except (LookupError, BodyTooLong) as error:
+            self._fleet.mark_failed(engine, str(error), self._table.failures)
+        except TimeoutError:
+            words = f"its answer did not end within {self._table.timeout_s:g} s"
             self._fleet.mark_failed(engine, words, self._table.failures)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self._fleet.mark_failed(engine, f"{type(error).__name__}: {error}", self._table.failures)
         if (was is None) != (engine.problem is None):
             logger.warning("engine %s is %s", engine.name, f"down: {engine.problem}" if engine.problem else "up")
         self._metrics.show_engine(engine)

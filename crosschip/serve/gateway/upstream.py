@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 from typing import Any
 
@@ -9,10 +11,15 @@ import httpx
 
 from crosschip.serve.gateway.settings import EngineTable, GatewaySettings
 
-__all__ = ["Upstreams"]
+__all__ = ["BodyTooLong", "Upstreams", "read_whole"]
 
 _KEEP_ALIVE_S = 2.0  # less than servers keep an idle connection (uvicorn: 5 s), so that none is closed under a request
 _HEALTH_PATH = {"native": "/health", "vllm": "/health", "llamacpp": "/health", "openai": "/v1/models"}
+_MOST_BYTES = 64 << 20  # of a body that is held whole
+
+
+class BodyTooLong(Exception):
+    """An engine's body that is longer than any answer."""
 
 
 class Upstreams:
@@ -50,24 +57,50 @@ class Upstreams:
 
         Raises:
             httpx.HTTPError: it is not well, or not there.
+            TimeoutError: its answer did not end within `timeout_s`.
+            BodyTooLong: it did not end at all.
         """
-        response = await self._clients[table.name].get(_HEALTH_PATH[table.kind], timeout=timeout_s)
-        response.raise_for_status()
-        return _document(response)
+        return await self._get(table, _HEALTH_PATH[table.kind], timeout_s)
 
     async def card(self, table: EngineTable, timeout_s: float) -> dict[str, Any]:
-        """What an engine says of the model that it shall serve; empty where it does not list it."""
-        response = await self._clients[table.name].get("/v1/models", timeout=timeout_s)
-        response.raise_for_status()
-        listed = _document(response).get("data")
+        """What an engine says of the model that it shall serve; empty where it does not list it.
+
+        Raises:
+            httpx.HTTPError, TimeoutError, BodyTooLong: as `health`.
+        """
+        listed = (await self._get(table, "/v1/models", timeout_s)).get("data")
         wanted = table.upstream_model or table.model
         cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
         return next((card for card in cards if card.get("id") == wanted), {})
 
+    async def _get(self, table: EngineTable, path: str, timeout_s: float) -> dict[str, Any]:
+        """httpx's deadlines hold for each part of an answer, ours for the whole."""
+        async with (
+            asyncio.timeout(timeout_s),
+            self._clients[table.name].stream("GET", path, timeout=timeout_s) as response,
+        ):
+            response.raise_for_status()
+            return _document(await read_whole(response))
 
-def _document(response: httpx.Response) -> dict[str, Any]:
+
+async def read_whole(response: httpx.Response) -> bytes:
+    """A body as far as an engine may send one.
+
+    Raises:
+        BodyTooLong: it is longer.
+        httpx.HTTPError: the connection broke.
+    """
+    content = bytearray()
+    async for part in response.aiter_bytes():
+        content += part
+        if len(content) > _MOST_BYTES:
+            raise BodyTooLong(f"it sent more than {_MOST_BYTES >> 20} MiB in one answer")
+    return bytes(content)
+
+
+def _document(content: bytes) -> dict[str, Any]:
     try:
-        document = response.json()
-    except ValueError:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

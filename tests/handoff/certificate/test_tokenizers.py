@@ -93,7 +93,8 @@ def test_a_tokenizer_changed_since_the_certificate_is_seen_without_the_source(tm
         (tmp_path / name).write_text("{}")
     files = [{"name": n, "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()} for n in names]
     lists = {"files": files, "gates": [], "replays": [], "not_covered": []}
-    tables: dict[str, Any] = {"target": {}, "source": {}, "golden": {}}
+    target = {"name": "hf", "dtype": "float32", "computed_in": "float32"}
+    tables: dict[str, Any] = {"target": target, "source": {}, "golden": {}}
     document = {"schema_version": 1, "made_at": "", "verdict": "INCONCLUSIVE", **lists, **tables}
     write_certificate(tmp_path, {**document, "seal": seal_of(document)})
     if change == "removed":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -82,6 +83,9 @@ def test_what_cannot_be_kept_is_refused_with_its_reason() -> None:
         plan_serving(DENSE, CHIP, replace(LOAD, first_token_s=1e-3))
     with pytest.raises(PlanError, match="a token on H100"):
         plan_serving(DENSE, CHIP, replace(LOAD, token_s=1e-4))
+    for too_many in (1e12, 1e308):
+        with pytest.raises(PlanError, match=rf"{re.escape(f'{too_many:g}')} requests a second .* 1,000,000 instances"):
+            plan_serving(DENSE, CHIP, replace(LOAD, requests_per_s=too_many))
     with pytest.raises(PlanError, match="requests_per_s"):
         Load(0, 1, 1)
     with pytest.raises(PlanError, match="experts"):

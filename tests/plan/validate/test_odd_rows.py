@@ -12,7 +12,7 @@ import pytest
 from crosschip.plan.step import Layout
 from crosschip.plan.validate import read_rows, validate_rows
 from crosschip.plan.validate.batches import batch_words
-from crosschip.plan.validate.cases import case_of
+from crosschip.plan.validate.cases import CannotPredict, case_of
 from crosschip.plan.validate.parallelism import layout_words
 from crosschip.plan.validate.predicting import choose_layout, predicted_value
 from tests.plan.validate.test_validation import by_id, cells, written
@@ -99,6 +99,15 @@ def test_a_row_without_an_architecture_is_a_mixture_by_its_active_parameters(tmp
     assert case_of(empty).job.architecture.experts is not None
     assert "arch not given: 10 of 100 B parameters active, so a mixture" in case_of(empty).notes
     assert case_of(dense).job.architecture.experts is None
+
+
+@pytest.mark.parametrize("model", ["Foo 2x7B", "Foo 1x13B", "Foo 0x13B", "Foo 3x7B"])
+def test_a_name_with_few_experts_costs_no_other_row(tmp_path: Path, model: str) -> None:
+    row = cells((ROW,))[0]
+    odd = {**row, "id": "odd", "model": model, "arch": "moe", "params_total_b": "13", "params_active_b": "12"}
+    found = by_id(validate_rows(read_rows(written(tmp_path / "a.csv", [row, odd]))))
+    assert found[ROW]["predicted"] > 0
+    assert found["odd"].get("predicted") or found["odd"]["skipped"]
 
 
 def test_a_layout_over_experts_decides_how_many_of_about_so_many_chips_are_taken() -> None:
@@ -236,6 +245,35 @@ def test_usual_spellings_of_a_layout_are_read(text: str, widths: tuple[int, int,
     words = layout_words(text, 8192)
     assert words.is_named
     assert tuple(words.fixed[name] for name in ("tensor", "pipeline", "expert")) == widths
+
+
+@pytest.mark.parametrize(
+    ("text", "num_chips"),
+    [
+        ("TP8 PP16 DP64", 8192),
+        ("FSDP32 TP8 CP2", 512),
+        ("FSDP=256", 256),
+        ("FSDP2 TP8", None),
+        ("DP4 FSDP32 TP8", 1024),
+        ("8-way data, 4-way tensor", 32),
+        ("DP64 TP8 PP", None),
+        ("TP8 PP16", None),
+        ("DiLoCo H=100 x FSDP8", None),
+    ],
+)
+def test_chips_that_a_layout_names(text: str, num_chips: int | None) -> None:
+    assert layout_words(text, 2048).num_chips == num_chips
+
+
+def test_chips_that_a_layout_names_are_taken_where_the_row_has_none() -> None:
+    row = next(row for row, _ in read_rows() if row.id == "llama3_405b_8k")
+    case = case_of(replace(row, num_chips=None))
+    assert case.num_chips == row.num_chips == 8192
+    assert "number of chips not given: 8192 taken, the product of the layout's widths" in case.notes
+    assert case.is_described == case_of(row).is_described
+    assert case_of(replace(row, num_chips=4096)).num_chips == 4096
+    with pytest.raises(CannotPredict, match="chips in parallelism = 'TP8 DP99999999'"):
+        case_of(replace(row, num_chips=None, parallelism="TP8 DP99999999"))
 
 
 def test_a_layout_that_cannot_be_read_is_said() -> None:

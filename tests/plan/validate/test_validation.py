@@ -140,6 +140,7 @@ def test_what_cannot_be_predicted_is_skipped_with_its_reason(tmp_path: Path) -> 
         {**row, "id": "chunks", "parallelism": "TP2 PP2 VP0"},
         {**row, "id": "lower", "parallelism": "tp-0 pp2"},
         {**row, "id": "micro", "parallelism": "FSDP micro-batch 0"},
+        {**row, "id": "shards", "parallelism": "FSDP0 TP8"},
         {**row, "id": "rounds", "parallelism": "DiLoCo H=0", "kind": "lowcomm_run"},
         {**row, "id": "huge", "model": "Unheard of", "params_total_b": "1e9", "params_active_b": ""},
         {**row, "id": "active", "model": "Unheard of", "arch": "moe", "params_active_b": ""},
@@ -154,6 +155,7 @@ def test_what_cannot_be_predicted_is_skipped_with_its_reason(tmp_path: Path) -> 
         ("chunks", "VP0"),
         ("micro", "micro-batch 0"),
         ("rounds", "H=0"),
+        ("shards", "FSDP0"),
     ):
         assert words in found[name]["skipped"]
         assert "begin at 1" in found[name]["skipped"]

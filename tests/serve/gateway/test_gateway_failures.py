@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from tests.serve.gateway.conftest import (
     DONE,
@@ -83,8 +83,13 @@ def test_an_engine_that_fails_before_its_first_token_is_not_noticed() -> None:
         ScriptedEngine(refusal=JSONResponse({"message": "your key is wrong"}, 401)),
         ScriptedEngine(play=[HEAD]),
         ScriptedEngine(play=[HEAD, 30]),
+        ScriptedEngine(refusal=JSONResponse({"error": {"message": "out of memory"}})),
+        ScriptedEngine(refusal=JSONResponse({"object": "error", "message": "out of memory"})),
+        ScriptedEngine(refusal=Response("<html>Sign in</html>", media_type="text/html")),
+        ScriptedEngine(refusal=Response('{"choices": [{"text": "Hel', media_type="application/json")),
+        ScriptedEngine(refusal=Response()),
     ],
-    ids=["error event", "500", "429", "401", "ended early", "silent"],
+    ids=["error event", "500", "429", "401", "ended early", "silent", "error", "vllm", "page", "cut", "nothing"],
 )
 def test_another_engine_is_asked(script: ScriptedEngine) -> None:
     good = ScriptedEngine()

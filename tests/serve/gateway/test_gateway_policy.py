@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosschip.certificate import Status
+from crosschip.serve.gateway import events as events_of_streams
 from crosschip.serve.gateway.canary import Split
 from crosschip.serve.gateway.events import EventSplitter, StreamReader
 from crosschip.serve.gateway.fleet import Ask, Fleet
@@ -178,6 +181,26 @@ def test_events_are_cut_at_their_ends_however_bytes_arrive(texts: list[str], siz
     assert b"".join(found) == stream[: len(stream) - splitter.held]
     assert splitter.held <= 1
     assert len(found) == len(events)
+
+
+class Searching:
+    """A pattern that counts the bytes it is asked to look at."""
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self.pattern, self.num_bytes = pattern, 0
+
+    def finditer(self, held: bytes | bytearray, begin: int = 0) -> Iterator[re.Match[bytes]]:
+        self.num_bytes += len(held) - begin
+        return self.pattern.finditer(held, begin)
+
+
+def test_a_long_event_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searching = Searching(events_of_streams._END)
+    monkeypatch.setattr(events_of_streams, "_END", searching)
+    event, splitter = b"data: " + b"x" * 100_000 + b"\r\n\r\n", EventSplitter()
+    parts = [event[place : place + 100] for place in range(0, len(event), 100)]
+    assert [found for part in parts for found in splitter.push(part)] == [event]
+    assert searching.num_bytes <= len(event) + 3 * len(parts)
 
 
 def test_a_stream_tells_tokens_ends_and_errors() -> None:

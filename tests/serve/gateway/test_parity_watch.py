@@ -29,6 +29,7 @@ from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import ParityTable
 from crosschip.serve.gateway.watch import ParityWatch
 from crosschip.serve.gateway.watched import WatchedCall, why_not
+from tests.certificate.conftest import document_of, replay_of
 from tests.serve.conftest import RunningServer, running_server
 from tests.serve.gateway.conftest import RunningGateway, running_gateway, settings_of, wait_until
 
@@ -214,6 +215,14 @@ def test_a_certificate_that_is_not_there_is_told(tmp_path: Path) -> None:
     table = ParityTable(model="m", reference="http://r", certificate=tmp_path)
     with pytest.raises(ServeError, match=r"certificate\.json"):
         bound_of(table)
+
+
+def test_a_certificate_of_another_form_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    document = document_of(tmp_path, replays=[replay_of(views=["x"])])
+    write_certificate(tmp_path, {**document, "seal": seal_of(document)})
+    with pytest.raises(ServeError, match="is no certificate: a view's name is None"):
+        bound_of(ParityTable(model="m", reference="http://r", certificate=tmp_path))
 
 
 def test_the_bound_is_that_of_a_real_certificate(random_dir: Path, tmp_path: Path) -> None:
