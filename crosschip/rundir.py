@@ -41,7 +41,13 @@ WEIGHTS_MANIFEST = "weights-manifest.json"  # the hashes of weights that a train
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part, even after a crash."""
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part, even after a crash.
+
+    A device or a pipe, as /dev/null, is written to and stays what it is.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from crosschip.errors import RunDirectoryError
-from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json
+from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json, write_text
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -278,3 +278,15 @@ def test_ctrl_c_releases_the_lock(tmp_path: Path) -> None:
     holder.send_signal(signal.SIGINT)
     holder.communicate(timeout=60)
     assert not (tmp_path / "run" / "lock.json").exists()
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDWR)
+    try:
+        write_text(pipe, "told")
+        assert pipe.is_fifo()
+        assert os.read(reading, 100) == b"told"
+    finally:
+        os.close(reading)

@@ -9,15 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from crosschip.cli.options import OutOption, RecipeArgument, SetOption
+from crosschip.cli.reports import output_place
 from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError, RunDirectoryError
 
 __all__ = ["drill"]
 
 # The training shall outlast the drill, be restarted as often as it is struck, and not wait long where nothing is known;
 # saves shall come soon, for the faults that strike in one.
+_CHECKPOINT_EVERY = 20
 _FOR_A_DRILL = (
     "train.steps=1000000",
-    "train.checkpoint_every=20",
+    f"train.checkpoint_every={_CHECKPOINT_EVERY}",
     "guard.max_restarts=1000",
     "guard.max_transient_faults=1000",
     "guard.max_roll_backs=1000",
@@ -55,10 +57,11 @@ def drill(
     from crosschip.train.drill.catalogue import FAULTS, chosen
     from crosschip.train.drill.drill import DrillPlan, run_drill
 
-    settings = [*_FOR_A_DRILL, *(overrides or [])]
+    if json_path is not None:
+        output_place(json_path, "the report", "--json", [recipe])
+    settings = _settings_of(recipe, overrides or [])
     resolved = load_recipe(recipe, settings)
-    if resolved.train is None:
-        raise RecipeError(f"{recipe} has no [train] stage to drill", "add one")
+    assert resolved.train is not None
     directory = out or Path("runs") / f"{resolved.name}-drill"
     if directory.exists():
         raise RunDirectoryError(
@@ -82,12 +85,33 @@ def drill(
     )
     report = run_drill(plan, lambda line: print(f"crosschip: {line}", file=sys.stderr, flush=True))
     path = json_path or directory / "drill.json"
-    write_json(path, {"recipe": recipe.name, "settings": settings, **report})
     print_drill(report)
+    write_json(path, {"recipe": recipe.name, "settings": settings, **report})
     print(f"\nreport: {path}")
     if report["ended_early"]:
         print(_early_end(report, directory), file=sys.stderr)
     raise typer.Exit(_exit_code(report, names == []))
+
+
+def _settings_of(recipe: Path, overrides: list[str]) -> list[str]:
+    """The overrides of a drill, those of the user last.
+
+    `keep_every` is raised where it would not fit the drill's checkpoints.
+
+    Raises:
+        RecipeError: nothing is pre-trained.
+    """
+    from crosschip.recipe import load_recipe
+
+    stage = load_recipe(recipe, overrides).train
+    if stage is None:
+        raise RecipeError(f"{recipe} has no [train] stage to drill", "add one")
+    settings = [*_FOR_A_DRILL, *overrides]
+    is_given = any(override.partition("=")[0].strip() == "train.checkpoint_every" for override in overrides)
+    every = stage.checkpoint_every if is_given else _CHECKPOINT_EVERY
+    if stage.keep_every is not None and stage.keep_every % every:
+        settings.append(f"train.keep_every={-(-stage.keep_every // every) * every}")
+    return settings
 
 
 def _early_end(report: dict[str, Any], directory: Path) -> str:

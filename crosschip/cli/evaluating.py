@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crosschip.cli.options import ChipOption
+from crosschip.cli.reports import output_place
 from crosschip.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def evaluate(
     With one TARGET (a run or a model directory) its answers are judged; with two (evaluation.json files, or runs that
     hold one) a paired test tells whether B is right as often as A.
     """
+    if json_path is not None:
+        output_place(json_path, "the answers", "--json", [target] if other is None else [target, other])
     if other is not None:
         _compare(target, other, json_path)
         return
@@ -122,9 +125,9 @@ def evaluate(
     questions = _questions(known, settings, data, level, num_problems, chosen_seed)
     say(f"{subject.name}: {len(questions)} held-out problems" if data is None else f"{subject.name}: {data}")
     document = evaluate_subject(subject, questions, settings, chosen_seed, chip, say, time_limit_s(known))
+    print("\n".join(evaluation_lines(document)))
     if json_path is not None:
         write_json(json_path, document)
-    print("\n".join(evaluation_lines(document)))
 
 
 def _compare(a: Path, b: Path, json_path: Path | None) -> None:
@@ -132,9 +135,9 @@ def _compare(a: Path, b: Path, json_path: Path | None) -> None:
     from crosschip.rundir import write_json
 
     document = compare_evaluations(read_evaluation(a), read_evaluation(b))
+    print("\n".join(comparison_lines(document)))
     if json_path is not None:
         write_json(json_path, document)
-    print("\n".join(comparison_lines(document)))
 
 
 def recipe_for(path: Path | None, subject: Subject) -> Recipe | None:

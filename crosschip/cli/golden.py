@@ -9,7 +9,7 @@ import typer
 
 from crosschip.cli.guard import guarded
 from crosschip.cli.options import ExaminedChipOption
-from crosschip.cli.reports import tell
+from crosschip.cli.reports import output_place, tell
 from crosschip.errors import GoldenError
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def replay(
 
     if model is None and url is None:
         raise GoldenError("neither --model nor --url is given", "give --model DIR (with --chip CHIP) or --url URL")
+    if json_path is not None:
+        output_place(json_path, "the numbers", "--json")
     comparison: Comparison
     chosen = None if dtype == "auto" else dtype
     recorded = load_bundle(bundle)

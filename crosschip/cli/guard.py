@@ -24,6 +24,15 @@ _REFUSALS = {
     errno.EACCES: "give this user the permission, or use another place",
     errno.EROFS: "that file system cannot be written to; use another place with --out",
 }
+# The same, where it names the place: that is one which the user gave, or which lies in one.
+_REFUSED_PLACES = {
+    errno.ENOTDIR: "a part of that path is a file; give a path through directories",
+    errno.EISDIR: "give a file, not a directory",
+    errno.EEXIST: "something else has that name; move it away, or use another place",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "symbolic links lead round in a circle there; give the path itself",
+    errno.EPERM: "give this user the permission, or use another place",
+}
 
 Parameters = ParamSpec("Parameters")
 
@@ -42,12 +51,19 @@ def guarded(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except KeyboardInterrupt:
             _end("crosschip: interrupted", EXIT_INTERRUPTED)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _REFUSALS:
-                _end(f"crosschip: {error}\n  what to do: {_REFUSALS[error.errno]}", EXIT_BAD_USAGE)
+            if isinstance(error, OSError) and (remedy := _remedy(error)) is not None:
+                _end(f"crosschip: {error}\n  what to do: {remedy}", EXIT_BAD_USAGE)
             traceback.print_exc()
             _end(f"crosschip: {type(error).__name__}: this is a defect of crosschip, please report it", EXIT_DEFECT)
 
     return guarded_command
+
+
+def _remedy(error: OSError) -> str | None:
+    """What to do about a refusal of the operating system; None where it is our own fault."""
+    if error.errno is None:
+        return None
+    return _REFUSALS.get(error.errno) or (_REFUSED_PLACES.get(error.errno) if error.filename is not None else None)
 
 
 def _end(message: str, exit_code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from crosschip.cli.engines import (
     qualify_engine,
 )
 from crosschip.cli.options import ExaminedChipOption
-from crosschip.cli.reports import end_with, report_place, tell
+from crosschip.cli.reports import end_with, output_place, report_place, tell
 from crosschip.errors import QualifyError
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _request(
         chip,
         role,
         tier,
-        report_place(json_path or RunDirectory(Path()).qualification(chip, role)),
+        json_path or RunDirectory(Path()).qualification(chip, role),
         seed,
         None if names is None else named_exams(names),
         None if minutes is None else 60.0 * minutes,
@@ -174,6 +174,8 @@ def _print_trace(request: Request, json_path: Path | None) -> None:
     from crosschip.report.trace_table import print_trace
     from crosschip.rundir import write_json
 
+    if json_path is not None:
+        output_place(json_path, "the trace", "--json")
     trace = record_trace_document(request, tell)
     if json_path is not None:
         write_json(json_path, trace)
@@ -191,6 +193,8 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
     from crosschip.report.offline_table import print_offline_check
     from crosschip.rundir import write_json
 
+    if json_path is not None:
+        output_place(json_path, "the estimate", "--json", [] if source is None else [source])
     path = source if source is not None else download_wheel(download or "", None)
     read_operator_list(path)  # a broken one is told before the subject is recorded, which takes its time
     trace = record_trace_document(replace(request, chip="cpu" if request.chip == "auto" else request.chip), tell)
@@ -203,4 +207,5 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
 def _examine(request: Request) -> None:
     from crosschip.qualify.qualification import qualify as examine
 
+    report_place(request.report)
     end_with(lambda: examine(request, tell), request.report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ import typer
 
 from crosschip.errors import QualifyError
 
-__all__ = ["end_with", "report_place", "tell"]
+__all__ = ["end_with", "output_place", "report_place", "tell"]
 
 
 def report_place(path: Path) -> Path:
@@ -22,18 +22,33 @@ def report_place(path: Path) -> Path:
         QualifyError: it is a directory, where the page goes, or in a place that cannot be written to.
     """
     remedy = "name a file for the report with --json"
-    if path.is_dir():
-        raise QualifyError(f"the report cannot be written to {path}: it is a directory", remedy)
+    output_place(path, "the report", "--json")
     if path.suffix == ".html":
         raise QualifyError(f"the report cannot be written to {path}: its page goes there", f"{remedy}: OUT.json")
     if (page := path.with_suffix(".html")).is_dir():
         raise QualifyError(f"the page of the report cannot be written to {page}: it is a directory", remedy)
+    return path
+
+
+def output_place(path: Path, what: str, option: str, inputs: Sequence[Path] = ()) -> Path:
+    """`path`, once it is known that `what` can be written there, before any work is done for it.
+
+    Raises:
+        QualifyError: it is a directory, a device, one of the `inputs`, or in a place that cannot be written to.
+    """
+    remedy = f"name a file for {what} with {option}"
+    if path.is_dir():
+        raise QualifyError(f"{what} cannot be written to {path}: it is a directory", remedy)
+    if path.exists() and not path.is_file():
+        raise QualifyError(f"{what} cannot be written to {path}: it is no ordinary file", remedy)
+    if (same := next((each for each in inputs if each.resolve() == path.resolve()), None)) is not None:
+        raise QualifyError(f"{what} cannot be written to {path}: {same} is read, and would be lost", remedy)
     above = next(each for each in path.absolute().parents if each.exists())
     try:
         with tempfile.TemporaryFile(dir=above):
             return path
     except OSError as error:
-        raise QualifyError(f"the report cannot be written to {path}: {above}: {error.strerror}", remedy) from None
+        raise QualifyError(f"{what} cannot be written to {path}: {above}: {error.strerror}", remedy) from None
 
 
 def end_with(examine: Callable[[], dict[str, Any]], path: Path) -> NoReturn:

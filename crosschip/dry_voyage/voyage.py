@@ -247,21 +247,28 @@ def _both_scores(
     """The model's log-probs and the engine's: of the prompt, or, where engines score none, of tokens that they add.
 
     Raises:
-        EngineFault: no answer, or one with log-probs that none can be.
+        EngineFault: no answer, one with log-probs that none can be, or with tokens that the model does not have.
     """
     if identity.scores_prompts:
         return truth(ids), _ask(client, identity, ids, 1, echo=True).logprobs[: len(ids)]
     answer = _ask(client, identity, ids, _NUM_NEW)
     if len(answer.ids) == _NUM_NEW:
-        return truth(ids + answer.ids)[len(ids) :], answer.logprobs
+        return _expected(truth, ids + answer.ids)[len(ids) :], answer.logprobs
     # llama.cpp leaves out tokens that are parts of a character, so that none has a place: each is asked for by itself.
     expected, scores = list[float | None](), list[float | None]()
     for end in range(max(1, len(ids) - _NUM_NEW + 1), len(ids) + 1):
         single = _ask(client, identity, ids[:end], 1)
         if len(single.ids) == 1:
-            expected.append(truth(ids[:end] + single.ids)[-1])
+            expected.append(_expected(truth, ids[:end] + single.ids)[-1])
             scores += single.logprobs
     return expected, scores
+
+
+def _expected(truth: Callable[[list[int]], Scores], ids: list[int]) -> Scores:
+    try:
+        return truth(ids)
+    except QualifyError as error:  # it chose a token that the model does not have
+        raise EngineFault("garbage", error.problem) from None
 
 
 def _ask(client: EngineClient, identity: EngineIdentity, ids: list[int], num_new: int, **more: Any) -> Answer:

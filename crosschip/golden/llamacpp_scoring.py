@@ -7,12 +7,11 @@ grammar can force; after their prefix a printable token is forced by a bias, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
 from crosschip.errors import GoldenError
-from crosschip.golden.scoring_engine import Prediction
+from crosschip.golden.scoring_engine import Prediction, log_prob_of
 from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, Waits, json_of, words_of
 
 __all__ = ["LlamaCppEngine", "windows_of"]
@@ -214,13 +213,8 @@ def _entries(document: dict[str, Any], num_top: int | None) -> list[_Entry]:
     try:
         found = []
         for entry in document.get("completion_probabilities") or []:
-            top = {int(each["id"]): _number(each["logprob"]) for each in entry["top_logprobs"][:num_top]}
-            found.append((int(entry["id"]), _number(entry["logprob"]), top))
+            top = {int(each["id"]): log_prob_of(each["logprob"]) for each in entry["top_logprobs"][:num_top]}
+            found.append((int(entry["id"]), log_prob_of(entry["logprob"]), top))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineBrokeError(f"an answer of another form: {type(error).__name__} {error}") from None
     return found
-
-
-def _number(value: Any) -> float:
-    """A log-prob; null counts as not a number."""
-    return math.nan if value is None else float(value)

@@ -10,9 +10,10 @@ from typing import Any, Protocol, Unpack
 from crosschip.errors import GoldenError
 from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, Waits, json_of, words_of
 
-__all__ = ["EngineBrokeError", "Prediction", "Scorer", "ScoringEngine", "open_scorer"]
+__all__ = ["EngineBrokeError", "Prediction", "Scorer", "ScoringEngine", "log_prob_of", "open_scorer"]
 
 _NAME = "token_id:"
+_SLACK = 1e-3  # nats; log-probs in fp32 of bf16 logits may lie a little above 0
 _NOT_A_NUMBER = "not JSON compliant"  # vLLM's words, as a bad request, for log-probs that are not numbers
 
 
@@ -144,6 +145,17 @@ def _id_of(name: Any) -> int:
 
 
 def _prediction(top: dict[str, Any], value: Any) -> Prediction:
-    """One position; null, which some engines send for what is not a number, counts as not a number."""
-    numbers = {_id_of(name): math.nan if each is None else float(each) for name, each in top.items()}
-    return Prediction(numbers, math.nan if value is None else float(value))
+    """One position."""
+    return Prediction({_id_of(name): log_prob_of(each) for name, each in top.items()}, log_prob_of(value))
+
+
+def log_prob_of(value: Any) -> float:
+    """A log-prob; null, which some engines send for what is not a number, counts as not a number.
+
+    Raises:
+        EngineBrokeError: it lies above 0 by more than rounding.
+    """
+    number = math.nan if value is None else float(value)
+    if number > _SLACK:
+        raise EngineBrokeError(f"a log-prob of {number:g}: no probability is above 1")
+    return number

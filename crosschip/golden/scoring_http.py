@@ -14,7 +14,7 @@ import httpx
 
 from crosschip.errors import GoldenError
 
-__all__ = ["EngineBrokeError", "ScoringHttp", "TimeOverError", "Waits", "json_of", "words_of"]
+__all__ = ["EngineBrokeError", "ScoringHttp", "TimeOverError", "Waits", "authorization", "json_of", "words_of"]
 
 MOST_BYTES = 256 << 20  # 20 log-probs at each of 128 k positions are about 100 MB
 _SHOWN = 300  # characters of a strange answer that a message shows
@@ -37,6 +37,20 @@ class Waits(TypedDict, total=False):
     deadline: float | None
 
 
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries a key, without white space around it, as a file's end leaves; none without a key.
+
+    Raises:
+        GoldenError: the key holds what no header can carry. The message does not show it: reports and logs are public.
+    """
+    key = (api_key or "").strip()
+    wrong = next((place for place, each in enumerate(key, start=1) if not " " <= each <= "~"), None)
+    if wrong is not None:
+        problem = f"the API key cannot be sent: its character {wrong} is no printable ASCII"
+        raise GoldenError(problem, "set CROSSCHIP_API_KEY to the key alone, one line of letters, digits and signs")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class ScoringHttp:
     """Requests to one address, which heed no proxy settings. Safe to use from several threads at once."""
 
@@ -48,9 +62,8 @@ class ScoringHttp:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._silence_s, self._total_s = waits.get("silence_s", 300.0), waits.get("total_s", 600.0)
         self._deadline = waits.get("deadline")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits() if keep_alive else httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(headers=headers, limits=limits, trust_env=False)
+        self._http = httpx.Client(headers=authorization(api_key), limits=limits, trust_env=False)
 
     def close(self) -> None:
         """Close the connections."""
@@ -100,7 +113,10 @@ class ScoringHttp:
         except (EngineBrokeError, KeyError, IndexError, TypeError) as error:
             words = str(error) if isinstance(error, EngineBrokeError) else f"{type(error).__name__} {error}"
             problem = f"no model is listed at {self.url}/v1/models: {words}"
-            raise GoldenError(problem, "start the engine and wait until it is ready, or check the address") from None
+            remedy = "start the engine and wait until it is ready, or check the address"
+            if words.startswith(("HTTP 401", "HTTP 403")):
+                remedy = "set CROSSCHIP_API_KEY to a key that the engine takes"
+            raise GoldenError(problem, remedy) from None
         return dict(card)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from crosschip.report.documents import Document
 from crosschip.report.qualification import ReportError, checked_report
 
-__all__ = ["refuse_incomparable"]
+__all__ = ["least_named", "refuse_incomparable"]
 
 
 def refuse_incomparable(reports: Mapping[str, Document]) -> list[str]:
@@ -22,7 +22,7 @@ def refuse_incomparable(reports: Mapping[str, Document]) -> list[str]:
         )
     for file, report in reports.items():
         checked_report(report, file)
-    (first_file, first), *others = sorted(reports.items(), key=lambda item: not item[1].get("compute_dtype"))
+    (first_file, first), *others = sorted(reports.items(), key=lambda item: least_named(item[1]))
     notes = []
     for file, report in others:
         if _subject(report) != _subject(first) and not _is_unnamed(report, first):
@@ -46,10 +46,15 @@ def refuse_incomparable(reports: Mapping[str, Document]) -> list[str]:
     return notes
 
 
+def least_named(report: Document) -> tuple[bool, bool]:
+    """How little a report says of its subject: the smaller, the better the subject's name is known."""
+    return not report.get("compute_dtype"), not report.get("fingerprint")
+
+
 def _subject(report: Document) -> str:
     return str(report["subject"])
 
 
 def _is_unnamed(report: Document, first: Document) -> bool:
-    """A chip that could not be used leaves a report in which the subject is called by its origin."""
-    return not report.get("compute_dtype") and report.get("origin") == first.get("origin")
+    """A chip or engine that could not be used leaves a report without a fingerprint, whose subject is its origin's."""
+    return not report.get("fingerprint") and report.get("origin") == first.get("origin")

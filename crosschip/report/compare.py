@@ -13,17 +13,18 @@ with `chip`, `chip_matches` (regular expressions for the chip's names), `role`, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crosschip import __version__
 from crosschip.published import FIGURES, published_chip
-from crosschip.report.comparable import refuse_incomparable
+from crosschip.report.comparable import least_named, refuse_incomparable
 from crosschip.report.documents import Document, is_number, objects
 from crosschip.report.grounds import Candidate, Recommendation, recommend
-from crosschip.report.qualification import chip_title, measurements
-from crosschip.report.thoroughness import shortfall, thoroughness
+from crosschip.report.one_each import one_each
+from crosschip.report.planned import add_plans
+from crosschip.report.qualification import measurements
+from crosschip.report.thoroughness import shortfall
 
 __all__ = ["compare"]
 
@@ -39,17 +40,16 @@ def compare(reports: Mapping[str, Document], plans: Sequence[Document] = ()) -> 
         ReportError: fewer than two reports, one that is none or too new, or reports of different subjects.
     """
     notes = refuse_incomparable(reports)
-    chosen, more_notes = _one_each(reports)
+    chosen, more_notes = one_each(reports)
     chips: dict[str, Document] = {}
     by_fingerprint = sorted(chosen.items(), key=lambda item: not item[1][1].get("fingerprint"))
     for (title, role), (file, report) in by_fingerprint:
         chip = chips.setdefault(title, _chip(title, report))
         chip["roles"][role] = _role(file, report)
         chip["measured"] += _measured(report)
-    first = next(iter(reports.values()))
-    subject = str(next((each["subject"] for each in reports.values() if each.get("compute_dtype")), first["subject"]))
-    more_notes += [note for plan in plans for note in _add_plan(chips, plan, subject)]
-    answers = {role: recommend(role, _candidates(chips, role)) for role in ROLES}
+    subject = str(min(reports.values(), key=least_named)["subject"])
+    plan_notes, unlike = add_plans(chips, plans, subject)
+    answers = {role: recommend(role, _candidates(chips, role, by_date=role not in unlike)) for role in ROLES}
     titles = list(chips)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -59,50 +59,8 @@ def compare(reports: Mapping[str, Document], plans: Sequence[Document] = ()) -> 
         "chips": [chips[title] for title in titles],
         "recommendations": {role: answer.document() for role, answer in answers.items()},
         "summary": _summary(answers),
-        "notes": notes + more_notes,
+        "notes": notes + more_notes + plan_notes,
     }
-
-
-def _one_each(
-    reports: Mapping[str, Document],
-) -> tuple[dict[tuple[str, str], tuple[str, Document]], list[str]]:
-    """For each chip and role the most thorough report, of equals the latest; a disagreement makes it open."""
-    chosen: dict[tuple[str, str], tuple[str, Document]] = {}
-    notes: list[str] = []
-    titles = _titles(reports)
-    notes += [
-        f"{file} names no chip; it is taken for {title}, which torch calls {reports[file]['chip']!r} as well"
-        for file, title in titles.items()
-        if title != chip_title(reports[file])
-    ]
-    for file, report in reports.items():
-        key = titles[file], report["role"]
-        if key not in chosen:
-            chosen[key] = file, report
-            continue
-        before = chosen[key]
-        kept, other = sorted((before, (file, report)), key=lambda pair: thoroughness(pair[1]), reverse=True)
-        verdicts = {kept[1]["verdict"], other[1]["verdict"]}
-        note = f"{key[0]} was examined twice to {key[1]}: {kept[0]} is used, not {other[0]}"
-        if "FAIL" in verdicts and len(verdicts) > 1:
-            note += f"; they disagree ({kept[1]['verdict']} and {other[1]['verdict']}), so the chip counts as undecided"
-            kept = kept[0], {**kept[1], "verdict": "INCONCLUSIVE"}
-        notes.append(note)
-        chosen[key] = kept
-    return chosen, notes
-
-
-def _titles(reports: Mapping[str, Document]) -> dict[str, str]:
-    """File -> chip. A chip that could not be used gave no fingerprint: it is the one that has its device's name."""
-    named: dict[str, set[str]] = {}
-    for report in reports.values():
-        if report.get("fingerprint"):
-            named.setdefault(report["chip"], set()).add(chip_title(report))
-    found = {}
-    for file, report in reports.items():
-        same = named.get(report["chip"], set())
-        found[file] = next(iter(same)) if not report.get("fingerprint") and len(same) == 1 else chip_title(report)
-    return found
 
 
 def _chip(title: str, report: Document) -> Document:
@@ -207,40 +165,7 @@ def _measured(report: Document) -> list[Document]:
     return found
 
 
-def _add_plan(chips: dict[str, Document], plan: Document, subject: str) -> list[str]:
-    """Put a plan to its chip; a note where it cannot be: a plan for a chip that has no report is no evidence here."""
-    ready, name = plan.get("ready"), f"the plan of {plan.get('model', '?')} on {plan.get('cluster', plan.get('chip'))}"
-    if not isinstance(ready, dict) or not all(isinstance(ready.get(key), str) for key in ("p50", "p90")):
-        return [f"{name} has no dates under `ready`; make it again with this crosschip"]
-    if plan.get("model", subject) != subject:
-        return [f"{name} is left out: the reports are of {subject}"]
-    role = str(plan.get("role", "train"))
-    mine = [chip for chip in chips.values() if _is_planned(chip, plan)]
-    if not mine:
-        return [f"{name} is for {plan.get('chip')}, of which there is no report: it is left out"]
-    notes = []
-    for chip in mine:
-        if role in chip["plans"]:
-            notes.append(f"{chip['title']} has two plans; {name} is used")
-        chip["plans"][role] = {"p50": ready["p50"], "p90": ready["p90"], "cluster": plan.get("cluster")}
-    return notes
-
-
-def _is_planned(chip: Document, plan: Document) -> bool:
-    """A plan names its chip as torch does, by its title, or by expressions for what the chip calls itself."""
-    names = [str(chip[key]) for key in ("chip", "title", "model_name") if chip[key]]
-    if plan.get("chip") in names:
-        return True
-    expressions = plan.get("chip_matches")
-    if not isinstance(expressions, list):
-        return False
-    try:
-        return any(re.search(each, name, re.I) for each in expressions if isinstance(each, str) for name in names)
-    except (re.error, OverflowError, RecursionError):  # of no use, like a name that fits nothing
-        return False
-
-
-def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
+def _candidates(chips: Mapping[str, Document], role: str, *, by_date: bool) -> list[Candidate]:
     found = []
     for title, chip in chips.items():
         mine = chip["roles"].get(role)
@@ -248,7 +173,7 @@ def _candidates(chips: Mapping[str, Document], role: str) -> list[Candidate]:
             continue
         figures = {row["key"]: row["value"] for row in (chip["published"] or {}).get("figures", ())}
         plan = chip["plans"].get(role, {})
-        dates = (plan["p50"], plan["p90"]) if plan.get("p50") and plan.get("p90") else None
+        dates = (plan["p50"], plan["p90"]) if plan and by_date else None
         found.append(
             Candidate(
                 title=title,

@@ -79,18 +79,23 @@ def page_beside(report: Path) -> Iterator[None]:
 
     Afterwards its page is there, that of an interrupted one too. Where nothing was written, what was there stays.
     """
-    page = report.with_suffix(".html")
-    report_before, page_before = _content(report), _content(page)
-    page.unlink(missing_ok=True)
+    page, report_before = report.with_suffix(".html"), _content(report)
+    aside = page.with_name(f".{page.name}.old")
+    aside.unlink(missing_ok=True)  # of a process that was killed
+    with contextlib.suppress(FileNotFoundError):
+        page.replace(aside)
     try:
         yield
     except BaseException:
         if _content(report) != report_before:
             with contextlib.suppress(CrosschipError):
                 write_qualification_page(report)
-        elif page_before is not None:
-            page.write_bytes(page_before)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                aside.replace(page)
         raise
+    finally:
+        aside.unlink(missing_ok=True)
     write_qualification_page(report)
 
 

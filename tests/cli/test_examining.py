@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,39 @@ def test_one_report_is_nothing_to_compare(reports: list[str]) -> None:
     twice = CliRunner().invoke(app, ["compare", reports[0], reports[0]])
     assert twice.exit_code == 2
     assert "is given twice" in twice.stderr
+
+
+@pytest.mark.parametrize("option", ["--out", "--json"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("", "it is a directory"),
+        (".", "it is a directory"),
+        ("{tmp}/pipe", "it is no ordinary file"),
+        ("{tmp}", "it is a directory"),
+        ("{tmp}/good.json/c.html", "good.json: Not a directory"),
+        ("{tmp}/bad.json", "bad.json is read, and would be lost"),
+        ("{tmp}/other/../good.json", "good.json is read, and would be lost"),
+    ],
+)
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_anything_is_written(
+    reports: list[str], tmp_path: Path, option: str, place: str, said: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    other = "--json" if option == "--out" else "--out"
+    words = [option, place.format(tmp=tmp_path), other, str(tmp_path / "c")]
+    ended = CliRunner().invoke(app, ["compare", *reports, *words])
+    assert ended.exit_code == 2
+    assert said in ended.stderr
+    assert option in ended.stderr
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_page_and_the_document_are_two_files(reports: list[str], tmp_path: Path) -> None:
+    one = str(tmp_path / "c")
+    ended = CliRunner().invoke(app, ["compare", *reports, "--out", one, "--json", one])
+    assert ended.exit_code == 2
+    assert not (tmp_path / "c").exists()

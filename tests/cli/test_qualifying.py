@@ -73,6 +73,31 @@ def test_an_operator_list_is_held_against_the_trace(tmp_path: Path) -> None:
     assert read_json(document)["document"] == "offline check"
 
 
+@pytest.mark.parametrize("way", [["--trace-only"], ["--offline", "{listed}"]])
+def test_what_writes_no_report_needs_no_place_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: list[str]
+) -> None:
+    (listed := tmp_path / "mlu_functions.yaml").write_text("aten:\n  - func: mm\n")
+    (tmp_path / "qualify").write_text("a file, where reports go by default")
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(listed=listed) for word in way]
+    code, _, error = run("--model", TINY, "--chip", "cpu", *words)
+    assert (code, error) == (0, "")
+    code, _, error = run("--model", TINY, "--chip", "cpu", *words, "--json", tmp_path)
+    assert code == 2
+    assert "it is a directory" in error
+    code, _, error = run("--model", TINY, "--chip", "cpu")
+    assert code == 2
+    assert "the report cannot be written to" in error
+
+
+def test_an_operator_list_is_not_overwritten(tmp_path: Path) -> None:
+    (listed := tmp_path / "mlu_functions.yaml").write_text("aten:\n  - func: mm\n")
+    code, _, error = run("--model", TINY, "--offline", listed, "--json", listed)
+    assert code == 2
+    assert "is read, and would be lost" in error
+
+
 def test_an_operator_list_that_is_none_is_refused_before_the_subject_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_failure_ends_with_1_names_the_cause_and_writes_the_numbers(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["replay", "{bundle}", "--model", "{model}", "--json", "{bundle}"], "it is a directory"),
         (["replay", "{bundle}"], "neither --model nor --url is given"),
         (["replay", "nothing", "--model", "{model}"], "there is no golden bundle at nothing"),
         (["replay", "{bundle}", "--model", "nothing"], "nothing has no config.json"),

@@ -15,16 +15,25 @@ import pytest
 from crosschip.errors import GoldenError
 from crosschip.golden.llamacpp_scoring import LlamaCppEngine
 from crosschip.golden.scoring_engine import ScoringEngine
-from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, TimeOverError
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, TimeOverError, authorization
+from crosschip.qualify.serving.client import EngineClient
 
 DEEP = b"[" * 100_000
+
+
+def _scored(value: float, top: float = 0.0) -> bytes:
+    """An answer to two prompt tokens and one more, each of them with this log-prob."""
+    tokens = {"tokens": ["token_id:1"] * 3, "token_logprobs": [value] * 3, "top_logprobs": [{"token_id:1": top}] * 3}
+    return json.dumps({"choices": [{"logprobs": tokens}]}).encode()
+
+
 ODD = {
     "deep": DEEP,
     "deep-choice": b'{"choices": [' + DEEP,
-    "huge-number": json.dumps(
-        {"choices": [{"logprobs": {"tokens": ["token_id:1"] * 3, "token_logprobs": [10**400] * 3,
-                                   "top_logprobs": [{"token_id:1": 0}] * 3}}]}
-    ).encode(),
+    "huge-number": _scored(10**400),
+    "huge-log-prob": _scored(1000.0),
+    "huge-top": _scored(0.0, 1000.0),
+    "log-prob-above-0": _scored(0.5),
     "text-choice": b'{"choices": ["abc"]}',
     "long-number": b'{"choices": ' + b"1" * 5000 + b"}",
 }  # fmt: skip
@@ -38,6 +47,9 @@ class _Engine(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         way = self.path.split("/")[1]
+        if way == "closed":
+            self.send_error(401)
+            return
         owner = {"owned_by": "llamacpp", "meta": [1]} if way == "llamacpp" else {}
         self._send(DEEP if way == "deep-card" else json.dumps({"data": [{"id": "odd", **owner}]}).encode())
 
@@ -96,7 +108,7 @@ def test_at_the_end_of_the_time_nothing_is_held_against_the_engine(url: str, way
 
 @pytest.mark.parametrize("way", ODD)
 def test_an_answer_that_makes_no_sense_is_a_broken_engine(url: str, way: str) -> None:
-    with pytest.raises(EngineBrokeError, match="another form"):
+    with pytest.raises(EngineBrokeError, match=r"another form|no probability is above 1"):
         ScoringEngine(f"{url}/{way}").score([1, 1], 1)
 
 
@@ -105,3 +117,23 @@ def test_a_card_that_makes_no_sense_is_refused(url: str) -> None:
         ScoringEngine(f"{url}/deep-card")
     with pytest.raises(GoldenError, match="does not tell its context"):
         LlamaCppEngine(f"{url}/llamacpp")
+
+
+@pytest.mark.parametrize("given", ["secret", "secret\n", " secret\r\n"])
+def test_white_space_around_a_key_is_not_sent(given: str) -> None:
+    assert authorization(given) == {"Authorization": "Bearer secret"}
+    assert authorization("\n") == authorization(None) == {}
+
+
+@pytest.mark.parametrize("key", ["top\nsecret", "top-sécret", "top\x00secret"])
+@pytest.mark.parametrize("client", [ScoringHttp, EngineClient])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(client: Any, key: str) -> None:
+    with pytest.raises(GoldenError, match="no printable ASCII") as refused:
+        client("http://127.0.0.1:9", api_key=key)
+    assert "top" not in str(refused.value)
+
+
+def test_an_engine_that_wants_a_key_names_where_it_is_put(url: str) -> None:
+    with pytest.raises(GoldenError, match="HTTP 401") as refused:
+        ScoringEngine(f"{url}/closed")
+    assert "CROSSCHIP_API_KEY" in refused.value.remedy

@@ -205,6 +205,25 @@ def test_where_nothing_was_written_what_was_there_stays(earlier: tuple[Path, Pat
     with pytest.raises(ValueError, match="refused"), page_beside(report):
         raise ValueError("refused")
     assert (report.read_text(), page.read_text()) == before
+    assert sorted(report.parent.iterdir()) == sorted([report, page])
+
+
+def test_the_page_of_a_report_that_stays_is_put_back_and_not_written_anew(earlier: tuple[Path, Path]) -> None:
+    """Writing it anew could end in the middle."""
+    report, page = earlier
+    page.write_bytes(b"<p>\xff</p>")
+    before = page.stat().st_ino
+    with pytest.raises(ValueError, match="refused"), page_beside(report):
+        raise ValueError("refused")
+    assert (page.stat().st_ino, page.read_bytes()) == (before, b"<p>\xff</p>")
+
+
+def test_what_a_killed_examination_put_aside_is_never_shown(earlier: tuple[Path, Path]) -> None:
+    report, page = earlier
+    page.rename(page.with_name(f".{page.name}.old"))
+    with pytest.raises(ValueError, match="refused"), page_beside(report):
+        raise ValueError("refused")
+    assert list(report.parent.iterdir()) == [report]
 
 
 def test_bad_usage_of_qualify_leaves_an_earlier_report_and_its_page(earlier: tuple[Path, Path]) -> None:

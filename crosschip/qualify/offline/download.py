@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from crosschip.errors import QualifyError
@@ -46,6 +47,12 @@ def download_wheel(requirement: str, cache: Path | None = None, *, index: str | 
     if (kept := _kept(directory, found["name"], found["version"])) is not None:
         return kept
     directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as temporary:
+        wheel = _download(requirement, Path(temporary), index)
+        return wheel.rename(directory / wheel.name)  # whole: a download that was killed is never taken for the wheel
+
+
+def _download(requirement: str, directory: Path, index: str | None) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *_ANY_WHEEL]
     command += ["--disable-pip-version-check", "--no-input", "--retries=1", "--timeout=20", "--progress-bar=off"]
     command += [f"--dest={directory}", *([f"--index-url={index}"] if index else []), requirement]
@@ -55,16 +62,21 @@ def download_wheel(requirement: str, cache: Path | None = None, *, index: str | 
         raise QualifyError(
             f"{requirement} was not downloaded within {_LIMIT_S:.0f} s", "download it elsewhere and give its path"
         ) from None
-    kept = _kept(directory, found["name"], found["version"])
-    if ended.returncode != 0 or kept is None:
+    wheels = sorted(directory.glob("*.whl"))
+    if ended.returncode != 0 or not wheels:
         raise _refusal(requirement, ended.stdout + ended.stderr)
-    return kept
+    return wheels[0]
 
 
 def _kept(directory: Path, name: str, version: str) -> Path | None:
-    stem = re.sub(r"[-_.]+", "_", name)
+    wanted = _canonical(name, version)
     wheels = sorted(directory.glob("*.whl")) if directory.is_dir() else []
-    return next((each for each in wheels if each.name.lower().startswith(f"{stem.lower()}-{version}-")), None)
+    return next((each for each in wheels if _canonical(*each.name.split("-")[:2]) == wanted), None)
+
+
+def _canonical(name: str, version: str = "") -> tuple[str, str]:
+    """A distribution's name and version in one spelling: 2.13 is 2.13.0."""
+    return re.sub(r"[-_.]+", "_", name).lower(), re.sub(r"(\.0+)+(?![.\d])", "", version.lower(), count=1)
 
 
 def _refusal(requirement: str, output: str) -> QualifyError:

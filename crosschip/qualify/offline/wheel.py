@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +35,10 @@ def open_wheel(path: Path) -> Iterator[zipfile.ZipFile]:
         raise QualifyError(f"{path} is no whole zip file, as a wheel is: {error}", _AGAIN) from error
     with wheel:
         names = wheel.namelist()
+        twice = next((name for name, number in Counter(names).items() if number > 1), None)
         if len(names) > _MAX_MEMBERS:
             raise QualifyError(f"{path} has {len(names)} members, over {_MAX_MEMBERS}", "give the plug-in's wheel")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+        if twice is not None:
             raise QualifyError(f"{path} holds {twice!r} twice, so what it says is not certain", _AGAIN)
         yield wheel
 
@@ -54,7 +56,7 @@ def read_member(wheel: zipfile.ZipFile, name: str, limit: int, path: Path) -> by
     try:
         with wheel.open(name) as member:
             data = member.read(limit + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise QualifyError(f"{place} is damaged: {error}", _AGAIN) from error
     except (NotImplementedError, RuntimeError) as error:  # another compression, a password
         raise QualifyError(

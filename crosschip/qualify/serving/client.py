@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,19 +16,32 @@ from typing import Any
 import httpx
 
 from crosschip.errors import QualifyError
+from crosschip.golden.scoring_http import authorization
 
-__all__ = ["EngineClient", "EngineFault", "EngineRefusal", "StreamedReply", "parse_events"]
+__all__ = ["EngineClient", "EngineFault", "EngineRefusal", "StreamedReply", "parse_events", "patiently"]
 
 MOST_BYTES = 256 << 20  # 20 log-probs at each of 128 k positions are about 100 MB
 _SHOWN = 300  # characters of a strange answer that a message shows
+_BUSY, _BUSY_TRIES, _BUSY_S = (429, 503), 3, 1.0  # statuses of an engine that is busy; tries, and seconds between two
 
 
 class EngineFault(Exception):
-    """A request without a proper answer. `kind` is `unreachable`, `time-out`, `cut off`, `status` or `garbage`."""
+    """A request without a proper answer.
 
-    def __init__(self, kind: str, detail: str, path: str = "", body: dict[str, Any] | None = None) -> None:
+    `kind` is `unreachable`, `time-out`, `cut off`, `status`, `redirect` or `garbage`; `status` is HTTP's, where that is
+    why.
+    """
+
+    def __init__(
+        self, kind: str, detail: str, path: str = "", body: dict[str, Any] | None = None, status: int | None = None
+    ) -> None:
         super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.path, self.body = kind, detail, path, body
+        self.kind, self.detail, self.path, self.body, self.status = kind, detail, path, body, status
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine only says that it cannot answer now: it is full, or still loading."""
+        return self.status in _BUSY
 
 
 class EngineRefusal(EngineFault):
@@ -45,7 +58,12 @@ class StreamedReply:
 
 
 class EngineClient:
-    """Requests to one engine. Safe to use from several threads at once."""
+    """Requests to one engine. Safe to use from several threads at once.
+
+    Raises:
+        QualifyError: what is given as the address is none.
+        GoldenError: a key that no header can carry.
+    """
 
     def __init__(
         self, url: str, *, api_key: str | None = None, silence_s: float = 60.0, total_s: float = 600.0
@@ -55,11 +73,10 @@ class EngineClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.total_s = total_s
         self.deadline: float | None = None  # by time.monotonic: no request goes on beyond it
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # No connection is used twice: one that an engine closes in between would look as if an answer was cut off.
         limits = httpx.Limits(max_connections=128, max_keepalive_connections=0)
         timeout = httpx.Timeout(silence_s, connect=min(10.0, silence_s), pool=None)
-        self._http = httpx.Client(headers=headers, limits=limits, timeout=timeout, trust_env=False)
+        self._http = httpx.Client(headers=authorization(api_key), limits=limits, timeout=timeout, trust_env=False)
 
     def close(self) -> None:
         """Close all connections."""
@@ -106,7 +123,7 @@ class EngineClient:
                     raise EngineFault("time-out", f"still sending after {self.total_s:.0f} s", path, body)
                 if len(data) > MOST_BYTES:
                     raise EngineFault("garbage", f"over {MOST_BYTES >> 20} MB in one answer", path, body)
-        _check_status(response.status_code, bytes(data), path, body)
+        _check_status(response, bytes(data), path, body)
         return bytes(data)
 
     def _timeout(self, until: float) -> httpx.Timeout:
@@ -127,13 +144,33 @@ def _as_fault(path: str, body: dict[str, Any] | None) -> Iterator[None]:
         raise EngineFault("cut off", f"{type(error).__name__}: {error}", path, body) from None
 
 
-def _check_status(status: int, data: bytes, path: str, body: dict[str, Any] | None) -> None:
+def patiently(ask: Callable[[], Any]) -> Any:
+    """What `ask` gives, asked again while the engine says that it is busy.
+
+    Raises:
+        EngineFault: it is busy the last time as well, or something else is wrong.
+    """
+    for _ in range(_BUSY_TRIES - 1):
+        try:
+            return ask()
+        except EngineFault as fault:
+            if not fault.is_busy:
+                raise
+        time.sleep(_BUSY_S)
+    return ask()
+
+
+def _check_status(response: httpx.Response, data: bytes, path: str, body: dict[str, Any] | None) -> None:
+    status = response.status_code
     if 200 <= status < 300:
         return
     detail = f"HTTP {status}: {_message(data)}"
+    if 300 <= status < 400:
+        place = response.headers.get("location", "no address")[:_SHOWN]
+        raise EngineFault("redirect", f"HTTP {status}: it lies at {place}", path, body, status)
     if 400 <= status < 500 and status not in (408, 429):
-        raise EngineRefusal("refused", detail, path, body)
-    raise EngineFault("status", detail, path, body)
+        raise EngineRefusal("refused", detail, path, body, status)
+    raise EngineFault("status", detail, path, body, status)
 
 
 def _message(data: bytes) -> str:

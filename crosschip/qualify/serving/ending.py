@@ -143,8 +143,7 @@ def examine_reasoning(sitting: Sitting) -> None:
         return
     ends: list[tuple[str, str]] = []
     for question in sitting.questions:
-        if sitting.remaining_s > 0:
-            sitting.part(f"question {question!r}", partial(_one_question, sitting, question, ends))
+        sitting.part(f"question {question!r}", partial(_one_question, sitting, question, ends))
     unhealthy = [(question, why) for question, why in ends if why]
     sitting.checked("generation health", len(ends))
     if unhealthy:
@@ -181,19 +180,21 @@ def _why_unhealthy(answer: Answer) -> str:
 
 
 def _not_healthy(sitting: Sitting, unhealthy: list[tuple[str, str]], asked: int) -> None:
-    share = len(unhealthy) / asked
-    verdict: Verdict = "FAIL" if 2 * len(unhealthy) > asked else "PASS WITH LIMITS"
+    planned = len(sitting.questions)
+    share = len(unhealthy) / planned
+    verdict: Verdict = "FAIL" if 2 * len(unhealthy) > planned else "PASS WITH LIMITS"
+    of_all = "" if asked == planned else f" (to {asked} of {planned} questions)"
     bodies = [chat_body(sitting, question, sitting.max_answer_tokens) for question in sitting.questions]
     question, why = unhealthy[0]
     sitting.found(
         verdict,
         "reasoning",
         "generation health",
-        f"{len(unhealthy)} of {asked} answers do not come to a proper end; the one to {question!r} {why}. A stop token "
-        "that is suppressed or unknown to the engine does this, as does a wrong chat template",
+        f"{len(unhealthy)} of {asked} answers{of_all} do not come to a proper end; the one to {question!r} {why}. A "
+        "stop token that is suppressed or unknown to the engine does this, as does a wrong chat template",
         measured=share,
         limit=0.5,
         limit_source="a single answer may be the model's own fault, most of them are not",
-        reproduction=Reproduction(answers_end, {"path": CHATS, "bodies": bodies, "least": (asked + 1) // 2}),
+        reproduction=Reproduction(answers_end, {"path": CHATS, "bodies": bodies, "least": (planned + 1) // 2}),
         details={"unhealthy": [list(each) for each in unhealthy]},
     )

@@ -78,7 +78,7 @@ def examine_engine(request: EngineRequest, tell: Callable[[str], None] = lambda 
     The document is that of `crosschip qualify`: role `serve`, the chip is the engine's address and name.
 
     Raises:
-        QualifyError: an address that makes no sense, or one that lists no model.
+        QualifyError: an address that makes no sense, leads elsewhere or lists no model; an engine that wants a key.
         GoldenError: a golden bundle that was cut, altered or made for other weights than `model`.
     """
     for name in request.probes:
@@ -152,14 +152,15 @@ def _head(request: EngineRequest, identity: EngineIdentity | None, began_at: flo
 
 
 def _unusable(request: EngineRequest, fault: EngineFault) -> ExamRecord:
-    """The engine could not even be asked: nobody there is inconclusive, an engine that fails is a failure."""
+    """The engine could not even be asked: nobody there or a busy one is inconclusive, one that fails is a failure."""
+    is_open = fault.kind == "unreachable" or fault.is_busy
     finding = Finding(
         exam="serving",
         kind="serving",
-        verdict="INCONCLUSIVE" if fault.kind == "unreachable" else "FAIL",
+        verdict="INCONCLUSIVE" if is_open else "FAIL",
         subject=f"engine {request.url}",
         check=fault.kind,
-        message=f"the engine cannot be asked: {fault}",
+        message=f"the engine cannot be asked: {fault}" + ("; wait until it is ready" if fault.is_busy else ""),
         measured=fault.kind,
         limit="a list of models and a first answer",
         limit_source="without them nothing can be examined",

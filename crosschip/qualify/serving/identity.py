@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import httpx
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.serving.answers import Answer, read_answer
-from crosschip.qualify.serving.client import EngineClient, EngineFault, EngineRefusal
+from crosschip.qualify.serving.client import EngineClient, EngineFault, EngineRefusal, patiently
 
 __all__ = ["EngineIdentity", "identify_engine"]
 
 _PROBE_IDS = [5, 6, 7, 8, 9]
+_NEEDS_KEY = (401, 403)
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class EngineIdentity:
 
     `scores_prompts`: `echo` with `logprobs` gives the log-probs of a prompt of token ids. `takes_ids`: prompts may be
     token ids. `gives_scores`: generated tokens come with log-probs. `names_ids`: tokens of an answer can be had as ids.
-    `chats`: a chat is answered, `scores_chats`: with log-probs.
+    `chats`: a chat is answered, `scores_chats`: with log-probs. `host` is this machine's name where the address leads
+    to the machine itself, so that such addresses of two machines are told apart.
     """
 
     url: str
@@ -36,13 +43,16 @@ class EngineIdentity:
     chats: bool
     scores_chats: bool
     dtype: str = ""  # of its arithmetic, where it tells
+    own_chip: str = ""  # which it computes on, where it tells
+    host: str = ""
     chat_refusal: str = ""
     score_refusal: str = ""
 
     @property
     def chip(self) -> str:
         """What stands where a report names the chip."""
-        return f"{self.url} ({self.engine}{' ' + self.version if self.version else ''})"
+        place = self.url + (f" on {self.host}" if self.host else "") + (f", {self.own_chip}" if self.own_chip else "")
+        return f"{place} ({self.engine}{' ' + self.version if self.version else ''})"
 
     def document(self) -> dict[str, Any]:
         """The identity for JSON."""
@@ -53,29 +63,46 @@ def identify_engine(client: EngineClient) -> EngineIdentity:
     """Ask who is there and what it can do.
 
     Raises:
-        QualifyError: nobody there lists a model.
-        EngineFault: the engine fails while it is asked.
+        QualifyError: nobody there lists a model, the engine is at another address, or it wants a key.
+        EngineFault: the engine fails while it is asked, or is busy (`is_busy`), also when it is asked again.
     """
+    try:
+        return _identity(client)
+    except EngineFault as fault:
+        if fault.kind == "redirect":
+            raise QualifyError(
+                f"{client.url}{fault.path} leads elsewhere: {fault.detail}", "give the address that it leads to"
+            ) from None
+        if fault.status in _NEEDS_KEY:
+            raise QualifyError(
+                f"{client.url}{fault.path} is not open to everyone: {fault.detail}",
+                "set CROSSCHIP_API_KEY to a key that the engine takes",
+            ) from None
+        raise
+
+
+def _identity(client: EngineClient) -> EngineIdentity:
     card = _first_model(client)
     version, engine = _optional(client, "/version"), str(card.get("owned_by") or "unknown engine")
     props = _optional(client, "/props")
     model, own = str(card["id"]), _mapping(card.get("crosschip"))
-    shown_version = str(version.get("version") or props.get("build_info") or "")
     completion, first, refused = _first_answer(client, "/v1/completions", _completion_bodies(model))
+    if completion is None and refused is not None and refused.status in _NEEDS_KEY:
+        raise refused
     chat, chat_refusal = _first_chat(client, model)
     tokens = completion.tokens if completion else []
     echoed = first == 0 and len(tokens) == len(_PROBE_IDS) + 1
-    refusal = refused.detail if refused else ""
-    if first == 0 and not echoed:
-        refusal = f"echo was ignored: {len(tokens)} log-probs for {len(_PROBE_IDS)} prompt tokens and one more"
+    ignored = f"echo was ignored: {len(tokens)} log-probs for {len(_PROBE_IDS)} prompt tokens and one more"
     return EngineIdentity(
         url=client.url,
         model=model,
         engine="llama.cpp" if "build_info" in props or engine == "llamacpp" else engine,
-        version=shown_version,
+        version=str(version.get("version") or props.get("build_info") or ""),
         max_length=_max_length(card, props),
         vocab_size=_number(own.get("vocab_size") or _mapping(card.get("meta")).get("n_vocab")),
         dtype=str(own.get("dtype") or ""),
+        own_chip=str(own.get("chip") or ""),
+        host=socket.gethostname() if _is_loopback(client.url) else "",
         takes_ids=completion is not None,
         scores_prompts=echoed,
         gives_scores=bool(tokens),
@@ -83,15 +110,26 @@ def identify_engine(client: EngineClient) -> EngineIdentity:
         chats=chat is not None,
         scores_chats=chat is not None and bool(chat.tokens),
         chat_refusal=chat_refusal,
-        score_refusal=refusal,
+        score_refusal=ignored if first == 0 and not echoed else refused.detail if refused else "",
     )
+
+
+def _is_loopback(url: str) -> bool:
+    name = httpx.URL(url).host
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost"
+    return address.is_loopback or address.is_unspecified  # the latter, 0.0.0.0, leads to this machine as well
 
 
 def _first_model(client: EngineClient) -> dict[str, Any]:
     try:
-        card: dict[str, Any] = client.get("/v1/models")["data"][0]
+        card: dict[str, Any] = patiently(lambda: client.get("/v1/models"))["data"][0]
         card["id"]
     except EngineRefusal as refusal:
+        if refusal.status in _NEEDS_KEY:
+            raise
         raise QualifyError(
             f"{client.url} does not list its models: {refusal.detail}", "give the address of an OpenAI-compatible API"
         ) from None
@@ -117,14 +155,15 @@ def _first_answer(
     """The answer to the first request that is not refused, its number, and the first refusal.
 
     Raises:
-        EngineFault: every request fails, and not because it is refused: the engine is broken.
+        EngineFault: every request fails, and not because it is refused: the engine is broken, busy or elsewhere.
     """
     faults: list[EngineFault] = []
     for number, body in enumerate(bodies):
         try:
-            return read_answer(client.post(path, body), path, body), number, next(iter(faults), None)
+            document = patiently(partial(client.post, path, body))
+            return read_answer(document, path, body), number, next(iter(faults), None)
         except EngineFault as fault:  # a server error may be how an engine refuses
-            if fault.kind in ("unreachable", "time-out"):
+            if fault.kind in ("unreachable", "time-out", "redirect") or fault.is_busy:
                 raise
             faults.append(fault)
     if all(not isinstance(fault, EngineRefusal) for fault in faults):
@@ -137,7 +176,7 @@ def _first_chat(client: EngineClient, model: str) -> tuple[Answer | None, str]:
     try:
         chat, _, refused = _first_answer(client, "/v1/chat/completions", _chat_bodies(model))
     except EngineFault as fault:
-        if fault.kind == "unreachable":
+        if fault.kind in ("unreachable", "redirect") or fault.is_busy:
             raise
         return Answer(), ""
     return chat, refused.detail if chat is None and refused else ""

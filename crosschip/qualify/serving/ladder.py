@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from crosschip.errors import QualifyError
 from crosschip.qualify.finding import Coverage
 from crosschip.qualify.serving.answers import Answer, Token
 from crosschip.qualify.serving.client import EngineRefusal
@@ -207,7 +208,11 @@ def _same_scores(
 def _against_reference(sitting: Sitting, ids: list[int], scores: list[float | None]) -> ScoreComparison | None:
     if sitting.reference is None:
         return None
-    expected = sitting.reference(ids)
+    try:
+        expected = sitting.reference(ids)
+    except QualifyError as error:
+        _another_model(sitting, error)
+        return None
     truth = compare_scores(expected, scores, _TRUTH)
     sitting.checked("reference", truth.num)
     if truth.verdict == "FAIL":
@@ -233,6 +238,21 @@ def _against_reference(sitting: Sitting, ids: list[int], scores: list[float | No
             details={"first_position": truth.first, "largest": truth.largest},
         )
     return truth
+
+
+def _another_model(sitting: Sitting, error: QualifyError) -> None:
+    """The directory says nothing of what is served, so that nothing more is held against it."""
+    sitting.reference = None
+    sitting.found(
+        "INCONCLUSIVE",
+        "model directory",
+        "reference",
+        f"{error.problem}, and the engine takes it: the directory holds another model than the engine serves; to do: "
+        f"{error.remedy}",
+        measured="another model",
+        limit="the served one",
+        limit_source="--model is what the engine serves",
+    )
 
 
 def _continued(sitting: Sitting, ids: list[int], answer: Answer, length: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from crosschip.errors import QualifyError
 from crosschip.model import Decoder, load_model
 
 __all__ = ["reference_scores"]
@@ -17,13 +18,20 @@ _ROWS_AT_ONCE = 256  # rows of logits held at a time
 def reference_scores(directory: Path) -> Callable[[list[int]], list[float | None]]:
     """A function from token ids to their teacher-forced log-probs; the first token has none.
 
+    It raises a QualifyError for ids that the model does not have.
+
     Raises:
         ModelError: a directory that our own model does not run.
     """
     decoder = Decoder(load_model(directory, dtype=torch.float32))
+    vocab_size = decoder.config.vocab_size
 
     @torch.inference_mode()
     def scores(ids: list[int]) -> list[float | None]:
+        unknown = next((each for each in ids if not 0 <= each < vocab_size), None)
+        if unknown is not None:
+            problem = f"the token {unknown} is none of the {vocab_size} of the model in {directory}"
+            raise QualifyError(problem, "give the directory that the engine serves")
         cache = decoder.new_cache(1, len(ids))
         zero = torch.zeros(1, dtype=torch.long)
         hidden_TD = decoder.extend(torch.tensor([ids]), zero, zero, cache)[0, :-1]

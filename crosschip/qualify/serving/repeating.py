@@ -9,7 +9,8 @@ from typing import Any
 
 from crosschip.qualify.finding import Verdict
 from crosschip.qualify.serving.answers import Answer
-from crosschip.qualify.serving.judge import Parting, compare_scores, parting
+from crosschip.qualify.serving.answers_alike import UnlikeEnd, unlike_end
+from crosschip.qualify.serving.judge import Parting, ScoreComparison, compare_scores, parting
 from crosschip.qualify.serving.reproducer import Reproduction
 from crosschip.qualify.serving.shown import (
     batch_changes_nothing,
@@ -105,6 +106,9 @@ def _on_top_of_a_hit(sitting: Sitting, ids: list[int], subject: str) -> None:
     generated = sitting.ask(one)
     new = generated.ids
     if len(new) != _NUM_NEW:
+        sitting.record.not_covered.append(
+            f"a longer prompt that begins with the {subject}: {len(new)} of {_NUM_NEW} new tokens came with an id"
+        )
         return
     other = sitting.score_body(longer + new[:-1])
     forced = sitting.ask(other).logprobs[len(longer) : len(longer) + _NUM_NEW - 1]
@@ -189,13 +193,13 @@ def _judge_same(
     circumstance: str,
     reproduction: Reproduction,
 ) -> None:
-    """Scores within the limits up to where the tokens part, and they part at near ties only."""
-    if not one.tokens:
+    """Scores within the limits up to where the tokens part, and they part at near ties only; no answer ends early."""
+    if not any(each.tokens for each in (one, *others)):
         _judge_same_text(sitting, subject, check, one, others, circumstance)
         return
     for other in others:
         apart = parting(one.tokens, other.tokens, sitting.limits)
-        end = len(one.tokens) if apart is None else apart.position
+        end = min(len(one.tokens), len(other.tokens)) if apart is None else apart.position
         compared = compare_scores(one.logprobs[:end], other.logprobs[:end], sitting.limits)
         sitting.checked(check, end)
         sitting.measured(
@@ -206,21 +210,48 @@ def _judge_same(
             parts_at=None if apart is None else apart.position,
         )
         if compared.verdict == "FAIL":
-            sitting.found(
-                "FAIL",
-                subject,
-                check,
-                f"the log-probs change {circumstance}, from token {compared.first} on: {compared.mean:.3g} nats on the "
-                f"average, {compared.largest:.3g} at most",
-                measured=compared.mean,
-                limit=sitting.limits.mean,
-                limit_source=sitting.limits.source,
-                reproduction=reproduction,
-            )
+            _scores_change(sitting, subject, check, compared, circumstance, reproduction)
             return
         if apart is not None:
             _parted(sitting, subject, check, apart, circumstance, reproduction)
             return
+        if (unlike := unlike_end(one, other)) is not None:
+            _ended_otherwise(sitting, subject, check, unlike, circumstance, reproduction)
+            return
+
+
+def _scores_change(
+    sitting: Sitting, subject: str, check: str, compared: ScoreComparison, circumstance: str, reproduction: Reproduction
+) -> None:
+    sitting.found(
+        "FAIL",
+        subject,
+        check,
+        f"the log-probs change {circumstance}, from token {compared.first} on: {compared.mean:.3g} nats on the "
+        f"average, {compared.largest:.3g} at most",
+        measured=compared.mean,
+        limit=sitting.limits.mean,
+        limit_source=sitting.limits.source,
+        reproduction=reproduction,
+    )
+
+
+def _ended_otherwise(
+    sitting: Sitting, subject: str, check: str, unlike: UnlikeEnd, circumstance: str, reproduction: Reproduction
+) -> None:
+    is_tie = unlike.margin is not None and unlike.margin <= sitting.limits.near_tie
+    is_limit = unlike.only_scores or is_tie
+    tie = f", where the end and the next token are {unlike.margin:.3g} nats apart, a near tie" if is_tie else ""
+    sitting.found(
+        "PASS WITH LIMITS" if is_limit else "FAIL",
+        subject,
+        f"{check}: log-probs left out" if unlike.only_scores else check,
+        f"{unlike.words} {circumstance}{tie}",
+        measured=unlike.measured,
+        limit=unlike.limit,
+        limit_source="the same greedy request",
+        reproduction=None if is_limit else reproduction,
+    )
 
 
 def _parted(

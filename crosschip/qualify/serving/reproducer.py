@@ -81,8 +81,8 @@ def write_serving_reproducer(
     name = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")[:80] + ".py"
     imports, definitions = self_contained([reproduction.check])
     text = _TEMPLATE.format(
-        title=title.replace("\\", "\\\\").replace('"""', "'''"),
-        engine=engine,
+        title=_in_docstring(title),
+        engine=_in_docstring(engine),
         name=name,
         url=url,
         function=reproduction.check.__name__,
@@ -94,6 +94,11 @@ def write_serving_reproducer(
         return None
     write_text(directory / name, text)
     return name
+
+
+def _in_docstring(text: str) -> str:
+    """Engines name themselves, and what they answer stands in titles: neither may end the docstring."""
+    return text.replace("\\", "\\\\").replace('"""', "'''")
 
 
 def _shows(reproduction: Reproduction, url: str) -> bool:

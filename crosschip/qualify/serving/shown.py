@@ -86,6 +86,16 @@ def judged(gap: tuple[float, float, int], mean_limit: float, point_limit: float)
     return wrong, expected, f"{mean:.4g} on the average, {largest:.4g} at position {place}"
 
 
+def early_end(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """That an answer with the same tokens, as far as both go, ends otherwise, in words; empty where it does not."""
+    names, others = ([name for name, _ in named_scores(choice)] for choice in (one, other))
+    shared = min(len(names), len(others))
+    ends = [(text_of(choice), choice.get("finish_reason")) for choice in (one, other)]
+    if names[:shared] != others[:shared] or ends[0] == ends[1]:
+        return ""
+    return f"; it ends after {len(others)} of {len(names)} tokens ({ends[1][1]!r}, not {ends[0][1]!r})"
+
+
 def same_scores(
     url: str,
     path: str,
@@ -130,15 +140,18 @@ def greedy_is_likeliest(url: str, path: str, body: dict[str, Any], most: float) 
 
 def same_again(url: str, path: str, body: dict[str, Any], times: int, mean: float, point: float) -> Outcome:
     """Whether the same greedy request gives the same tokens and scores again; the second may come from a cache."""
-    first = named_scores(choice_of(url, path, body))
-    gap, parted = (0.0, 0.0, 0), ""
+    choice = choice_of(url, path, body)
+    first = named_scores(choice)
+    gap, parted, ended = (0.0, 0.0, 0), "", ""
     for _ in range(times - 1):
-        again = named_scores(choice_of(url, path, body))
+        another = choice_of(url, path, body)
+        again = named_scores(another)
         gap = max(gap, widest_gap(first, again))
+        ended = ended or early_end(choice, another)
         if [name for name, _ in first] != [name for name, _ in again]:
             parted = "; the tokens differ"
     wrong, expected, got = judged(gap, mean, point)
-    return wrong or bool(parted and gap[1] > 0), expected, got + parted
+    return wrong or bool(ended) or bool(parted and gap[1] > 0), expected, got + (ended or parted)
 
 
 def cache_changes_nothing(url: str, path: str, body: dict[str, Any], mean: float, point: float) -> Outcome:
@@ -151,15 +164,18 @@ def batch_changes_nothing(
     url: str, path: str, body: dict[str, Any], others: list[dict[str, Any]], mean: float, point: float
 ) -> Outcome:
     """Whether a request alone gives the scores that it gives among others at the same time."""
-    alone = named_scores(choice_of(url, path, body))
-    together: list[list[tuple[str, Any]]] = []
+    alone = choice_of(url, path, body)
+    together: list[dict[str, Any]] = []
     threads = [threading.Thread(target=post, args=(url, path, other)) for other in others]
-    threads.append(threading.Thread(target=lambda: together.append(named_scores(choice_of(url, path, body)))))
+    threads.append(threading.Thread(target=lambda: together.append(choice_of(url, path, body))))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return judged(widest_gap(alone, together[0] if together else []), mean, point)
+    among = together[0] if together else {}
+    wrong, expected, got = judged(widest_gap(named_scores(alone), named_scores(among)), mean, point)
+    ended = early_end(alone, among)
+    return wrong or bool(ended), expected, got + ended
 
 
 def recorded_row_is_answered(

@@ -12,7 +12,7 @@ from typing import Any
 
 from crosschip.qualify.finding import LEAST_COVERAGE, Coverage, ExamRecord, Finding, Tier, Verdict
 from crosschip.qualify.serving.answers import Answer, impossible_scores, read_answer, read_stream
-from crosschip.qualify.serving.client import EngineClient, EngineFault, EngineRefusal
+from crosschip.qualify.serving.client import EngineClient, EngineFault, EngineRefusal, patiently
 from crosschip.qualify.serving.identity import EngineIdentity
 from crosschip.qualify.serving.judge import Limits
 from crosschip.qualify.serving.prompts import Prompts
@@ -26,10 +26,10 @@ _FAULT_WORDS = {
     "time-out": "the answer does not come to its end",
     "cut off": "the connection is cut off in the middle",
     "status": "the request ends in a server error",
+    "redirect": "the request is sent elsewhere",
     "garbage": "the answer makes no sense",
 }
 _PARTS = "parts"
-_BUSY_S = 1.0  # between tries of an engine that says it is busy
 
 
 class UnreachableError(Exception):
@@ -81,7 +81,7 @@ class Sitting:
         Raises:
             EngineFault: no answer came, or an impossible one.
         """
-        answer = read_answer(self._patiently(lambda: self.client.post(path, body)), path, body)
+        answer = read_answer(patiently(lambda: self.client.post(path, body)), path, body)
         impossible = impossible_scores(answer.tokens)
         if impossible is not None:
             raise EngineFault("garbage", impossible, path, body)
@@ -91,18 +91,7 @@ class Sitting:
     def ask_stream(self, body: dict[str, Any], path: str = COMPLETIONS) -> Answer:
         """The same answer, streamed, with the usage at its end."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        return read_stream(self._patiently(lambda: self.client.stream(path, asked)), path, asked)
-
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
-        """Ask again when the engine says it is busy (429, 503), three times."""
-        for tries_left in (2, 1, 0):
-            try:
-                return ask()
-            except EngineFault as fault:
-                if tries_left == 0 or not fault.detail.startswith(("HTTP 429", "HTTP 503")):
-                    raise
-            time.sleep(_BUSY_S)
-        raise AssertionError("the last try returns or raises")
+        return read_stream(patiently(lambda: self.client.stream(path, asked)), path, asked)
 
     def checked(self, check: str, number: int = 1) -> None:
         """Count checks."""

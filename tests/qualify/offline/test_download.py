@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,37 @@ def test_a_version_must_be_named(tmp_path: Path, requirement: str) -> None:
 def test_a_wheel_that_is_there_is_not_downloaded_again(tmp_path: Path) -> None:
     kept = make_wheel(tmp_path / "torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl")
     assert download_wheel(REAL, tmp_path, index="http://127.0.0.1:1") == kept
+
+
+@pytest.mark.parametrize("requirement", ["torch_npu==2.13", "Torch.NPU==2.13.0.0"])
+def test_a_version_is_the_same_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requirement: str
+) -> None:
+    nothing = subprocess.CompletedProcess([], 1, "", "nothing was kept")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: nothing)
+    kept = make_wheel(tmp_path / "torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl")
+    assert download_wheel(requirement, tmp_path, index="http://127.0.0.1:1") == kept
+    for other in ("torch-npu==2.1", "torch-npu==2.13.0.1", "torch-npu==2.13.0.post1", "torch==2.13.0"):
+        assert "nothing was kept" in refused(other, tmp_path, "").problem
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_a_wheel_lies_in_the_cache_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_well: bool
+) -> None:
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        place = next(Path(word.removeprefix("--dest=")) for word in command if word.startswith("--dest="))
+        make_wheel(place / "torch_npu-2.13.0-py3-none-any.whl")
+        assert list(tmp_path.glob("*.whl")) == []
+        return subprocess.CompletedProcess(command, 0 if ends_well else 1, "", "ERROR: No space left on device")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    if ends_well:
+        assert download_wheel("torch-npu==2.13", tmp_path) == tmp_path / "torch_npu-2.13.0-py3-none-any.whl"
+    else:
+        with pytest.raises(QualifyError, match="No space left on device"):
+            download_wheel("torch-npu==2.13", tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["torch_npu-2.13.0-py3-none-any.whl"] * ends_well
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ class Faults:
     suppresses_end: bool = False
     off_on_cache_hit: bool = False
     off_in_batches: bool = False
+    cuts_in_batches: bool = False
+    empties_in_batches: bool = False
+    cuts_on_cache_hit: bool = False
     samples_greedy: bool = False
     bans_a_token: bool = False  # another token than the likeliest, consistently
     loses_last_score: bool = False  # of answers with more than a few
@@ -76,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.faults
         faults.in_flight += 1
         try:
-            if faults.off_in_batches:
+            if faults.off_in_batches or faults.cuts_in_batches or faults.empties_in_batches:
                 time.sleep(0.05)
             is_batch = faults.in_flight > 1
             self._answer(body, is_batch)
@@ -93,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         _change_request(faults, body, self.path)
         seen = json.dumps(body.get("prompt"))
-        is_hit = faults.off_on_cache_hit and seen in faults.seen and not body.get("echo")
+        is_hit = seen in faults.seen and not body.get("echo")
         faults.seen.add(seen)
         answer = self.client.post(self.upstream + self.path, json=body)
         data = answer.content
@@ -218,8 +221,12 @@ def _change_document(faults: Faults, data: bytes, body: dict[str, Any], is_batch
             _shift(logprobs, range(num_prompt))
         if new is not None and length > new:
             _shift(logprobs, range(num_prompt, num))
-        if (is_batch and faults.off_in_batches) or is_hit:
+        if (is_batch and faults.off_in_batches) or (is_hit and faults.off_on_cache_hit):
             _shift(logprobs, range(num))
+        if is_batch and faults.empties_in_batches:
+            _cut(document, choice, 0)
+        if (is_batch and faults.cuts_in_batches) or (is_hit and faults.cuts_on_cache_hit):
+            _cut(document, choice, num // 2)
         if faults.bans_a_token and num > num_prompt:
             logprobs["top_logprobs"][-1]["token_id:1"] = logprobs["token_logprobs"][-1]  # all together stay below 1
             logprobs["token_logprobs"][-1] -= 9.0
@@ -238,6 +245,15 @@ def _shift(logprobs: dict[str, Any], places: range) -> None:
             logprobs["token_logprobs"][place] += CHANGE
             name = logprobs["tokens"][place]
             logprobs["top_logprobs"][place] = {name: logprobs["token_logprobs"][place]}
+
+
+def _cut(document: dict[str, Any], choice: dict[str, Any], num: int) -> None:
+    """The beginning of an answer as the whole of it."""
+    names = (choice.get("logprobs") or {}).get("tokens") or []
+    choice["text"] = choice["text"][: len(choice["text"]) * num // max(1, len(names))]
+    if choice.get("logprobs"):
+        choice["logprobs"] = {name: values[:num] for name, values in choice["logprobs"].items()}
+    document["usage"]["completion_tokens"] = num
 
 
 def _change_stream(faults: Faults, data: bytes) -> bytes:

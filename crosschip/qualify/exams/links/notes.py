@@ -34,10 +34,10 @@ class NotesReader:
             return self.notes
         with self._path.open("rb") as file:
             file.seek(self._position)
-            for line in file:
-                if line.endswith(b"\n"):
-                    self._position += len(line)
-                    self.notes.append(json.loads(line))
+            written = file.read()  # once: the rank may be in the middle of a line, and go on while this reads
+        whole = written[: written.rfind(b"\n") + 1]
+        self._position += len(whole)
+        self.notes += [json.loads(line) for line in whole.splitlines()]
         return self.notes
 
     def having(self, key: str) -> list[dict[str, Any]]:
