@@ -120,6 +120,12 @@ def test_a_fault_names_key_value_and_remedy(tmp_path: Path, override: str, said:
     assert caught.value.remedy
 
 
+def test_groups_do_not_train_adapters(smallest: Path) -> None:
+    load_recipe(smallest, ["train.lora_rank=4"])
+    with pytest.raises(RecipeError, match=r"train\.lora_rank=4 cannot be trained by groups\.num_groups=2.*leave out"):
+        load_recipe(smallest, ["train.lora_rank=4", "groups.num_groups=2"])
+
+
 def test_several_faults_are_told_at_once(smallest: Path) -> None:
     with pytest.raises(RecipeError, match=r"(?s)train\.steps.*model\.hidden_size"):
         load_recipe(smallest, ["train.steps=0", "model.hidden_size=-1"])

@@ -19,7 +19,15 @@ _NUMBER = re.compile(
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))")
 _LATEX_WORDS = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 _FINAL = re.compile(r"(?:^|\n)#### ?([^\n]+)\s*$")  # the last line of an answer in GSM8K and in what copies it
-_UNIT = re.compile(r"\s[^\d]*$")
+# Behind a number: signs of money and per cent, and a unit in words, in which nothing is computed.
+_UNIT = re.compile(r"\s*[.%$€£]*(?:\s+°?[^\W\d_]+(?:['’][^\W\d_]+)?[.,]?)*[.%$€£\s]*")
+_LATEX_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\],;:! ]")
+_LONE_BRACES = re.compile(r"\{([^\W_]+)\}")  # x^{2} is x^2
+_LONE_WORD = re.compile(r"(?<!\S)\(([^\W_]+)\)(?!\S)")  # (B) is B
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
+_PLAIN_WORDS = re.compile(r"[^\W\d_]{2,}(?:[^\w+*/^=<>≤≥(){}\[\]\\]+[^\W\d_]{2,})*")
+_TOKEN = re.compile(r"[^\W_]+|[-+*/^=<>≤≥(){}\[\]]")
+_AROUND = " \t\r\n*_`$.,"  # what an answer is set in, as in **72**
 _ANSWER_IS = re.compile(r"answer(?: is|:)\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
 
@@ -51,8 +59,9 @@ def check_answer(answer_text: str, expected: str) -> bool:
 
     The final answer is looked for after `</think>`; there, the last `\\boxed{}`, else what follows the last `####`,
     else the text itself. A number is compared as a number (72, 72.0, $72; 1,000 and 1000; 3/4 and 0.75; 72 apples), the
-    last one of the passage counts; anything else is compared as words, without case and punctuation. Reasoning that
-    was never closed holds no answer.
+    last one of the passage counts; anything else is compared as words, operators and brackets, without case and
+    punctuation; where plain words are expected, hyphens within words do not count. Reasoning that was never closed
+    holds no answer.
     """
     _, answer, closed = split_reasoning(answer_text)
     if not closed:
@@ -62,7 +71,9 @@ def check_answer(answer_text: str, expected: str) -> bool:
     if wanted is not None:
         return _last_number(passage) == wanted
     candidates = [passage, *_ANSWER_IS.findall(passage)]
-    return _words(expected) != "" and any(_words(candidate) == _words(expected) for candidate in candidates)
+    is_plain = _PLAIN_WORDS.fullmatch(_bare(expected)) is not None
+    right = _tokens(expected, is_plain)
+    return right != [] and any(_tokens(candidate, is_plain) == right for candidate in candidates)
 
 
 def _final_passage(answer: str) -> str:
@@ -106,9 +117,19 @@ def _last_number(text: str) -> Fraction | None:
 
 def _whole_number(text: str) -> Fraction | None:
     """The number that `text` is as a whole, a unit behind it or not; None when it is anything else."""
-    match = _NUMBER.fullmatch(_UNIT.sub("", _plain_fractions(text.strip())).rstrip(".%$ "))
-    return _number_of(match) if match else None
+    text = _plain_fractions(_LATEX_WORDS.sub(r"\1", text).strip())
+    match = _NUMBER.match(text)
+    return _number_of(match) if match and _UNIT.fullmatch(text, match.end()) else None
 
 
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", _LATEX_WORDS.sub(r"\1", text).casefold()))
+def _bare(text: str) -> str:
+    """An answer without what it is set in."""
+    plain = _LATEX_LAYOUT.sub(" ", _LATEX_WORDS.sub(r"\1", text)).replace("\u2212", "-").strip(_AROUND)
+    choice = re.fullmatch(r"([^\W_]+)\)", plain)  # B) is B
+    return choice[1] if choice else _LONE_WORD.sub(r"\1", _LONE_BRACES.sub(r" \1 ", plain))
+
+
+def _tokens(text: str, is_plain: bool) -> list[str]:
+    """Words, operators and brackets; of plain words the hyphens between them are none."""
+    bare = _bare(text).casefold()
+    return _TOKEN.findall(_HYPHEN.sub(" ", bare.strip("- ")) if is_plain else bare)

@@ -57,6 +57,10 @@ class ChatStream:
         self._ends = np.concatenate([np.zeros(1, dtype=np.int64), store.ends.astype(np.int64)])
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
+    def check(self, beat: Callable[[], None]) -> None:
+        """See `TokenStore.check`."""
+        self._store.check(beat)
+
     def batch(self, first_sequence: int, count: int) -> Batch:
         """[count, T] the examples at positions from first_sequence; T is the longest rounded up to 16, or seq_len."""
         examples = [self._example(first_sequence + row) for row in range(count)]

@@ -18,6 +18,7 @@ __all__ = ["HUB_PREFIX", "DataFile", "Format", "find_files", "hub_filesystem", "
 
 Format = Literal["text", "jsonl", "parquet"]
 HUB_PREFIX = "hf://"
+_BLOCK_BYTES = 1 << 20  # that are hashed between two beats
 _HUB_NAME = re.compile(r"datasets/[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^/]+)?(/|$)")
 _FORMATS: dict[str, Format] = {
     ".txt": "text",
@@ -34,12 +35,15 @@ _LOCAL_REMEDY = (
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file: its name for messages, its format, how to open it for reading bytes, and the hash of its content."""
+    """One file: its name for messages, its format, how to open it for reading bytes, and the hash of its content.
+
+    `digest` calls what it is given now and then while it reads.
+    """
 
     name: str
     format: Format
     open: Callable[[], BinaryIO]
-    digest: Callable[[], str]
+    digest: Callable[[Callable[[], None]], str]
 
 
 def find_files(path: str, wanted_format: str, seed: int) -> tuple[list[DataFile], list[str]]:
@@ -103,9 +107,16 @@ def _local_file(name: str, form: Format) -> DataFile:
             remedy = "check that the file is there and may be read"
             raise DataError(f"{path} cannot be opened: {error.strerror}", remedy) from None
 
-    def digest() -> str:
-        with open_file() as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def digest(beat: Callable[[], None]) -> str:
+        found = hashlib.sha256()
+        try:
+            with open_file() as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
+                    beat()
+        except OSError as error:
+            raise reading_error(name, error) from None
+        return found.hexdigest()
 
     return DataFile(name, form, open_file, digest)
 
@@ -148,7 +159,7 @@ def _list_hub(path: str) -> tuple[list[str], Callable[[str, Format], DataFile]]:
                     raise
                 raise reading_error(label, error) from None
 
-        return DataFile(label, form, open_file, lambda: _hub_digest(files[name]))
+        return DataFile(label, form, open_file, lambda beat: _hub_digest(files[name]))
 
     return names, make
 

@@ -49,6 +49,10 @@ class PackedStream:
         self._seed = seed
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)  # a batch touches two epochs at most, mostly
 
+    def check(self, beat: Callable[[], None]) -> None:
+        """See `TokenStore.check`."""
+        self._store.check(beat)
+
     def batch(self, first_sequence: int, count: int) -> Batch:
         """[count, seq_len] the sequences at positions first_sequence to first_sequence + count - 1."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int64)

@@ -9,12 +9,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from crosschip.data.files import DataFile, is_reading_fault, reading_error
 from crosschip.data.rows import ROLES, Message, Row
 from crosschip.errors import DataError
 from crosschip.recipe import DataSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["TEXT_PIECE_CHARACTERS", "BadRow", "RowForm", "read_file"]
 
@@ -187,10 +190,13 @@ def _read_jsonl(handle: BinaryIO, name: str, form: RowForm) -> Iterator[Row | Ba
             yield line
             continue
         try:
-            yield form.row(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits is a plain ValueError
             why = f"not JSON: {error}; it begins {line[:60].strip()!r}"
             yield BadRow(f"{name}:{number}", why, "mend the line, or allow such rows with data.skip_bad_rows")
+            continue
+        try:
+            yield form.row(record)
         except _Unusable as fault:
             yield fault.at(f"{name}:{number}")
 
@@ -258,12 +264,35 @@ def _read_parquet(handle: BinaryIO, name: str, form: RowForm) -> Iterator[Row | 
             )
         number = 0
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
-            for record in batch.to_pylist():
+            records = _records(batch)
+            for index in range(batch.num_rows):
                 number += 1
                 try:
-                    yield form.row(record)
+                    yield form.row(_record(batch, index) if records is None else records[index])
                 except _Unusable as fault:
                     yield fault.at(f"{name}:row {number}")
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"{name} cannot be read as Parquet: {first}", "fetch or make the file again") from None
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]] | None:
+    """All rows at once, which is quick; None where some text of them is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return None
+
+
+def _record(batch: pa.RecordBatch, index: int) -> dict[str, Any]:
+    """One row; `_Unusable` when a text of it is not UTF-8."""
+    record = {}
+    for field, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            record[field] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            raise _Unusable(
+                f"the field {field!r} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}",
+                "mend the row, or allow such rows with data.skip_bad_rows",
+            ) from None
+    return record

@@ -73,16 +73,18 @@ class Row:
         return self.messages
 
     def split_key(self) -> str:
-        """What decides the row's split: the text, or the turns before the first answer.
+        """What decides the row's split: the text, or the turns before the first answer to a user; all where none asks.
 
         Two answers to one question so fall on the same side, and no question of the training set is validated on.
         """
         if self.text is not None:
             return self.text
         prompt: list[str] = []
+        was_asked = False
         for message in self.messages or ():
-            if message.role == "assistant":
+            if message.role == "assistant" and was_asked:
                 break
+            was_asked |= message.role == "user"
             content = message.content if self.question is None else self.question
             prompt.append(f"{message.role}\x00{content}")
         return "\x00".join(prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from crosschip.data.arithmetic import HELD_OUT_SHARE, LEVELS, is_held_out, make_problem
@@ -21,6 +21,12 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the content and of the settings that matter for the rows and their order."""
+
+    def find_digests(self, beat: Callable[[], None]) -> list[str]:
+        """What of the fingerprint takes long: a hash of each file's content. `beat` is called all the while."""
+
+    def take_digests(self, digests: list[str]) -> None:
+        """The fingerprint is of these, which another process has found."""
 
     @property
     def notes(self) -> list[str]:
@@ -58,6 +64,13 @@ class ArithmeticSource:
         sample = [make_problem(level, self._seed, index) for level in self._levels for index in range(64)]
         return digest_of(["arithmetic", self._levels, self._num_problems, self._share, self._seed, sample])
 
+    def find_digests(self, beat: Callable[[], None]) -> list[str]:
+        """There are no files."""
+        return []
+
+    def take_digests(self, digests: list[str]) -> None:
+        """There are none."""
+
     def rows(self, split: Split) -> Iterator[Row]:
         """Problems of a split; the same in each epoch."""
         num_rows = 0
@@ -84,13 +97,23 @@ class FileSource:
 
     @property
     def fingerprint(self) -> str:
-        """Over the files' bytes and the settings; reads the files once."""
+        """Over the files' bytes and the settings; reads the files where nobody has yet."""
         if self._digests is None:
-            self._digests = [f"{file.format} {file.digest()}" for file in self._files]
+            self._digests = self.find_digests(lambda: None)
         settings = self._settings.model_dump(exclude={"path", "levels", "num_problems"})
         if not self._settings.question_suffix:
             del settings["question_suffix"]  # runs from before there was one go on
         return digest_of([*self._digests, sorted(settings.items())])
+
+    def find_digests(self, beat: Callable[[], None]) -> list[str]:
+        """Read the files once; `beat` is called for each block."""
+        if self._digests is None:
+            self._digests = [f"{file.format} {file.digest(beat)}" for file in self._files]
+        return self._digests
+
+    def take_digests(self, digests: list[str]) -> None:
+        """The files have these hashes."""
+        self._digests = digests
 
     @property
     def notes(self) -> list[str]:

@@ -1,15 +1,17 @@
 """Documents as token ids in one file on disk: written as they come, read through a memory map.
 
 A store is a directory with `tokens.bin` (uint16 or uint32), `ends.bin` (int64, where each document ends), for
-fine-tuning `trained.bin` (one byte for each token), and `facts.json`. Writing and reading hold a batch at a time.
+fine-tuning `trained.bin` (one byte for each token), and `facts.json` with the hashes of the others. Writing and reading
+hold a batch at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,18 @@ __all__ = ["StoreFacts", "StoreWriter", "TokenStore", "in_batches", "open_or_wri
 STORE_VERSION = 1
 _FACTS, _TOKENS, _ENDS, _TRAINED = "facts.json", "tokens.bin", "ends.bin", "trained.bin"
 
+_BLOCK_BYTES = 1 << 20  # that are hashed between two beats
+_REMEDY = "delete {}; it is made again"
+
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What is in a store. `num_bytes` counts the UTF-8 bytes of the documents' text; `notes` are for the user."""
+    """What is in a store. `num_bytes` counts the UTF-8 bytes of the documents' text; `notes` are for the user.
+
+    `sha256` has the hash of each file; it is empty in a store of an older crosschip.
+    """
 
     fingerprint: str
     dtype: str
@@ -38,6 +46,23 @@ class StoreFacts:
     num_bytes: int
     notes: list[str]
     version: int = STORE_VERSION
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+class _HashedFile:
+    """A file that is written from its beginning to its end, and the hash of that."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._file, self._found = path.open("wb"), hashlib.sha256()
+
+    def write(self, raw: bytes) -> None:
+        self._file.write(raw)
+        self._found.update(raw)
+
+    def close(self) -> str:
+        self._file.close()
+        return self._found.hexdigest()
 
 
 class StoreWriter:
@@ -47,9 +72,8 @@ class StoreWriter:
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.num_tokens = self.num_documents = self.num_trained_tokens = self.num_bytes = 0
         self._directory = directory
-        self._tokens: BinaryIO = (directory / _TOKENS).open("wb")
-        self._ends: BinaryIO = (directory / _ENDS).open("wb")
-        self._trained: BinaryIO | None = (directory / _TRAINED).open("wb") if with_trained_mask else None
+        self._tokens, self._ends = _HashedFile(directory / _TOKENS), _HashedFile(directory / _ENDS)
+        self._trained = _HashedFile(directory / _TRAINED) if with_trained_mask else None
 
     def append(self, ids: Sequence[int], num_bytes: int, trained: Sequence[bool] | None = None) -> None:
         """Add one document of `num_bytes` bytes of text."""
@@ -67,9 +91,7 @@ class StoreWriter:
 
     def close(self, fingerprint: str, notes: Iterable[str]) -> None:
         """Finish the files and write the facts."""
-        for file in (self._tokens, self._ends, self._trained):
-            if file is not None:
-                file.close()
+        files = [file for file in (self._tokens, self._ends, self._trained) if file is not None]
         facts = StoreFacts(
             fingerprint=fingerprint,
             dtype=self.dtype.name,
@@ -78,28 +100,59 @@ class StoreWriter:
             num_trained_tokens=self.num_trained_tokens,
             num_bytes=self.num_bytes,
             notes=list(notes),
+            sha256={file.name: file.close() for file in files},
         )
         write_json(self._directory / _FACTS, asdict(facts))
 
 
 class TokenStore:
-    """A store opened for reading; the arrays are maps of files, not copies."""
+    """A store opened for reading; the arrays are maps of files, not copies.
+
+    Raises:
+        RunDirectoryError: what is there is no store, or a file of it has another size.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.facts = StoreFacts(**read_json(directory / _FACTS))
+        self._directory = directory
+        self.facts = _read_facts(directory)
         dtype = np.dtype(self.facts.dtype)
         self.tokens = _map(directory / _TOKENS, dtype, self.facts.num_tokens)
         self.ends = _map(directory / _ENDS, np.dtype(np.int64), self.facts.num_documents)
-        has_mask = (directory / _TRAINED).exists()
+        has_mask = _TRAINED in self.facts.sha256 or (directory / _TRAINED).exists()
         self.trained = _map(directory / _TRAINED, np.dtype(np.uint8), self.facts.num_tokens) if has_mask else None
+
+    def check(self, beat: Callable[[], None]) -> None:
+        """Read all of it, and compare it with what was written. `beat` is called all the while.
+
+        Raises:
+            RunDirectoryError: a file is another one.
+        """
+        for name, digest in self.facts.sha256.items():
+            found = hashlib.sha256()
+            with (self._directory / name).open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
+                    beat()
+            if found.hexdigest() != digest:
+                problem = f"{self._directory / name} is not what was written: its SHA-256 is {found.hexdigest()}"
+                raise RunDirectoryError(f"{problem}, and was {digest}", _REMEDY.format(self._directory))
+
+
+def _read_facts(directory: Path) -> StoreFacts:
+    document = read_json(directory / _FACTS)
+    names = {each.name for each in fields(StoreFacts)}
+    is_whole = isinstance(document, dict) and names - {"sha256"} <= set(document) <= names
+    is_whole = is_whole and isinstance(document.get("sha256", {}), dict) and document["dtype"] in ("uint16", "uint32")
+    if not is_whole:
+        raise RunDirectoryError(f"{directory / _FACTS} does not say what is in a store", _REMEDY.format(directory))
+    return StoreFacts(**document)
 
 
 def _map(path: Path, dtype: np.dtype[np.generic], length: int) -> npt.NDArray[np.generic]:
-    size = path.stat().st_size
+    size = path.stat().st_size if path.exists() else 0
     if size != length * dtype.itemsize:
         raise RunDirectoryError(
-            f"{path} has {size} bytes where its facts say {length * dtype.itemsize}",
-            f"delete {path.parent}; it is made again",
+            f"{path} has {size} bytes where its facts say {length * dtype.itemsize}", _REMEDY.format(path.parent)
         )
     if length == 0:
         return np.empty(0, dtype=dtype)
@@ -107,14 +160,23 @@ def _map(path: Path, dtype: np.dtype[np.generic], length: int) -> npt.NDArray[np
 
 
 def open_or_write(directory: Path, fingerprint: str, write: Callable[[Path], None]) -> TokenStore:
-    """The store at `directory` when it is complete and of this fingerprint; else `write` makes it anew."""
-    if is_complete(directory):
-        facts = read_json(directory / _FACTS)
-        if facts.get("version") == STORE_VERSION and facts.get("fingerprint") == fingerprint:
-            return TokenStore(directory)
-    with atomic_directory(directory) as temporary:
-        write(temporary)
+    """The store at `directory` when it is complete and of this fingerprint; else `write` makes it anew.
+
+    Raises:
+        RunDirectoryError: a file of the store has another size.
+    """
+    if not (is_complete(directory) and _is_of(directory, fingerprint)):
+        with atomic_directory(directory) as temporary:
+            write(temporary)
     return TokenStore(directory)
+
+
+def _is_of(directory: Path, fingerprint: str) -> bool:
+    try:
+        facts = _read_facts(directory)
+    except RunDirectoryError:  # torn, or of another form
+        return False
+    return facts.version == STORE_VERSION and facts.fingerprint == fingerprint
 
 
 def in_batches(items: Iterable[Item], size_of: Callable[[Item], int], limit: int, count: int) -> Iterator[list[Item]]:

@@ -2,8 +2,9 @@
 
 from crosschip.model.config import ModelConfig, config_from_settings
 from crosschip.model.decoder import Decoder, LatentCache, generate
+from crosschip.model.saving import save_model
 from crosschip.model.transformer import LossParts, TokenLogprobs, Transformer, init_weights
-from crosschip.model.weights import load_model, load_multiplied_out, read_config, save_model
+from crosschip.model.weights import load_model, load_multiplied_out, read_config
 
 __all__ = [
     "Decoder",

@@ -7,7 +7,6 @@ directory loads shard by shard without a second copy of the model in memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crosschip.errors import ModelError
@@ -30,13 +28,14 @@ from crosschip.model.quantised import (
     scale_name,
 )
 from crosschip.model.transformer import Transformer
-from crosschip.rundir import read_json, write_json
+from crosschip.rundir import read_json
 
 __all__ = [
     "ADAPTERS",
     "DCP_DIRECTORY",
     "MODEL_PREFIX",
     "TensorView",
+    "exported_tensor",
     "exported_tensors",
     "has_weights",
     "is_training_checkpoint",
@@ -45,13 +44,11 @@ __all__ = [
     "own_tensors",
     "published_views",
     "read_config",
-    "save_model",
 ]
 
 DCP_DIRECTORY = "dcp"  # of a training checkpoint: its tensors, in our own names, as crosschip.model.dcp reads them
 ADAPTERS = "adapters."  # names of `train.adapters` within a model
 MODEL_PREFIX = "model."  # there, before the name of a parameter or buffer
-_SHARD_BYTES = 4 << 30
 _SCALES = ("_scale_inv", "_scale")  # after the name of a weight in 8 bits
 
 
@@ -349,52 +346,15 @@ def _known_names(shards: _Shards, views: dict[str, TensorView], config: ModelCon
                 )
 
 
-@torch.no_grad()
-def save_model(model: Transformer, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and safetensors shards in the published names; router biases are always fp32."""
-    directory.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict(keep_vars=True)
-    plan = _plan_shards(model.config, state, dtype)
-    weight_map: dict[str, str] = {}
-    for number, views in enumerate(plan, start=1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = {view.published: _exported(state, view, dtype) for view in views}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(_readable_mode())
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(plan) > 1:
-        write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    write_json(directory / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
-
-
-def _readable_mode() -> int:
-    """The mode of an ordinary new file; safetensors makes files that only their owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def exported_tensors(model: Transformer, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
     """What `save_model` writes, tensor by tensor, without a file."""
     state = model.state_dict(keep_vars=True)
     for view in published_views(model.config):
-        yield view.published, _exported(state, view, dtype)
+        yield view.published, exported_tensor(state, view, dtype)
 
 
-def _exported(state: dict[str, Any], view: TensorView, dtype: torch.dtype) -> Tensor:
+def exported_tensor(state: dict[str, Any], view: TensorView, dtype: torch.dtype) -> Tensor:
+    """The published tensor of a view, cut out of a model's `state`; router biases are always fp32."""
     tensor: Tensor = state[view.ours].detach()[view.index]
     kept = torch.float32 if view.ours.endswith("e_score_correction_bias") else dtype
     return tensor.to("cpu", kept).clone(memory_format=torch.contiguous_format)
-
-
-def _plan_shards(config: ModelConfig, state: dict[str, Any], dtype: torch.dtype) -> list[list[TensorView]]:
-    plan: list[list[TensorView]] = [[]]
-    size = 0
-    for view in published_views(config):
-        num_bytes = state[view.ours][view.index].numel() * dtype.itemsize
-        if plan[-1] and size + num_bytes > _SHARD_BYTES:
-            plan.append([])
-            size = 0
-        plan[-1].append(view)
-        size += num_bytes
-    return plan

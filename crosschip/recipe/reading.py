@@ -102,6 +102,11 @@ class Recipe(Settings):
                 f"{name}.batch_size={stage.batch_size} is not a multiple of groups.num_groups="
                 f"{num_groups}; each group takes an equal share of a step"
             )
+        if stage.lora_rank is not None and num_groups > 1:
+            raise ValueError(
+                f"{name}.lora_rank={stage.lora_rank} cannot be trained by groups.num_groups={num_groups}: groups "
+                f"exchange whole weights, not adapters; leave out {name}.lora_rank, or set groups.num_groups=1"
+            )
         if isinstance(stage, RlSettings) and num_groups > 1:
             raise ValueError(
                 f"{name} cannot be trained by groups.num_groups={num_groups}; reinforcement learning takes ranks "

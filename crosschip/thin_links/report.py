@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def link_from(settings: LinkSettings) -> Link | None:
     Of a report the slowest pair counts, its lowest bandwidth and its highest latency: groups wait for the slowest.
 
     Raises:
-        RecipeError: a latency without a bandwidth, or a report without fitted pairs.
+        RecipeError: a latency without a bandwidth, or a report without fitted pairs or with a fit that is none.
         RunDirectoryError: the report is missing or no JSON.
     """
     bandwidth, latency = settings.bandwidth_mbit_s, settings.latency_ms
@@ -31,9 +32,9 @@ def link_from(settings: LinkSettings) -> Link | None:
                 f"links.report={settings.report!r} holds no pair of ranks with latency and bandwidth",
                 "measure them with `python -m crosschip.qualify.exams.links.measure` (docs/links.md)",
             )
-        measured_mbit = min(float(fit["bandwidth_gb_s"]) for fit in fits) * 8e3
-        bandwidth = measured_mbit if bandwidth is None else bandwidth
-        latency = max(float(fit["latency_s"]) for fit in fits) * 1e3 if latency is None else latency
+        measured = [_fitted(fit, settings.report) for fit in fits]
+        bandwidth = min(gb_s for gb_s, _ in measured) * 8e3 if bandwidth is None else bandwidth
+        latency = max(latency_s for _, latency_s in measured) * 1e3 if latency is None else latency
     if bandwidth is None:
         if latency is not None:
             raise RecipeError(
@@ -44,7 +45,20 @@ def link_from(settings: LinkSettings) -> Link | None:
     return Link(bandwidth * 1e6 / 8, (latency or 0.0) / 1e3)
 
 
-def _pair_fits(document: Any) -> Iterator[dict[str, Any]]:
+def _fitted(fit: Any, report: str) -> tuple[float, float]:
+    """Bandwidth in GB/s and latency in seconds of a pair's fit."""
+    found = [fit.get(name) if isinstance(fit, dict) else None for name in ("bandwidth_gb_s", "latency_s")]
+    numbers = [float(each) for each in found if isinstance(each, int | float) and math.isfinite(each)]
+    if len(numbers) < 2 or numbers[0] <= 0 or numbers[1] < 0:
+        raise RecipeError(
+            f"links.report={report!r} holds a pair of ranks with bandwidth_gb_s={found[0]!r} and "
+            f"latency_s={found[1]!r}; a link has a bandwidth above 0 and a latency of 0 or more",
+            "measure again (docs/links.md), or give links.bandwidth_mbit_s and links.latency_ms in its place",
+        )
+    return numbers[0], numbers[1]
+
+
+def _pair_fits(document: Any) -> Iterator[Any]:
     """Fits of pairs: in `measure.py`'s list of pairs, or among an exam's measurements with `check: pairs`."""
     if isinstance(document, list):
         for each in document:

@@ -68,8 +68,7 @@ def join_groups(
     assert planned.lighthouse is not None, "who starts the groups says where they meet"
     state = TrainingState(model, optimizer, position)
     link = link_from(recipe.links)
-    needs_time = link is not None and (planned.mode == "auto" or planned.sync_every is None)
-    seconds = world.from_rank_zero(step_s) if needs_time else 1.0
+    seconds = 1.0 if link is None else world.from_rank_zero(step_s)  # nothing is predicted without a link
     num_elements = sum(parameter.numel() for parameter in model.parameters())
     choice = choose(planned, link, num_elements, seconds)
     say(choice.reason)
@@ -88,10 +87,16 @@ def join_groups(
     return groups
 
 
-def estimate_step_s(model: Transformer, settings: StageSettings, chip: Chip, dtype: torch.dtype, world: World) -> float:
-    """About how long a step takes, in seconds, as a power of two: groups on like chips must come to the same choice."""
-    flops = train_flops_per_token(model.config, settings.seq_len) * settings.seq_len * settings.batch_size
-    seconds = flops / (product_rate(chip, dtype) * world.size * _EXPECTED_SHARE)
+def estimate_step_s(
+    model: Transformer, settings: StageSettings, chip: Chip, dtype: torch.dtype, num_ranks: int, num_groups: int
+) -> float:
+    """About how long a group's ranks compute on their share of a step, in seconds.
+
+    A power of two: groups on like chips must come to the same choice.
+    """
+    num_tokens = settings.seq_len * settings.batch_size / num_groups
+    flops = train_flops_per_token(model.config, settings.seq_len) * num_tokens
+    seconds = flops / (product_rate(chip, dtype) * num_ranks * _EXPECTED_SHARE)
     return 2.0 ** round(math.log2(seconds))
 
 

@@ -128,7 +128,9 @@ def make_job(run: StageRun, name: str, settings: StageSettings, start: Start) ->
         directory,
         rank.group,
         rank.world,
-        lambda: estimate_step_s(model, settings, rank.chip, compute_dtype, rank.world),
+        lambda: estimate_step_s(
+            model, settings, rank.chip, compute_dtype, rank.world.size, run.recipe.groups.num_groups
+        ),
         rank.progress.say,
     )
     job = StageJob(
@@ -240,18 +242,22 @@ def _share_cores(settings: RlSettings, rank: Rank) -> Callable[[], None]:
 
 
 def _prepare_data(run: StageRun, name: str, settings: StageSettings) -> StageData:
-    """The token stores of a stage that trains on what is written; rank 0 writes them."""
+    """The token stores of a stage that trains on what is written; rank 0 writes and checks them."""
     prepare = pretraining_data if name == "pretrain" else fine_tuning_data
     run.rank.progress.say(f"{name}: preparing the data")
     source = run.sources.of(settings)
     say = _every_few_seconds(run.rank.progress, name)
+    beat = partial(run.rank.heartbeat.beat, START, 0)
 
     def tell(num_tokens: int) -> None:
-        run.rank.heartbeat.beat(START, 0)
+        beat()
         say(num_tokens)
 
     with rank_zero_begins(run.rank.world, run.rank.heartbeat):
         data = prepare(source, run.tokenizer, run.directory, settings, run.recipe.seed, tell)
+        if run.rank.world.rank == 0:
+            data.train.check(beat)
+            data.validation.check(beat)
     for note in data.train.notes:
         run.rank.progress.say(f"{name}: {note}")
     return data

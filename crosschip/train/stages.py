@@ -17,9 +17,10 @@ from crosschip.rundir import RunDirectory, write_json
 from crosschip.train.beginning import beginning, check_next_stage
 from crosschip.train.checkpoint import find_newest, give_name_back, read_state, set_damaged_aside
 from crosschip.train.distil_stage import distil_stage
+from crosschip.train.evaluate.of_recipe import check_problems
 from crosschip.train.group.device import find_rank_chip
 from crosschip.train.group.layout import check_experts, check_layout
-from crosschip.train.group.waiting import rank_zero_begins
+from crosschip.train.group.waiting import made_by_rank_zero, rank_zero_begins
 from crosschip.train.group.world import World, join_world
 from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
@@ -76,12 +77,14 @@ def train_recipe(
 
     Raises:
         RecipeError: it names a checker that does not exist.
+        DataError: it wants problems asked that there are not, or data cannot be read.
         RunDirectoryError: the directory is in use, holds another run's results, or has nothing to resume.
         CheckpointError: a checkpoint belongs to other data, another tokenizer or another architecture, or is damaged.
         GuardError: the training diverged or the chip errs; the last checkpoint is still there.
         GroupsError: the groups do not fit together.
     """
     check_checkers(recipe)
+    check_problems(recipe)
     heartbeat = heartbeat or open_heartbeat(recipe.guard.start_allowance_s)
     if resume_command is None:
         recipe_file = run.recipe if run.recipe.exists() else "RECIPE"
@@ -169,14 +172,16 @@ def _layout(recipe: Recipe, world: World) -> str:
 
 def _identity(run: StageRun, settings: StageSettings, before: Path | None) -> Identity:
     """Fingerprints of everything a checkpoint of this stage belongs to."""
-    data = run.sources.settings(settings)
+    data, source, rank = run.sources.settings(settings), run.sources.of(settings), run.rank
+    beat = functools.partial(rank.heartbeat.beat, START, 0)
+    source.take_digests(made_by_rank_zero(rank.world, rank.heartbeat, lambda: source.find_digests(beat)))
     model = json.loads(json.dumps(asdict(run.config)))
     given = run.recipe.tokenizer.directory or run.recipe.model.directory
     vocab_size = None if given else run.recipe.tokenizer.vocab_size
     stage = settings.model_dump(mode="json", exclude={"data", "rollouts"})  # engines may change between two calls
     return Identity(
         fingerprints={
-            "data": digest([run.sources.of(settings).fingerprint, run.recipe.seed, settings.seq_len]),
+            "data": digest([source.fingerprint, run.recipe.seed, settings.seq_len]),
             "tokenizer": digest([run.tokenizer.fingerprint, vocab_size]),
             "architecture": digest(model),
             "recipe_stage": digest(stage),
@@ -187,7 +192,7 @@ def _identity(run: StageRun, settings: StageSettings, before: Path | None) -> Id
             "model": model,
             "stage": stage,
         },
-        began_from=run.rank.world.from_rank_zero(lambda: beginning(before, run.recipe.model.directory)),
+        began_from=rank.world.from_rank_zero(lambda: beginning(before, run.recipe.model.directory)),
     )
 
 

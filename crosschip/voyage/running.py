@@ -10,7 +10,7 @@ from typing import Any
 
 from crosschip import __version__
 from crosschip.errors import CrosschipError, RunDirectoryError
-from crosschip.recipe import load_recipe, parse_recipe
+from crosschip.recipe import Recipe, load_recipe, parse_recipe
 from crosschip.rewards.of_recipe import check_checkers
 from crosschip.rundir import RunDirectory, read_json, write_json, write_text
 from crosschip.voyage.state import DOCUMENT, Step, Voyage, differences
@@ -41,6 +41,7 @@ def run_voyage(
 
     Raises:
         RecipeError: a recipe that cannot be honoured.
+        DataError: it wants problems asked that there are not.
         RunDirectoryError: the directory is in use, or holds the voyage of another recipe.
         ServeError: `serve` was asked for and the address cannot be had.
         CrosschipError: what a step raised, after it was recorded and the page was written.
@@ -48,6 +49,7 @@ def run_voyage(
     """
     recipe = load_recipe(recipe_path, overrides)
     check_checkers(recipe)
+    _check_problems(recipe)
     if serve:
         _check_address(host, port)
     run = RunDirectory(out or Path("runs") / recipe.name)
@@ -60,6 +62,13 @@ def run_voyage(
     if serve:
         _serve(voyage, host, port)
     return run
+
+
+def _check_problems(recipe: Recipe) -> None:
+    """Problems that there are not are told now and not after the training."""
+    from crosschip.train.evaluate.of_recipe import check_problems
+
+    check_problems(recipe)
 
 
 def _open(voyage: Voyage, recipe_path: Path) -> None:

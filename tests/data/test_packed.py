@@ -1,4 +1,5 @@
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,52 @@ def test_a_damaged_store_is_refused(problems: Source, tokenizer: ChatTokenizer, 
     with (tmp_path / "packed-train" / "tokens.bin").open("ab") as file:
         file.write(b"xx")
     with pytest.raises(RunDirectoryError, match=r"has 10002 bytes where its facts say 10000(?s:.)*delete"):
+        prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "ends.bin"])
+def test_a_changed_byte_of_a_store_is_named(
+    problems: Source, tokenizer: ChatTokenizer, tmp_path: Path, name: str
+) -> None:
+    stream = prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+    beats: list[None] = []
+    stream.check(lambda: beats.append(None))
+    assert len(beats) == 2
+    with (tmp_path / "packed-train" / name).open("r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+    stream = prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+    with pytest.raises(RunDirectoryError, match=rf"packed-train/{name} is not what was written(?s:.)*delete"):
+        stream.check(lambda: None)
+
+
+@pytest.mark.parametrize("facts", ["", '{"version": 2', "[]", "{}", '{"version": 2, "fingerprint": "x"}'])
+def test_a_store_whose_facts_cannot_be_read_is_made_again(
+    problems: Source, tokenizer: ChatTokenizer, tmp_path: Path, facts: str
+) -> None:
+    before = prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+    (tmp_path / "packed-train" / "facts.json").write_text(facts)
+    again = prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+    assert torch.equal(again.batch(7, 4).input_ids_BT, before.batch(7, 4).input_ids_BT)
+
+
+def test_a_store_of_an_older_crosschip_is_taken_as_it_is(
+    problems: Source, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+    path = tmp_path / "packed-train" / "facts.json"
+    facts = json.loads(path.read_text())
+    del facts["sha256"]
+    path.write_text(json.dumps(facts))
+    monkeypatch.setattr(ChatTokenizer, "encode_texts", lambda *_: pytest.fail("tokenised again"))
+    prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000).check(lambda: None)
+
+
+def test_a_file_that_a_store_lacks_is_named(problems: Source, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
+    (tmp_path / "packed-train" / "ends.bin").unlink()
+    with pytest.raises(RunDirectoryError, match=r"ends\.bin has 0 bytes where its facts say"):
         prepare_packed(problems, tokenizer, tmp_path, SEQ_LEN, 11, "train", max_tokens=5_000)
 
 

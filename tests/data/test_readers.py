@@ -72,6 +72,7 @@ BAD_LINES = {
     b'{"messages": [{"role": "robot", "content": "x"}]}': "role 'robot'",
     b'{"question": "a"}': "not both of 'question' and 'answer'",
     b"[" * 100_000: "not JSON",
+    b'{"text": ' + b"7" * 5_000 + b"}": "not JSON: Exceeds the limit",
 }
 
 
@@ -131,6 +132,16 @@ def test_faults_of_parquet_files_are_named(tmp_path: Path) -> None:
         read_all(path, text_field="body")
     path.write_bytes(b"PAR1 is not enough")
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as Parquet"):
+        read_all(path)
+
+
+def test_a_text_of_parquet_that_is_not_utf_8_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    raw = pa.array([b"good", b"caf\xe9", b"better"], pa.binary())
+    texts = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"text": texts}), path)
+    assert [row.text for row in read_all(path, skip_bad_rows=1)] == ["good", "better"]
+    with pytest.raises(DataError, match=r"rows\.parquet:row 2: the field 'text' is not UTF-8: byte 0xe9 at position 3"):
         read_all(path)
 
 

@@ -28,6 +28,20 @@ def test_two_answers_to_one_question_share_a_split_key() -> None:
     assert Row(messages=(Message("user", "What is 2 + 4?"),)).split_key() != right.split_key()
 
 
+@pytest.mark.parametrize("opening", [(), (Message("system", "Be brief."),)])
+def test_conversations_that_an_assistant_opens_are_told_apart(opening: tuple[Message, ...]) -> None:
+    greeting = (*opening, Message("assistant", "How can I help?"))
+
+    def key(*turns: Message) -> str:
+        return Row(messages=(*greeting, *turns)).split_key()
+
+    asked, other = Message("user", "What is 2 + 3?"), Message("user", "What is 2 + 4?")
+    assert key(asked, Message("assistant", "5")) == key(asked, Message("assistant", "6"))
+    assert key(asked, Message("assistant", "5")) != key(other, Message("assistant", "6"))
+    unasked = [Row(messages=(*opening, Message("assistant", text))).split_key() for text in ("One.", "Two.")]
+    assert unasked[0] != unasked[1]
+
+
 def test_the_share_of_a_split_is_what_was_asked() -> None:
     share = sum(falls_below(f"row {i}", 0.1) for i in range(20_000)) / 20_000
     assert abs(share - 0.1) < 5 * (0.1 * 0.9 / 20_000) ** 0.5  # five standard deviations of a binomial share

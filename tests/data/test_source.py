@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from crosschip.data import Source, open_source
+from crosschip.data import files as files_module
 from crosschip.errors import DataError
 from crosschip.recipe import DataSettings
 
@@ -97,6 +98,19 @@ def test_the_fingerprint_follows_content_and_settings_not_the_place(tmp_path: Pa
     before = fingerprint(path)
     write_jsonl([{"text": "b"}])
     assert fingerprint(path) != before
+
+
+def test_hashing_files_beats_with_every_block_and_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_BLOCK_BYTES", 10)
+    path = tmp_path / "long.txt"
+    path.write_text("words " * 10)
+    ours, theirs = (open_source(DataSettings(path=str(path)), 0) for _ in range(2))
+    beats: list[None] = []
+    digests = ours.find_digests(lambda: beats.append(None))
+    assert len(beats) == 6
+    theirs.take_digests(digests)
+    path.unlink()
+    assert ours.fingerprint == theirs.fingerprint
 
 
 def test_the_fingerprint_of_problems_follows_seed_and_levels() -> None:

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from crosschip.errors import ModelError
-from crosschip.model import ModelConfig, Transformer, load_model, save_model
+from crosschip.errors import ModelError, RunDirectoryError
+from crosschip.model import ModelConfig, Transformer, load_model, save_model, saving
 from crosschip.model import weights as weights_module
 from tests.model.configs import random_model
 
@@ -50,6 +50,12 @@ def test_weights_can_be_read_by_whoever_can_read_the_config(published: Path) -> 
     assert len(modes) == 1
 
 
+def test_a_shard_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"/model\.safetensors could not be written: .*\n.*free some space"):
+        save_model(random_model(CONFIG), tmp_path)
+
+
 def test_a_tied_model_writes_its_output_matrix_and_loads_it_untied(tmp_path: Path) -> None:
     tied = random_model(ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, tie_word_embeddings=True))
     save_model(tied, tmp_path)
@@ -60,7 +66,7 @@ def test_a_tied_model_writes_its_output_matrix_and_loads_it_untied(tmp_path: Pat
 
 
 def test_shards_with_an_index_load_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(saving, "_SHARD_BYTES", 20_000)
     model = random_model(CONFIG)
     save_model(model, tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
@@ -188,7 +194,7 @@ def test_published_configurations_have_the_published_number_of_parameters(name: 
 
 
 def test_loading_keeps_one_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "_SHARD_BYTES", 16 << 20)
+    monkeypatch.setattr(saving, "_SHARD_BYTES", 16 << 20)
     config = ModelConfig(
         vocab_size=8192, hidden_size=512, num_hidden_layers=6, moe_intermediate_size=512, n_routed_experts=16
     )

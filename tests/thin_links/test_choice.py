@@ -132,6 +132,24 @@ def test_a_report_without_pairs_is_refused(tmp_path: Path) -> None:
         link_from(LinkSettings(report=str(path)))
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"bandwidth_gb_s": 0, "latency_s": 0.001},
+        {"bandwidth_gb_s": 0.5},
+        {"bandwidth_gb_s": float("nan"), "latency_s": 0.001},
+        {"bandwidth_gb_s": "fast", "latency_s": 0.001},
+        {"bandwidth_gb_s": 0.5, "latency_s": -1.0},
+    ],
+)
+def test_a_report_with_a_pair_that_is_no_link_is_refused(found: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "links.json"
+    for document in ({"check": "pairs", **found}, {"pairs": [{"fit": fit(0.001, 0.5)}, {"fit": found}]}):
+        path.write_text(json.dumps(document))
+        with pytest.raises(RecipeError, match=r"links\.json' holds a pair of ranks with bandwidth_gb_s="):
+            link_from(LinkSettings(report=str(path)))
+
+
 def test_an_impossible_combination_is_refused() -> None:
     for words in ({"min_groups": 3}, {"sync_every": 30, "fragments": 4}, {"sync_every": 8, "overlap_steps": 8},
                   {"overlap_steps": 2}):  # fmt: skip

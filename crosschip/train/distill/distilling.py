@@ -22,7 +22,7 @@ from crosschip.train.evaluate.questions import Question
 from crosschip.train.evaluate.subject import weights_sha256
 from crosschip.train.evaluate.telling import AnswersTold, Tell
 
-__all__ = ["DistillReport", "distill", "manifest_path"]
+__all__ = ["DistillReport", "asked_for", "distill", "manifest_path"]
 
 MANIFEST_SCHEMA = 1
 
@@ -113,10 +113,17 @@ def _identity(
     directory: Path, answers: Answers, problems: Sequence[Question], settings: DistillSettings, seed: int
 ) -> dict[str, Any]:
     """What the answers follow from. `keep` and `choose` are not among it: they choose from the same answers."""
-    asked = [(problem.expected, *(message.content for message in problem.messages)) for problem in problems]
     return {
         "model": {"directory": str(directory), "weights_sha256": weights_sha256(directory)},
         "answers": answers.told,
+        **asked_for(problems, settings, seed),
+    }
+
+
+def asked_for(problems: Sequence[Question], settings: DistillSettings, seed: int) -> dict[str, Any]:
+    """What is asked, and how, as the manifest has it."""
+    asked = [(problem.expected, *(message.content for message in problem.messages)) for problem in problems]
+    return {
         "problems_sha256": digest_of(asked),
         "num_problems": len(problems),
         "samples": settings.samples,

@@ -13,7 +13,15 @@ from crosschip.data.readers import BadRow, RowForm, read_file
 from crosschip.errors import DataError
 from crosschip.recipe import DataSettings, EvaluateSettings, Recipe
 
-__all__ = ["Question", "file_questions", "made_questions", "question_of_row", "questions_of", "split_questions"]
+__all__ = [
+    "Question",
+    "asked_data",
+    "file_questions",
+    "made_questions",
+    "question_of_row",
+    "questions_of",
+    "split_questions",
+]
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,16 @@ def questions_of(recipe: Recipe, settings: EvaluateSettings) -> list[Question]:
     Raises:
         DataError: the validation split has no question with an answer.
     """
-    of_stages = [stage.data for stage in (recipe.sft, recipe.rl) if stage is not None]
-    data = settings.data or next(filter(None, of_stages), recipe.data)
+    data = asked_data(recipe, settings)
     if data.source == "arithmetic":
         return made_questions(settings.level, settings.num_problems, recipe.seed)
     return split_questions(data, settings.num_problems, recipe.seed, "validation")
+
+
+def asked_data(recipe: Recipe, settings: EvaluateSettings) -> DataSettings:
+    """Where held-out problems come from: `[evaluate] data`, else what fine-tuning or the last stages are trained on."""
+    of_stages = [stage.data for stage in (recipe.sft, recipe.rl) if stage is not None]
+    return settings.data or next(filter(None, of_stages), recipe.data)
 
 
 def made_questions(level: int, count: int, seed: int) -> list[Question]:

@@ -33,25 +33,25 @@ def check_layout(recipe: Recipe, num_ranks: int) -> None:
         RecipeError: names the key, and says which values can be.
     """
     for name, stage in recipe.stages:
-        check_batch_size("train" if name == "pretrain" else name, stage, num_ranks)
+        check_batch_size("train" if name == "pretrain" else name, stage, num_ranks, recipe.groups.num_groups)
     if recipe.model.directory is None:  # else the directory tells, where it is read
         check_experts(recipe.parallel, recipe.model, num_ranks)
 
 
-def check_batch_size(name: str, stage: StageSettings, num_ranks: int) -> None:
-    """Refuse a batch that cannot be cut into equal parts; `name` is the stage's table.
+def check_batch_size(name: str, stage: StageSettings, num_ranks: int, num_groups: int = 1) -> None:
+    """Refuse a batch that `num_groups` groups of `num_ranks` cannot cut into equal parts; `name` is the stage's table.
 
     Raises:
         RecipeError: says which sizes can be.
     """
-    parts = num_ranks * stage.gradient_accumulation
+    parts = num_groups * num_ranks * stage.gradient_accumulation
     if stage.batch_size % parts:
         below = stage.batch_size // parts * parts
         near = f"{below} or {below + parts}" if below else str(parts)
         raise RecipeError(
-            f"{name}.batch_size = {stage.batch_size} is not a multiple of {parts} ({num_ranks} ranks x "
-            f"{name}.gradient_accumulation = {stage.gradient_accumulation})",
-            f"set {name}.batch_size = {near}, or another number of ranks or of parts",
+            f"{name}.batch_size = {stage.batch_size} is not a multiple of {parts} (groups.num_groups = {num_groups} x "
+            f"{num_ranks} ranks x {name}.gradient_accumulation = {stage.gradient_accumulation})",
+            f"set {name}.batch_size = {near}, or another number of groups, of ranks or of parts",
         )
 
 

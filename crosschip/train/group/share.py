@@ -22,6 +22,7 @@ def share_of_batch(stream: TrainStream, first_sequence: int, batch_size: int, pa
     They are as wide as the whole batch would be, so that the padding, which goes through the routers as well, is the
     same in every layout.
     """
+    assert batch_size % world.size == 0, "`check_batch_size` has refused what cannot be shared"
     count = batch_size // world.size
     batch = stream.batch(first_sequence + world.rank * count, count)
     missing = world.largest(batch.input_ids_BT.shape[1]) - batch.input_ids_BT.shape[1]

@@ -18,7 +18,9 @@ Made = TypeVar("Made")
 def made_by_rank_zero(world: World, heartbeat: Heartbeat, make: Callable[[], Made]) -> Made:
     """As `World.from_rank_zero`, for work that takes long; `make` has to beat now and then."""
     _begin(world, heartbeat)
-    return world.from_rank_zero(make)
+    made = world.from_rank_zero(make)
+    heartbeat.beat(START, 0)
+    return made
 
 
 @contextmanager

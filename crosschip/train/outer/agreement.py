@@ -95,7 +95,8 @@ def _check_settings(headers: Sequence[Header], own: Header) -> None:
             raise UnfitGroup(problem)
         raise GroupsError(
             problem,
-            "start every group with the same recipe, the same number of ranks in a group and the same crosschip",
+            "start every group with the same recipe, the same number of ranks in a group and the same crosschip; on "
+            "unlike chips groups may choose differently: set groups.mode, sync_every, overlap_steps and compression",
         )
 
 

@@ -1,17 +1,22 @@
 """What was sampled and not yet trained, kept beside each checkpoint.
 
-rollouts/step-00000200.json          the version of the weights, groups that no batch has taken, the next problem
+rollouts/step-00000200.json          the version of the weights, groups that no batch has taken, the next problem, and
+                                     the SHA-256 of all that
 rollouts/step-00000200.safetensors   the rest of a batch that was taken, where more updates were to come with it
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from crosschip.errors import RunDirectoryError
 from crosschip.recipe import RlSettings
@@ -22,6 +27,7 @@ __all__ = ["Kept", "read_kept", "remove_kept", "sampled_with", "without_answers"
 
 _DIRECTORY = "rollouts"
 _NAMES = "step-*.*"
+_REMEDY = "nothing: its answers are sampled anew"
 # Answers of other settings are none of this policy, or have rewards of another sum.
 _SAMPLED_WITH = {"samples", "max_new_tokens", "temperature", "rewards", "reward_timeout_s"}
 
@@ -52,17 +58,42 @@ def without_answers(kept: Kept) -> Kept:
 
 
 def write_kept(stage: Path, step: int, kept: Kept) -> None:
-    """Write what belongs to the checkpoint of `step`, the document last."""
+    """Write what belongs to the checkpoint of `step`, the document last; where that fails, nothing is there.
+
+    Raises:
+        RunDirectoryError: it could not be written.
+    """
     document, tensors = _paths(stage, step)
-    document.parent.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {name: value for name, value in vars(kept).items() if name != "rest"}
-    if kept.rest is not None:
-        named = {name: value.contiguous() for name, value in vars(kept.rest).items() if value is not None}
-        temporary = tensors.with_name(f".{tensors.name}.tmp")
+    try:
+        document.parent.mkdir(parents=True, exist_ok=True)
+        if kept.rest is not None:
+            _write_rest(tensors, kept.rest)
+            told["rest_sha256"] = sha256_of(tensors)
+        write_json(document, {**told, "sha256": _digest(told)})
+    except (OSError, SafetensorError) as error:  # a full disk is the second kind
+        with contextlib.suppress(OSError):
+            document.unlink(missing_ok=True)  # of the same step before a roll-back
+        raise RunDirectoryError(
+            f"what was sampled by step {step} could not be written to {document}: {error}",
+            "free disk space; the next save tries again",
+        ) from error
+
+
+def _write_rest(path: Path, rest: RlBatch) -> None:
+    named = {name: value.contiguous() for name, value in vars(rest).items() if value is not None}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
         safetensors.torch.save_file(named, temporary)
-        temporary.replace(tensors)
-        told["rest_sha256"] = sha256_of(tensors)
-    write_json(document, told)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(told: dict[str, Any]) -> str:
+    """SHA-256 over everything that a document says."""
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def remove_kept(stage: Path, but_of: Collection[str]) -> None:
@@ -80,10 +111,13 @@ def read_kept(stage: Path, step: int) -> Kept:
     """
     path, tensors = _paths(stage, step)
     document = read_json(path)
+    is_whole = isinstance(document, dict) and {"version", "rollouts"} <= document.keys()
+    if not is_whole or document.pop("sha256", None) not in (None, _digest(document)):  # None: of an older crosschip
+        raise RunDirectoryError(f"{path} is not what was written", _REMEDY)
     rest = None
     if digest := document.get("rest_sha256"):
         if not tensors.is_file() or sha256_of(tensors) != digest:
-            raise RunDirectoryError(f"{tensors} is missing or damaged", "nothing: its answers are sampled anew")
+            raise RunDirectoryError(f"{tensors} is missing or damaged", _REMEDY)
         rest = RlBatch(**safetensors.torch.load_file(tensors))
     sampled = document.get("sampled_with", {})
     return Kept(document["version"], document["rollouts"], rest, document.get("engines", {}), sampled)

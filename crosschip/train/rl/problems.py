@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,29 @@ __all__ = ["Problems"]
 class Problems:
     """Questions of a source's training split whose prompts have at most `longest_prompt` tokens.
 
+    `beat` is called for each row that is read.
+
     Raises:
         DataError: a row has no question with an answer, or no prompt is short enough.
     """
 
-    def __init__(self, source: Source, tokenizer: ChatTokenizer, longest_prompt: int, seed: int) -> None:
+    def __init__(
+        self, source: Source, tokenizer: ChatTokenizer, longest_prompt: int, seed: int, beat: Callable[[], None]
+    ) -> None:
         self._tokenizer, self._seed = tokenizer, seed
-        rows = [_checked(row) for row in source.rows("train")]
-        asked = [(row, self._prompt_ids(row)) for row in rows]
-        self._asked = [(row, prompt_ids) for row, prompt_ids in asked if len(prompt_ids) <= longest_prompt]
-        self.num_too_long = len(rows) - len(self._asked)
+        self._asked: list[tuple[Row, tuple[int, ...]]] = []
+        self.num_too_long = 0
+        for row in source.rows("train"):
+            beat()
+            prompt_ids = self._prompt_ids(_checked(row))
+            if len(prompt_ids) <= longest_prompt:
+                self._asked.append((row, prompt_ids))
+            else:
+                self.num_too_long += 1
         if not self._asked:
             raise DataError(
-                f"none of the {len(rows)} prompts has at most {longest_prompt} tokens, which seq_len leaves beside "
-                "max_new_tokens",
+                f"none of the {self.num_too_long} prompts has at most {longest_prompt} tokens, which seq_len leaves "
+                "beside max_new_tokens",
                 "raise rl.seq_len or lower rl.max_new_tokens",
             )
         self._order = lru_cache(maxsize=2)(self._make_order)

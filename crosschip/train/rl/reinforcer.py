@@ -149,7 +149,10 @@ class Reinforcer:
             return
         rest = self.stream.rest(self._updates_left * self.settings.batch_size)
         kept = Kept(self.version, self.rollouts.state(), rest, self._engines, sampled_with(self.settings))
-        write_kept(self.directory, step, kept)
+        try:
+            write_kept(self.directory, step, kept)
+        except RunDirectoryError as error:
+            self.events.put("rollouts not kept", error.problem, "training goes on; the next save tries again")
 
     def renew(self) -> None:
         """Begin anew with the weights as they are: rollouts of before are not used any more, nor told of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ from crosschip.chips.host import usable_cores
 from crosschip.recipe import Recipe, RlSettings
 from crosschip.rewards import Rewarder
 from crosschip.train.group.full_model import gather_model
+from crosschip.train.group.waiting import rank_zero_begins
 from crosschip.train.group.world import World
+from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.progress import StageProgress
 from crosschip.train.rl.event_queue import EventQueue
@@ -63,7 +65,10 @@ def open_reinforcer(
         RolloutError: no engine answers.
     """
     events = EventQueue()
-    rollouts = _open_rollouts(settings, around, compute_dtype, events) if around.world.rank == 0 else None
+    rollouts = None
+    with rank_zero_begins(around.world, around.heartbeat):
+        if around.world.rank == 0:
+            rollouts = _open_rollouts(settings, around, compute_dtype, events)
     return Reinforcer(
         settings=settings,
         directory=around.directory,
@@ -83,7 +88,8 @@ def _open_rollouts(
     settings: RlSettings, around: Surroundings, compute_dtype: torch.dtype, events: EventQueue
 ) -> Rollouts:
     tokenizer, recipe = around.tokenizer, around.recipe
-    problems = Problems(around.source, tokenizer, settings.seq_len - settings.max_new_tokens, recipe.seed)
+    beat = partial(around.heartbeat.beat, START, 0)
+    problems = Problems(around.source, tokenizer, settings.seq_len - settings.max_new_tokens, recipe.seed, beat)
     if problems.num_too_long:
         around.progress.say(f"{problems.num_too_long} problems were left out: their prompts are too long for seq_len")
     terms = [(term.checker, term.weight) for term in settings.rewards]

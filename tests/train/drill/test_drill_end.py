@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from crosschip.cli.drilling import _exit_code
-from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK
+from crosschip.cli.drilling import _exit_code, _settings_of
+from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError
+from crosschip.recipe import load_recipe
 from crosschip.train.checkpoint import writing
 from crosschip.train.drill.drill import DrillPlan, run_drill
 from crosschip.train.drill.injection import _Disturber
@@ -46,6 +47,33 @@ def test_a_training_that_ends_before_the_drill_is_no_success(
     assert (report["exit_code"], report["ended_early"]) == (code, is_early)
     assert _exit_code(report, is_clean=True) == (EXIT_FAIL if is_early else EXIT_OK)
     assert _exit_code(report, is_clean=False) == (EXIT_FAIL if is_early else EXIT_INCONCLUSIVE)
+
+
+FINE_TUNING = 'name = "x"\n[data]\nsource = "arithmetic"\n[sft]\nsteps = 100\n'
+
+
+def test_a_recipe_without_pretraining_is_not_drilled(tmp_path: Path) -> None:
+    recipe = tmp_path / "sft.toml"
+    recipe.write_text(FINE_TUNING)
+    with pytest.raises(RecipeError, match=r"has no \[train\] stage to drill"):
+        _settings_of(recipe, [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keep_every"),
+    [
+        ([], 60),
+        (["train.checkpoint_every=25"], 50),
+        (["train.checkpoint_every=10", "train.keep_every=40"], 40),
+        (["train.keep_every=100"], 100),
+    ],
+)
+def test_a_recipe_that_keeps_checkpoints_can_be_drilled(tmp_path: Path, overrides: list[str], keep_every: int) -> None:
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text(FINE_TUNING.replace("sft", "train") + "checkpoint_every = 50\nkeep_every = 50\n")
+    train = load_recipe(recipe, _settings_of(recipe, overrides)).train
+    assert train is not None
+    assert (train.steps, train.keep_every) == (1_000_000, keep_every)
 
 
 @pytest.mark.parametrize("is_withdrawn", [True, False])

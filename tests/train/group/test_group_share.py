@@ -6,8 +6,8 @@ import torch
 from crosschip.data import NOT_TRAINED
 from crosschip.errors import RecipeError
 from crosschip.model import ModelConfig
-from crosschip.recipe import ParallelSettings, StageSettings
-from crosschip.train.group.layout import check_batch_size, check_experts
+from crosschip.recipe import ParallelSettings, StageSettings, parse_recipe
+from crosschip.train.group.layout import check_batch_size, check_experts, check_layout
 from crosschip.train.group.share import share_of_batch
 from crosschip.train.group.world import ALONE, Alone
 from tests.train.group.ranks import PAD, MadeStream
@@ -49,12 +49,23 @@ def test_a_batch_that_cannot_be_shared_says_which_can() -> None:
     check_batch_size("train", stage, 4)
     with pytest.raises(
         RecipeError,
-        match=r"train.batch_size = 16 is not a multiple of 6 \(3 ranks x train.gradient_accumulation = 2\)\n"
-        r".*train.batch_size = 12 or 18",
+        match=r"train.batch_size = 16 is not a multiple of 6 \(groups.num_groups = 1 x 3 ranks x "
+        r"train.gradient_accumulation = 2\)\n.*train.batch_size = 12 or 18",
     ):
         check_batch_size("train", stage, 3)
     with pytest.raises(RecipeError, match=r"sft.batch_size = 32,"):
         check_batch_size("sft", stage, 16)
+
+
+def test_a_share_of_a_group_must_be_shared_by_its_ranks() -> None:
+    document = {"name": "x", "data": {"source": "arithmetic"}, "groups": {"num_groups": 2}}
+    recipe = parse_recipe({**document, "train": {"steps": 100, "batch_size": 6}}, "here")
+    check_layout(recipe, 1)
+    check_layout(recipe, 3)
+    with pytest.raises(
+        RecipeError, match=r"6 is not a multiple of 4 \(groups.num_groups = 2 x 2 ranks x .*\n.*= 4 or 8"
+    ):
+        check_layout(recipe, 2)
 
 
 @pytest.mark.parametrize(

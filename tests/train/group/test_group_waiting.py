@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from crosschip.train import distil_stage, stage_making
+from crosschip.data import Message, Row
+from crosschip.model import ModelConfig
+from crosschip.recipe import parse_recipe
+from crosschip.train import distil_stage, stage_making, stages
 from crosschip.train.group.waiting import made_by_rank_zero, rank_zero_begins
 from crosschip.train.group.world import ALONE, Alone
 from crosschip.train.guard.heartbeat import Beat, Heartbeat, read_beats
 from crosschip.train.preparation import obtain_tokenizer
 from crosschip.train.progress import LineProgress
+from crosschip.train.rl.problems import Problems
 
 ALLOWED_S = 10.0
 NOTHING: Any = None
@@ -43,6 +49,7 @@ def test_who_waits_for_rank_zero_may_be_silent_for_longer_than_rank_zero(tmp_pat
     for rank, least_s, most_s in ((0, ALLOWED_S, ALLOWED_S), (1, 86_400.0, float("inf"))):
         beat = made_by_rank_zero(Alone(rank, 2), heartbeat, lambda: beat_of(tmp_path))
         assert least_s <= beat.allowance_s <= most_s
+        assert beat_of(tmp_path).allowance_s == ALLOWED_S, "it has been waited for"
         with rank_zero_begins(Alone(rank, 2), heartbeat):
             assert beat_of(tmp_path).allowance_s == ALLOWED_S, "it has been waited for"
 
@@ -73,7 +80,12 @@ def test_preparing_data_beats_with_every_batch(tmp_path: Path, heartbeat: Heartb
         for _ in range(3):
             arguments[5](1000)
             seen.append(beat_of(tmp_path).num_beats)
-        return SimpleNamespace(train=SimpleNamespace(notes=[]))
+        stream = SimpleNamespace(notes=[], check=check)
+        return SimpleNamespace(train=stream, validation=stream)
+
+    def check(beat: Callable[[], None]) -> None:
+        beat()
+        seen.append(beat_of(tmp_path).num_beats)
 
     monkeypatch.setattr(stage_making, "pretraining_data", prepare)
     sources = SimpleNamespace(of=lambda settings: None)
@@ -82,7 +94,46 @@ def test_preparing_data_beats_with_every_batch(tmp_path: Path, heartbeat: Heartb
         rank=rank_of(heartbeat), sources=sources, tokenizer=None, directory=tmp_path, recipe=recipe
     )
     stage_making._prepare_data(run, "pretrain", NOTHING)
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_zero_alone_hashes_the_data_and_beats(tmp_path: Path, heartbeat: Heartbeat, rank: int) -> None:
+    seen: list[int] = []
+
+    def find_digests(beat: Callable[[], None]) -> list[str]:
+        assert rank == 0
+        for _ in range(3):
+            beat()
+            seen.append(beat_of(tmp_path).num_beats)
+        return ["hash"]
+
+    class FromRankZero(Alone):
+        def from_rank_zero(self, make: Callable[[], Any]) -> Any:
+            return make() if rank == 0 else ["hash"]
+
+    recipe = parse_recipe({"name": "x", "data": {}, "train": {"steps": 100}}, "x")
+    taken: list[list[str]] = []
+    source = SimpleNamespace(find_digests=find_digests, take_digests=taken.append, fingerprint="f")
+    run: Any = SimpleNamespace(
+        rank=replace(rank_of(heartbeat), world=FromRankZero(rank, 2)),
+        recipe=recipe,
+        config=ModelConfig(vocab_size=64),
+        tokenizer=SimpleNamespace(fingerprint="t"),
+        sources=SimpleNamespace(of=lambda settings: source, settings=lambda settings: recipe.data),
+    )
+    assert recipe.train is not None
+    stages._identity(run, recipe.train, None)
+    assert taken == [["hash"]]
+    assert len(set(seen)) == (3 if rank == 0 else 0)
+
+
+def test_reading_problems_beats() -> None:
+    row = Row(messages=(Message("user", "What is 2 + 3?"), Message("assistant", "5")))
+    source: Any = SimpleNamespace(rows=lambda split: [row] * 5)
+    tokenizer: Any = SimpleNamespace(encode_chat=lambda messages, add_generation_prompt: [1, 2, 3])
+    beats: list[None] = []
+    assert len(Problems(source, tokenizer, 3, 0, lambda: beats.append(None))) == len(beats) == 5
 
 
 def test_reading_texts_for_the_tokenizer_beats(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from crosschip.data import NOT_TRAINED
+from crosschip.errors import RunDirectoryError
 from crosschip.recipe import RlSettings
 from crosschip.train.group.world import ALONE
 from crosschip.train.rl import reinforcer as reinforcer_module
 from crosschip.train.rl.batch import RlBatch
 from crosschip.train.rl.event_queue import EventQueue
+from crosschip.train.rl.kept import read_kept
 from crosschip.train.rl.reinforcer import Reinforcer
 from crosschip.train.rl.rollouts import RolloutError, Rollouts
 from crosschip.train.rl.rollouts.ledger import Ledger
@@ -239,6 +241,37 @@ def test_a_damaged_rest_is_not_trained(tmp_path: Path) -> None:
     stage = Stage(tmp_path, two_updates())
     stage.reinforcer.begin(3)
     assert [event for event, _, _ in stage.events.taken()] == ["rollouts lost"]
+
+
+@pytest.mark.parametrize("document", [b'{"version": 1}', b"[]", b"7"])
+def test_a_document_that_is_not_what_was_written_is_not_believed(tmp_path: Path, document: bytes) -> None:
+    Stage(tmp_path, two_updates()).go(0, 3)
+    (tmp_path / "rollouts/step-00000003.json").write_bytes(document)
+    stage = Stage(tmp_path, two_updates())
+    stage.reinforcer.begin(3)
+    assert [event for event, _, _ in stage.events.taken()] == ["rollouts lost"]
+
+
+@pytest.mark.parametrize(("before", "after"), [('"due"', '"dux"'), ('"version": 1', '"version": 3')])
+def test_a_changed_byte_of_the_document_is_seen(tmp_path: Path, before: str, after: str) -> None:
+    Stage(tmp_path, two_updates()).go(0, 3)
+    path = tmp_path / "rollouts/step-00000003.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(RunDirectoryError, match=r"step-00000003\.json is not what was written"):
+        read_kept(tmp_path, 3)
+
+
+@pytest.mark.parametrize("in_the_way", [".step-00000003.safetensors.tmp", "step-00000003.json"])
+def test_what_cannot_be_kept_is_told_and_training_goes_on(tmp_path: Path, in_the_way: str) -> None:
+    stage = Stage(tmp_path, two_updates())
+    (tmp_path / "rollouts" / in_the_way / "full").mkdir(parents=True)
+    stage.go(0, 3)
+    ((event, detail, _),) = stage.events.taken()
+    assert event == "rollouts not kept"
+    assert "rollouts/step-00000003.json" in detail
+    stage.step(4)
 
 
 def test_what_was_sampled_is_written_before_the_checkpoint_and_goes_with_it(tmp_path: Path) -> None:
