@@ -202,8 +202,8 @@ def _trace(going: _Qualification) -> None:
     if ended.how != "complete":
         shown = ended.result.get("raised", {}).get("traceback", "")
         raise QualifyError(
-            f"the {request.role} step of {request.origin} could not be recorded on the CPU: {ended.detail}\n{shown}",
-            "run the subject by itself on the CPU first",
+            f"the {request.role} step of {request.origin} fails on the simulated chip: {ended.detail}\n{shown}",
+            "run the subject by itself on the CPU; its forward must make new tensors where its inputs are",
         )
     going.trace = ended.result["trace"]
     write_json(going.directory / "trace.json", going.trace)

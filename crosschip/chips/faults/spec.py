@@ -122,7 +122,7 @@ def _import(module_name: str, name: str) -> types.ModuleType:
             f"{name!r}: there is no module {module_name!r}",
             f"start in the directory that holds it (now {os.getcwd()}) or put that directory on PYTHONPATH",
         ) from None
-    except Exception as error:  # the module's own failure, of whatever kind
+    except (Exception, SystemExit) as error:  # the module's own failure, of whatever kind; a script may end itself
         problem = f"{name!r}: importing {module_name} failed: {type(error).__name__}: {error}"
         raise ChipError(problem, "mend the module") from error
 
@@ -155,7 +155,7 @@ def _made(name: str, make: Callable[..., Any], texts: dict[str, str]) -> Any:
         return make(**values)
     except (TypeError, ValueError) as error:
         raise ChipError(f"the fault {name} cannot be made: {error}", _describe(name, known)) from error
-    except Exception as error:  # its own failure, of whatever kind
+    except (Exception, SystemExit) as error:  # its own failure, of whatever kind
         raise ChipError(f"the fault {name} cannot be made: {type(error).__name__}: {error}", "mend it") from error
 
 

@@ -20,11 +20,13 @@ __all__ = [
     "Equivalence",
     "MeanBound",
     "equivalence",
+    "loss_scale",
     "mean_bound",
     "smoothed_final",
 ]
 
 LOSS_MARGIN = 0.005  # relative: final losses closer than this are the same training
+_LEAST_SCALE = 2.0**-126  # fp32's least normal number: of a loss that is 0 throughout
 _FINAL_SHARE = 0.3  # of the steps: what the final loss is averaged over, so that one batch does not decide
 
 Shown = Literal["equivalent", "different", "undecided"]
@@ -63,6 +65,16 @@ def smoothed_final(losses: Sequence[float]) -> float:
     """The mean loss over the last 30 % of the steps."""
     count = max(1, math.ceil(_FINAL_SHARE * len(losses)))
     return float(np.mean(np.asarray(losses, dtype=np.float64)[-count:]))
+
+
+def loss_scale(loss: float, curve: Sequence[float]) -> float:
+    """What a difference from `loss`, one of `curve`, is relative to.
+
+    That is the loss itself. One that reaches 0 or less has no natural zero: where it is small, how far it moves counts.
+    """
+    if min(curve) > 0.0:
+        return loss
+    return max(abs(loss), max(curve) - min(curve), _LEAST_SCALE)
 
 
 def equivalence(differences: Sequence[float], margin: float = LOSS_MARGIN, alpha: float = 0.05) -> Equivalence:

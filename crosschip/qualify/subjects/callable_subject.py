@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
+import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from crosschip.errors import QualifyError
@@ -21,7 +25,7 @@ __all__ = ["CallableSubject", "load_callable"]
 
 @dataclass(frozen=True)
 class CallableSubject:
-    """A function's module with its own inputs; the seed is torch's when the function is called."""
+    """A function's module with its own inputs; the seed is torch's, numpy's and `random`'s when it is called."""
 
     name: str
     origin: str
@@ -35,12 +39,25 @@ class CallableSubject:
         """A module of its own for each workload; `small` takes the first four rows of the inputs.
 
         Raises:
-            QualifyError: the function raises, or returns something else.
+            QualifyError: the function raises, returns something else, or the same again and it cannot be copied.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module, inputs = self._made()
+        with _seeded(seed):
+            module, inputs = self._own()
         return ModuleWorkload(module, inputs, device, dtype, self.origin, small)
+
+    def _own(self) -> tuple[torch.nn.Module, Inputs]:
+        """A module and inputs that no other workload has: the function may give the same ones each time."""
+        made = self._made()
+        try:
+            return copy.deepcopy(made)
+        except Exception as error:  # whatever a module's parts raise
+            if self._made()[0] is not made[0]:
+                return made
+            raise QualifyError(
+                f"{self.origin} returns one and the same module each time, and it cannot be copied: "
+                f"{type(error).__name__}: {error}",
+                "let the function make a new module whenever it is called",
+            ) from error
 
     def _made(self) -> tuple[torch.nn.Module, Inputs]:
         try:
@@ -67,8 +84,23 @@ class CallableSubject:
         return module, inputs
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, torch, numpy and `random` draw from the seed; afterwards they go on from where they were."""
+    before, numpy_before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)
+
+
 def load_callable(origin: str) -> CallableSubject:
-    """Import the function; modules beside the working directory count as well.
+    """Import the function; modules beside the working directory count as well, and draw the same in every process.
 
     Raises:
         QualifyError: the module cannot be imported or has no such function.
@@ -77,7 +109,8 @@ def load_callable(origin: str) -> CallableSubject:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        with _seeded(0):
+            module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a user's module raises; a script may end itself
         raise QualifyError(
             f"importing {module_name} failed: {type(error).__name__}: {error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ __all__ = ["CausalLMWorkload"]
 _NUM_ROWS = 8
 _NUM_DECODED = 4
 _MOST_FLOPS = 1e11  # for one train step: a second or two on two cores
+_STATES = ("past_key_values", "cache", "cache_params", "state")  # what architectures call what a decoding goes on from
+_NO_STATE = "the model gives no cache: each token is decoded with all before it"
 _MOST_LOGITS = 1 << 25  # the whole batch's stand in memory several times
 _WAYS = (
     SamplingParams(max_tokens=8, temperature=0.0),
@@ -46,9 +49,10 @@ class CausalLMWorkload:
         config: Any = model.config
         self._vocab_size = int(config.vocab_size)
         longest = int(getattr(config, "max_position_embeddings", None) or 4096)
-        self._batch, self._length = (4, 32) if small else _batch_shape(model, self._vocab_size, longest)
+        self._batch, self._length = (4, min(32, longest)) if small else _batch_shape(model, self._vocab_size, longest)
         self.notes = [*notes, *narrow, f"a train step has {self._batch} x {self._length} made tokens"]
         self._prompt_len = max(2, min(24 if small else 128, self._length, longest - _NUM_DECODED))
+        self._takes = inspect.signature(model.forward).parameters
         self._trainer = GenericTrainer(self.module, origin)
 
     def train_step(self, index: int) -> StepMeasure:
@@ -67,13 +71,14 @@ class CausalLMWorkload:
         """Eight prompts together, then a few given tokens each with the cache; a choice after every call."""
         self.module.eval()
         tokens = random_tokens(self._vocab_size, _NUM_ROWS, self._prompt_len + _NUM_DECODED, self._seed)
-        prompt, forced = tokens[:, : self._prompt_len], tokens[:, self._prompt_len :]
         self.phase = "prefill"
-        output = self.module(input_ids=prompt.to(self._device), use_cache=True)
+        output = self.module(input_ids=tokens[:, : self._prompt_len].to(self._device), use_cache=True)
         found = [self._chosen_from(output)]
-        for ids in forced.split(1, dim=1):
+        for place in range(self._prompt_len, tokens.shape[1]):
             self.phase = "decode"
-            output = self.module(input_ids=ids.to(self._device), past_key_values=output.past_key_values, use_cache=True)
+            state = self._state_of(output)
+            ids = tokens[:, place : place + 1] if state else tokens[:, : place + 1]
+            output = self.module(input_ids=ids.to(self._device), **state, use_cache=True)
             found.append(self._chosen_from(output))
         return torch.cat([logits.cpu().float() for logits in found])
 
@@ -84,6 +89,15 @@ class CausalLMWorkload:
         tokens = random_tokens(self._vocab_size, _NUM_ROWS, self._prompt_len, self._seed)[rows]
         logits: torch.Tensor = self.module(input_ids=tokens.to(self._device), use_cache=False).logits
         return logits[:, -1].cpu().float()
+
+    def _state_of(self, output: Any) -> dict[str, Any]:
+        """What the next call goes on from, under the name that the architecture takes it; nothing where it has none."""
+        for name in _STATES:
+            if name in self._takes and getattr(output, name, None) is not None:
+                return {name: getattr(output, name)}
+        if _NO_STATE not in self.notes:
+            self.notes.append(_NO_STATE)
+        return {}
 
     def _chosen_from(self, output: Any) -> torch.Tensor:
         """The last position's logits, after a token was chosen from them in each of the ways."""

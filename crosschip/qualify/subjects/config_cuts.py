@@ -1,15 +1,19 @@
 """Cutting a `config.json` of transformers: fewer layers and experts, a smaller vocabulary, narrower parts.
 
 Works on the field names that most architectures share; a field that a configuration does not have is left alone.
+`names` tells what an architecture calls such a field, as `n_layer` for `num_hidden_layers` (transformers'
+`attribute_map`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["cut_document", "cuts_to_fit", "differences", "small_cuts"]
+__all__ = ["SPECIAL_TOKENS", "cut_document", "cuts_to_fit", "differences", "small_cuts"]
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_LAYER_FIELDS = ("encoder_layers", "decoder_layers", "num_decoder_layers")  # beside num_hidden_layers
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SMALL_WIDTHS = {
     "hidden_size": 128,
@@ -20,11 +24,16 @@ _SMALL_WIDTHS = {
 }
 
 
-def cuts_to_fit(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def cuts_to_fit(document: dict[str, Any], names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """What may be cut so that a model fits into memory, each on top of those before, the most harmless first.
 
     Hidden and head sizes stay, as what an inner product runs over decides how large its error may get.
     """
+    for cut in _cuts_to_fit(_in_common_names(document, names)):
+        yield _in_own_names(cut, names)
+
+
+def _cuts_to_fit(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {}
     yield _layers(document, 2)
     yield _experts(document, 8)
@@ -36,20 +45,37 @@ def cuts_to_fit(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield _layers(document, 1)
 
 
-def small_cuts(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def small_cuts(document: dict[str, Any], names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """What makes a model small enough for a rehearsal: narrow, else (where the parts then do not match) only short."""
+    document = _in_common_names(document, names)
     fewer = {**_layers(document, 2), **_experts(document, 4)}
     narrow = {name: min(most, document[name]) for name, most in _SMALL_WIDTHS.items() if name in document}
-    yield {**fewer, **narrow, **_heads(document)}
-    yield fewer
+    yield _in_own_names({**fewer, **narrow, **_heads(document)}, names)
+    yield _in_own_names(fewer, names)
+
+
+def _in_common_names(document: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return document | {common: document[own] for common, own in names.items() if own in document}
+
+
+def _in_own_names(cut: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The cut under both names; those that the document does not have are passed over later."""
+    return cut | {names[common]: value for common, value in cut.items() if common in names}
 
 
 def cut_document(document: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """The document with these fields changed; special tokens are forgotten where they may lie beyond the vocabulary."""
+    """The document with these fields changed; special tokens are forgotten where they lie beyond the vocabulary."""
     known = {name: value for name, value in changed.items() if name in document}
-    if known.get("vocab_size", document.get("vocab_size")) != document.get("vocab_size"):
-        known |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None)
+    if "vocab_size" in known:
+        known |= {name: _within(document[name], known["vocab_size"]) for name in SPECIAL_TOKENS if name in document}
     return {**document, **known}
+
+
+def _within(token: Any, vocab_size: int) -> Any:
+    """A special token, or a list of them, as far as the vocabulary has it."""
+    if isinstance(token, list):
+        return [each for each in token if each < vocab_size] or None
+    return token if isinstance(token, int) and token < vocab_size else None
 
 
 def differences(document: dict[str, Any], changed: dict[str, Any]) -> list[str]:
@@ -70,6 +96,7 @@ def _layers(document: dict[str, Any], most: int) -> dict[str, Any]:
     cut: dict[str, Any] = {
         name: value[:most] for name, value in document.items() if isinstance(value, list) and len(value) == num
     }
+    cut |= {name: most for name in _LAYER_FIELDS if isinstance(document.get(name), int) and document[name] > most}
     first_dense = document.get("first_k_dense_replace")
     if isinstance(first_dense, int) and 0 < first_dense < num:
         cut["first_k_dense_replace"] = 1

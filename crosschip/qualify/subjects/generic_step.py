@@ -72,18 +72,22 @@ def switch_dropout_off(module: torch.nn.Module) -> list[str]:
 
 def loss_of(output: Any, origin: str) -> torch.Tensor:
     """A module's output as a loss: the scalar, its `loss`, else the mean square of its floating-point tensors."""
-    if isinstance(output, torch.Tensor) and output.dim() == 0 and output.is_floating_point():
-        return output
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if isinstance(loss, torch.Tensor):
-        return loss
-    squares = [tensor.float().square().mean() for tensor in float_tensors(output)]
-    if not squares or not any(square.requires_grad for square in squares):
+    loss = _own_loss(output)
+    if loss is None and (squares := [tensor.float().square().mean() for tensor in float_tensors(output)]):
+        loss = torch.stack(squares).sum()
+    if loss is None or not loss.requires_grad:
         raise QualifyError(
             f"the module of {origin} gives a {type(output).__name__} without a tensor that has gradients",
             "let it return a loss, something with .loss, or tensors that depend on its parameters; or use --role serve",
         )
-    return torch.stack(squares).sum()
+    return loss
+
+
+def _own_loss(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor) and output.dim() == 0 and output.is_floating_point():
+        return output
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    return loss if isinstance(loss, torch.Tensor) else None
 
 
 def float_tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -49,6 +49,8 @@ class ModuleWorkload:
     def train_step(self, index: int) -> StepMeasure:
         """Forward and backward in training mode, clipping, AdamW."""
         self.module.train()
+        for tensor in tensors_in(self._inputs):
+            tensor.grad = None
         return self._trainer.step(lambda: self._forward(self._inputs))
 
     def serve_step(self) -> torch.Tensor:
@@ -104,14 +106,19 @@ class ModuleWorkload:
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
             has_rows = self._rows > 0 and tensor.dim() > 0 and tensor.shape[0] == self._rows
-            return tensor.index_select(0, index) if has_rows else tensor
+            return _leaf(tensor.index_select(0, index), tensor) if has_rows else tensor
 
         return _mapped(self._inputs, take)
 
 
 def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     moved = tensor.detach().to(device)
-    return moved.to(dtype) if moved.is_floating_point() else moved
+    return _leaf(moved.to(dtype) if moved.is_floating_point() else moved, tensor)
+
+
+def _leaf(made: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The tensor as an input of its own, with a gradient where the one that it was made from has one."""
+    return made.detach().requires_grad_(given.requires_grad)
 
 
 def _num_rows(inputs: Inputs) -> int:

@@ -11,10 +11,16 @@ import torch
 from crosschip.errors import QualifyError
 from crosschip.qualify.finding import Role
 from crosschip.qualify.subjects.causal_lm import CausalLMWorkload
-from crosschip.qualify.subjects.config_cuts import cut_document, cuts_to_fit, differences, small_cuts
+from crosschip.qualify.subjects.config_cuts import (
+    SPECIAL_TOKENS,
+    cut_document,
+    cuts_to_fit,
+    differences,
+    small_cuts,
+)
 from crosschip.qualify.subjects.fitting import BYTES_PER_PARAMETER, most_bytes_to_train
 from crosschip.qualify.subjects.made_tokens import random_tokens
-from crosschip.qualify.subjects.module_workload import Inputs, ModuleWorkload
+from crosschip.qualify.subjects.module_workload import ModuleWorkload
 from crosschip.qualify.subjects.subject import DtypeSetting, Workload
 
 __all__ = ["TransformersSubject", "load_transformers_subject"]
@@ -29,6 +35,7 @@ class TransformersSubject:
     document: dict[str, Any]
     dtype: DtypeSetting
     notes: list[str] = field(default_factory=list)
+    _small: list[tuple[Any, list[str]]] = field(default_factory=list)  # once it is known which cut runs
 
     def dtype_setting(self, role: Role) -> DtypeSetting:
         """The published dtype for serving, for training what the chip is fast in."""
@@ -55,10 +62,14 @@ class TransformersSubject:
         """The configuration with as many layers and experts as the host's memory can train."""
         limit = most_bytes_to_train()
         changed: dict[str, Any] = {}
-        for cut in cuts_to_fit(self.document):
+        for cut in cuts_to_fit(self.document, _own_names(self.document)):
+            try:
+                config = _config(cut_document(self.document, changed | cut), self.origin)
+                num_parameters = _num_parameters(config, self.origin)
+            except QualifyError:
+                continue  # parts that do not match then; uncut it was built before
             changed |= cut
-            config = _config(cut_document(self.document, changed), self.origin)
-            if BYTES_PER_PARAMETER * _num_parameters(config, self.origin) <= limit:
+            if BYTES_PER_PARAMETER * num_parameters <= limit:
                 return config, differences(self.document, changed)
         raise QualifyError(
             f"one layer of {self.origin} still needs more than {limit / 2**30:.1f} GiB to train, which is what qualify "
@@ -67,15 +78,20 @@ class TransformersSubject:
         )
 
     def _small_config(self) -> tuple[Any, list[str]]:
-        """Two layers, narrow where that gives a model that transformers can build."""
-        for changed in small_cuts(self.document):
+        """Two layers, narrow where that gives a model that transformers can build and that runs."""
+        if not self._small:
+            self._small.append(self._first_that_runs() or self._fitted_config())
+        return self._small[0]
+
+    def _first_that_runs(self) -> tuple[Any, list[str]] | None:
+        for changed in small_cuts(self.document, _own_names(self.document)):
             try:
                 config = _config(cut_document(self.document, changed), self.origin)
-                _num_parameters(config, self.origin)
-            except QualifyError:
+                _run_once(config, self.origin)
+            except Exception:  # whatever an architecture's own code raises where its parts do not match
                 continue
             return config, differences(self.document, changed)
-        return self._fitted_config()
+        return None
 
 
 def load_transformers_subject(
@@ -90,8 +106,18 @@ def load_transformers_subject(
     notes = ["computed without the quantisation that config.json names"] if "quantization_config" in document else []
     if any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
         notes.append("weights are random: those that lie in the directory are not read")
-    _num_parameters(_config(kept, origin), origin)
-    return TransformersSubject(path.resolve().name, origin, kept, dtype, notes)
+    config = _config(kept, origin)
+    _num_parameters(config, origin)
+    # An architecture has special tokens of its own, which may lie beyond a vocabulary that is cut.
+    tokens = {name: getattr(config, name) for name in SPECIAL_TOKENS if getattr(config, name, None) is not None}
+    return TransformersSubject(path.resolve().name, origin, tokens | kept, dtype, notes)
+
+
+def _own_names(document: dict[str, Any]) -> dict[str, str]:
+    """What the architecture calls the fields that most share."""
+    from transformers import CONFIG_MAPPING
+
+    return dict(CONFIG_MAPPING[document["model_type"]].attribute_map)
 
 
 def _config(document: dict[str, Any], origin: str) -> Any:
@@ -152,7 +178,17 @@ def _num_parameters(config: Any, origin: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _inputs(config: Any, model: torch.nn.Module, rows: int, seed: int, origin: str) -> Inputs:
+def _run_once(config: Any, origin: str) -> None:
+    """One forward of the model on few inputs, for what it raises."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = _build(config, origin).eval()
+        if _is_causal_lm(config):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        else:
+            model(**_inputs(config, model, 1, 0, origin))
+
+
+def _inputs(config: Any, model: torch.nn.Module, rows: int, seed: int, origin: str) -> dict[str, torch.Tensor]:
     """Made inputs for a model that is no causal language model: token ids or pictures."""
     wanted = getattr(model, "main_input_name", None)
     if wanted == "input_ids" and hasattr(config, "vocab_size"):

@@ -151,10 +151,14 @@ def _in_fp64(
     """The results in fp64, inputs first changed; the CPU's own results where it has no such call in fp64."""
 
     def widened(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return change(tensor.to(torch.complex128))
         return change(tensor.double()) if tensor.is_floating_point() else tensor.clone()
 
     def wide(value: Any) -> Any:
-        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+        if isinstance(value, torch.dtype) and (value.is_floating_point or value.is_complex):
+            return torch.complex128 if value.is_complex else torch.float64
+        return value
 
     try:
         wide_args = [wide(each) for each in _changed(args, widened)]
@@ -178,6 +182,8 @@ def _of_result(
         return None if same else ("error of a number", abs(float(got) - float(expected)), 0.0)
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} of shape {list(got.shape)} instead of {expected.dtype}, {list(expected.shape)}", 1.0, 0.0
+    if expected.is_complex():  # judged as pairs of real numbers
+        got, expected = _real(got), _real(expected)
     if not expected.is_floating_point():
         share = float((got != expected).double().mean()) if expected.numel() else 0.0
         if share == 0.0 or _chooses_equals(op, args, kwargs, got, expected):
@@ -186,7 +192,7 @@ def _of_result(
     regular = expected.isfinite()
     if not bool(torch.equal(got.isfinite(), regular)) or not _same_special(got, expected, regular):
         return "share of misplaced NaN and Inf", float((got.isfinite() != regular).double().mean()), 0.0
-    wide = exact[place].double()
+    wide = _real(exact[place]).double()
     kept = regular & wide.isfinite()
     everything = bool(kept.all())
 
@@ -203,13 +209,17 @@ def _of_result(
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             return tensor * (1.0 + (2.0 * noise - 1.0) * 2.0**-24)
 
-        moved = at_kept(_in_fp64(op, args, kwargs, exact, shake)[place]) - at_kept(wide)
+        moved = at_kept(_real(_in_fp64(op, args, kwargs, exact, shake)[place])) - at_kept(wide)
         return (moved.nan_to_num(0.0).abs() + 2.0**-24 * at_kept(wide).abs()) * _terms(args, expected)
 
     mine, right, truth = at_kept(got), at_kept(expected), at_kept(wide)
     if truth.numel() == 0:
         return None
     return _beyond_error(mine, right, truth, expected.dtype, shaken) or _beyond_bias(mine, right, truth, expected.dtype)
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _beyond_error(

@@ -34,6 +34,9 @@ def refuse():
 def break_down():
     raise RuntimeError("no such file")
 
+def end():
+    raise SystemExit(3)
+
 ready = Wrong()
 nothing = object()
 number = 3
@@ -129,6 +132,7 @@ def test_words_that_name_no_fault(spec: str, words: list[str]) -> None:
         (":make", ["missing 1 required", "param"]),
         (":refuse", ["not today"]),
         (":break_down", ["cannot be made: RuntimeError: no such file"]),
+        (":end", ["cannot be made: SystemExit: 3"]),
         (":Wrong,factor=high", ["a number"]),
         (":Wrong,other=1", ["no parameter 'other'", "factor (default 2.0)"]),
     ],
@@ -142,7 +146,9 @@ def test_module_that_fails_when_imported(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_fault_module.py").write_text("1 / 0\n", encoding="utf-8")
     (tmp_path / "needy_fault_module.py").write_text("import absent_package_xyz\n", encoding="utf-8")
+    (tmp_path / "ending_fault_module.py").write_text("import sys\nsys.exit(0)\n", encoding="utf-8")
     assert "ZeroDivisionError" in message("sim:broken_fault_module:NAME")
+    assert "SystemExit: 0" in message("sim:ending_fault_module:NAME")
     assert "imports 'absent_package_xyz'" in message("sim:needy_fault_module:NAME")
 
 

@@ -130,3 +130,29 @@ def test_an_optimizer_whose_factors_are_fp32_is_an_honest_one() -> None:
     coarse = 1 - float(np.float32(0.95))
     assert torch.allclose(honest[3].double() / exact, torch.full((64,), coarse / 0.05).double(), rtol=1.5e-7, atol=0.0)
     assert abs(coarse / 0.05 - 1) > 2e-7
+
+
+def complex_normal(*shape: int) -> torch.Tensor:
+    return torch.complex(normal(*shape), normal(*shape, mean=0.5))
+
+
+COMPLEX: list[tuple[str, list[Any]]] = [
+    ("aten.sum.default", [complex_normal(9, 65)]),
+    ("aten.sum.dim_IntList", [complex_normal(9, 65), [1], True]),
+    ("aten.mean.dim", [complex_normal(9, 65), [0]]),
+    ("aten.mm.default", [complex_normal(6, 70), complex_normal(70, 5)]),
+    ("aten.bmm.default", [complex_normal(2, 6, 70), complex_normal(2, 70, 5)]),
+    ("aten.addmm.default", [complex_normal(5), complex_normal(6, 70), complex_normal(70, 5)]),
+    ("aten.mv.default", [complex_normal(6, 70), complex_normal(70)]),
+]
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_sums_and_products_of_complex_numbers_are_made_in_other_orders_too(name: str) -> None:
+    for operator, args in COMPLEX:
+        op = operator_named(operator)
+        ((_, golden),) = golden_call(op, args, {})
+        (found,) = honest_calls(op, args, {}, [name])[name]
+        assert golden.dtype == torch.complex128, operator
+        assert (found.dtype, found.shape) == (torch.complex64, golden.shape), operator
+        assert float((found - golden).abs().max() / golden.abs().max()) < 1e-6, operator

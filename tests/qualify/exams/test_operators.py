@@ -263,3 +263,22 @@ def test_what_is_never_empty_for_the_subject_is_a_limit(
     trace = Trace("some", "train", "float32", calls)
     (found,) = examine_on("operators", On("silu", before=refuses_empty), trace=trace).findings
     assert (found.verdict, found.check) == (verdict, "runs")
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_refused_operator_that_draws_numbers_is_a_finding_and_the_exam_goes_on(
+    examine_on: Examine, first: int
+) -> None:
+    def refuse(result: Any) -> Any:
+        raise ValueError("no kernel for it")
+
+    calls = [
+        TracedCall(f"c{number}", operator, *CALLS[operator], [], 1, 0.01, ["forward"])
+        for number, operator in enumerate(("aten.normal_.default", "aten.silu.default"))
+    ]
+    fault = On("normal_", refuse, when=lambda count: count >= first)
+    record = examine_on("operators", fault, trace=Trace("made by hand", "train", "float32", calls), budget_s=60.0)
+    (failure,) = failures(record)
+    assert failure.startswith("aten.normal_.default")
+    assert failure.endswith(": runs")
+    assert record.num_checks["structure"] >= 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import random
 from collections import UserDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from crosschip.errors import CrosschipError, QualifyError
 from crosschip.qualify.subjects.generic_step import loss_of
+from crosschip.qualify.subjects.module_workload import ModuleWorkload
 from crosschip.qualify.subjects.subject import Subject, load_subject
 from tests.qualify.conftest import TINY
 
@@ -74,6 +78,51 @@ def without_parameters() -> tuple[nn.Module, torch.Tensor]:
     return nn.ReLU(), torch.randn(2, 3)
 
 
+@functools.lru_cache
+def shared() -> tuple[nn.Module, torch.Tensor]:
+    """The same module and inputs whenever it is called."""
+    return Convolution(), torch.randn(6, 3, 8, 8)
+
+
+def drawn_elsewhere() -> tuple[nn.Module, torch.Tensor]:
+    """Inputs that torch does not draw."""
+    drawn = [*np.random.randn(5), *(random.random() for _ in range(5))]
+    return nn.Linear(10, 3), torch.tensor([drawn], dtype=torch.float32)
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("only leaves can be copied")
+
+
+ONLY = Uncopied(2, 2)
+
+
+def uncopied_anew() -> tuple[nn.Module, torch.Tensor]:
+    return Uncopied(2, 2), torch.ones(2, 2)
+
+
+def uncopied_shared() -> tuple[nn.Module, torch.Tensor]:
+    return ONLY, torch.ones(2, 2)
+
+
+class Force(nn.Module):
+    """The size of an energy and of its slope along the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, place: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        energy = self.layers(place).sum()
+        (slope,) = torch.autograd.grad(energy, place, create_graph=True)
+        return (slope - label).square().mean() + place.sum()
+
+
+def force() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Force(), {"place": torch.randn(6, 3, requires_grad=True), "label": torch.zeros(6, 3)}
+
+
 HERE = "tests.qualify.subjects.test_callable_subject"
 
 
@@ -102,6 +151,65 @@ def test_inputs_may_be_a_mapping_that_is_no_dict_and_hold_named_tuples() -> None
     assert math.isfinite(workload.train_step(0).loss)
 
 
+def test_workloads_of_one_shared_module_do_not_touch_each_other() -> None:
+    shared.cache_clear()
+    subject = load_subject(f"{HERE}:shared")
+    first = subject.workload(CPU, torch.float32)
+    losses = [first.train_step(index).loss for index in range(3)]
+    narrow, again = subject.workload(CPU, torch.bfloat16), subject.workload(CPU, torch.float32)
+    assert [again.train_step(index).loss for index in range(3)] == losses
+    assert {parameter.dtype for parameter in narrow.module.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in first.module.parameters()} == {torch.float32}
+    assert shared()[0].layers[2].p == 0.5
+
+
+def test_numpy_and_random_draw_from_the_seed_and_go_on_as_before() -> None:
+    subject = load_subject(f"{HERE}:drawn_elsewhere")
+    np.random.seed(1)
+    random.seed(1)
+    expected = np.random.rand(), random.random()
+    np.random.seed(1)
+    random.seed(1)
+    first, again, other = (subject.workload(CPU, torch.float32, seed) for seed in (3, 3, 4))
+    assert (np.random.rand(), random.random()) == expected
+    assert torch.equal(first.serve_step(), again.serve_step())
+    assert not torch.equal(first.serve_step(), other.serve_step())
+
+
+def test_what_a_module_draws_when_it_is_imported_is_the_same_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "import torch\nMODEL = torch.nn.Linear(3, 3)\ndef subject():\n    return MODEL, torch.ones(2, 3)\n"
+    for name in ("drawn_once", "drawn_twice"):
+        (tmp_path / f"{name}.py").write_text(text)
+    one, other = (
+        load_subject(f"{name}:subject").workload(CPU, torch.float32) for name in ("drawn_once", "drawn_twice")
+    )
+    assert torch.equal(one.serve_step(), other.serve_step())
+
+
+def test_a_module_that_cannot_be_copied_must_be_made_anew() -> None:
+    assert load_subject(f"{HERE}:uncopied_anew").workload(CPU, torch.float32).serve_step().shape == (2, 2)
+    with pytest.raises(QualifyError, match="one and the same module each time") as refused:
+        load_subject(f"{HERE}:uncopied_shared").workload(CPU, torch.float32)
+    assert "make a new module" in refused.value.remedy
+
+
+def test_inputs_that_have_a_gradient_keep_it_in_every_step() -> None:
+    workload = load_subject(f"{HERE}:force").workload(CPU, torch.float32, small=True)
+    assert isinstance(workload, ModuleWorkload)
+    assert isinstance(workload._inputs, dict)
+    place = workload._inputs["place"]
+    for index in range(2):
+        workload.train_step(index)
+        assert place.grad is not None
+        assert float(place.grad.mean()) == pytest.approx(1.0, abs=0.5)  # what the sum gives; twice that in two steps
+    assert place.is_leaf
+    assert not workload._inputs["label"].requires_grad
+
+
 def test_a_callable_in_bf16_says_what_is_narrow_too() -> None:
     workload = load_subject(TINY).workload(CPU, torch.bfloat16)
     assert math.isfinite(workload.train_step(0).loss)
@@ -113,8 +221,9 @@ def test_losses_of_outputs() -> None:
     assert loss_of(ones.sum(), "x").item() == 6.0
     assert loss_of({"loss": ones.mean(), "logits": ones}, "x").item() == 1.0
     assert loss_of([ones, {"other": 2 * ones}, torch.arange(3)], "x").item() == 5.0
-    with pytest.raises(QualifyError, match="without a tensor that has gradients"):
-        loss_of("words", "x")
+    for without in ("words", torch.tensor(1.0), {"loss": torch.tensor(1.0)}, torch.ones(2, 3)):
+        with pytest.raises(QualifyError, match="without a tensor that has gradients"):
+            loss_of(without, "x")
 
 
 @pytest.mark.parametrize(

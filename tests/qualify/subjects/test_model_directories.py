@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from crosschip.errors import QualifyError
+from crosschip.qualify.subjects import transformers_subject
+from crosschip.qualify.subjects.causal_lm import CausalLMWorkload
+from crosschip.qualify.subjects.made_tokens import random_tokens
 from crosschip.qualify.subjects.subject import load_subject
+from crosschip.qualify.subjects.transformers_subject import TransformersSubject
 from crosschip.qualify.tracing.record import record_trace
 
 CPU = torch.device("cpu")
@@ -53,6 +57,34 @@ GPT2 = {
     "n_head": 4,
     "n_positions": 256,
     "dtype": "bfloat16",
+}
+MAMBA = {
+    "model_type": "mamba",
+    "architectures": ["MambaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+}
+OPENAI_GPT = {
+    "model_type": "openai-gpt",
+    "architectures": ["OpenAIGPTLMHeadModel"],
+    "vocab_size": 512,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+}
+ROBERTA = {
+    "model_type": "roberta",
+    "architectures": ["RobertaForMaskedLM"],
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
 }
 VIT = {
     "model_type": "vit",
@@ -134,3 +166,63 @@ def test_models_that_cannot_be_examined_are_refused_with_a_remedy(
 ) -> None:
     with pytest.raises(QualifyError, match=said):
         load_subject(write_config(tmp_path / "model", **fields)).workload(CPU, torch.float32, small=True)
+
+
+@pytest.mark.parametrize("document", [LLAMA, GPT2, MAMBA, OPENAI_GPT], ids=lambda document: document["model_type"])
+def test_decoding_goes_on_from_what_was_computed_before(tmp_path: Path, document: dict[str, Any]) -> None:
+    """Under whatever name the architecture keeps it; one that keeps nothing computes all tokens again."""
+    workload = load_subject(write_config(tmp_path / "model", **document)).workload(CPU, torch.float32, small=True)
+    assert isinstance(workload, CausalLMWorkload)
+    lengths: list[int] = []
+    handle = workload.module.register_forward_pre_hook(
+        lambda _module, _args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = workload.serve_step()
+    handle.remove()
+    tokens = random_tokens(512, 8, 24 + 4, 0)
+    with torch.inference_mode():
+        whole = workload.module(input_ids=tokens, use_cache=False).logits
+    expected = torch.cat([whole[:, place] for place in range(23, 28)])
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    keeps_nothing = document is OPENAI_GPT
+    assert lengths == ([24, 25, 26, 27, 28] if keeps_nothing else [24, 1, 1, 1, 1])
+    assert any("gives no cache" in note for note in workload.notes) == keeps_nothing
+
+
+def test_special_tokens_within_the_cut_vocabulary_are_kept(tmp_path: Path) -> None:
+    workload = load_subject(write_config(tmp_path / "model", **ROBERTA)).workload(CPU, torch.float32, small=True)
+    config = workload.module.config
+    assert (config.vocab_size, config.num_hidden_layers, config.pad_token_id) == (512, 2, 1)
+    assert workload.train_step(0).loss > 0.0
+
+
+def test_a_cut_with_which_the_model_does_not_run_is_passed_over(tmp_path: Path) -> None:
+    """Without the padding token, which a smaller vocabulary does not have, this architecture knows no positions."""
+    document = {**ROBERTA, "pad_token_id": 555, "max_position_embeddings": 700}
+    workload = load_subject(write_config(tmp_path / "model", **document)).workload(CPU, torch.float32, small=True)
+    config = workload.module.config
+    assert (config.vocab_size, config.num_hidden_layers, config.pad_token_id) == (600, 2, 555)
+    assert workload.train_step(0).loss > 0.0
+
+
+def test_a_small_model_is_no_longer_than_its_positions(tmp_path: Path) -> None:
+    document = {**GPT2, "n_positions": 16}
+    workload = load_subject(write_config(tmp_path / "model", **document)).workload(CPU, torch.float32, small=True)
+    assert workload.train_step(0).loss > 0.0
+    assert workload.serve_step().shape == (8 * 5, 512)
+
+
+def test_fields_of_other_names_are_cut_for_the_rehearsal_and_to_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = {**GPT2, "n_layer": 12, "n_embd": 192, "n_head": 12, "vocab_size": 600}
+    subject = load_subject(write_config(tmp_path / "model", **document))
+    assert isinstance(subject, TransformersSubject)
+    workload = subject.workload(CPU, torch.float32, small=True)
+    config = workload.module.config
+    assert (config.n_layer, config.n_embd, config.n_head, config.vocab_size) == (2, 128, 4, 512)
+    assert "n_layer 12 -> 2" in workload.notes[0]
+    monkeypatch.setattr(transformers_subject, "most_bytes_to_train", lambda: 32 << 20)
+    fitted, notes = subject._fitted_config()
+    assert (fitted.n_layer, fitted.n_embd) == (2, 192)
+    assert notes == ["cut to fit: n_layer 12 -> 2"]

@@ -45,7 +45,7 @@ def examine_serve_rows(context: ExamContext) -> None:
 def _differences(workload: Workload) -> list[torch.Tensor]:
     """For each batch the RMS difference of each row's logits from those in the whole batch, [rows]."""
     whole = workload.serve_rows(_EVERYTHING)
-    return [(workload.serve_rows(batch) - whole[batch]).double().pow(2).mean(-1).sqrt() for batch in _BATCHES]
+    return [_moved(workload.serve_rows(batch), whole[batch]).mean(-1).sqrt() for batch in _BATCHES]
 
 
 def _honest_error(reference: Workload) -> float:
@@ -55,8 +55,14 @@ def _honest_error(reference: Workload) -> float:
     for seed in _NOISE_SEEDS:
         with RoundingNoise(seed):
             moved = reference.serve_rows(_EVERYTHING)
-        changes.append(float((moved - right).double().pow(2).mean().sqrt()))
+        changes.append(float(_moved(moved, right).mean().sqrt()))
     return max(changes)
+
+
+def _moved(mine: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The squared differences of logits; an infinity or NaN at the same place in both is none: masks put them there."""
+    alike = (mine == right) | (mine.isnan() & right.isnan())
+    return (mine - right).double().masked_fill(alike, 0.0).square()
 
 
 def _report(context: ExamContext, found: torch.Tensor, on_cpu: torch.Tensor, honest: float) -> None:

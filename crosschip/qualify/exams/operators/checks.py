@@ -31,6 +31,7 @@ def outputs(
 ) -> list[Any]:
     """What a call returns and then what it has written, on the CPU; in fp64 from exactly upcast inputs if `wide`.
 
+    Complex numbers are given as pairs of real ones, which are judged like others.
     `gradient of aten.silu.default` is an operator's gradient; its first argument is that of the output.
     """
     op = operator_named(operator.removeprefix(GRADIENT_OF))
@@ -45,7 +46,11 @@ def outputs(
     for place, argument in enumerate(op._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(made_args[place] if place < len(made_args) else made_kwargs.get(argument.name))
-    return [each.detach().cpu() for each in _tensors(found)]
+    return [_as_real(each.detach().cpu()) for each in _tensors(found)]
+
+
+def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def gradients(op: Any, grad: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -75,8 +80,12 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _widened(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            return value.to(torch.complex128)
         return value.double() if value.is_floating_point() else value
     if isinstance(value, torch.dtype):
+        if value.is_complex:
+            return torch.complex128
         return torch.float64 if value.is_floating_point else value
     if isinstance(value, dict):
         return {name: _widened(each) for name, each in value.items()}

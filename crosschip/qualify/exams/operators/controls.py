@@ -85,6 +85,8 @@ def upcast(value: Any) -> Any:
             return _copied(value, torch.float64)
         return _copied(value, torch.complex128 if value.is_complex() else value.dtype)
     if isinstance(value, torch.dtype):
+        if value.is_complex:
+            return torch.complex128
         return torch.float64 if value.is_floating_point else value
     if isinstance(value, list | tuple):
         return type(value)([upcast(each) for each in value])

@@ -29,7 +29,7 @@ from crosschip.qualify.exams.operators.problem import (
     verdict_details,
 )
 from crosschip.qualify.exams.operators.random_numbers import ALPHA, compare_distributions
-from crosschip.qualify.exams.operators.runs import Comparison, Inputs, Outcome, compare, equal, wrong_by_bits
+from crosschip.qualify.exams.operators.runs import Comparison, Inputs, Outcome, compare, equal, on_device, wrong_by_bits
 from crosschip.qualify.exams.operators.shapes import is_contraction, num_elements
 from crosschip.qualify.judging.judge import MIN_OUTPUTS, DrawErrors, judge_draws, judge_slope
 
@@ -319,9 +319,11 @@ def _examine_random(case: Case) -> Problem | None:
         broken = broken_structure(case.op, both[0], chip, both[1])
         if broken:
             return structure_problem(broken, draw)
-        wrong, numbers = compare_distributions(case.op, both[0], case.context.chip.device)
-    except RuntimeError as error:
-        return raised(f"{type(error).__name__}: {error}", draw)
+        wrong, numbers = compare_distributions(
+            lambda: on_chip(case, both[0]), lambda: on_device(case.op, both[0], torch.device("cpu"))
+        )
+    except Raised as error:
+        return raised(str(error), draw)
     case.context.journal.checked("distribution")
     case.context.journal.measured(operator=case.call.operator, call=case.call.title, **numbers)
     if not wrong:

@@ -27,6 +27,8 @@ Part = Callable[..., Any]
 
 def sequential_product(a: Tensor, b: Tensor) -> Tensor:
     """[..., M, K] times [..., K, N], each result accumulated in fp32 over K from the first to the last."""
+    if a.is_complex():
+        return _complex_product(sequential_product, a, b)
     left = np.moveaxis(a.float().numpy(), -1, 0)[..., None]  # [K, ..., M, 1]
     right = np.moveaxis(b.float().numpy(), -2, 0)[..., None, :]  # [K, ..., 1, N]
     shape = np.broadcast_shapes(left.shape[1:], right.shape[1:])
@@ -49,6 +51,8 @@ def _sequential_sum(values: Any) -> Any:
 
 def sequential_sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     """The sum over `dims` (all when empty) in fp32, one after the other."""
+    if x.is_complex():
+        return torch.complex(*(sequential_sum(part, dims, keepdim) for part in _parts(x)))
     places = _places(x, dims)
     kept = [d for d in range(x.dim()) if d not in places]
     values = x.float().permute(*places, *kept).reshape(-1, *[x.shape[d] for d in kept]).numpy()
@@ -58,6 +62,8 @@ def sequential_sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Ten
 
 def split_sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     """The sum over `dims` in fp32 from the last to the first, as partial sums of four parts."""
+    if x.is_complex():
+        return torch.complex(*(split_sum(part, dims, keepdim) for part in _parts(x)))
     places = _places(x, dims)
     kept = [d for d in range(x.dim()) if d not in places]
     values = x.float().permute(*places, *kept).reshape(-1, *[x.shape[d] for d in kept]).flip(0)
@@ -69,12 +75,33 @@ def split_sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
 
 def split_product(a: Tensor, b: Tensor) -> Tensor:
     """[..., M, K] times [..., K, N] in fp32 as four partial products over K, the last first."""
+    if a.is_complex():
+        return _complex_product(split_product, a, b)
     parts = zip(a.float().tensor_split(_NUM_SPLITS, -1), b.float().tensor_split(_NUM_SPLITS, -2), strict=True)
     products = [torch.matmul(x, y) for x, y in parts]
     total = products[-1]
     for product in products[-2::-1]:
         total = total + product
     return total
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The real and the imaginary part."""
+    real, imaginary = torch.view_as_real(x.resolve_conj()).unbind(-1)
+    return real, imaginary
+
+
+def _complex_product(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    (real, imaginary), (other_real, other_imaginary) = _parts(a), _parts(b)
+    return torch.complex(
+        product(real, other_real) - product(imaginary, other_imaginary),
+        product(real, other_imaginary) + product(imaginary, other_real),
+    )
+
+
+def _is_summed(x: Tensor) -> bool:
+    """Whether sums and products are made of such numbers: fp32, bf16, fp16 and complex ones of fp32."""
+    return is_ours(x) or x.dtype == torch.complex64
 
 
 def _places(x: Tensor, dims: Any) -> list[int]:
@@ -93,13 +120,13 @@ def _sums(total: Callable[..., Tensor]) -> dict[str, Part]:
     """Reductions made of one way to sum."""
 
     def sum_default(op: Any, x: Tensor, *, dtype: Any = None) -> Any:
-        return total(x, []).to(dtype or x.dtype) if is_ours(x) else NotImplemented
+        return total(x, []).to(dtype or x.dtype) if _is_summed(x) else NotImplemented
 
     def sum_dims(op: Any, x: Tensor, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
-        return total(x, dims, keepdim).to(dtype or x.dtype) if is_ours(x) else NotImplemented
+        return total(x, dims, keepdim).to(dtype or x.dtype) if _is_summed(x) else NotImplemented
 
     def mean(op: Any, x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-        if not is_ours(x):
+        if not _is_summed(x):
             return NotImplemented
         count = math.prod(x.shape[d] for d in _places(x, dims))
         return (total(x, dims, keepdim) / count).to(dtype or x.dtype)
@@ -141,13 +168,16 @@ def _products(product: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Part]:
     """Contractions made of one way to multiply matrices."""
 
     def mm(op: Any, a: Tensor, b: Tensor) -> Any:
-        return product(a, b).to(a.dtype) if is_ours(a) else NotImplemented
+        return product(a, b).to(a.dtype) if _is_summed(a) else NotImplemented
 
     def addmm(op: Any, bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-        return (beta * bias.float() + alpha * product(a, b)).to(a.dtype) if is_ours(a) else NotImplemented
+        if not _is_summed(a):
+            return NotImplemented
+        added = bias if bias.is_complex() else bias.float()
+        return (beta * added + alpha * product(a, b)).to(a.dtype)
 
     def mv(op: Any, a: Tensor, b: Tensor) -> Any:
-        return product(a, b[:, None])[:, 0].to(a.dtype) if is_ours(a) else NotImplemented
+        return product(a, b[:, None])[:, 0].to(a.dtype) if _is_summed(a) else NotImplemented
 
     def dot(op: Any, a: Tensor, b: Tensor) -> Any:
         return product(a[None], b[:, None])[0, 0].to(a.dtype) if is_ours(a) else NotImplemented

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crosschip.qualify.exams.operators.runs import Inputs, Outcome, on_device, same
+from crosschip.qualify.exams.operators.runs import Outcome, same
 
 __all__ = ["ALPHA", "compare_distributions"]
 
@@ -22,22 +21,23 @@ _MOST_CALLS = 512
 _LEAST_CORRELATED = 1 << 10
 
 
-def compare_distributions(op: Any, inputs: Inputs, device: torch.device) -> tuple[str, dict[str, float]]:
-    """What is wrong with the numbers that a device draws, in words (empty when nothing is), and what was measured.
+def compare_distributions(chip: Callable[[], Outcome], cpu: Callable[[], Outcome]) -> tuple[str, dict[str, float]]:
+    """What is wrong with the numbers that a chip draws, in words (empty when nothing is), and what was measured.
+
+    `chip` and `cpu` make the same call; what they raise is passed on.
 
     They must be the same again under the same seed and others under another and in the next call; lie where the CPU's
     lie; have the CPU's distribution: Kolmogorov and Smirnov's test, and those of the mean and of the mean square; and
     follow each other as the CPU's do: correlations at some distances. Each test is at `ALPHA`.
     """
     torch.manual_seed(1)
-    first = on_device(op, inputs, device)
+    first = chip()
     torch.manual_seed(1)
-    if not _equal(first, on_device(op, inputs, device)):
+    if not _equal(first, chip()):
         return "the same seed gives other numbers", {}
     size = max(1, max((each.numel() for _, each in first.outputs), default=1))
     num_calls = max(2, min(_MOST_CALLS, -(-_MIN_NUMBERS // size)))
-    mine = _drawn(lambda: on_device(op, inputs, device), num_calls, seed=2)
-    honest = _drawn(lambda: on_device(op, inputs, torch.device("cpu")), num_calls, seed=3)
+    mine, honest = _drawn(chip, num_calls, seed=2), _drawn(cpu, num_calls, seed=3)
     measured: dict[str, float] = {"num_calls": float(num_calls)}
     for number, (got, expected) in enumerate(zip(mine, honest, strict=True)):
         problem = _compared(got, expected, measured) or _dependent(got, expected, num_calls, measured)

@@ -193,7 +193,7 @@ class Comparison:
 def compare(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome, into: Comparison) -> None:
     """Add a chip's outcome and honest ones to a comparison. What is no floating-point number must be the CPU's."""
     into.wrong += wrong_by_bits(op, inputs, chip, eager)
-    if _is_by_bits(op) or not any(each.is_floating_point() for _, each in eager.outputs):
+    if _is_by_bits(op) or not any(_is_rounded(each) for _, each in eager.outputs):
         return
     try:
         golden = golden_call(op, inputs.args, inputs.kwargs)
@@ -201,13 +201,14 @@ def compare(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome, into: Compar
         into.has_golden = False
         return
     honest = {"CPU": [each for _, each in eager.outputs]}
+    golden = [(position, _real(each)) for position, each in golden]
     all_exact = all(_exact(wide, each) for (_, wide), (_, each) in zip(golden, eager.outputs, strict=True))
     if not all_exact or not equal(chip, eager):
         honest.update(honest_calls(op, inputs.args, inputs.kwargs, MODES))
     for number, ((position, got), (_, wide)) in enumerate(zip(chip.outputs, golden, strict=True)):
-        if not eager.outputs[number][1].is_floating_point():
+        if not _is_rounded(eager.outputs[number][1]):
             continue
-        others = {name: each[number] for name, each in honest.items()}
+        got, others = _real(got), {name: _real(each[number]) for name, each in honest.items()}
         placed = _misplaced(got, wide, list(others.values()))
         if placed:
             into.wrong.append(placed)
@@ -220,10 +221,19 @@ def wrong_by_bits(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome) -> lis
     return [
         _different(got, expected)
         for (_, got), (_, expected) in zip(chip.outputs, eager.outputs, strict=True)
-        if (_is_by_bits(op) or not expected.is_floating_point())
+        if (_is_by_bits(op) or not _is_rounded(expected))
         and not same(got, expected)
         and not chooses_as_well(op, inputs, got, expected)
     ]
+
+
+def _is_rounded(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in a last dimension; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _is_by_bits(op: Any) -> bool:
@@ -266,7 +276,7 @@ def chooses_as_well(op: Any, inputs: Inputs, got: Tensor, expected: Tensor) -> b
 
 def _exact(golden: Tensor, honest: Tensor) -> bool:
     """Whether the CPU has the golden result exactly; the errors of other honest implementations count otherwise."""
-    return not honest.is_floating_point() or bool((honest.double() == golden.double()).all())
+    return not _is_rounded(honest) or bool((_real(honest).double() == golden.double()).all())
 
 
 # An output of so many numbers counts as several draws, each of every n-th number.

@@ -61,12 +61,11 @@ class TensorComparison:
 
 @dataclass(frozen=True)
 class StepComparison:
-    """A coupled step beside the reference's. Logarithms of ratios; NaN where a number is not finite."""
+    """A coupled step beside the reference's."""
 
     index: int
     measure: StepMeasure
-    log_loss_ratio: float
-    log_norm_ratio: float
+    reference_loss: float
     gradients: dict[str, TensorComparison]
     updates: dict[str, float]  # error of the parameter's change, relative to the reference's change
     update_limits: dict[str, float]  # what rounding alone explains of it
@@ -120,8 +119,7 @@ def compare_step(reference: ReferenceStep, taken: TakenStep) -> StepComparison:
     return StepComparison(
         index=reference.index,
         measure=measure,
-        log_loss_ratio=_log_ratio(measure.loss, reference.measure.loss),
-        log_norm_ratio=_log_ratio(measure.gradient_norm, reference.measure.gradient_norm),
+        reference_loss=reference.measure.loss,
         gradients=compared,
         updates=updates,
         update_limits=limits,
@@ -217,10 +215,6 @@ def _compare_updates(reference: ReferenceStep, taken: TakenStep) -> tuple[dict[s
         lengths = float(before.double().norm() + after.double().norm())
         limits[name] = 0.5 * torch.finfo(taken.moved[name].dtype).eps * lengths / size
     return errors, limits
-
-
-def _log_ratio(mine: float, right: float) -> float:
-    return math.log(mine / right) if mine > 0.0 and right > 0.0 and math.isfinite(mine / right) else math.nan
 
 
 def _state(module: torch.nn.Module) -> Tensors:

@@ -20,7 +20,7 @@ from crosschip.qualify.exams.rehearsal.run import Arm, ChipRaisedError, SeedRun,
 from crosschip.qualify.exams.rehearsal.serving import rehearse_serving
 from crosschip.qualify.exams.rehearsal.sharded import SHARDED, rehearse_sharded
 from crosschip.qualify.finding import Finding, Tier
-from crosschip.qualify.judging.training_equivalence import LOSS_MARGIN, Equivalence
+from crosschip.qualify.judging.training_equivalence import LOSS_MARGIN, Equivalence, loss_scale
 
 __all__ = ["examine"]
 
@@ -262,7 +262,10 @@ def _keep_curves(context: ExamContext, run: SeedRun) -> None:
     curves = {arm: run.losses(arm) for arm in arms}
     if len(curves["control"]) < count:
         curves["control"] = []  # the time was up in the middle of it
-    differences = [abs(mine / right - 1.0) for mine, right in zip(curves["chip"], curves["reference"], strict=False)]
+    rights = curves["reference"][:count]
+    differences = [
+        abs(mine - right) / loss_scale(right, rights) for mine, right in zip(curves["chip"], rights, strict=True)
+    ]
     context.journal.measured(
         kind="loss curve",
         seed=run.seed,
@@ -271,12 +274,10 @@ def _keep_curves(context: ExamContext, run: SeedRun) -> None:
         published=PUBLISHED,
         **{name: [curve[step] for step in steps] for name, curve in curves.items() if curve},
     )
-    context.journal.measured(
-        kind="gradient norm ratio",
-        seed=run.seed,
-        steps=steps,
-        chip=[run.chip_curve[step].gradient_norm / run.reference_curve[step].gradient_norm for step in steps],
-    )
+    steps = [step for step in steps if run.reference_curve[step].gradient_norm > 0.0]
+    if steps:
+        ratios = [run.chip_curve[step].gradient_norm / run.reference_curve[step].gradient_norm for step in steps]
+        context.journal.measured(kind="gradient norm ratio", seed=run.seed, steps=steps, chip=ratios)
 
 
 def _replay(training: _Training, worst: Evidence) -> Replay:

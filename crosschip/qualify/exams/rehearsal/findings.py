@@ -14,7 +14,7 @@ from crosschip.qualify.finding import Finding
 from crosschip.qualify.reproducing.reproducers import Check, shrink, smaller_calls, write_reproducer
 from crosschip.qualify.tracing.one_call import call_is_wrong
 
-__all__ = ["not_rehearsed", "raised_evidence", "report"]
+__all__ = ["not_rehearsed", "nothing_finite", "raised_evidence", "report"]
 
 _MOST_OPERATORS = 4  # findings of one replay
 _SHRINK_S = 2.0
@@ -53,6 +53,23 @@ def not_rehearsed(context: ExamContext, what: str, critical: bool) -> Finding:
         limit_source="the statistics of a mean over independent draws",
         critical=critical,
         not_covered=what,
+    )
+
+
+def nothing_finite(context: ExamContext, seed: int) -> Finding:
+    """The finding of a subject whose logits are NaN and infinities throughout where they should be right."""
+    return Finding(
+        exam=context.exam,
+        kind="numerics",
+        verdict="INCONCLUSIVE",
+        subject="logits",
+        check="finite",
+        message=f"seed {seed}: on the CPU no logit is finite, so none can be compared; let the subject give numbers",
+        measured="not finite",
+        limit="at least one finite logit on the CPU",
+        limit_source="an infinity or NaN has no error",
+        critical=True,
+        not_covered="the rehearsal of serving",
     )
 
 

@@ -17,6 +17,7 @@ from crosschip.qualify.judging.training_equivalence import (
     Equivalence,
     MeanBound,
     equivalence,
+    loss_scale,
     mean_bound,
     smoothed_final,
 )
@@ -165,7 +166,7 @@ def judge_coupled(steps: Sequence[Coupled]) -> Judgement:
         draws = [step for step in usable if all(name in each.gradients for each in [step.chip, *step.controls])]
         if len(draws) >= 2:
             tests += _judge_tensor(name, draws, judgement)
-    tests.append(_judge_loss(usable))
+    tests += _judge_loss(usable)
     rejected = benjamini_hochberg([p for p, _ in tests], FALSE_DISCOVERY_RATE)
     judgement.evidence = [evidence for (_, evidence), wrong in zip(tests, rejected, strict=True) if wrong]
     judgement.num_tests = len(tests)
@@ -176,15 +177,17 @@ def judge_curves(
     chip: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], control: Sequence[Sequence[float]] | None
 ) -> tuple[Equivalence, Equivalence | None]:
     """TOST of the smoothed final loss, one pair a seed, relative: chip against reference, and chip against control."""
-    finals = [smoothed_final(curve) for curve in chip]
-    rights = [smoothed_final(curve[: len(mine)]) for curve, mine in zip(reference, chip, strict=True)]
-    against_reference = equivalence([mine / right - 1.0 for mine, right in zip(finals, rights, strict=True)])
+    against_reference = equivalence([_final_difference(*pair) for pair in zip(chip, reference, strict=True)])
     if control is None:
         return against_reference, None
-    both = [min(len(mine), len(other)) for mine, other in zip(chip, control, strict=True)]
-    mine = [smoothed_final(curve[:count]) for curve, count in zip(chip, both, strict=True)]
-    honest = [smoothed_final(curve[:count]) for curve, count in zip(control, both, strict=True)]
-    return against_reference, equivalence([one / other - 1.0 for one, other in zip(mine, honest, strict=True)])
+    return against_reference, equivalence([_final_difference(*pair) for pair in zip(chip, control, strict=True)])
+
+
+def _final_difference(mine: Sequence[float], right: Sequence[float]) -> float:
+    """How far one curve's final loss is from another's, after as many steps, relative to the other's `loss_scale`."""
+    count = min(len(mine), len(right))
+    final = smoothed_final(right[:count])
+    return (smoothed_final(mine[:count]) - final) / loss_scale(final, right[:count])
 
 
 def _gate(
@@ -268,23 +271,33 @@ def _judge_tensor(name: str, draws: Sequence[Coupled], judgement: Judgement) -> 
     return [(found.ratio.p, errs), (found.scale.p, biased)]
 
 
-def _judge_loss(draws: Sequence[Coupled]) -> tuple[float, Evidence]:
-    differences = [
-        draw.chip.log_loss_ratio - (draw.plain.log_loss_ratio if draw.plain is not None else 0.0) for draw in draws
-    ]
-    bound = mean_bound(differences, LOSS_MARGIN, two_sided=True)
+def _judge_loss(draws: Sequence[Coupled]) -> list[tuple[float, Evidence]]:
+    """The loss from equal weights, relative to the reference's `loss_scale`, where all losses are finite."""
+    differences, noise, kept = [], [], []
+    losses = [draw.chip.reference_loss for draw in draws if math.isfinite(draw.chip.reference_loss)]
+    for draw in draws:
+        right, mine, noisy = draw.chip.reference_loss, draw.chip.measure.loss, draw.noisy.measure.loss
+        plain = right if draw.plain is None else draw.plain.measure.loss
+        if all(map(math.isfinite, (right, mine, noisy, plain))):
+            scale = loss_scale(right, losses)
+            differences.append((mine - plain) / scale)
+            noise.append(abs(noisy - plain) / scale)
+            kept.append(draw)
+    if len(kept) < 2:
+        return []
+    bound = mean_bound(differences, LOSS_MARGIN + sum(noise) / len(noise), two_sided=True)
     evidence = Evidence(
         check="loss",
         subject="loss",
-        message=f"from equal weights the loss is {math.exp(bound.mean):.4f} times the reference's",
+        message=f"from equal weights the loss is off by {bound.mean:+.2%} beside the reference's",
         measured=bound.mean,
-        limit=LOSS_MARGIN,
-        limit_source="the margin stated for the loss, beside the CPU in the same dtype",
-        severity=abs(bound.mean) / LOSS_MARGIN,
-        seed=draws[-1].seed,
-        step=draws[-1].chip.index,
+        limit=bound.limit,
+        limit_source="the margin stated for the loss and what rounding alone does, beside the CPU in the same dtype",
+        severity=abs(bound.mean) / bound.limit,
+        seed=kept[-1].seed,
+        step=kept[-1].chip.index,
     )
-    return bound.p, evidence
+    return [(bound.p, evidence)]
 
 
 def _root_mean_square(values: Sequence[float]) -> float:

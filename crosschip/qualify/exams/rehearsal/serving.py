@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.exams.rehearsal.findings import not_rehearsed, raised_evidence, report
+from crosschip.qualify.exams.rehearsal.findings import not_rehearsed, nothing_finite, raised_evidence, report
 from crosschip.qualify.exams.rehearsal.judgement import FALSE_DISCOVERY_RATE, Evidence, beside_honest
 from crosschip.qualify.exams.rehearsal.lockstep import Replay, lockstep
 from crosschip.qualify.exams.rehearsal.run import ChipRaisedError, on_chip
@@ -37,6 +37,7 @@ _WEIGHT_SPREAD = 2.0**-6  # several roundings of bf16, so that they fall otherwi
 _CPU = torch.device("cpu")
 
 Weights = dict[str, torch.Tensor]
+Drawn = tuple["Answer", list["Answer"], bool]  # the chip's, the controls', whether the first is the CPU in its dtype
 
 
 @dataclass(frozen=True)
@@ -59,25 +60,10 @@ class Answer:
 def rehearse_serving(context: ExamContext) -> None:
     """Serve with as many seeds as the budget allows; where the chip leaves the CPU, name the operator."""
     weights = _trained_weights(context)
-    drawn: list[tuple[Answer, list[Answer], bool]] = []
-    evidence: list[Evidence] = []
-    for seed in range(context.seed, context.seed + _NUM_SEEDS[context.tier]):
-        enough = len(drawn) >= _LEAST_SEEDS and context.remaining_s < _RESERVE_SHARE * context.budget_s
-        if enough or context.remaining_s < -0.5 * context.budget_s:
-            context.journal.not_covered(f"more than {len(drawn)} seeds of the serving step, as the time allowed")
-            break
-        if f"rehearsal, serving, seed {seed}" in context.skip:
-            context.journal.not_covered("serving, after the process died in it")
-            return
-        try:
-            found = _serve(context, seed, weights)
-        except ChipRaisedError as raised:
-            evidence = [raised_evidence(raised, "a serving step on the chip")]
-            break
-        if isinstance(found, Evidence):
-            evidence = [found]
-            break
-        drawn.append(found)
+    drawn: list[Drawn] = []
+    evidence = _draw(context, weights, drawn)
+    if evidence is None:
+        return
     context.journal.now("rehearsal, judging")
     context.journal.checked("serving step", len(drawn))
     if len(drawn) >= _LEAST_SEEDS and not evidence:
@@ -92,14 +78,41 @@ def rehearse_serving(context: ExamContext) -> None:
     context.journal.done("rehearsal")
 
 
+def _draw(context: ExamContext, weights: Weights, drawn: list[Drawn]) -> list[Evidence] | None:
+    """Serve seed by seed into `drawn`; evidence where a step needs no statistics, None where no more can be said."""
+    for seed in range(context.seed, context.seed + _NUM_SEEDS[context.tier]):
+        enough = len(drawn) >= _LEAST_SEEDS and context.remaining_s < _RESERVE_SHARE * context.budget_s
+        if enough or context.remaining_s < -0.5 * context.budget_s:
+            context.journal.not_covered(f"more than {len(drawn)} seeds of the serving step, as the time allowed")
+            break
+        if f"rehearsal, serving, seed {seed}" in context.skip:
+            context.journal.not_covered("serving, after the process died in it")
+            return None
+        try:
+            found = _serve(context, seed, weights)
+        except ChipRaisedError as raised:
+            return [raised_evidence(raised, "a serving step on the chip")]
+        if isinstance(found, Evidence):
+            return [found]
+        if found is None:
+            context.journal.finding(nothing_finite(context, seed))
+            context.journal.done("rehearsal")
+            return None
+        drawn.append(found)
+    return []
+
+
 def compare_answers(logits: torch.Tensor, reference: torch.Tensor) -> Answer:
-    """Compare finite logits [rows, vocabulary] with the reference's."""
+    """Compare logits [rows, vocabulary] with the reference's, where that has a finite one."""
     if reference.shape[-1] < 2:  # no distribution over a vocabulary: the numbers are compared as they are
         logits, reference = (torch.cat([each, -each], dim=-1) for each in (logits, reference))
-    mine, right = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
-    spread = reference.double() - reference.double().mean(-1, keepdim=True)
-    difference = mine - right
-    centred = difference - difference.mean(-1, keepdim=True)
+    rows = reference.isfinite().any(-1)
+    logits, reference = logits[rows].double(), reference[rows].double()
+    regular = reference.isfinite()
+    mine, right = (each.masked_fill(~regular, -math.inf).log_softmax(-1) for each in (logits, reference))
+    spread = _centred(reference, regular)
+    difference = (mine - right).masked_fill(~regular, 0.0)
+    centred = _centred(difference, regular)
     size = max(float(spread.square().sum()), torch.finfo(torch.float32).tiny)
     top2 = right.topk(2, dim=-1)
     kept = mine.argmax(-1) == top2.indices[:, 0]
@@ -115,11 +128,14 @@ def compare_answers(logits: torch.Tensor, reference: torch.Tensor) -> Answer:
     )
 
 
-def judge_answers(drawn: Sequence[tuple[Answer, list[Answer], bool]], first_seed: int) -> list[Evidence]:
-    """Error ratio and scale over seeds, against the controls, and first choices lost beyond what honest errors explain.
+def _centred(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Each row less its mean over the places that are kept; 0 at the others."""
+    values = values.masked_fill(~kept, 0.0)
+    return (values - values.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)).masked_fill(~kept, 0.0)
 
-    Each entry is the chip's answer, the controls', and whether the first control is the CPU in the chip's dtype.
-    """
+
+def judge_answers(drawn: Sequence[Drawn], first_seed: int) -> list[Evidence]:
+    """Error ratio and scale over seeds, against the controls."""
     honest = [max(control.error for control in controls) for _, controls, _ in drawn]
     found = beside_honest(
         [chip.error for chip, _, _ in drawn],
@@ -164,16 +180,25 @@ def judge_answers(drawn: Sequence[tuple[Answer, list[Answer], bool]], first_seed
 
 
 def _trained_weights(context: ExamContext) -> Weights:
-    """The small subject's weights after some steps on the CPU; the latest finite ones."""
+    """The small subject's weights after some steps on the CPU; the first ones where it cannot be trained."""
     workload = context.workload(_CPU, torch.float32, context.seed, small=True)
     weights = _state(workload)
     for index in range(_TRAINING_STEPS):
         if context.remaining_s < (1.0 - _TRAINING_SHARE) * context.budget_s:
             break
         context.journal.now(f"rehearsal, training for serving on the CPU, step {index}")
-        if not math.isfinite(workload.train_step(index).loss):
+        try:
+            measure = workload.train_step(index)
+        except Exception as error:  # whatever a module raises that was made to be served only
+            context.journal.not_covered(f"serving with trained weights: on the CPU training raises {_told(error)}")
+            return weights
+        if not math.isfinite(measure.loss):
             return weights
     return _state(workload)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _state(workload: Workload) -> Weights:
@@ -200,12 +225,17 @@ def drawn_again(parameters: Collection[str], weights: Weights, seed: int) -> Wei
     }
 
 
-def _serve(context: ExamContext, seed: int, weights: Weights) -> tuple[Answer, list[Answer], bool] | Evidence:
-    """One seed on reference, controls and chip; evidence at once when logits are not finite or not the right number."""
+def _serve(context: ExamContext, seed: int, weights: Weights) -> Drawn | Evidence | None:
+    """One seed on reference, controls and chip; evidence at once when logits are not finite or not the right number.
+
+    None when the reference has no finite logit.
+    """
     dtype = getattr(torch, context.trace.compute_dtype)
     build = partial(_loaded, context, seed=seed, weights=weights)
     context.journal.now(f"rehearsal, serving on the CPU, seed {seed}")
     reference = build(_CPU, torch.float32).serve_step()
+    if not bool(reference.isfinite().any()):
+        return None
     controls = [] if dtype == torch.float32 else [build(_CPU, dtype).serve_step()]
     noisy = build(_CPU, dtype)
     with RoundingNoise(seed):
@@ -213,16 +243,22 @@ def _serve(context: ExamContext, seed: int, weights: Weights) -> tuple[Answer, l
     context.journal.now(f"rehearsal, serving, seed {seed}")
     logits = on_chip(seed, 0, lambda: build(context.chip.device, dtype).serve_step())
     context.journal.now(f"rehearsal, comparing, seed {seed}")
-    if logits.shape != reference.shape or not bool(logits.isfinite().all()):
-        share = float((~logits.isfinite()).double().mean())
-        message = f"seed {seed}: logits of shape {list(logits.shape)}, {share:.1%} of them not finite"
-        limit = f"{list(reference.shape)}, all finite, as on the CPU"
+    if logits.shape != reference.shape or not _is_as_finite(logits, reference):
+        shares = [float((~each.isfinite()).double().mean()) for each in (logits, reference)]
+        message = f"seed {seed}: logits of shape {list(logits.shape)}, {shares[0]:.1%} of them not finite"
+        limit = f"{list(reference.shape)}, {shares[1]:.1%} not finite and at the same places, as on the CPU"
         return Evidence("finite", "logits", message, "not finite", limit, "the same step on the CPU", 1000.0, seed, 0)
     honest = [compare_answers(each, reference) for each in controls]
     return compare_answers(logits, reference), honest, dtype != torch.float32
 
 
-def _keep(context: ExamContext, drawn: Sequence[tuple[Answer, list[Answer], bool]]) -> None:
+def _is_as_finite(logits: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether NaN and both infinities stand where the reference has them, as a mask puts them there."""
+    mine, right = (each.masked_fill(each.isfinite(), 0.0) for each in (logits, reference))
+    return bool(((mine == right) | (mine.isnan() & right.isnan())).all())
+
+
+def _keep(context: ExamContext, drawn: Sequence[Drawn]) -> None:
     def mean(answers: Sequence[Answer]) -> dict[str, float]:
         return {
             name: sum(getattr(each, name) for each in answers) / len(answers) for name in Answer.__dataclass_fields__
