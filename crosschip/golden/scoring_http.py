@@ -37,8 +37,10 @@ class Waits(TypedDict, total=False):
     deadline: float | None
 
 
-def authorization(api_key: str | None) -> dict[str, str]:
+def authorization(api_key: str | None, variable: str = "CROSSCHIP_API_KEY") -> dict[str, str]:
     """The header that carries a key, without white space around it, as a file's end leaves; none without a key.
+
+    `variable` of the environment is where the user has put it.
 
     Raises:
         GoldenError: the key holds what no header can carry. The message does not show it: reports and logs are public.
@@ -47,7 +49,7 @@ def authorization(api_key: str | None) -> dict[str, str]:
     wrong = next((place for place, each in enumerate(key, start=1) if not " " <= each <= "~"), None)
     if wrong is not None:
         problem = f"the API key cannot be sent: its character {wrong} is no printable ASCII"
-        raise GoldenError(problem, "set CROSSCHIP_API_KEY to the key alone, one line of letters, digits and signs")
+        raise GoldenError(problem, f"set {variable} to the key alone, one line of letters, digits and signs")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,7 +16,10 @@ from crosschip.errors import GoldenError
 from crosschip.golden.llamacpp_scoring import LlamaCppEngine
 from crosschip.golden.scoring_engine import ScoringEngine
 from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, TimeOverError, authorization
+from crosschip.handoff.answers import engine as handoff_engine
 from crosschip.qualify.serving.client import EngineClient
+from crosschip.train.distill import engine as distill_engine
+from crosschip.train.rl.rollouts import engine as rollout_engine
 
 DEEP = b"[" * 100_000
 
@@ -137,3 +140,17 @@ def test_an_engine_that_wants_a_key_names_where_it_is_put(url: str) -> None:
     with pytest.raises(GoldenError, match="HTTP 401") as refused:
         ScoringEngine(f"{url}/closed")
     assert "CROSSCHIP_API_KEY" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda key: handoff_engine.Engine("http://127.0.0.1:9", key),
+        lambda key: distill_engine.Client("http://127.0.0.1:9", key),
+        lambda key: rollout_engine.HttpEngine("http://127.0.0.1:9", key, timeout_s=1.0, wants_routes=False),
+    ],
+)
+def test_every_client_of_an_engine_refuses_such_a_key_and_does_not_show_it(make: Callable[[str], object]) -> None:
+    with pytest.raises(GoldenError, match="its character 2 is no printable ASCII") as caught:
+        make("s\u00e9cret")
+    assert "cret" not in str(caught.value)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from crosschip.errors import HandoffError
+from crosschip.golden.scoring_http import authorization
 from crosschip.handoff.answers.tools import ToolCall, tool_fields
 
 __all__ = ["Ask", "Engine", "Fault", "Reply"]
@@ -81,7 +82,7 @@ class Engine:
         if not self.url.startswith(("http://", "https://")):
             raise HandoffError(f"{self.url!r} is no address", "give one like http://127.0.0.1:8000")
         self.url = self.url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        headers = authorization(self.api_key)
         limits = httpx.Limits(max_connections=128, max_keepalive_connections=0)
         timeout = httpx.Timeout(self.timeout_s, connect=10.0, pool=None)
         self._http = httpx.Client(headers=headers, limits=limits, timeout=timeout, trust_env=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from crosschip.golden.scoring_http import authorization
 from crosschip.serve.gateway.settings import EngineTable, GatewaySettings
 
 __all__ = ["BodyTooLong", "Upstreams", "read_whole"]
@@ -31,7 +32,7 @@ class Upstreams:
 
     def _client(self, table: EngineTable) -> httpx.AsyncClient:
         key = os.environ.get(table.api_key_env) if table.api_key_env else None
-        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
+        headers = {"accept-encoding": "identity"} | authorization(key, table.api_key_env or "")
         # Phases have their own deadlines where they are awaited; here only what httpx alone can tell apart.
         timeout = httpx.Timeout(None, connect=self._connect_s, write=30.0, pool=self._connect_s)
         limits = httpx.Limits(

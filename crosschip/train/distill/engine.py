@@ -12,6 +12,7 @@ import httpx
 from crosschip.data import Message, split_reasoning
 from crosschip.data.answers import THINK_CLOSE, THINK_OPEN
 from crosschip.errors import EngineError
+from crosschip.golden.scoring_http import authorization
 
 __all__ = ["Client", "EngineAnswer"]
 
@@ -54,7 +55,7 @@ class Client:
         if not self.url.startswith(("http://", "https://")):
             raise EngineError(f"{self.url!r} is no address", "give one like http://127.0.0.1:8000")
         self.url = self.url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        headers = authorization(self.api_key)
         timeout = httpx.Timeout(self.timeout_s, connect=10.0, pool=None)
         limits = httpx.Limits(max_connections=256)
         self._http = httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=False)

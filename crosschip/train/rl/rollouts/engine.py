@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import httpx
 
+from crosschip.golden.scoring_http import authorization
 from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, gap_of_likeliest, read_answers, request_body
 from crosschip.train.rl.rollouts.errors import BadAnswer, Fault
 from crosschip.train.rl.rollouts.publishing import ModelFacts, Publication
@@ -62,11 +63,10 @@ class HttpEngine:
         self._wants_routes = wants_routes
         self._mode_is_right = False
         self.identity: EngineIdentity | None = None
-        secret = key or os.environ.get(KEY_VARIABLE)
         try:
             self._client = httpx.AsyncClient(
                 base_url=self.url,
-                headers={"authorization": f"Bearer {secret}"} if secret else {},
+                headers=authorization(key or os.environ.get(KEY_VARIABLE)),
                 timeout=httpx.Timeout(None, connect=_CONNECT_S),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
                 trust_env=False,  # a proxy of the environment is not for machines of the cluster
