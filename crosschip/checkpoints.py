@@ -43,9 +43,9 @@ def numbered_checkpoints(stage_directory: Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for step, path in found if step is not None and path.is_dir())
 
 
-def complete_checkpoints(run: RunDirectory, stage: str) -> list[Path]:
+def complete_checkpoints(stage_directory: Path) -> list[Path]:
     """The whole checkpoints of a stage by step, oldest first."""
-    return [path for _, path in numbered_checkpoints(run.stage(stage)) if is_complete(path)]
+    return [path for _, path in numbered_checkpoints(stage_directory) if is_complete(path)]
 
 
 def run_of(checkpoint: Path) -> RunDirectory | None:

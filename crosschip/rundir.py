@@ -16,10 +16,10 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from crosschip.errors import RunDirectoryError
 
@@ -31,12 +31,14 @@ __all__ = [
     "is_complete",
     "read_json",
     "sha256_of",
+    "sha256_of_opened",
     "sync",
     "write_json",
     "write_text",
 ]
 
 COMPLETE = "COMPLETE"
+_PIECE_BYTES = 1 << 20  # of a file that is hashed
 WEIGHTS_MANIFEST = "weights-manifest.json"  # the hashes of weights that a trainer publishes for engines
 
 
@@ -66,10 +68,20 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content in hexadecimal digits, read piece by piece."""
+def sha256_of(file: Path, beat: Callable[[], None] | None = None) -> str:
+    """SHA-256 of a file's content in hexadecimal digits, read piece by piece; see `sha256_of_opened` for `beat`."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256_of_opened(opened, beat)
+
+
+def sha256_of_opened(opened: BinaryIO, beat: Callable[[], None] | None = None) -> str:
+    """SHA-256 of what is left to read; `beat` is called for each piece of it."""
+    found = hashlib.sha256()
+    while piece := opened.read(_PIECE_BYTES):
+        found.update(piece)
+        if beat is not None:
+            beat()
+    return found.hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -25,9 +25,9 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_only_what_training_names_so_is_a_checkpoint_and_the_last_is_the_highest_step(run: RunDirectory) -> None:
-    assert [path.name for path in complete_checkpoints(run, "sft")] == ["step-00000200", "step-100000000"]
+    assert [path.name for path in complete_checkpoints(run.stage("sft"))] == ["step-00000200", "step-100000000"]
     assert model_directory_of(run.path)[0].name == "step-100000000"
-    assert complete_checkpoints(run, "rl") == []
+    assert complete_checkpoints(run.stage("rl")) == []
 
 
 def test_the_run_of_a_checkpoint_is_found_by_its_place(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,7 @@ def drill(
     from crosschip.train.drill.catalogue import FAULTS, chosen
     from crosschip.train.drill.drill import DrillPlan, run_drill
 
-    if json_path is not None:
-        output_place(json_path, "the report", "--json", [recipe])
+    output_place(json_path, "the report", "--json", [recipe])
     settings = _settings_of(recipe, overrides or [])
     resolved = load_recipe(recipe, settings)
     assert resolved.train is not None

@@ -101,8 +101,7 @@ def evaluate(
     With one TARGET (a run or a model directory) its answers are judged; with two (evaluation.json files, or runs that
     hold one) a paired test tells whether B is right as often as A.
     """
-    if json_path is not None:
-        output_place(json_path, "the answers", "--json", [target] if other is None else [target, other])
+    output_place(json_path, "the answers", "--json", [target] if other is None else [target, other])
     if other is not None:
         _compare(target, other, json_path)
         return

@@ -34,10 +34,8 @@ def compare(
     from crosschip.report.compared_files import read_compared
     from crosschip.rundir import write_json, write_text
 
-    if json_path is not None:
-        output_place(json_path, "the comparison", "--json", reports)
-    if out is not None:
-        output_place(out, "the page", "--out", [*reports, *([json_path] if json_path is not None else [])])
+    output_place(json_path, "the comparison", "--json", reports)
+    output_place(out, "the page", "--out", [*reports, *([json_path] if json_path is not None else [])])
     document = compare_reports(*read_compared(reports))
     if json_path is not None:
         write_json(json_path, document)

@@ -117,8 +117,7 @@ def replay(
 
     if model is None and url is None:
         raise GoldenError("neither --model nor --url is given", "give --model DIR (with --chip CHIP) or --url URL")
-    if json_path is not None:
-        output_place(json_path, "the numbers", "--json")
+    output_place(json_path, "the numbers", "--json")
     comparison: Comparison
     chosen = None if dtype == "auto" else dtype
     recorded = load_bundle(bundle)

@@ -174,8 +174,7 @@ def _print_trace(request: Request, json_path: Path | None) -> None:
     from crosschip.report.trace_table import print_trace
     from crosschip.rundir import write_json
 
-    if json_path is not None:
-        output_place(json_path, "the trace", "--json")
+    output_place(json_path, "the trace", "--json")
     trace = record_trace_document(request, tell)
     if json_path is not None:
         write_json(json_path, trace)
@@ -193,8 +192,7 @@ def _check_offline(request: Request, source: Path | None, download: str | None, 
     from crosschip.report.offline_table import print_offline_check
     from crosschip.rundir import write_json
 
-    if json_path is not None:
-        output_place(json_path, "the estimate", "--json", [] if source is None else [source])
+    output_place(json_path, "the estimate", "--json", [] if source is None else [source])
     path = source if source is not None else download_wheel(download or "", None)
     read_operator_list(path)  # a broken one is told before the subject is recorded, which takes its time
     trace = record_trace_document(replace(request, chip="cpu" if request.chip == "auto" else request.chip), tell)

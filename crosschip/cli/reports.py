@@ -30,12 +30,14 @@ def report_place(path: Path) -> Path:
     return path
 
 
-def output_place(path: Path, what: str, option: str, inputs: Sequence[Path] = ()) -> Path:
-    """`path`, once it is known that `what` can be written there, before any work is done for it.
+def output_place(path: Path | None, what: str, option: str, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a `path` that `what` cannot be written to, before any work is done for it; without one nothing is written.
 
     Raises:
         QualifyError: it is a directory, a device, one of the `inputs`, or in a place that cannot be written to.
     """
+    if path is None:
+        return
     remedy = f"name a file for {what} with {option}"
     if path.is_dir():
         raise QualifyError(f"{what} cannot be written to {path}: it is a directory", remedy)
@@ -45,8 +47,7 @@ def output_place(path: Path, what: str, option: str, inputs: Sequence[Path] = ()
         raise QualifyError(f"{what} cannot be written to {path}: {same} is read, and would be lost", remedy)
     above = next(each for each in path.absolute().parents if each.exists())
     try:
-        with tempfile.TemporaryFile(dir=above):
-            return path
+        tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
         raise QualifyError(f"{what} cannot be written to {path}: {above}: {error.strerror}", remedy) from None
 

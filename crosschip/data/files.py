@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any, BinaryIO, Literal, cast
 
 from crosschip.data.order import permutation
 from crosschip.errors import DataError
+from crosschip.rundir import sha256_of_opened
 
 __all__ = ["HUB_PREFIX", "DataFile", "Format", "find_files", "hub_filesystem", "is_reading_fault", "reading_error"]
 
 Format = Literal["text", "jsonl", "parquet"]
 HUB_PREFIX = "hf://"
-_BLOCK_BYTES = 1 << 20  # that are hashed between two beats
 _HUB_NAME = re.compile(r"datasets/[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^/]+)?(/|$)")
 _FORMATS: dict[str, Format] = {
     ".txt": "text",
@@ -108,15 +107,11 @@ def _local_file(name: str, form: Format) -> DataFile:
             raise DataError(f"{path} cannot be opened: {error.strerror}", remedy) from None
 
     def digest(beat: Callable[[], None]) -> str:
-        found = hashlib.sha256()
         try:
             with open_file() as file:
-                while block := file.read(_BLOCK_BYTES):
-                    found.update(block)
-                    beat()
+                return sha256_of_opened(file, beat)
         except OSError as error:
             raise reading_error(name, error) from None
-        return found.hexdigest()
 
     return DataFile(name, form, open_file, digest)
 

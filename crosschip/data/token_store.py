@@ -18,14 +18,13 @@ import numpy.typing as npt
 
 from crosschip.data.order import permutation
 from crosschip.errors import RunDirectoryError
-from crosschip.rundir import atomic_directory, is_complete, read_json, write_json
+from crosschip.rundir import atomic_directory, is_complete, read_json, sha256_of, write_json
 
 __all__ = ["StoreFacts", "StoreWriter", "TokenStore", "in_batches", "open_or_write", "shuffled_in_blocks"]
 
 STORE_VERSION = 1
 _FACTS, _TOKENS, _ENDS, _TRAINED = "facts.json", "tokens.bin", "ends.bin", "trained.bin"
 
-_BLOCK_BYTES = 1 << 20  # that are hashed between two beats
 _REMEDY = "delete {}; it is made again"
 
 Item = TypeVar("Item")
@@ -128,13 +127,9 @@ class TokenStore:
             RunDirectoryError: a file is another one.
         """
         for name, digest in self.facts.sha256.items():
-            found = hashlib.sha256()
-            with (self._directory / name).open("rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    found.update(block)
-                    beat()
-            if found.hexdigest() != digest:
-                problem = f"{self._directory / name} is not what was written: its SHA-256 is {found.hexdigest()}"
+            found = sha256_of(self._directory / name, beat)
+            if found != digest:
+                problem = f"{self._directory / name} is not what was written: its SHA-256 is {found}"
                 raise RunDirectoryError(f"{problem}, and was {digest}", _REMEDY.format(self._directory))
 
 

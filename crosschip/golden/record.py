@@ -128,7 +128,7 @@ def model_directory_of(source: Path) -> tuple[Path, Path]:
         return source, source / "tokenizer.json"
     run = RunDirectory(source)
     for stage in _stages_of(run):
-        if complete := complete_checkpoints(run, stage):
+        if complete := complete_checkpoints(run.stage(stage)):
             return complete[-1], run.tokenizer / "tokenizer.json"
     raise GoldenError(
         f"{source} is neither a model directory (config.json) nor a run with a complete checkpoint",

@@ -88,7 +88,7 @@ def last_checkpoint(path: Path, stage: str | None = None) -> Path:
         stage = recipe.stages[-1][0]
     stages = (stage,) if stage is not None else _STAGES
     for each in stages:
-        if complete := complete_checkpoints(run, each):
+        if complete := complete_checkpoints(run.stage(each)):
             return complete[-1]
     if not (path / "train").is_dir() and stage is None:
         raise RunDirectoryError(

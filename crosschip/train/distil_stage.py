@@ -44,12 +44,11 @@ def distil_stage(
         rank.progress.say(f"{name}: {line}")
 
     def make() -> bool:
-        is_there = out.exists() and manifest_path(out).exists()
-        if is_there:
-            _check_rows(name, out, model)
         problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)
-        if is_there:
-            _check_settings(name, out, settings, asked_for(problems, settings, recipe.seed))
+        if out.exists() and manifest_path(out).exists():
+            manifest = read_json(manifest_path(out))
+            _check_rows(name, out, model, manifest)
+            _check_settings(name, out, settings, asked_for(problems, settings, recipe.seed), manifest)
             return False
         tell(f"right answers of {model}")
         distill(
@@ -69,9 +68,8 @@ def distil_stage(
     return made_by_rank_zero(rank.world, rank.heartbeat, make)
 
 
-def _check_rows(name: str, out: Path, model: Path) -> None:
+def _check_rows(name: str, out: Path, model: Path, manifest: Any) -> None:
     """Refuse rows that are not those that were written, or that another model wrote than would write them now."""
-    manifest = read_json(manifest_path(out))
     if not isinstance(manifest, dict) or (manifest.get("rows") or {}).get("sha256") != sha256_of(out):
         problem = f"{name}: the rows in {out} are not those that {manifest_path(out).name} speaks of"
         raise CheckpointError(problem, _again(out))
@@ -83,9 +81,10 @@ def _check_rows(name: str, out: Path, model: Path) -> None:
         )
 
 
-def _check_settings(name: str, out: Path, settings: FurtherDistilling, asked: dict[str, Any]) -> None:
+def _check_settings(
+    name: str, out: Path, settings: FurtherDistilling, asked: dict[str, Any], manifest: dict[str, Any]
+) -> None:
     """Refuse rows that were asked for, or chosen, in another way than they would be now."""
-    manifest = read_json(manifest_path(out))
     wanted = {**asked, "keep": settings.keep, "choose": settings.choose}
     differing = list(differing_fields({key: manifest.get(key) for key in wanted}, wanted, name))
     if differing:

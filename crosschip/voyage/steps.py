@@ -101,11 +101,11 @@ def _train(voyage: Voyage) -> str:
 
 def _trained_steps(voyage: Voyage, stage: str) -> int | None:
     """The step of a stage's newest checkpoint."""
-    return step_of(complete_checkpoints(voyage.run, stage)[-1])
+    return step_of(complete_checkpoints(voyage.run.stage(stage))[-1])
 
 
 def _is_trained(voyage: Voyage) -> bool:
-    return all(complete_checkpoints(voyage.run, name) for name, _ in voyage.recipe.stages)
+    return all(complete_checkpoints(voyage.run.stage(name)) for name, _ in voyage.recipe.stages)
 
 
 def _evaluate(voyage: Voyage) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ class TransformersSubject:
     document: dict[str, Any]
     dtype: DtypeSetting
     notes: list[str] = field(default_factory=list)
-    _small: list[tuple[Any, list[str]]] = field(default_factory=list)  # once it is known which cut runs
 
     def dtype_setting(self, role: Role) -> DtypeSetting:
         """The published dtype for serving, for training what the chip is fast in."""
@@ -47,7 +47,7 @@ class TransformersSubject:
         Raises:
             QualifyError: transformers cannot build it, or it does not fit.
         """
-        config, notes = self._small_config() if small else self._fitted_config()
+        config, notes = self._small_config if small else self._fitted_config()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _build(config, self.origin)
@@ -77,13 +77,9 @@ class TransformersSubject:
             "use a machine with more memory, or a config.json with smaller widths",
         )
 
+    @cached_property
     def _small_config(self) -> tuple[Any, list[str]]:
         """Two layers, narrow where that gives a model that transformers can build and that runs."""
-        if not self._small:
-            self._small.append(self._first_that_runs() or self._fitted_config())
-        return self._small[0]
-
-    def _first_that_runs(self) -> tuple[Any, list[str]] | None:
         for changed in small_cuts(self.document, _own_names(self.document)):
             try:
                 config = _config(cut_document(self.document, changed), self.origin)
@@ -91,7 +87,7 @@ class TransformersSubject:
             except Exception:  # whatever an architecture's own code raises where its parts do not match
                 continue
             return config, differences(self.document, changed)
-        return None
+        return self._fitted_config()
 
 
 def load_transformers_subject(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LEVELS", "make_arguments", "make_tensor", "operator_named"]
+__all__ = ["LEVELS", "as_real", "make_arguments", "make_tensor", "operator_named"]
 
 # The shares of a tensor's values that lie below its 33 quantiles. Close together in the tails, so that one outlier does
 # not stretch over three per cent of the values.
@@ -19,6 +19,11 @@ _LOWER = [0.0, *(2.0**-n for n in (16, 14, 12, 10, 8, 6)), *(n / 32 for n in (1,
 LEVELS = [*_LOWER, 0.5, *(1.0 - level for level in reversed(_LOWER))]
 
 _TABLE_SIZE = 1 << 16
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as pairs of real ones, in a last dimension; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def make_tensor(spec: dict[str, Any], seed: int) -> torch.Tensor:

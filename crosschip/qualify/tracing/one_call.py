@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from crosschip.qualify.tracing.inputs import make_arguments, operator_named
+from crosschip.qualify.tracing.inputs import as_real, make_arguments, operator_named
 
 __all__ = ["ERROR_RATIO_LIMIT", "call_is_wrong", "deviation", "is_comparable", "results_of"]
 
@@ -183,7 +183,7 @@ def _of_result(
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} of shape {list(got.shape)} instead of {expected.dtype}, {list(expected.shape)}", 1.0, 0.0
     if expected.is_complex():  # judged as pairs of real numbers
-        got, expected = _real(got), _real(expected)
+        got, expected = as_real(got), as_real(expected)
     if not expected.is_floating_point():
         share = float((got != expected).double().mean()) if expected.numel() else 0.0
         if share == 0.0 or _chooses_equals(op, args, kwargs, got, expected):
@@ -192,7 +192,7 @@ def _of_result(
     regular = expected.isfinite()
     if not bool(torch.equal(got.isfinite(), regular)) or not _same_special(got, expected, regular):
         return "share of misplaced NaN and Inf", float((got.isfinite() != regular).double().mean()), 0.0
-    wide = _real(exact[place]).double()
+    wide = as_real(exact[place]).double()
     kept = regular & wide.isfinite()
     everything = bool(kept.all())
 
@@ -209,17 +209,13 @@ def _of_result(
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             return tensor * (1.0 + (2.0 * noise - 1.0) * 2.0**-24)
 
-        moved = at_kept(_real(_in_fp64(op, args, kwargs, exact, shake)[place])) - at_kept(wide)
+        moved = at_kept(as_real(_in_fp64(op, args, kwargs, exact, shake)[place])) - at_kept(wide)
         return (moved.nan_to_num(0.0).abs() + 2.0**-24 * at_kept(wide).abs()) * _terms(args, expected)
 
     mine, right, truth = at_kept(got), at_kept(expected), at_kept(wide)
     if truth.numel() == 0:
         return None
     return _beyond_error(mine, right, truth, expected.dtype, shaken) or _beyond_bias(mine, right, truth, expected.dtype)
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _beyond_error(

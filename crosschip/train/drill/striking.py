@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from crosschip.checkpoints import numbered_checkpoints, read_verdict
-from crosschip.rundir import is_complete
+from crosschip.checkpoints import complete_checkpoints, read_verdict
 
 __all__ = [
     "cut_newest_checkpoint",
@@ -96,8 +95,7 @@ def _hold_still(pid: int, rhythm: Iterable[tuple[float, float]]) -> None:
 
 def _largest_file_of_newest(stage_directory: Path) -> Path | None:
     """That of the newest good checkpoint; None without another good one, which training can go on from."""
-    complete = [path for _, path in numbered_checkpoints(stage_directory) if is_complete(path)]
-    good = [path for path in complete if not read_verdict(path)]
+    good = [path for path in complete_checkpoints(stage_directory) if not read_verdict(path)]
     if len(good) < _LEAST_CHECKPOINTS:
         return None
     return max((file for file in good[-1].rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosschip.checkpoints import step_of
-from crosschip.rundir import is_complete
+from crosschip.checkpoints import complete_checkpoints, step_of
 from crosschip.train.guard.observed import Event
 
 __all__ = [
@@ -30,12 +29,8 @@ _NAMED_LINES = 5  # so many lines that cannot be read are told by number
 
 def committed_steps(train_directory: Path) -> int:
     """The steps that complete checkpoints hold, over all stages; it only grows while a run makes progress."""
-    newest: dict[Path, int] = {}
-    for path in train_directory.glob("*/checkpoints/step-*"):
-        step = step_of(path)
-        if step is not None and is_complete(path):
-            newest[path.parent] = max(step, newest.get(path.parent, 0))
-    return sum(newest.values())
+    complete = (complete_checkpoints(stage) for stage in train_directory.glob("*"))
+    return sum(step_of(checkpoints[-1]) or 0 for checkpoints in complete if checkpoints)
 
 
 def logged_steps(train_directory: Path) -> int:

@@ -170,5 +170,5 @@ def test_a_plug_in_s_chip_trains_as_the_cpu(start, pretraining, tmp_path) -> Non
 def test_what_cannot_be_shared_is_said_before_any_rank_starts(start, pretraining) -> None:
     code, said = start(pretraining, "run", 3).end()
     assert code == 2
-    assert said.count("is not a multiple of 6 (3 ranks x train.gradient_accumulation = 2)") == 1
+    assert said.count("is not a multiple of 6 (groups.num_groups = 1 x 3 ranks x train.gradient_accumulation = 2)") == 1
     assert not (pretraining.parent / "run").exists()

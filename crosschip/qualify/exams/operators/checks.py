@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from crosschip.qualify.tracing.inputs import make_arguments, operator_named
+from crosschip.qualify.tracing.inputs import as_real, make_arguments, operator_named
 
 __all__ = [
     "GRADIENT_OF",
@@ -46,11 +46,7 @@ def outputs(
     for place, argument in enumerate(op._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(made_args[place] if place < len(made_args) else made_kwargs.get(argument.name))
-    return [_as_real(each.detach().cpu()) for each in _tensors(found)]
-
-
-def _as_real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return [as_real(each.detach().cpu()) for each in _tensors(found)]
 
 
 def gradients(op: Any, grad: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from crosschip.qualify.exams.operators.controls import MODES, WITHOUT_GOLDEN, go
 from crosschip.qualify.exams.operators.plan import PlannedDraw
 from crosschip.qualify.exams.operators.shapes import MOVES, Encoded, base_name, with_each_tensor
 from crosschip.qualify.judging.judge import DrawErrors, errors_of
-from crosschip.qualify.tracing.inputs import make_arguments, make_tensor
+from crosschip.qualify.tracing.inputs import as_real, make_arguments, make_tensor
 
 __all__ = [
     "Comparison",
@@ -201,14 +201,14 @@ def compare(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome, into: Compar
         into.has_golden = False
         return
     honest = {"CPU": [each for _, each in eager.outputs]}
-    golden = [(position, _real(each)) for position, each in golden]
+    golden = [(position, as_real(each)) for position, each in golden]
     all_exact = all(_exact(wide, each) for (_, wide), (_, each) in zip(golden, eager.outputs, strict=True))
     if not all_exact or not equal(chip, eager):
         honest.update(honest_calls(op, inputs.args, inputs.kwargs, MODES))
     for number, ((position, got), (_, wide)) in enumerate(zip(chip.outputs, golden, strict=True)):
         if not _is_rounded(eager.outputs[number][1]):
             continue
-        got, others = _real(got), {name: _real(each[number]) for name, each in honest.items()}
+        got, others = as_real(got), {name: as_real(each[number]) for name, each in honest.items()}
         placed = _misplaced(got, wide, list(others.values()))
         if placed:
             into.wrong.append(placed)
@@ -229,11 +229,6 @@ def wrong_by_bits(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome) -> lis
 
 def _is_rounded(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones, in a last dimension; others as they are."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _is_by_bits(op: Any) -> bool:
@@ -276,7 +271,7 @@ def chooses_as_well(op: Any, inputs: Inputs, got: Tensor, expected: Tensor) -> b
 
 def _exact(golden: Tensor, honest: Tensor) -> bool:
     """Whether the CPU has the golden result exactly; the errors of other honest implementations count otherwise."""
-    return not _is_rounded(honest) or bool((_real(honest).double() == golden.double()).all())
+    return not _is_rounded(honest) or bool((as_real(honest).double() == golden.double()).all())
 
 
 # An output of so many numbers counts as several draws, each of every n-th number.
