@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from crosschip import rundir
 from crosschip.data import Source, open_source
-from crosschip.data import files as files_module
 from crosschip.errors import DataError
 from crosschip.recipe import DataSettings
 
@@ -101,7 +101,7 @@ def test_the_fingerprint_follows_content_and_settings_not_the_place(tmp_path: Pa
 
 
 def test_hashing_files_beats_with_every_block_and_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(rundir, "_PIECE_BYTES", 10)
     path = tmp_path / "long.txt"
     path.write_text("words " * 10)
     ours, theirs = (open_source(DataSettings(path=str(path)), 0) for _ in range(2))
