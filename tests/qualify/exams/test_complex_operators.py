@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from crosschip.chips.faults.variants import Reordered
-from crosschip.qualify.exams.operators import checks
 from crosschip.qualify.exams.operators.plan import PlannedDraw
 from crosschip.qualify.exams.operators.runs import Comparison, Inputs, compare, on_device
 from crosschip.qualify.judging.judge import fails_alone
-from crosschip.qualify.tracing.inputs import operator_named
+from crosschip.qualify.tracing.inputs import as_real, operator_named
 from crosschip.qualify.tracing.one_call import deviation
 
 CPU = torch.device("cpu")
@@ -73,7 +72,7 @@ def test_a_reproducer_sees_the_error_of_complex_numbers(monkeypatch: pytest.Monk
 
     def outputs(device: str, operator: str, *rest: Any, wide: bool = False) -> list[torch.Tensor]:
         value = checks._widened(NUMBERS) if wide else NUMBERS
-        return [checks._as_real(calls[device](value, [1]))]
+        return [as_real(calls[device](value, [1]))]
 
     monkeypatch.setattr(checks, "outputs", outputs)
     assert checks.errs("chip", "", [], {}, 0, times=4.0)[0]
