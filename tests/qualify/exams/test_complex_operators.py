@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from crosschip.chips.faults.variants import Reordered
+from crosschip.qualify.exams.operators import checks
 from crosschip.qualify.exams.operators.plan import PlannedDraw
 from crosschip.qualify.exams.operators.runs import Comparison, Inputs, compare, on_device
 from crosschip.qualify.judging.judge import fails_alone
