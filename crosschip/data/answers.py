@@ -14,7 +14,17 @@ _MAX_NUMBER_CHARACTERS = 200  # a longer run of digits is no answer, and Python 
 _MAGNITUDE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # A minus sign belongs to the number unless something is subtracted from: `5-3`, `x-3`, `(2)-3`.
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>(?<![\w)\]}}])[-\u2212])?[$€£]?(?P<value>{_MAGNITUDE})(?: ?/ ?(?P<below>\d+))?"
+    rf"(?<![\w.])(?P<sign>(?<![\w)\]}}])[-\u2212])?[$€£]?(?:(?P<whole>\d+) (?=\d+/\d))?(?P<value>{_MAGNITUDE})"
+    r"(?: ?/ ?(?P<below>\d+))?"
+)
+# Between these a number is a part of what is to be computed: \sqrt{2}, x^2, 3\cdot 2, x/2; 2\pi, 2x, 2^x.
+_FUNCTION = r"(?:sqrt|log|ln|lg|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)"
+_COMPUTED_BEFORE = re.compile(
+    rf"(?:\\?{_FUNCTION}\s*(?:\[[^\]]*\])?|\\(?:pi|times|cdot|div|pm|mp)|[√π]|[\w)\]}}]\s*[*/+^])\s*[{{(]?\s*-?$"
+)
+_COMPUTED_BEHIND = re.compile(
+    rf"\s*(?:\\(?:{_FUNCTION}|pi|times|cdot|div|pm|mp)(?![a-zA-Z])|[√π^])|[uvwxyznpqi](?![^\W_])|\*[\w(\\]"
+    r"|\s*[-+*/]\s*(?:[uvwxyznpqi](?![^\W_])|\\)"
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac(?:\{([^{}]+)\}\{([^{}]+)\}|(\d)(\d))")
 _LATEX_WORDS = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
@@ -102,17 +112,30 @@ def _number_of(match: re.Match[str]) -> Fraction | None:
     if below == 0:
         return None
     magnitude = Fraction(match["value"].replace(",", "")) / below
+    if match["whole"]:
+        magnitude += int(match["whole"])
     return -magnitude if match["sign"] else magnitude
 
 
 def _plain_fractions(text: str) -> str:
-    text = _LATEX_FRACTION.sub(lambda match: "/".join(part for part in match.groups() if part), text)
+    text = _LATEX_FRACTION.sub(_plain_fraction, text)
     return text.replace("-$", "$-").replace("$-", "-")
 
 
+def _plain_fraction(match: re.Match[str]) -> str:
+    """`3\\frac{1}{2}` is the mixed number 3 1/2."""
+    fraction = "/".join(part for part in match.groups() if part)
+    is_mixed = match.string[: match.start()].endswith(tuple("0123456789"))
+    return f" {fraction}" if is_mixed else fraction
+
+
 def _last_number(text: str) -> Fraction | None:
-    matches = list(_NUMBER.finditer(_plain_fractions(text)))
-    return _number_of(matches[-1]) if matches else None
+    """None as well where the last number is a part of an expression that would have to be computed."""
+    text = _plain_fractions(text)
+    last = next(reversed(list(_NUMBER.finditer(text))), None)
+    if last is None or _COMPUTED_BEFORE.search(text, 0, last.start()) or _COMPUTED_BEHIND.match(text, last.end()):
+        return None
+    return _number_of(last)
 
 
 def _whole_number(text: str) -> Fraction | None:

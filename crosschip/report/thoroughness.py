@@ -11,7 +11,7 @@ from crosschip.report.documents import Document, objects
 __all__ = ["LONGER_EXAMS", "SERVING_PROBES", "SMOKE_EXAMS", "TIERS", "shortfall", "thoroughness"]
 
 TIERS = ("smoke", "standard", "soak")
-SMOKE_EXAMS = ("software", "special_values", "operators", "attention", "determinism", "rehearsal")
+SMOKE_EXAMS = ("software", "special_values", "attention", "determinism", "rehearsal", "operators")
 LONGER_EXAMS = (*SMOKE_EXAMS, "links", "stability")  # of the other tiers
 SERVING_PROBES = (
     "serving_determinism",
