@@ -52,6 +52,7 @@ def _identify(job: dict[str, Any]) -> dict[str, Any]:
         "model_name": chip.model_name,
         "fingerprint": fingerprint(chip, job["computes"]),
         "compute_dtype": str(dtype).removeprefix("torch."),
+        "dtype_is_open": setting == "auto",
         "subject": subject.name,
     }
 

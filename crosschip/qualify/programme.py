@@ -80,6 +80,15 @@ class Request:
             return [(exam, exam.weight_in(self.tier) or exam.weight) for exam in self.exams] + added
         return [(exam, weight) for exam in EXAMS if (weight := exam.weight_in(self.tier)) > 0] + added
 
+    @property
+    def again(self) -> list[str]:
+        """The command that takes one exam again, whose name is to follow."""
+        command = ["crosschip", "qualify", "--model", self.origin, "--chip", self.chip, "--role", self.role]
+        command += ["--tier", self.tier, "--seed", str(self.seed), "--json", "again.json"]
+        command += [] if self.time_s is None else ["--minutes", f"{self.time_s / 60:g}"]
+        command += [] if self.golden is None else ["--golden", str(self.golden)]
+        return [*command, "--exams"]
+
 
 def named_exams(names: Sequence[str]) -> tuple[Exam, ...]:
     """The exams of these names, in the programme's order. `golden` is no exam of the tiers: a bundle brings it.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ MISSING = "ChipMissingError"  # what a child calls a chip whose name is right an
 _ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # for children that work on the CPU: no plug-in is loaded
 _LEAST_BUDGET_S = 6.0  # with a child's start
 _IDENTIFY_LIMIT_S = 120.0
+_START_S = 30.0  # for importing torch, a plug-in and the subject
 _TRACE_LIMIT_S = 300.0
 _BUNDLE_LIMIT_S = 60.0
 _BUNDLE_FILES = "golden-files.json"
@@ -55,6 +58,7 @@ class _Qualification:
     defects: list[str] = field(default_factory=list)
     complete: bool = False
     ready: dict[bool, Child] = field(default_factory=dict)  # whether without plug-ins; they wait for their jobs
+    lost_s: float = 0.0  # on a chip that did not come back before the first exam: no exam is the shorter for it
 
     def prepare(self, exam: Exam | None, alone: bool = False) -> None:
         """Start a child for a later task, whose imports go on beside what runs now."""
@@ -77,7 +81,7 @@ class _Qualification:
     @property
     def remaining_s(self) -> float:
         limit = self.request.time_s or TIER_S[self.request.tier]
-        return limit - (time.monotonic() - self.started)
+        return limit + self.lost_s - (time.monotonic() - self.started)
 
     @property
     def is_overdue(self) -> bool:
@@ -177,8 +181,10 @@ def _identify(going: _Qualification) -> Ended:
     request = going.request
     going.tell(f"finding the chip {request.chip}")
     going.prepare(None, alone=True)
-    ended = going.run(_identify_job(request, request.chip), _IDENTIFY_LIMIT_S)
+    began = time.monotonic()
+    ended = going.run(_identify_job(request, request.chip), min(_IDENTIFY_LIMIT_S, _START_S + request.part_limit_s))
     if ended.how not in ("complete", "refused"):
+        going.lost_s = time.monotonic() - began
         # A first product can take the process down, or never come back; which operator that is, the exams say.
         going.tell("finding it without computing anything on it")
         unmeasured = going.run(_identify_job(request, request.chip, computes=False), _IDENTIFY_LIMIT_S)
@@ -192,11 +198,13 @@ def _identify(going: _Qualification) -> Ended:
 
 def _trace(going: _Qualification) -> None:
     """Record on the honest simulated chip, in a process into which no plug-in is loaded."""
-    request = going.request
-    dtype = going.identity["compute_dtype"]
-    going.tell(f"recording {request.role} step of {going.identity['subject']} in {dtype}")
-    job = {"task": "trace", "origin": request.origin, "role": request.role, "compute_dtype": dtype}
-    ended = going.run(job, _TRACE_LIMIT_S, alone=True)
+    request, dtype = going.request, going.identity["compute_dtype"]
+    ended = _record(going, dtype)
+    note = f"in {dtype}, in which the chip is fast, the subject's step fails on the CPU: examined in float32"
+    if ended.how == "raised" and going.identity["dtype_is_open"] and dtype != "float32":
+        in_dtype, ended = ended, _record(going, "float32")
+        note += f" ({in_dtype.detail})"
+        going.identity["compute_dtype"] = "float32"
     if ended.how == "refused":
         raise QualifyError(ended.result["refused"]["problem"], ended.result["refused"]["remedy"])
     if ended.how != "complete":
@@ -206,7 +214,16 @@ def _trace(going: _Qualification) -> None:
             "run the subject by itself on the CPU; its forward must make new tensors where its inputs are",
         )
     going.trace = ended.result["trace"]
+    if going.identity["compute_dtype"] != dtype:
+        going.trace["notes"].append(note)
     write_json(going.directory / "trace.json", going.trace)
+
+
+def _record(going: _Qualification, dtype: str) -> Ended:
+    request = going.request
+    going.tell(f"recording {request.role} step of {going.identity['subject']} in {dtype}")
+    job = {"task": "trace", "origin": request.origin, "role": request.role, "compute_dtype": dtype}
+    return going.run(job, _TRACE_LIMIT_S, alone=True)
 
 
 def _remedy(ended: Ended) -> str:
@@ -354,15 +371,6 @@ def _fails_on_cpu(going: _Qualification, exam: Exam, job: dict[str, Any], ended:
     return again.result.get("raised", {}).get("traceback") or f"{again.how}: {again.detail}"
 
 
-def _again(request: Request) -> list[str]:
-    """The command that takes one exam again, whose name is to follow."""
-    command = ["crosschip", "qualify", "--model", request.origin, "--chip", request.chip, "--role", request.role]
-    command += ["--tier", request.tier, "--seed", str(request.seed), "--json", "again.json"]
-    command += [] if request.time_s is None else ["--minutes", f"{request.time_s / 60:g}"]
-    command += [] if request.golden is None else ["--golden", str(request.golden)]
-    return [*command, "--exams"]
-
-
 def _document(going: _Qualification) -> dict[str, Any]:
     request, identity = going.request, going.identity
     head = ReportHead(
@@ -377,23 +385,19 @@ def _document(going: _Qualification) -> dict[str, Any]:
         compute_dtype=identity.get("compute_dtype"),
         fingerprint=identity.get("fingerprint"),
         trace=going.trace,
-        again=_again(request),
+        again=request.again,
     )
     return report_document(head, going.records, time.monotonic() - going.started, going.complete)
 
 
-class _terminated_as_interrupted:
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
     """Inside, SIGTERM ends the work as Ctrl-C does, so that children are ended and the report is written."""
-
-    def __enter__(self) -> None:
-        def interrupt(number: int, frame: object) -> None:
-            raise KeyboardInterrupt
-
-        try:
-            self._before = signal.signal(signal.SIGTERM, interrupt)
-        except ValueError:  # not the main thread: its owner deals with signals
-            self._before = None
-
-    def __exit__(self, *exc: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    if threading.current_thread() is not threading.main_thread():  # whose owner deals with signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

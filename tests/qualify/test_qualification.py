@@ -92,6 +92,37 @@ def test_an_operator_by_which_a_chip_is_tried_at_the_start_is_named_as_any_other
     assert not [each for each in report["findings"] if each["check"] == "chip_found"]
 
 
+def test_a_product_that_never_comes_back_is_named_and_takes_no_exam_s_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qualification, "_START_S", 20.0)
+    monkeypatch.setattr(qualification, "_TRIES", 1)
+    chip = "sim:tests.qualify.faulty:Hang,operators=aten::mm"
+    both = named_exams(["software", "operators"])
+    report = qualify(request(tmp_path, chip, time_s=60.0, part_limit_s=10.0, exams=both))
+    hangs = [each for each in report["findings"] if each["check"] == "hang"]
+    assert {each["exam"] for each in hangs} == {"software", "operators"}
+    assert all("aten.mm." in each["subject"] and each["reproducer"] for each in hangs)
+
+
+def test_a_subject_that_cannot_run_in_the_chip_s_own_dtype_is_examined_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going = qualification._Qualification(
+        replace(request(tmp_path, "sim"), origin="tests.qualify.tiny:fourier"), tmp_path, print
+    )
+    going.identity = {"chip": "sim", "subject": "fourier", "compute_dtype": "bfloat16", "dtype_is_open": True}
+    try:
+        qualification._trace(going)
+    finally:
+        going.end_children()
+    assert going.identity["compute_dtype"] == going.trace["compute_dtype"] == "float32"
+    assert "in bfloat16, in which the chip is fast, the subject's step fails" in going.trace["notes"][-1]
+    going.identity |= {"compute_dtype": "bfloat16", "dtype_is_open": False}
+    with pytest.raises(QualifyError, match="fails on the simulated chip"):
+        qualification._trace(going)
+
+
 def test_a_chip_that_cannot_be_tried_at_all_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qualification, "_identify_job", lambda *_, **__: {"task": "no such task"})
     monkeypatch.setattr(qualification, "_identify_cpu", lambda going: Ended("complete"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["subject"]
+__all__ = ["fourier", "subject"]
 
 
 class TinyAttention(nn.Module):
@@ -37,3 +37,20 @@ def subject() -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     ids = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(0))
     return TinyAttention(), {"ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+
+class Fourier(nn.Module):
+    """A linear layer between two Fourier transforms, which torch has in float32 and not in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(9, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The size of the filtered signal."""
+        return torch.fft.irfft(self.linear(torch.fft.rfft(x).abs()).to(torch.complex64)).square().mean()
+
+
+def fourier() -> tuple[nn.Module, torch.Tensor]:
+    """A subject that runs in float32 alone."""
+    return Fourier(), torch.randn(4, 16)

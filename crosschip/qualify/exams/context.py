@@ -11,7 +11,7 @@ import torch
 
 from crosschip.chips import Chip
 from crosschip.qualify.finding import Role, Tier
-from crosschip.qualify.journal import Journal
+from crosschip.qualify.journal import IN_OPERATOR, Journal
 from crosschip.qualify.subjects.same_draws import SameDraws, draws_numbers
 from crosschip.qualify.subjects.subject import Subject, Workload
 from crosschip.qualify.tracing.trace import Trace
@@ -52,10 +52,20 @@ class ExamContext:
         workload = self.subject.workload(device, dtype, seed, small=small)
         return SameDraws(workload, seed) if draws_numbers(self.trace) else workload
 
+    def wants(self, part: str) -> bool:
+        """Whether a part is to be taken: no earlier try finished it or died in it, and no other one is asked for."""
+        if any(_names(each, part) for each in self.skip):
+            return False
+        return self.only is None or _names(self.only, part)
+
     def part(self, what: str, run: Callable[[], None]) -> None:
-        """Run a part of the exam once, unless an earlier try has finished it or died in it."""
-        if what in self.skip or (self.only is not None and what != self.only):
+        """Run a part of the exam once, if it is to be taken."""
+        if not self.wants(what):
             return
         self.journal.now(what)
         run()
         self.journal.done(what)
+
+
+def _names(said: str, part: str) -> bool:
+    return said == part or said.startswith(f"{part}{IN_OPERATOR}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from crosschip.qualify.exams.context import ExamContext
+from crosschip.qualify.exams.operator_watch import OperatorWatch
 from crosschip.qualify.exams.software.dtype_truth import DTYPES, dtype_step, steps_of
 from crosschip.qualify.finding import Finding, Verdict
 from crosschip.qualify.reproducing.reproducers import RAISED, Check, outcome_of, write_reproducer
@@ -28,7 +29,10 @@ def examine_dtypes(context: ExamContext) -> None:
         wrong: list[_Answer] = []
         answers: dict[str, str] = {}
         for step in steps_of(dtype):
-            context.part(f"dtype {dtype}: {step}", partial(_take, context, dtype, step, missing, wrong, answers))
+            part = f"dtype {dtype}: {step}"
+            if context.wants(part):
+                with OperatorWatch(context.journal, part) as watch, watch.mode():
+                    context.part(part, partial(_take, context, dtype, step, missing, wrong, answers))
         if answers:
             context.journal.measured(what="dtype", dtype=dtype, used=dtype in used, **answers)
         if missing and (dtype in used or dtype not in _OPTIONAL):

@@ -21,13 +21,13 @@ from crosschip.chips import synchronize
 from crosschip.qualify.exams.attention.plan import Geometry, geometries
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.determinism.fixed_work import Bits, same_bits
+from crosschip.qualify.exams.operator_watch import OperatorWatch
 from crosschip.qualify.exams.stability.burst_check import (
     attention_in_company_is_wrong,
     attention_over,
     attention_prompts,
 )
 from crosschip.qualify.exams.stability.difference import Difference, Result, first_difference, results_bits
-from crosschip.qualify.exams.stability.parts import OperatorWatch, is_wanted
 from crosschip.qualify.finding import Verdict
 from crosschip.qualify.reproducing.reproducers import Check, write_untried_reproducer
 
@@ -162,7 +162,7 @@ class _Prompts:
 def _ready(context: ExamContext, burst: Burst, check: Callable[[int], Check]) -> Iterator[None]:
     """The burst's file lies there while it goes on, for one that ends the process. In the end it goes, or is made to
     repeat the work as often as what was wrong takes to show."""
-    if not is_wanted(context, burst.part):
+    if not context.wants(burst.part):
         yield
         return
     title = f"{burst.part.removeprefix('burst: ')} goes wrong"
@@ -179,7 +179,7 @@ def _ready(context: ExamContext, burst: Burst, check: Callable[[int], Check]) ->
 
 def _alone(context: ExamContext, burst: Burst, run: Run, has_worked: bool) -> list[Burst]:
     """Once, for its time, and again to be compared; `has_worked` says whether the same did, over shorter prompts."""
-    if not is_wanted(context, burst.part):
+    if not context.wants(burst.part):
         return []
     context.journal.now(burst.part)
     try:
@@ -206,7 +206,7 @@ def _compare(burst: Burst, results: list[Result], first: Bits, output: Any) -> N
 
 def _together(context: ExamContext, burst: Burst, make: Callable[[], list[Run]], limit_s: float) -> list[Burst]:
     """Each alone first, then all at once until the time is over, at least once each."""
-    if not is_wanted(context, burst.part):
+    if not context.wants(burst.part):
         return []
     context.journal.now(burst.part)
     with OperatorWatch(context.journal, burst.part) as watch:

@@ -13,7 +13,6 @@ from crosschip.chips import synchronize
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.determinism.fixed_work import hash_of
 from crosschip.qualify.exams.stability.difference import results_bits
-from crosschip.qualify.exams.stability.parts import is_wanted
 from crosschip.qualify.exams.stability.work import Work, call_works
 from crosschip.qualify.threads import half_the_cores
 from crosschip.rundir import read_json, write_json
@@ -62,7 +61,7 @@ def _prepared(context: ExamContext) -> tuple[list[Work], dict[str, str], float]:
     for work in call_works(context, largest=False):
         if time.monotonic() - started > _PREPARING_S and works:
             break
-        if work.is_left_open or not is_wanted(context, work.part):
+        if work.is_left_open or not context.wants(work.part):
             continue
         context.journal.now(work.part)
         try:

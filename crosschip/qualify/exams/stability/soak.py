@@ -18,7 +18,6 @@ from crosschip.chips import synchronize
 from crosschip.chips.find import device_module
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.stability.memory import garbage_set_aside, read_memory
-from crosschip.qualify.exams.stability.parts import is_wanted
 from crosschip.qualify.exams.stability.sensors import SensorReading, read_sensors
 from crosschip.qualify.exams.stability.work import Repeats, TimedStep, Work, call_works, step_work, timed_step
 
@@ -110,7 +109,7 @@ class _Soaking:
         # After the calls, so that a call that takes the process down is named by itself.
         self._step = self._begin(step_work(self.context))
         self.found.has_step = self._step is not None
-        if is_wanted(self.context, self._timed_part):
+        if self.context.wants(self._timed_part):
             self._begin_timed()
 
     def go(self) -> None:
@@ -131,7 +130,7 @@ class _Soaking:
         return f"soak: timed {self.context.role} step"
 
     def _begin(self, work: Work) -> Repeats | None:
-        if not is_wanted(self.context, work.part):
+        if not self.context.wants(work.part):
             return None
         self._announce(work.part)
         try:

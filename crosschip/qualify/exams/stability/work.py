@@ -18,8 +18,8 @@ from crosschip.qualify.exams.determinism.fixed_work import (
     step_tensors,
 )
 from crosschip.qualify.exams.determinism.repetition import DOCUMENTED
+from crosschip.qualify.exams.operator_watch import OperatorWatch
 from crosschip.qualify.exams.stability.difference import Difference, Result, first_difference, results_bits
-from crosschip.qualify.exams.stability.parts import OperatorWatch
 from crosschip.qualify.tracing.inputs import make_arguments, operator_named
 from crosschip.qualify.tracing.one_call import results_of
 from crosschip.qualify.tracing.trace import TracedCall

@@ -1,4 +1,4 @@
-"""The names of the exam's parts: which are to be taken, and in which operator one of many calls stands still.
+"""In which operator a part of many calls stands still.
 
 A part of many calls, such as a step, is announced as a whole, since a line for each call would be a journal of
 gigabytes. `OperatorWatch` notes the operator in memory instead and says it when it does not come back.
@@ -13,24 +13,12 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.journal import IN_OPERATOR, Journal
 
-__all__ = ["STANDS_STILL_S", "OperatorWatch", "is_wanted"]
+__all__ = ["STANDS_STILL_S", "OperatorWatch"]
 
 STANDS_STILL_S = 3.0  # an operator that takes this long is named; the proctor ends one only much later
 _LOOK_S = 0.5
-
-
-def is_wanted(context: ExamContext, part: str) -> bool:
-    """Whether a part is to be taken: no earlier try has finished it or died in it, and no other one is asked for."""
-    if any(_names(each, part) for each in context.skip):
-        return False
-    return context.only is None or _names(context.only, part)
-
-
-def _names(said: str, part: str) -> bool:
-    return said == part or said.startswith(f"{part}{IN_OPERATOR}")
 
 
 class OperatorWatch:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from crosschip.chips.simulated import plant
+from crosschip.qualify.exams import operator_watch
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.exams.stability import parts
-from crosschip.qualify.exams.stability.parts import OperatorWatch, is_wanted
+from crosschip.qualify.exams.operator_watch import OperatorWatch
 from crosschip.qualify.journal import JournalState
 
 Said = Callable[[], JournalState]
@@ -30,8 +30,8 @@ class Slow:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "STANDS_STILL_S", 0.3)
-    monkeypatch.setattr(parts, "_LOOK_S", 0.05)
+    monkeypatch.setattr(operator_watch, "STANDS_STILL_S", 0.3)
+    monkeypatch.setattr(operator_watch, "_LOOK_S", 0.05)
 
 
 @pytest.mark.usefixtures("soon")
@@ -45,7 +45,7 @@ def test_an_operator_that_stands_still_is_named(context_on: Callable[..., ExamCo
         x.sigmoid()
     plant([])
     assert said().now == "a step, in aten.sigmoid.default"
-    assert not is_wanted(context_on(skip=frozenset([said().now or ""])), "a step")
+    assert not context_on(skip=frozenset([said().now or ""])).wants("a step")
 
 
 @pytest.mark.usefixtures("soon")
@@ -64,10 +64,10 @@ def test_what_goes_on_is_not_named(context_on: Callable[..., ExamContext], said:
 def test_parts_that_were_done_or_died_in_are_left_out(context_on: Callable[..., ExamContext]) -> None:
     skip = frozenset(["burst: 4 at once, in aten.mm.default", "soak: mm (c0001)"])
     context = context_on(skip=skip)
-    assert not is_wanted(context, "burst: 4 at once")
-    assert not is_wanted(context, "soak: mm (c0001)")
-    assert is_wanted(context, "soak: mm (c00012)")
-    assert is_wanted(context, "burst: 4")
+    assert not context.wants("burst: 4 at once")
+    assert not context.wants("soak: mm (c0001)")
+    assert context.wants("soak: mm (c00012)")
+    assert context.wants("burst: 4")
     alone = context_on(only="burst: 4 at once, in aten.mm.default")
-    assert is_wanted(alone, "burst: 4 at once")
-    assert not is_wanted(alone, "soak: mm (c0001)")
+    assert alone.wants("burst: 4 at once")
+    assert not alone.wants("soak: mm (c0001)")
