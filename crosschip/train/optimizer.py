@@ -36,14 +36,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def build_optimizer(model: nn.Module, stage: StageSettings) -> torch.optim.AdamW:
     """AdamW with the stage's settings: torch's fused kernel where the device has one, else one kernel per operation.
 
-    Which of the two it is stands in `optimizer.defaults["fused"]`.
+    Which of the two it is stands in `optimizer.defaults["fused"]`. The fused one takes no complex parameter.
     """
+    has_complex = any(parameter.is_complex() for parameter in model.parameters())
     return torch.optim.AdamW(
         parameter_groups(model, stage.weight_decay),
         lr=stage.learning_rate,
         betas=(stage.beta1, stage.beta2),
         eps=stage.adam_eps,
-        fused=has_fused_kernel(next(model.parameters()).device),
+        fused=not has_complex and has_fused_kernel(next(model.parameters()).device),
     )
 
 

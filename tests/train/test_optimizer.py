@@ -43,6 +43,18 @@ def test_a_device_without_the_fused_kernel_gets_the_plain_one(monkeypatch) -> No
     step(model, optimizer, 1)
 
 
+def test_complex_parameters_get_the_plain_one_and_are_trained() -> None:
+    model = torch.nn.Linear(4, 2, dtype=torch.complex64)
+    optimizer = build_optimizer(model, STAGE)
+    assert optimizer.defaults["fused"] is False
+    before = model.weight.detach().clone()
+    model(torch.ones(3, 4, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    moved = model.weight.detach() - before
+    assert bool(moved.real.all())
+    assert bool(moved.imag.all())
+
+
 def step(model: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:
     tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(seed))
     optimizer.zero_grad()

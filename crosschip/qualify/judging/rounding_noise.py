@@ -7,10 +7,13 @@ many.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from crosschip.qualify.tracing.inputs import as_real
 
 __all__ = ["RoundingNoise"]
 
@@ -21,6 +24,7 @@ _EXACT = """
     clamp_min clamp_max maximum minimum max min amax amin topk sort masked_fill masked_fill_ tril triu embedding
     constant_pad_nd slice_backward select_backward repeat flip roll empty empty_like new_empty empty_strided
     new_empty_strided unfold_backward slice_scatter select_scatter index_put index_put_ _reorder_linear_weight
+    complex _conj_physical
 """
 # The optimizer gets no noise: its update is compared by itself, from equal gradients.
 _SPARED = ("_foreach_", "_fused_")
@@ -29,6 +33,8 @@ _SUMS = """
     convolution convolution_backward scaled_dot_product_attention
     _scaled_dot_product_flash_attention_for_cpu _linear_pointwise
 """
+# Where no gradient is wanted these arrive as one call; what they compute of it, step by step, is moved instead.
+_RECURRENT = "lstm gru rnn_tanh rnn_relu"
 
 _POOL = 1 << 20  # random numbers
 
@@ -49,8 +55,11 @@ class RoundingNoise(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make the call and move its results a little."""
         kwargs = kwargs or {}
-        result = op(*args, **kwargs)
         name = op._schema.name.split("::")[1]
+        if name in _RECURRENT.split():
+            with _without_onednn(), self:
+                return op.decompose(*args, **kwargs)
+        result = op(*args, **kwargs)
         draws = torch.Tag.nondeterministic_seeded in op.tags and "attention" not in name
         if op.is_view or draws or name in _EXACT.split() or name.startswith(_SPARED):
             return result
@@ -80,6 +89,16 @@ class RoundingNoise(TorchDispatchMode):
         return pool[first : first + count].view(tensor.shape).to(tensor.dtype)
 
 
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Inside, no kernel of oneDNN computes a recurrent layer whole."""
+    before, *_ = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(before, _fp32_precision=None)
+
+
 def _terms(name: str, args: Any, result: Any) -> float:
     """How many terms a result is the sum of; 1 for what is no sum."""
     tensors = list(_floats(args))
@@ -91,9 +110,10 @@ def _terms(name: str, args: Any, result: Any) -> float:
 
 
 def _floats(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors in a value; those of complex numbers as pairs, in the same memory."""
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            yield value
+        if value.is_floating_point() or value.is_complex():
+            yield as_real(value)
     elif isinstance(value, list | tuple):
         for each in value:
             yield from _floats(each)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.finding import Role
@@ -70,7 +71,7 @@ class CallableSubject:
                 "return (module, inputs), where inputs is a tensor, a tuple or a dictionary for the module's forward",
             )
         module, inputs = made
-        if isinstance(inputs, torch.Tensor):
+        if isinstance(inputs, torch.Tensor | PackedSequence):
             return module, (inputs,)
         if isinstance(inputs, list):
             return module, tuple(inputs)

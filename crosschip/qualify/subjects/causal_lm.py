@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crosschip.qualify.subjects.generic_step import GenericTrainer, narrow_states_note, switch_dropout_off
+from crosschip.qualify.subjects.generic_step import GenericTrainer, narrow_states_note, placed, switch_dropout_off
 from crosschip.qualify.subjects.made_tokens import random_tokens, ruled_tokens
 from crosschip.qualify.subjects.subject import StepMeasure
 from crosschip.serve.engine.request import Request, SamplingParams
@@ -44,7 +44,7 @@ class CausalLMWorkload:
     ) -> None:
         self.phase = "prefill"
         narrow = narrow_states_note(dtype) + switch_dropout_off(model)
-        self.module = model.to(device=device, dtype=dtype)
+        self.module = placed(model, device, dtype)
         self._device, self._seed, self._small = device, seed, small
         config: Any = model.config
         self._vocab_size = int(config.vocab_size)

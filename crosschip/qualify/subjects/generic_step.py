@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from crosschip.errors import QualifyError
+from crosschip.qualify.subjects.nested_values import tensors_inside
 from crosschip.qualify.subjects.subject import StepMeasure
+from crosschip.qualify.tracing.inputs import as_real
 from crosschip.recipe import StageSettings
 from crosschip.train.optimizer import build_optimizer
 
-__all__ = ["GenericTrainer", "float_tensors", "loss_of", "narrow_states_note", "switch_dropout_off"]
+__all__ = ["GenericTrainer", "float_tensors", "loss_of", "narrow_states_note", "placed", "switch_dropout_off"]
 
 _STAGE = StageSettings(steps=1000, learning_rate=1e-3)
 
@@ -48,6 +49,14 @@ class GenericTrainer:
         return found
 
 
+def placed(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Move the module to the device and its floating-point tensors to the dtype.
+
+    Complex ones stay as wide as they are: `Module.to` would make them real numbers, without their imaginary parts.
+    """
+    return module._apply(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+
 def narrow_states_note(dtype: torch.dtype) -> list[str]:
     """What is to be said of modules that do not cast their weights: they and the optimizer are as narrow."""
     if dtype == torch.float32:
@@ -71,7 +80,11 @@ def switch_dropout_off(module: torch.nn.Module) -> list[str]:
 
 
 def loss_of(output: Any, origin: str) -> torch.Tensor:
-    """A module's output as a loss: the scalar, its `loss`, else the mean square of its floating-point tensors."""
+    """A module's output as a loss: the scalar, its `loss`, else the mean square of its floating-point tensors.
+
+    Raises:
+        QualifyError: it has no gradient.
+    """
     loss = _own_loss(output)
     if loss is None and (squares := [tensor.float().square().mean() for tensor in float_tensors(output)]):
         loss = torch.stack(squares).sum()
@@ -86,21 +99,13 @@ def loss_of(output: Any, origin: str) -> torch.Tensor:
 def _own_loss(output: Any) -> torch.Tensor | None:
     if isinstance(output, torch.Tensor) and output.dim() == 0 and output.is_floating_point():
         return output
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, torch.Tensor) else None
 
 
 def float_tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors inside an output, in order."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, dict):
-        for each in output.values():
-            yield from float_tensors(each)
-    elif isinstance(output, list | tuple):
-        for each in output:
-            yield from float_tensors(each)
-    elif is_dataclass(output) and not isinstance(output, type):
-        for field in fields(output):
-            yield from float_tensors(getattr(output, field.name))
+    """The floating-point tensors inside an output, in order; complex ones as twice as many real numbers in a row."""
+    for tensor in tensors_inside(output):
+        real = as_real(torch.atleast_1d(tensor)).flatten(-2) if tensor.is_complex() else tensor
+        if real.is_floating_point() and real.numel():
+            yield real

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from crosschip.errors import QualifyError
 from crosschip.qualify.subjects.generic_step import (
     GenericTrainer,
     float_tensors,
     narrow_states_note,
+    placed,
     switch_dropout_off,
 )
+from crosschip.qualify.subjects.nested_values import Leaf, mapped, parts_of, tensors_inside
 from crosschip.qualify.subjects.subject import StepMeasure
-from crosschip.qualify.tracing.replay import tensors_in
 
 __all__ = ["Inputs", "ModuleWorkload"]
 
@@ -37,19 +39,20 @@ class ModuleWorkload:
     ) -> None:
         self.phase = "prefill"
         self.notes = narrow_states_note(dtype) + switch_dropout_off(module)
-        self.module = module.to(device=device, dtype=dtype)
+        self.module = placed(module, device, dtype)
         self._origin, self._device = origin, device
         self._rows = _num_rows(inputs)
-        self._inputs = _mapped(inputs, lambda tensor: _placed(tensor, device, dtype))
+        self._inputs: Inputs = mapped(inputs, lambda leaf: _moved(leaf, device, dtype))
         if small and self._rows > _SMALL_ROWS:
             self._inputs = self._taken(list(range(_SMALL_ROWS)))
             self._rows = _SMALL_ROWS
+        self._place_of_rows: int | None = None  # among the results; not looked for yet
         self._trainer = GenericTrainer(self.module, origin)
 
     def train_step(self, index: int) -> StepMeasure:
         """Forward and backward in training mode, clipping, AdamW."""
         self.module.train()
-        for tensor in tensors_in(self._inputs):
+        for tensor in tensors_inside(self._inputs):
             tensor.grad = None
         return self._trainer.step(lambda: self._forward(self._inputs))
 
@@ -68,24 +71,36 @@ class ModuleWorkload:
         Raises:
             QualifyError: the inputs or what is computed from them have no rows.
         """
-        taken = [row % max(1, self._rows) for row in rows]
+        if self._place_of_rows is None:
+            self._place_of_rows = self._found_place_of_rows()
+        found = self._last_results(rows)[self._place_of_rows]
+        return found.reshape(len(rows), -1, found.shape[-1])[:, -1].cpu().float()
+
+    def _found_place_of_rows(self) -> int:
+        """Which of the results has as many rows as the inputs; one look could take a state's layers for them."""
+        with torch.random.fork_rng(devices=[]):  # what a step draws does not depend on this one look
+            two, three = self._last_results([0, 1]), self._last_results([0, 1, 2])
+        for place, (one, other) in enumerate(zip(two, three, strict=False)):
+            if self._rows and one.dim() >= 2 and (one.shape[0], other.shape[0]) == (2, 3):
+                return place
+        raise QualifyError(
+            f"nothing that {self._origin} computes has one row for each row of its inputs",
+            "let all input tensors begin with the batch dimension",
+        )
+
+    def _last_results(self, rows: list[int]) -> list[torch.Tensor]:
+        """What these rows of the inputs give and all inner results, the last first."""
         inner: list[torch.Tensor] = []
         hooks = [
             module.register_forward_hook(lambda _module, _args, output: inner.extend(float_tensors(output)))
             for module in self.module.modules()
         ]
         try:
-            outputs = self._evaluate(self._taken(taken))
+            outputs = self._evaluate(self._taken([row % max(1, self._rows) for row in rows]))
         finally:
             for hook in hooks:
                 hook.remove()
-        for found in (*reversed(outputs), *reversed(inner)):
-            if self._rows and found.dim() >= 2 and found.shape[0] == len(rows):
-                return found.reshape(len(rows), -1, found.shape[-1])[:, -1].cpu().float()
-        raise QualifyError(
-            f"nothing that {self._origin} computes has one row for each row of its inputs",
-            "let all input tensors begin with the batch dimension",
-        )
+        return [*reversed(outputs), *reversed(inner)]
 
     def _forward(self, inputs: Inputs) -> Any:
         return self.module(**inputs) if isinstance(inputs, dict) else self.module(*inputs)
@@ -102,16 +117,26 @@ class ModuleWorkload:
 
     def _taken(self, rows: list[int]) -> Inputs:
         """The inputs with only these rows of the tensors that begin with the batch dimension."""
+        if not self._rows:
+            return self._inputs
         index = torch.tensor(rows, device=self._device)
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
-            has_rows = self._rows > 0 and tensor.dim() > 0 and tensor.shape[0] == self._rows
+            has_rows = tensor.dim() > 0 and tensor.shape[0] == self._rows
             return _leaf(tensor.index_select(0, index), tensor) if has_rows else tensor
 
-        return _mapped(self._inputs, take)
+        taken: Inputs = mapped(self._inputs, take)
+        return taken
 
 
-def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _moved(leaf: Leaf, device: torch.device, dtype: torch.dtype) -> Leaf:
+    if isinstance(leaf, PackedSequence):  # its batch sizes are read on the CPU, whatever the device
+        there = leaf.to(device)  # type: ignore[arg-type]  # typed by the first of the signatures that it shares
+        return there._replace(data=_moved_tensor(leaf.data, device, dtype))
+    return _moved_tensor(leaf, device, dtype)
+
+
+def _moved_tensor(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     moved = tensor.detach().to(device)
     return _leaf(moved.to(dtype) if moved.is_floating_point() else moved, tensor)
 
@@ -122,21 +147,10 @@ def _leaf(made: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def _num_rows(inputs: Inputs) -> int:
-    """The batch size: the first dimension of the first tensor that has one, 0 where none has."""
-    return next((int(tensor.shape[0]) for tensor in tensors_in(inputs) if tensor.dim() > 0), 0)
+    """The batch size: the first dimension of the first tensor that has one.
 
-
-def _mapped(inputs: Inputs, change: Any) -> Inputs:
-    def changed(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return change(value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(changed, value))
-        if isinstance(value, list | tuple):
-            return type(value)(changed(each) for each in value)
-        if isinstance(value, dict):
-            return {name: changed(each) for name, each in value.items()}
-        return value
-
-    result: Inputs = changed(inputs)
-    return result
+    0 where none has, or where sequences are packed: they lie one in the other.
+    """
+    if any(isinstance(part, PackedSequence) for part in parts_of(inputs)):
+        return 0
+    return next((int(tensor.shape[0]) for tensor in tensors_inside(inputs) if tensor.dim() > 0), 0)

@@ -24,6 +24,7 @@ __all__ = ["SameDraws", "draws_numbers"]
 
 _Result = TypeVar("_Result")
 _SHARES = ("p", "dropout_p", "dropout")  # arguments that say how much is dropped
+_DROPPING = ("dropout", "attention", "lstm", "gru", "rnn")  # operators that draw only what they drop
 
 
 def draws_numbers(trace: Trace) -> bool:
@@ -112,7 +113,7 @@ def _draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         return False
     given = dict(zip((each.name for each in op._schema.arguments), args, strict=False)) | kwargs
     shares = [given.get(name) for name in _SHARES if any(each.name == name for each in op._schema.arguments)]
-    drops = "dropout" in op._schema.name or "attention" in op._schema.name
+    drops = any(each in op._schema.name for each in _DROPPING)
     return not (drops and all(not share for share in shares))
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from crosschip.chips import find_chip
 from crosschip.qualify.exams.context import ExamContext
-from crosschip.qualify.exams.determinism import serve_rows
 from crosschip.qualify.exams.rehearsal import serving
+from crosschip.qualify.exams.rehearsal.module_state import State, copy_state
 from crosschip.qualify.finding import ExamRecord
 from crosschip.qualify.journal import Journal, read_journal
 from crosschip.qualify.judging.rounding_noise import RoundingNoise
 from crosschip.qualify.subjects.callable_subject import CallableSubject
-from crosschip.qualify.subjects.subject import Workload, load_subject
+from crosschip.qualify.subjects.subject import load_subject
 from crosschip.qualify.tracing.trace import Trace
 
 CPU = torch.device("cpu")
@@ -28,14 +28,14 @@ SUBJECT = load_subject("tests.qualify.tiny:subject")  # one scalar of the same m
 CONTEXT = cast(ExamContext, SimpleNamespace(workload=SUBJECT.workload))
 
 
-def trained(num_steps: int) -> serving.Weights:
+def trained(num_steps: int) -> State:
     workload = SUBJECT.workload(CPU, torch.float32, 0, small=True)
     for index in range(num_steps):
         workload.train_step(index)
-    return serving._state(workload)
+    return copy_state(workload.module)
 
 
-def alarms(weights: serving.Weights, chip_seed: int) -> list[Any]:
+def alarms(weights: State, chip_seed: int) -> list[Any]:
     """What is said against a chip whose only fault is to round once more, in its own way and always alike."""
     drawn = []
     for seed in range(6):
@@ -64,8 +64,11 @@ def test_one_rounding_seen_in_every_seed_is_no_bias(monkeypatch: pytest.MonkeyPa
 
 def test_parameters_are_drawn_again_by_seed_alone_and_buffers_are_left() -> None:
     weights = {"weight": torch.ones(1000), "table": torch.ones(4), "counts": torch.ones(3, dtype=torch.int64)}
-    first, again, other = (serving.drawn_again({"weight", "counts"}, weights, seed) for seed in (1, 1, 2))
-    assert list(first) == ["weight"]
+    weights["complex"] = torch.full((1000,), 1j)
+    drawn = ["weight", "complex", "counts"]
+    first, again, other = (serving.drawn_again(drawn, weights, seed) for seed in (1, 1, 2))
+    assert list(first) == ["weight", "complex"]
+    assert 0.01 < float((first["complex"].imag - 1).std()) < 0.02
     assert torch.equal(first["weight"], again["weight"])
     assert not torch.equal(first["weight"], other["weight"])
     assert 0.01 < float((first["weight"] - 1).std()) < 0.02
@@ -163,19 +166,3 @@ def test_answers_are_compared_where_the_reference_is_finite() -> None:
     expected = serving.compare_answers(plain + off, plain)
     assert vars(found) == pytest.approx(vars(expected))
     assert expected.error > 0.0
-
-
-def test_rows_of_masked_logits_are_the_same_in_every_batch_and_a_lost_mask_is_seen() -> None:
-    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    logits[:, 3], logits[:, 4] = -math.inf, math.nan
-
-    def given(alone: float) -> Workload:
-        def rows(numbers: list[int]) -> torch.Tensor:
-            found = logits[numbers].clone()
-            found[:, 3] = alone if len(numbers) == 1 else -math.inf
-            return found
-
-        return cast(Workload, SimpleNamespace(serve_rows=rows))
-
-    assert not any(bool(each.any()) for each in serve_rows._differences(given(-math.inf)))
-    assert [float(each.max()) for each in serve_rows._differences(given(0.0))][:3] == [math.inf] * 3

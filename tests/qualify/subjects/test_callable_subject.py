@@ -6,6 +6,7 @@ import functools
 import math
 import random
 from collections import UserDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
+from crosschip.chips import find_chip
 from crosschip.errors import CrosschipError, QualifyError
 from crosschip.qualify.subjects.generic_step import loss_of
 from crosschip.qualify.subjects.module_workload import ModuleWorkload
@@ -123,6 +126,56 @@ def force() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return Force(), {"place": torch.randn(6, 3, requires_grad=True), "label": torch.zeros(6, 3)}
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Inputs deep inside: in a data class, in a mapping that is no dict."""
+
+    name: str
+    pairs: UserDict[str, Pair]
+
+    def __post_init__(self) -> None:
+        assert all(each.left.dtype == torch.float32 for each in self.pairs.values()), "made from what was given, once"
+
+
+class AddedInside(Added):
+    def forward(self, encoded: Encoded) -> torch.Tensor:
+        assert (type(encoded), type(encoded.pairs)) == (Encoded, UserDict)
+        return super().forward(encoded.pairs["first"])
+
+
+def encoded_deep_inside() -> tuple[nn.Module, tuple[Encoded]]:
+    return AddedInside(), (Encoded("x", UserDict(first=Pair(torch.ones(3, 2), torch.ones(3, 2)))),)
+
+
+def packed() -> tuple[nn.Module, tuple[PackedSequence]]:
+    """Sequences of five, four and two steps; they are sorted, so there are no indices."""
+    return nn.LSTM(3, 4), (pack_sequence([torch.randn(length, 3) for length in (5, 4, 2)]),)
+
+
+def packed_unsorted() -> tuple[nn.Module, PackedSequence]:
+    return nn.GRU(3, 4), pack_sequence([torch.randn(length, 3) for length in (2, 5, 4)], enforce_sorted=False)
+
+
+class Spectral(nn.Module):
+    """Complex weights between two Fourier transforms and a turn by complex numbers, as in neural operators and RoPE."""
+
+    phases: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, dtype=torch.complex64))
+        self.scale = nn.Parameter(torch.ones(16))
+        self.register_buffer("phases", torch.polar(torch.ones(9), torch.arange(9.0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Complex numbers, [rows, 9]."""
+        return torch.fft.rfft((x * self.scale).float()) * self.weight * self.phases
+
+
+def spectral() -> tuple[nn.Module, torch.Tensor]:
+    return Spectral(), torch.randn(6, 16)
+
+
 HERE = "tests.qualify.subjects.test_callable_subject"
 
 
@@ -149,6 +202,38 @@ def test_inputs_may_be_a_mapping_that_is_no_dict_and_hold_named_tuples() -> None
     workload = load_subject(f"{HERE}:encoded").workload(CPU, torch.float32)
     assert workload.serve_rows([0, 2]).shape == (2, 2)
     assert math.isfinite(workload.train_step(0).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["encoded_deep_inside", "packed", "packed_unsorted"])
+def test_inputs_are_on_the_device_wherever_they_lie(name: str, dtype: torch.dtype) -> None:
+    subject, device = load_subject(f"{HERE}:{name}"), find_chip("sim").device
+    on_cpu, on_chip = (subject.workload(place, dtype, small=True) for place in (CPU, device))
+    accuracy = 8 * torch.finfo(dtype).eps  # a few roundings of numbers below 1
+    assert torch.allclose(on_chip.serve_step(), on_cpu.serve_step(), atol=accuracy)
+    assert on_chip.train_step(0).loss == pytest.approx(on_cpu.train_step(0).loss, abs=accuracy)
+
+
+def test_packed_sequences_have_no_rows() -> None:
+    with pytest.raises(QualifyError, match="one row for each row"):
+        load_subject(f"{HERE}:packed").workload(CPU, torch.float32).serve_rows([0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_complex_weights_and_buffers_keep_their_imaginary_parts(dtype: torch.dtype) -> None:
+    workload = load_subject(f"{HERE}:spectral").workload(CPU, dtype)
+    before = {name: each.detach().clone() for name, each in workload.module.state_dict().items()}
+    assert {name: each.dtype for name, each in before.items()} == {
+        "weight": torch.complex64,
+        "phases": torch.complex64,
+        "scale": dtype,
+    }
+    assert bool(before["phases"].imag[1:].all())
+    losses = [workload.train_step(index).loss for index in range(5)]
+    assert losses[-1] < losses[0]
+    assert bool((workload.module.state_dict()["weight"] - before["weight"]).imag.any())
+    assert workload.serve_step().shape == (6, 18)
+    assert torch.allclose(workload.serve_rows([4, 1]), workload.serve_step()[[4, 1]])
 
 
 def test_workloads_of_one_shared_module_do_not_touch_each_other() -> None:
@@ -221,6 +306,9 @@ def test_losses_of_outputs() -> None:
     assert loss_of(ones.sum(), "x").item() == 6.0
     assert loss_of({"loss": ones.mean(), "logits": ones}, "x").item() == 1.0
     assert loss_of([ones, {"other": 2 * ones}, torch.arange(3)], "x").item() == 5.0
+    assert loss_of(UserDict(loss=ones.mean(), logits=ones), "x").item() == 1.0
+    assert loss_of(ones * (1 + 3j), "x").item() == 5.0
+    assert loss_of(ones.sum() * 1j, "x").item() == 18.0
     for without in ("words", torch.tensor(1.0), {"loss": torch.tensor(1.0)}, torch.ones(2, 3)):
         with pytest.raises(QualifyError, match="without a tensor that has gradients"):
             loss_of(without, "x")

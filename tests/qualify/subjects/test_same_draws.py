@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from crosschip.chips.simulated import plant
 from crosschip.qualify.finding import ExamRecord, Finding
+from crosschip.qualify.subjects.callable_subject import CallableSubject
 from crosschip.qualify.subjects.same_draws import SameDraws, draws_numbers
 from crosschip.qualify.subjects.subject import load_subject
 from tests.qualify.broken_chip import Broken
@@ -43,6 +46,29 @@ def test_two_devices_draw_the_same_and_another_step_draws_others(dtype: torch.dt
         losses.append(found[:2])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == torch.float32 else 1e-2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class NoisyRecurrent(nn.Module):
+    """A recurrent network over numbers that are drawn; it could drop, and does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.lstm(x + torch.randn_like(x))[0]
+        return made
+
+
+def test_a_recurrent_network_is_computed_on_the_chip(honest_afterwards: None) -> None:
+    subject = CallableSubject("made", "tests.made:subject", lambda: (NoisyRecurrent(), torch.ones(5, 3, 4)))
+    on_cpu, on_chip = (
+        SameDraws(subject.workload(torch.device(device), torch.float32), 0) for device in ("cpu", "sim:0")
+    )
+    right = on_cpu.serve_step()
+    assert torch.allclose(on_chip.serve_step(), right, atol=1e-6)
+    plant([Broken(lambda op, args, kwargs, compute: compute(*args, **kwargs) * 1.05, ("aten.mm.",))])
+    assert not torch.allclose(on_chip.serve_step(), right, atol=1e-3)
 
 
 @pytest.mark.parametrize("exam", ["determinism", "rehearsal"])

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from crosschip.qualify.exams.rehearsal.module_state import State, copy_state, load_state
 from crosschip.qualify.subjects.subject import StepMeasure, Workload
+from crosschip.qualify.tracing.inputs import as_real
 
 __all__ = [
     "TOGETHER",
@@ -25,7 +27,6 @@ __all__ = [
     "TakenStep",
     "TensorComparison",
     "compare_step",
-    "load_weights",
     "reference_step",
     "take_coupled_step",
 ]
@@ -40,7 +41,7 @@ class ReferenceStep:
     """A step of the reference: weights and buffers before it, gradients after clipping, parameters after it."""
 
     index: int
-    before: Tensors
+    before: State
     gradients: Tensors
     after: Tensors
     measure: StepMeasure
@@ -76,7 +77,7 @@ class StepComparison:
 
 def reference_step(workload: Workload, index: int) -> ReferenceStep:
     """Take step `index` on the reference and keep what others are compared with."""
-    before = _state(workload.module)
+    before = copy_state(workload.module)
     with _optimizer_watched(workload.module, None) as caught:
         measure = workload.train_step(index)
     gradients = caught or _gradients(workload.module)
@@ -101,7 +102,7 @@ def take_coupled_step(
 
     For the update to be comparable, the workload must have taken all earlier steps coupled, from the first on.
     """
-    load_weights(workload, reference)
+    load_state(workload.module, reference.before)
     start = _parameters(workload.module)
     with _optimizer_watched(workload.module, reference.gradients) as caught, mode or nullcontext():
         measure = workload.train_step(reference.index)
@@ -127,11 +128,6 @@ def compare_step(reference: ReferenceStep, taken: TakenStep) -> StepComparison:
         zero=zero,
         unmoved=stands_still and reference_moved and not not_finite and math.isfinite(measure.loss),
     )
-
-
-def load_weights(workload: Workload, reference: ReferenceStep) -> None:
-    """Give the workload the weights and buffers that the reference had before its step."""
-    workload.module.load_state_dict(reference.before)
 
 
 @contextmanager
@@ -165,11 +161,11 @@ def _compare_gradients(
     not_finite, zero = [], []
     sums = [0.0, 0.0, 0.0]
     for name, right in reference.gradients.items():
-        exact = right.double() * right_scale
+        exact = _wide(right) * right_scale
         size = float(exact.norm())
         if size == 0.0 or not math.isfinite(size):
             continue
-        mine = gradients.get(name, torch.zeros_like(right)).double() * mine_scale
+        mine = _wide(gradients.get(name, torch.zeros_like(right))) * mine_scale
         if not bool(mine.isfinite().all()):
             not_finite.append(name)
             continue
@@ -178,7 +174,7 @@ def _compare_gradients(
         products = float((mine - exact).square().sum()), float((mine * exact).sum()), float(mine.square().sum())
         found[name] = _comparison(*products, size * size)
         sums = [each + more for each, more in zip(sums, products, strict=True)]
-    whole = sum(float(each.double().square().sum()) for each in reference.gradients.values()) * right_scale**2
+    whole = sum(float(_wide(each).square().sum()) for each in reference.gradients.values()) * right_scale**2
     if found and not not_finite:
         found[TOGETHER] = _comparison(sums[0], sums[1], sums[2], whole)
     return found, not_finite, zero
@@ -195,7 +191,7 @@ def _comparison(squared_error: float, product: float, squared_mine: float, squar
 
 def _before_clipping(gradients: Tensors, measure: StepMeasure) -> float:
     """What clipping has divided the gradients by: the measured norm over the norm that they have now."""
-    norm = math.sqrt(sum(float(each.double().square().sum()) for each in gradients.values()))
+    norm = math.sqrt(sum(float(_wide(each).square().sum()) for each in gradients.values()))
     if not (0.0 < norm < math.inf and math.isfinite(measure.gradient_norm)):
         return 1.0
     return measure.gradient_norm / norm
@@ -204,21 +200,22 @@ def _before_clipping(gradients: Tensors, measure: StepMeasure) -> float:
 def _compare_updates(reference: ReferenceStep, taken: TakenStep) -> tuple[dict[str, float], dict[str, float]]:
     errors, limits = {}, {}
     for name, after in reference.after.items():
-        before = reference.before[name]
-        change = after.double() - before.double()
+        before = _wide(reference.before[name])
+        change = _wide(after) - before
         size = float(change.norm())
         if size == 0.0 or name not in taken.moved or name not in reference.gradients:
             continue
-        mine = taken.moved[name].double() - taken.start[name].double()
+        mine = _wide(taken.moved[name]) - _wide(taken.start[name])
         errors[name] = float((mine - change).norm()) / size
         # Both weights are rounded where they lie: each by up to half a unit in the last place.
-        lengths = float(before.double().norm() + after.double().norm())
+        lengths = float(before.norm() + _wide(after).norm())
         limits[name] = 0.5 * torch.finfo(taken.moved[name].dtype).eps * lengths / size
     return errors, limits
 
 
-def _state(module: torch.nn.Module) -> Tensors:
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp64; complex numbers as pairs."""
+    return as_real(tensor).double()
 
 
 def _parameters(module: torch.nn.Module) -> Tensors:

@@ -16,6 +16,7 @@ from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.rehearsal.findings import not_rehearsed, raised_evidence, report
 from crosschip.qualify.exams.rehearsal.judgement import PUBLISHED, Evidence, judge_coupled, judge_curves
 from crosschip.qualify.exams.rehearsal.lockstep import Replay, lockstep
+from crosschip.qualify.exams.rehearsal.module_state import load_state
 from crosschip.qualify.exams.rehearsal.run import Arm, ChipRaisedError, SeedRun, on_chip, one_thread
 from crosschip.qualify.exams.rehearsal.serving import rehearse_serving
 from crosschip.qualify.exams.rehearsal.sharded import SHARDED, rehearse_sharded
@@ -328,8 +329,8 @@ def _lockstep(context: ExamContext, run: SeedRun, step: int, most_steps: int) ->
     try:
         build = partial(context.workload, context.chip.device, run.dtype, run.seed, small=True)
         workload = on_chip(run.seed, step, build)
-        weights = run.weights_before(step)
-        on_chip(run.seed, step, lambda: workload.module.load_state_dict(weights))
+        state = run.state_before(step)
+        on_chip(run.seed, step, lambda: load_state(workload.module, state))
     except ChipRaisedError:
         return replay
     for index in (step, step + 1, step + 2)[:most_steps]:

@@ -26,6 +26,7 @@ from crosschip.qualify.exams.rehearsal.coupled_steps import (
     take_coupled_step,
 )
 from crosschip.qualify.exams.rehearsal.judgement import Coupled, Evidence, judge_gates
+from crosschip.qualify.exams.rehearsal.module_state import State, copy_state
 from crosschip.qualify.judging.rounding_noise import RoundingNoise
 from crosschip.qualify.subjects.subject import StepMeasure, Workload
 
@@ -154,13 +155,13 @@ class SeedRun:
         for index in range(step):
             self._take_reference_step(index, keep=False)
 
-    def weights_before(self, step: int) -> dict[str, torch.Tensor]:
-        """The reference's weights before a step, or the latest it has where that step was not kept."""
+    def state_before(self, step: int) -> State:
+        """The reference's state before a step, or the latest it has where that step was not kept."""
         for reference in self.references:
             if reference.index == step:
                 return reference.before
         assert self._reference is not None
-        return {name: tensor.clone() for name, tensor in self._reference.module.state_dict().items()}
+        return copy_state(self._reference.module)
 
     def _take_reference_step(self, index: int, keep: bool) -> None:
         assert self._reference is not None

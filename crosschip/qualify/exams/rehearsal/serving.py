@@ -19,6 +19,7 @@ from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.rehearsal.findings import not_rehearsed, nothing_finite, raised_evidence, report
 from crosschip.qualify.exams.rehearsal.judgement import FALSE_DISCOVERY_RATE, Evidence, beside_honest
 from crosschip.qualify.exams.rehearsal.lockstep import Replay, lockstep
+from crosschip.qualify.exams.rehearsal.module_state import State, copy_state, load_state
 from crosschip.qualify.exams.rehearsal.run import ChipRaisedError, on_chip
 from crosschip.qualify.finding import Tier
 from crosschip.qualify.judging.judge import ILL_CONDITIONED, RATIO_LIMIT, benjamini_hochberg
@@ -36,7 +37,6 @@ _TRAINING_SHARE = 0.25  # of the budget, at most
 _WEIGHT_SPREAD = 2.0**-6  # several roundings of bf16, so that they fall otherwise
 _CPU = torch.device("cpu")
 
-Weights = dict[str, torch.Tensor]
 Drawn = tuple["Answer", list["Answer"], bool]  # the chip's, the controls', whether the first is the CPU in its dtype
 
 
@@ -78,7 +78,7 @@ def rehearse_serving(context: ExamContext) -> None:
     context.journal.done("rehearsal")
 
 
-def _draw(context: ExamContext, weights: Weights, drawn: list[Drawn]) -> list[Evidence] | None:
+def _draw(context: ExamContext, weights: State, drawn: list[Drawn]) -> list[Evidence] | None:
     """Serve seed by seed into `drawn`; evidence where a step needs no statistics, None where no more can be said."""
     for seed in range(context.seed, context.seed + _NUM_SEEDS[context.tier]):
         enough = len(drawn) >= _LEAST_SEEDS and context.remaining_s < _RESERVE_SHARE * context.budget_s
@@ -179,10 +179,10 @@ def judge_answers(drawn: Sequence[Drawn], first_seed: int) -> list[Evidence]:
     return [evidence for (_, evidence), wrong in zip(tests, rejected, strict=True) if wrong]
 
 
-def _trained_weights(context: ExamContext) -> Weights:
+def _trained_weights(context: ExamContext) -> State:
     """The small subject's weights after some steps on the CPU; the first ones where it cannot be trained."""
     workload = context.workload(_CPU, torch.float32, context.seed, small=True)
-    weights = _state(workload)
+    weights = copy_state(workload.module)
     for index in range(_TRAINING_STEPS):
         if context.remaining_s < (1.0 - _TRAINING_SHARE) * context.budget_s:
             break
@@ -194,24 +194,20 @@ def _trained_weights(context: ExamContext) -> Weights:
             return weights
         if not math.isfinite(measure.loss):
             return weights
-    return _state(workload)
+    return copy_state(workload.module)
 
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _state(workload: Workload) -> Weights:
-    return {name: tensor.detach().clone() for name, tensor in workload.module.state_dict().items()}
-
-
-def _loaded(context: ExamContext, device: torch.device, dtype: torch.dtype, seed: int, weights: Weights) -> Workload:
+def _loaded(context: ExamContext, device: torch.device, dtype: torch.dtype, seed: int, weights: State) -> Workload:
     workload = context.workload(device, dtype, seed, small=True)
-    workload.module.load_state_dict(weights | drawn_again(dict(workload.module.named_parameters()), weights, seed))
+    load_state(workload.module, weights | drawn_again(dict(workload.module.named_parameters()), weights, seed))
     return workload
 
 
-def drawn_again(parameters: Collection[str], weights: Weights, seed: int) -> Weights:
+def drawn_again(parameters: Collection[str], weights: State, seed: int) -> State:
     """The parameters among the weights, each number off by about 2 %, another time for each seed.
 
     The weights are the same for every seed, and so may be the inputs of a subject that was given as a function. Then
@@ -221,11 +217,11 @@ def drawn_again(parameters: Collection[str], weights: Weights, seed: int) -> Wei
     return {
         name: weights[name] * (1.0 + _WEIGHT_SPREAD * torch.randn(weights[name].shape, generator=generator))
         for name in parameters
-        if name in weights and weights[name].dtype.is_floating_point
+        if name in weights and (weights[name].is_floating_point() or weights[name].is_complex())
     }
 
 
-def _serve(context: ExamContext, seed: int, weights: Weights) -> Drawn | Evidence | None:
+def _serve(context: ExamContext, seed: int, weights: State) -> Drawn | Evidence | None:
     """One seed on reference, controls and chip; evidence at once when logits are not finite or not the right number.
 
     None when the reference has no finite logit.
@@ -271,7 +267,7 @@ def _keep(context: ExamContext, drawn: Sequence[Drawn]) -> None:
     context.journal.measured(kind="serving", num_seeds=len(drawn), published=PUBLISHED, **kept)
 
 
-def _audit(context: ExamContext, weights: Weights) -> None:
+def _audit(context: ExamContext, weights: State) -> None:
     """The logits agree with the CPU's: one step in lockstep, for operators whose error they do not show yet."""
     evidence = Evidence(
         check="operator",
@@ -292,7 +288,7 @@ def _audit(context: ExamContext, weights: Weights) -> None:
         context.journal.not_covered("operator calls of a serving step in lockstep, as the time allowed: the last ones")
 
 
-def _replay(context: ExamContext, seed: int, weights: Weights) -> Replay:
+def _replay(context: ExamContext, seed: int, weights: State) -> Replay:
     title = f"rehearsal, lockstep, serving, seed {seed}"
     if any(each.startswith("rehearsal, lockstep") for each in context.skip):
         return Replay()
