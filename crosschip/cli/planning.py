@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["plan", "plan_app", "validate"]
 
 _JSON_HELP = "Write the JSON document there."
+_ABOUT = {  # an option, and those that mean nothing without it
+    "requests_per_s": ("serve_cluster", "prompt_tokens", "answer_tokens", "first_token_s", "token_s"),
+    "compare_cluster": ("switch_days", "switch_cost", "delay_cost_per_day", "start_anew"),
+}
 
 
 class _RecipeOrCommand(DefaultCommandGroup):
@@ -133,16 +137,24 @@ def _choices(rollouts: Path | None, joined: list[Path] | None, rollout_tokens: f
 
 
 def _load(
-    requests_per_s: float | None, prompt: float, answer: float, first_token_s: float, token_s: float,
-    serve_cluster: Path | None,
-) -> Load | None:  # fmt: skip
+    requests_per_s: float | None, prompt: float, answer: float, first_token_s: float, token_s: float
+) -> Load | None:
     from crosschip.plan.serving import Load
 
-    if requests_per_s is not None:
-        return Load(requests_per_s, prompt, answer, first_token_s, token_s)
-    if serve_cluster is not None:
-        raise RecipeError(f"--serve-cluster {serve_cluster} stands without a load", "give --requests-per-s as well")
-    return None
+    return None if requests_per_s is None else Load(requests_per_s, prompt, answer, first_token_s, token_s)
+
+
+def _refuse_without_effect(context: typer.Context) -> None:
+    """What was asked for is done or refused."""
+
+    def is_given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    for needed, names in _ABOUT.items():
+        for name in filter(is_given, () if is_given(needed) else names):
+            option, other = (f"--{each.replace('_', '-')}" for each in (name, needed))
+            raise RecipeError(f"{option} means nothing without {other}", f"give {other} as well, or leave {option} out")
 
 
 def _file(name: str, text: str) -> Any:
@@ -154,6 +166,7 @@ def _number(name: str, metavar: str, text: str) -> Any:
 
 
 def plan(
+    context: typer.Context,
     recipe: RecipeArgument,
     cluster: Annotated[
         Path | None, _file("--cluster", "The cluster: chips, nodes, network, price, schedule; else this machine.")
@@ -220,13 +233,14 @@ def plan(
     from crosschip.plan.whole_run import Asked, Switch
     from crosschip.recipe import load_recipe
 
+    _refuse_without_effect(context)
     resolved = load_recipe(recipe, overrides)
     where, soak, notes = _where(cluster, report, blackout, ramp)
     asked = Asked(
         start=_start(start, by), by=_day(by, "--by"),
         choices=_choices(rollout_cluster, join_cluster, rollout_tokens),
         serve_on=None if serve_cluster is None else _read(serve_cluster),
-        load=_load(requests_per_s, prompt_tokens, answer_tokens, first_token_s, token_s, serve_cluster),
+        load=_load(requests_per_s, prompt_tokens, answer_tokens, first_token_s, token_s),
         compared=tuple(_read(path) for path in compare_cluster or []),
         switch=Switch(switch_days, switch_cost, delay_cost_per_day, portable=not start_anew), soak=soak,
     )  # fmt: skip

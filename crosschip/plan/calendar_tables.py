@@ -14,6 +14,7 @@ from crosschip.plan.strict_table import StrictTable
 __all__ = ["BlackoutTable", "PauseTable", "RecoveryTable", "ScheduleTable", "SeenTable"]
 
 
+_MOST_S = 10 * 365 * 86400.0  # ten years, of one repair or restart: more is a slip of the pen
 _Pair = Annotated[tuple[float, float], Field(strict=False)]
 
 
@@ -65,8 +66,8 @@ class RecoveryTable(StrictTable):
     store_gb_s: Annotated[float, Field(gt=0.0)] | None = None
     blocking_save: bool = False
     num_spares: Annotated[int, Field(ge=0)] | None = None
-    restart_s: Annotated[float, Field(ge=0.0)] | None = None
-    repair_s: Annotated[float, Field(ge=0.0)] | None = None
+    restart_s: Annotated[float, Field(ge=0.0, le=_MOST_S)] | None = None
+    repair_s: Annotated[float, Field(ge=0.0, le=_MOST_S)] | None = None
 
     def given(self) -> dict[str, float]:
         """The numbers that stand in the place of shipped ones."""

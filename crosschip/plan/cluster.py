@@ -6,6 +6,7 @@ comes from. A chip without figures is asked for.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,12 @@ class PriceTable(StrictTable):
     chip_kw: Annotated[float, Field(ge=0.0)] | None = None
     per_kwh: Annotated[float, Field(ge=0.0)] | None = None
 
+    @property
+    def hourly(self) -> float | None:
+        """What an hour of a chip costs, with its energy where that has a price; None where neither has one."""
+        energy = None if self.chip_kw is None or self.per_kwh is None else self.chip_kw * self.per_kwh
+        return None if self.per_chip_hour is None and energy is None else (self.per_chip_hour or 0.0) + (energy or 0.0)
+
 
 class ClusterFile(StrictTable):
     """The whole file."""
@@ -82,7 +89,8 @@ class Cluster:
 
     `matches` are regular expressions for the names under which a report speaks of this chip. `fixed_bytes` is what a
     process takes before it trains, `allocator_factor` what the allocator holds over the activations that are there.
-    `fp32_rate`: its rate of products was measured in fp32.
+    `fp32_rate`: its rate of products was measured in fp32. `file` is what its file says, without what a report and the
+    command line add; None of this machine.
     """
 
     name: str
@@ -97,6 +105,7 @@ class Cluster:
     seen: tuple[SeenTable, ...] = ()
     matches: tuple[str, ...] = ()
     fp32_rate: bool = False
+    file: ClusterFile | None = None
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -136,11 +145,22 @@ def parse_cluster(document: dict[str, Any], origin: str) -> Cluster:
         )
     call = Figure(EAGER_CALL_S * 1e6, "µs for a call of torch", "assumed", "as measured on the host of one H100")
     hardware = _hardware(file, origin)
+    _refuse_spares_beyond_hosts(file, hardware, origin)
     hardware = replace(hardware, call_s=EAGER_CALLS * EAGER_CALL_S, sources=(*hardware.sources, ("call_us", call)))
     return Cluster(
         file.name, hardware, file.num_chips, file.price, file.note,
-        schedule=file.schedule, recovery=file.recovery, seen=file.seen, matches=names_of_kind(file.chip),
+        schedule=file.schedule, recovery=file.recovery, seen=file.seen, matches=names_of_kind(file.chip), file=file,
     )  # fmt: skip
+
+
+def _refuse_spares_beyond_hosts(file: ClusterFile, hardware: Hardware, origin: str) -> None:
+    num_hosts, num_spares = math.ceil(file.num_chips / hardware.host_size), file.recovery.num_spares
+    if num_spares is not None and num_spares > num_hosts:
+        raise RecipeError(
+            f"{origin}: recovery.num_spares = {num_spares}, and of hosts with {hardware.host_size} chips "
+            f"the cluster has {num_hosts}",
+            f"let 0 to {num_hosts} stand by",
+        )
 
 
 def _hardware(file: ClusterFile, origin: str) -> Hardware:

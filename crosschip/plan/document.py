@@ -39,7 +39,7 @@ def plan_document(run: WholeRun, notes: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     plan, peak = run.main.plan, run.cluster.hardware.bf16_flops
     rules, rule_notes = fall_backs(run)
-    money = bill(run.schedule, prices_of(run))
+    money, serving = bill(run.schedule, prices_of(run)), _serving(run)
     document = {
         **_head(run),
         "counts": _counts(plan),
@@ -54,9 +54,9 @@ def plan_document(run: WholeRun, notes: tuple[str, ...] = ()) -> dict[str, Any]:
         "dates": dates_document(run.schedule, run.asked.by),
         "sensitivity": sensitivity_document(_effects(run)),
         "fall_backs": rules,
-        "serving": _serving(run),
+        "serving": serving,
         "money": money_document(money),
-        "notes": [*_notes(run), *rule_notes, *notes],
+        "notes": [*_notes(run), *_too_few(serving), *rule_notes, *notes],
     }
     return {**document, "units": units_of(document)}
 
@@ -79,12 +79,10 @@ def _head(run: WholeRun) -> dict[str, Any]:
 
 def _other_clusters(run: WholeRun) -> dict[str, Any]:
     """What is put in about clusters besides the one that is planned on, by name."""
-    choices, asked = run.asked.choices, run.asked
-    named = (choices.rollouts_on, *choices.joined_with, asked.serve_on, *asked.compared)
     return {
         each.name: {"chip": each.hardware.kind, "num_chips": each.num_chips, "figures": figures_of(each)}
-        for each in named
-        if each is not None and each.name != run.cluster.name
+        for each in run.asked.other_clusters
+        if each.name != run.cluster.name
     }
 
 
@@ -115,9 +113,19 @@ def _serving(run: WholeRun) -> dict[str, Any] | None:
     num_bytes = 1.0 if handoff.target != "hf" else 4.0 if handoff.dtype == "float32" else 2.0
     found = plan_serving(served_model(run.architecture, num_bytes), chip, load)
     document = serving_document(found, chip)
-    hourly = cluster.price.per_chip_hour
+    hourly = cluster.price.hourly
     cost = None if hourly is None else {"per_day": 24 * hourly * found.num_chips, "currency": cluster.price.currency}
     return {**document, "cluster": cluster.name, "there": cluster.num_chips, "cost": cost}
+
+
+def _too_few(serving: dict[str, Any] | None) -> list[str]:
+    """A note where the cluster that serves is smaller than the load."""
+    if serving is None or serving["chips"] <= serving["there"]:
+        return []
+    return [
+        f"serving takes {serving['chips']:,} x {serving['chip']}, and {serving['cluster']} has {serving['there']:,}: "
+        "too few for this load"
+    ]
 
 
 def _notes(run: WholeRun) -> list[str]:

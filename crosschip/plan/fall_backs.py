@@ -78,10 +78,7 @@ def _rule(run: WholeRun, other: WholeRun) -> dict[str, Any]:
 
 
 def _cost_per_day(cluster: Cluster) -> float:
-    """Chips and, where both are given, their energy."""
-    price = cluster.price
-    hourly = (price.per_chip_hour or 0.0) + (price.chip_kw or 0.0) * (price.per_kwh or 0.0)
-    return 24.0 * cluster.num_chips * hourly
+    return 24.0 * cluster.num_chips * (cluster.price.hourly or 0.0)
 
 
 def _where(run: WholeRun, share: float) -> str:

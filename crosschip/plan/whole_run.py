@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import date
 
@@ -11,9 +13,10 @@ from crosschip.plan.cluster import Cluster
 from crosschip.plan.counts import num_parameters
 from crosschip.plan.dates import Calendar, Prices, Ramp, Scenario, Schedule, Stage, pause, plan_dates
 from crosschip.plan.failures import FailureRates, Recovery, Soak, published_rates, usual_recovery, with_soak
+from crosschip.plan.failures.problem import at_least
 from crosschip.plan.planning import architecture_of
 from crosschip.plan.serving import Load
-from crosschip.plan.stages import PlannedStage, StageChoices, plan_stages
+from crosschip.plan.stages import PlannedStage, StageChoices, plan_stages, settled
 from crosschip.recipe import Recipe
 
 __all__ = ["SAVED_BYTES", "Asked", "Switch", "WholeRun", "plan_whole_run", "prices_of"]
@@ -30,6 +33,11 @@ class Switch:
     delay_per_day: float = 0.0
     portable: bool = True
 
+    def __post_init__(self) -> None:
+        at_least("switch_days", self.days, 0.0)
+        at_least("switch_cost", self.cost, 0.0)
+        at_least("delay_cost_per_day", self.delay_per_day, 0.0)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -44,6 +52,12 @@ class Asked:
     switch: Switch = Switch()
     soak: Soak | None = None
     num_trials: int = 1000
+
+    @property
+    def other_clusters(self) -> tuple[Cluster, ...]:
+        """All besides the one that is planned on; one may come more than once."""
+        named = (self.choices.rollouts_on, *self.choices.joined_with, self.serve_on, *self.compared)
+        return tuple(each for each in named if each is not None)
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,14 @@ def plan_whole_run(recipe: Recipe, cluster: Cluster, asked: Asked) -> WholeRun:
     """Plan every stage and date it, then do the same on the compared clusters.
 
     Raises:
-        RecipeError: a stage fits nowhere or divides nothing, or `by` is not after the start.
+        RecipeError: a stage fits nowhere or divides nothing, `by` is not after the start, two clusters that differ have
+            one name, or no stage does what is chosen.
         PlanError: the start is over, or the schedule of the cluster cannot be.
     """
     if asked.by is not None and asked.by < asked.start:
         raise RecipeError(f"--by {asked.by} is before the start, {asked.start}", "give a later date")
+    _refuse_namesakes(cluster, asked)
+    asked = replace(asked, choices=settled(recipe, cluster, asked.choices))
     calendar = Calendar.from_today(asked.start, date.today(), cluster.schedule.windows())
     stages = plan_stages(recipe, cluster, asked.choices)
     architecture = architecture_of(recipe)
@@ -100,6 +117,19 @@ def plan_whole_run(recipe: Recipe, cluster: Cluster, asked: Asked) -> WholeRun:
     for other in asked.compared:
         others[other.name] = _on(recipe, other, asked)
     return WholeRun(recipe, cluster, asked, architecture, stages, rates, plan_dates(scenario), others)
+
+
+def _refuse_namesakes(cluster: Cluster, asked: Asked) -> None:
+    """Chips, prices and comparisons go by the cluster's name: two that share it would be planned as one."""
+    known = {cluster.name: cluster}
+    for each in asked.other_clusters:
+        if known.setdefault(each.name, each).file != each.file:
+            raise RecipeError(f"two clusters that differ are called {each.name!r}", "give each file its own `name`")
+    names = [each.name for each in (cluster, *asked.choices.joined_with)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(
+            f"{twice[0]} is joined to itself", "each group has a cluster of its own: give the other a file and a `name`"
+        )
 
 
 def _on(recipe: Recipe, other: Cluster, asked: Asked) -> WholeRun | CrosschipError:
@@ -130,8 +160,17 @@ def _dated(
         recovery = _recovery(each, cluster, rates, parameters)
         spares = _paid_spares(each, cluster, recovery)
         found.append(Stage(each.name, each.work_s, each.num_chips, recovery, label, ramp, each.beside, spares))
-        found += [pause(rest.why, rest.days) for rest in cluster.schedule.pauses if rest.after == each.name]
+        for rest in cluster.schedule.pauses:
+            if rest.after == each.name:
+                found.append(pause(_untaken(rest.why, rest.after, {*names, *(one.name for one in found)}), rest.days))
     return tuple(found)
+
+
+def _untaken(why: str, after: str, taken: Collection[str]) -> str:
+    """The name of a pause: why it is, and behind which stage where another stage or pause is called so already."""
+    behind = f"{why} after {after}"
+    names = itertools.chain((why, behind), (f"{behind} ({number})" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _paid_spares(stage: PlannedStage, cluster: Cluster, recovery: Recovery) -> int:

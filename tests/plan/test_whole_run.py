@@ -213,6 +213,25 @@ def test_what_is_known_of_the_calendar_counts() -> None:
         planned(cluster(schedule={"pauses": [{"after": "rest", "days": 1}]}), of)
 
 
+def test_pauses_of_one_reason_are_told_apart_by_the_stage_before_them() -> None:
+    of = recipe(PLAIN, sft={"steps": 2000, "batch_size": 16})
+
+    def names(*pauses: dict[str, Any]) -> list[str]:
+        return [each.stage.name for each in planned(cluster(schedule={"pauses": pauses}), of).schedule.stages]
+
+    first, second = {"after": "pretrain", "days": 3}, {"after": "sft", "days": 2}
+    assert names(first, second) == ["pretrain", "pause", "sft", "pause after sft"]
+    assert names(first | {"why": "sft"}) == ["pretrain", "sft after pretrain", "sft"]
+    assert names(second, second, second)[2:] == ["pause", "pause after sft", "pause after sft (2)"]
+
+
+def test_recovery_beyond_all_measure_is_refused_with_its_key() -> None:
+    for key, value in (("repair_s", 1e12), ("restart_s", 1e12), ("num_spares", 5)):
+        with pytest.raises(RecipeError, match=rf"recovery\.{key}"):
+            cluster(num_chips=32, recovery={key: value})
+    assert cluster(num_chips=32, recovery={"num_spares": 4}).recovery.num_spares == 4
+
+
 def test_what_was_seen_here_and_a_slow_store_count() -> None:
     of = recipe(PLAIN)
     often = cluster(seen=[{"num_stops": 400, "days": 10.0, "num_chips": 32}])
@@ -257,6 +276,20 @@ def test_training_on_one_and_serving_on_another(run: WholeRun) -> None:
     assert "requests/s" in plan_page(document)
 
 
+def test_serving_tells_where_chips_lack_and_pays_for_energy(run: WholeRun) -> None:
+    def served(num_chips: int, **price: float) -> dict[str, Any]:
+        there = cluster("H20", num_chips, "there", price=price)
+        return plan_document(replace(run, asked=replace(run.asked, load=Load(50, 1000, 500), serve_on=there)))
+
+    few, enough = served(1), served(512, per_chip_hour=1.0, chip_kw=0.5, per_kwh=0.2)
+    chips = few["serving"]["chips"]
+    assert any(f"serving takes {chips} x H20, and there has 1: too few" in note for note in few["notes"])
+    assert not any("too few for this load" in note for note in enough["notes"])
+    assert few["serving"]["cost"] is None
+    assert enough["serving"]["cost"]["per_day"] == pytest.approx(24 * chips * 1.1)
+    assert served(512, chip_kw=0.5, per_kwh=0.2)["serving"]["cost"]["per_day"] == pytest.approx(24 * chips * 0.1)
+
+
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(command_line(), ["plan", *arguments])
 
@@ -290,7 +323,14 @@ REFUSED = [
     (["--blackout", "soon"], "is no date"),
     (["--ramp", "half"], "no pair of numbers"),
     (["--ramp", "3:1"], "begin at day 0"),
-    (["--serve-cluster", str(CLUSTERS / "h20x1024.toml")], "stands without a load"),
+    (["--serve-cluster", str(CLUSTERS / "h20x1024.toml")], "means nothing without --requests-per-s"),
+    (["--token-s", "0.05"], "means nothing without --requests-per-s"),
+    *(
+        ([option, *value], f"{option} means nothing without --compare-cluster")
+        for option, *value in (["--switch-days", "nan"], ["--switch-cost", "1"], ["--start-anew"])
+    ),
+    (["--delay-cost-per-day", "0"], "means nothing without --compare-cluster"),
+    (["--rollout-tokens", "nan"], "--rollout-tokens is nan"),
     (["--requests-per-s", "-1"], "requests_per_s is -1"),
     (["--requests-per-s", "1e12"], "1e+12 requests a second"),
     (["--start", "2020-01-01"], "before today"),

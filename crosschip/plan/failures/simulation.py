@@ -137,14 +137,17 @@ class _Trials:
         self.useful, self.lost, self.restart, self.saving, self.idle, self.wall, self.stops = np.zeros((7, num))
         self.down_idle, self.down_restart = np.zeros((2, num))
         # When each spare is there again; with equal repair times the oldest is always the next, so a ring will do. How
-        # many nodes are broken at once depends on the mean repair time only (a queue M/G/infinity).
-        self.spare_at = np.zeros((num, recovery.num_spares))
+        # many nodes are broken at once depends on the mean repair time only (a queue M/G/infinity). It grows up to
+        # `num_spares` with the events: an event takes one spare at most, and most of a large number are never needed.
+        self.spare_at = np.zeros((num, 0))
         self.next_spare = np.zeros(num, dtype=np.int64)
         self._drop(self.work <= 0.0, finished=True)
         self._drop(self.horizon <= 0.0, finished=False)
 
     def live(self, gaps: Values, chances: Values) -> int:
         """Go on by one event for each row of draws; the number of trials that are still open."""
+        more_spares = min(len(gaps), self.recovery.num_spares - self.spare_at.shape[1])
+        self.spare_at = np.hstack([self.spare_at, np.zeros((len(self.number), more_spares))])
         draws, kinds = gaps[:, self.number], chances[:, :, self.number]
         for event in range(len(gaps)):
             if not len(self.number):

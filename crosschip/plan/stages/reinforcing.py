@@ -74,7 +74,8 @@ def _rollouts(stage: RlSettings, plan: Plan, work: AnswerBatch, engines: Rollout
 
 
 def _work(stage: RlSettings, answer_tokens: float | None) -> AnswerBatch:
-    answer = min(answer_tokens or ANSWER_SHARE * stage.max_new_tokens, float(stage.max_new_tokens))
+    mean = ANSWER_SHARE * stage.max_new_tokens if answer_tokens is None else answer_tokens
+    answer = min(mean, float(stage.max_new_tokens))
     here = stage.rollouts.engines == ["native"]
     return AnswerBatch(
         stage.prompts, stage.samples, float(stage.seq_len - stage.max_new_tokens), answer,
@@ -88,6 +89,11 @@ def _notes(name: str, stage: RlSettings, answer_tokens: float | None, apart: Clu
         notes.append(
             f"{name}: the mean answer is assumed to have {ANSWER_SHARE:.0%} of max_new_tokens = "
             f"{stage.max_new_tokens}; give --rollout-tokens from a first run"
+        )
+    elif answer_tokens > stage.max_new_tokens:
+        notes.append(
+            f"{name}: an answer has max_new_tokens = {stage.max_new_tokens} at most, so the mean one is planned with "
+            f"these and not with {answer_tokens:g} (--rollout-tokens)"
         )
     if stage.drop_without_signal:
         notes.append(f"{name}: {SAMPLED_ANEW:g} times as many answers are made as learnt from (assumed)")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from crosschip.errors import RecipeError
 from crosschip.plan.cluster import Cluster
+from crosschip.plan.failures.problem import positive
 from crosschip.plan.planning import plan_later_stage, plan_run
 from crosschip.plan.stages.joining import join_stage
 from crosschip.plan.stages.planned import PlannedStage
@@ -12,7 +14,7 @@ from crosschip.plan.stages.reinforcing import reinforce_stage
 from crosschip.plan.step import Plan
 from crosschip.recipe import Recipe, RlSettings, StageSettings
 
-__all__ = ["StageChoices", "plan_stages"]
+__all__ = ["StageChoices", "plan_stages", "settled"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class StageChoices:
     joined_with: tuple[Cluster, ...] = ()
     answer_tokens: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.answer_tokens is not None:
+            positive("--rollout-tokens", self.answer_tokens)
+
     def labels(self, cluster: Cluster) -> dict[str, str]:
         """What each cluster's chip is called, by the cluster's name: its kind, or with the name where two share it."""
         all_of_them = [cluster, *([self.rollouts_on] if self.rollouts_on else []), *self.joined_with]
@@ -30,6 +36,28 @@ class StageChoices:
         return {
             name: kind if list(kinds.values()).count(kind) == 1 else f"{kind} of {name}" for name, kind in kinds.items()
         }
+
+
+def settled(recipe: Recipe, cluster: Cluster, choices: StageChoices) -> StageChoices:
+    """The choices for a run on `cluster`: where it is the one that answers too, its chips do so in turns.
+
+    Raises:
+        RecipeError: no stage of the recipe does what is chosen.
+    """
+    reinforced = [isinstance(settings, RlSettings) for _, settings in recipe.stages]
+    if not any(reinforced) and (choices.rollouts_on is not None or choices.answer_tokens is not None):
+        raise RecipeError(
+            "no stage of the recipe makes rollouts",
+            "leave --rollout-cluster and --rollout-tokens out, or give a recipe with [rl]",
+        )
+    if all(reinforced) and choices.joined_with:
+        raise RecipeError(
+            "no stage of the recipe trains in groups: all of them are reinforcement learning",
+            "leave --join-cluster out, or give a recipe with [train] or [sft]",
+        )
+    if choices.rollouts_on is not None and choices.rollouts_on.name == cluster.name:
+        return replace(choices, rollouts_on=None)
+    return choices
 
 
 def plan_stages(recipe: Recipe, cluster: Cluster, choices: StageChoices) -> tuple[PlannedStage, ...]:

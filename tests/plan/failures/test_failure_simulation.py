@@ -145,6 +145,18 @@ def test_after_many_stops_the_pace_tells_what_following_the_trial_does(
         assert getattr(paced, name).mean() == pytest.approx(getattr(followed, name).mean(), rel=0.02)
 
 
+def test_spares_without_number_are_as_many_as_never_run_out() -> None:
+    recovery = replace(PLAIN, swap_share=1.0, repair_s=1000 * DAY_S, num_spares=10**15)
+    rates = same_rates(50, chip=2e-3)
+    never = simulate(rates, 1000, recovery, work_s=300 * DAY_S)
+    assert never.num_stops.min() > 512  # more than the events that are drawn at once
+    assert not never.idle_s.any()
+    enough = replace(recovery, num_spares=int(never.num_stops.max()))
+    np.testing.assert_array_equal(simulate(rates, 1000, enough, work_s=300 * DAY_S).wall_s, never.wall_s)
+    few = simulate(rates, 1000, replace(recovery, num_spares=300), work_s=300 * DAY_S)
+    assert few.idle_s.min() > 0
+
+
 def test_few_trials_without_an_end_leave_the_others_and_many_are_refused() -> None:
     job = np.full(200, 1.0)
     job[0] = 10_000.0  # a stop every 9 s, and nothing is saved before the next
