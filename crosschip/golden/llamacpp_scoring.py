@@ -67,8 +67,8 @@ class LlamaCppEngine:
 
     @property
     def notes(self) -> list[str]:
-        """What was not asked for, in words."""
-        found = []
+        """What was not asked for, and connections that were lost, in words."""
+        found = self._http.notes
         if self._longest > WHOLE:
             number = _WINDOW * _NUM_WINDOWS
             found.append(

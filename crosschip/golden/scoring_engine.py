@@ -34,7 +34,7 @@ class Scorer(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What was not asked for, in words; complete after the last `score`."""
+        """What was not asked for, and connections that were lost, in words; complete after the last `score`."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -77,8 +77,8 @@ class ScoringEngine:
 
     @property
     def notes(self) -> list[str]:
-        """Nothing: every position is asked for."""
-        return []
+        """Connections that were lost; every position is asked for."""
+        return self._http.notes
 
     def close(self) -> None:
         """Close the connections."""

@@ -1,7 +1,8 @@
-"""HTTP to an engine that scores: every wait ends, whatever the engine does.
+"""HTTP to an engine that is examined: every wait ends, whatever the engine does.
 
 A request has two limits, `silence_s` without a byte and `total_s` for the whole answer, so that an engine which
-trickles bytes ends it as well.
+trickles bytes ends it as well. A question whose connection is lost is asked again while the engine is there: networks
+and proxies drop connections, too.
 """
 
 from __future__ import annotations
@@ -14,14 +15,33 @@ import httpx
 
 from crosschip.errors import GoldenError
 
-__all__ = ["EngineBrokeError", "ScoringHttp", "TimeOverError", "Waits", "authorization", "json_of", "words_of"]
+__all__ = [
+    "ConnectionLostError",
+    "EngineBrokeError",
+    "NoAnswerInTimeError",
+    "ScoringHttp",
+    "TimeOverError",
+    "Waits",
+    "authorization",
+    "json_of",
+    "words_of",
+]
 
 MOST_BYTES = 256 << 20  # 20 log-probs at each of 128 k positions are about 100 MB
+_TIMES_AGAIN, _AGAIN_AFTER_S = 2, 0.5
 _SHOWN = 300  # characters of a strange answer that a message shows
 
 
 class EngineBrokeError(Exception):
     """No proper answer: the engine hung, broke off, failed or sent what is no log-probs. It is part of the replay."""
+
+
+class ConnectionLostError(EngineBrokeError):
+    """There is no connection to the engine, or it ended before the answer did."""
+
+
+class NoAnswerInTimeError(EngineBrokeError):
+    """The engine was silent for too long, or its answer took too long."""
 
 
 class TimeOverError(EngineBrokeError):
@@ -64,6 +84,7 @@ class ScoringHttp:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._silence_s, self._total_s = waits.get("silence_s", 300.0), waits.get("total_s", 600.0)
         self._deadline = waits.get("deadline")
+        self._lost: list[ConnectionLostError] = []  # after which the question was asked again
         limits = httpx.Limits() if keep_alive else httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(headers=authorization(api_key), limits=limits, trust_env=False)
 
@@ -71,12 +92,37 @@ class ScoringHttp:
         """Close the connections."""
         self._http.close()
 
+    @property
+    def notes(self) -> list[str]:
+        """What an answer does not show, in words: connections that were lost on the way to it."""
+        if not self._lost:
+            return []
+        return [f"why the connection was lost {len(self._lost)} times, the last: {self._lost[-1]}; all was asked again"]
+
     def exchange(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """Status and content of an answer.
+        """Status and content of an answer; a POST is sent again when its connection is lost and the engine is there.
 
         Raises:
             EngineBrokeError: none came, or not within its time; a `TimeOverError` where the replay's own time ended.
         """
+        for _ in range(_TIMES_AGAIN if method == "POST" else 0):
+            try:
+                return self._exchange_once(method, path, body)
+            except ConnectionLostError as error:
+                time.sleep(_AGAIN_AFTER_S)  # a full queue of connections empties
+                if not self._is_there():
+                    raise
+                self._lost.append(error)
+        return self._exchange_once(method, path, body)
+
+    def _is_there(self) -> bool:
+        """Whether it lists its models; a `TimeOverError` says nothing of that and goes on."""
+        try:
+            return self._exchange_once("GET", "/v1/models", None)[0] == 200
+        except (ConnectionLostError, NoAnswerInTimeError):
+            return False
+
+    def _exchange_once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
         until = time.monotonic() + self._total_s
         until = until if self._deadline is None else min(until, self._deadline)
         data = bytearray()
@@ -89,11 +135,17 @@ class ScoringHttp:
                     if len(data) > MOST_BYTES:
                         raise EngineBrokeError(f"over {MOST_BYTES >> 20} MB in one answer")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            is_late = self._deadline is not None and time.monotonic() >= self._deadline
-            if is_late and isinstance(error, httpx.TimeoutException):
-                raise TimeOverError("the time of the replay was over") from None
-            raise EngineBrokeError(f"{type(error).__name__}: {error}") from None
+            raise self._told(error) from None
         return response.status_code, bytes(data)
+
+    def _told(self, error: httpx.HTTPError | httpx.InvalidURL) -> EngineBrokeError:
+        words = f"{type(error).__name__}: {error}"
+        if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+            return ConnectionLostError(words)
+        if not isinstance(error, httpx.TimeoutException):
+            return EngineBrokeError(words)
+        is_late = self._deadline is not None and time.monotonic() >= self._deadline
+        return TimeOverError("the time of the replay was over") if is_late else NoAnswerInTimeError(words)
 
     def _timeout(self, until: float) -> httpx.Timeout:
         left_s = max(0.05, until - time.monotonic())

@@ -4,7 +4,7 @@ from crosschip.model.config import ModelConfig, config_from_settings
 from crosschip.model.decoder import Decoder, LatentCache, generate
 from crosschip.model.saving import save_model
 from crosschip.model.transformer import LossParts, TokenLogprobs, Transformer, init_weights
-from crosschip.model.weights import load_model, load_multiplied_out, read_config
+from crosschip.model.weights import checkpoint_dtype, load_model, load_multiplied_out, read_config
 
 __all__ = [
     "Decoder",
@@ -13,6 +13,7 @@ __all__ = [
     "ModelConfig",
     "TokenLogprobs",
     "Transformer",
+    "checkpoint_dtype",
     "config_from_settings",
     "generate",
     "init_weights",

@@ -35,6 +35,7 @@ __all__ = [
     "DCP_DIRECTORY",
     "MODEL_PREFIX",
     "TensorView",
+    "checkpoint_dtype",
     "exported_tensor",
     "exported_tensors",
     "has_weights",
@@ -49,6 +50,7 @@ __all__ = [
 DCP_DIRECTORY = "dcp"  # of a training checkpoint: its tensors, in our own names, as crosschip.model.dcp reads them
 ADAPTERS = "adapters."  # names of `train.adapters` within a model
 MODEL_PREFIX = "model."  # there, before the name of a parameter or buffer
+_EMBEDDING = "model.embed_tokens.weight"
 _SCALES = ("_scale_inv", "_scale")  # after the name of a weight in 8 bits
 
 
@@ -64,7 +66,7 @@ class TensorView:
 
 def published_views(config: ModelConfig) -> Iterator[TensorView]:
     """Every tensor of the published layout of this architecture."""
-    yield TensorView("model.embed_tokens.weight", "embed_tokens.weight")
+    yield TensorView(_EMBEDDING, "embed_tokens.weight")
     for layer in range(config.num_hidden_layers):
         yield from _block_views(config, layer, f"layers.{layer}")
     for index in range(config.num_nextn_predict_layers):
@@ -202,12 +204,26 @@ class _Shards:
         return dequantise(name, tensor, self.get(scale), block)
 
 
-def _checkpoint_dtype(document: dict[str, Any], shards: _Shards) -> torch.dtype:
-    """The dtype the weights are meant to be used in; files in 8 bits are used in bf16."""
-    if document.get("quantization_config"):
-        return torch.bfloat16
-    dtype = shards.get("model.embed_tokens.weight").dtype
-    return dtype if dtype.is_floating_point else torch.float32
+def checkpoint_dtype(directory: Path) -> torch.dtype:
+    """The dtype in which `load_model` leaves a directory unless told: its embedding's, whatever the other weights are
+    stored in; bf16 where the embedding is in 8 bits itself.
+
+    Raises:
+        ModelError: the files cannot be read, or hold no embedding.
+    """
+    return torch.float32 if is_training_checkpoint(directory) else _embedding_dtype(_open_shards(directory))
+
+
+def _open_shards(directory: Path) -> _Shards:
+    shards = _Shards(directory)
+    if _EMBEDDING not in shards:
+        raise ModelError(f"{directory} has no tensor {_EMBEDDING}", "this is not a complete model of this architecture")
+    return shards
+
+
+def _embedding_dtype(shards: _Shards) -> torch.dtype:
+    dtype = shards.get(_EMBEDDING).dtype
+    return torch.bfloat16 if dtype in QUANTISED_DTYPES else dtype if dtype.is_floating_point else torch.float32
 
 
 def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
@@ -218,16 +234,11 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
     config, document = read_config(directory)
     if is_training_checkpoint(directory):
         return _load_training_checkpoint(directory, config, dtype or torch.float32, device)
-    shards = _Shards(directory)
-    if "model.embed_tokens.weight" not in shards:
-        raise ModelError(
-            f"{directory} has no tensor model.embed_tokens.weight", "this is not a complete model of this architecture"
-        )
+    shards = _open_shards(directory)
     with torch.device("meta"):
         model = Transformer(config)
     quantisation = quantisation_of(document)
-    dtype = dtype or _checkpoint_dtype(document, shards)
-    _materialise(model, dtype, device)
+    _materialise(model, dtype or _embedding_dtype(shards), device)
     _fill(model, shards, quantisation.block if quantisation else (128, 128), directory)
     return model
 
@@ -235,7 +246,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
 def load_multiplied_out(directory: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Transformer:
     """As `load_model` in the files' own dtype, but weights in 8 bits are multiplied out into `dtype` unless it is None.
 
-    They have no dtype of their own: in bf16, in which they are mostly used, products of scales are rounded once more.
+    In the embedding's dtype, mostly bf16, the products with the scales would be rounded once more.
     """
     _, document = read_config(directory)
     return load_model(directory, dtype if quantisation_of(document) else None, device)

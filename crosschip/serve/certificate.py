@@ -7,15 +7,12 @@ from pathlib import Path
 
 from crosschip.certificate import Certificate, Serving, Status, chip_kind, status_of
 from crosschip.chips import find_chip
-from crosschip.errors import RunDirectoryError, ServeError
-from crosschip.rundir import read_json
+from crosschip.errors import ModelError, ServeError
+from crosschip.model import checkpoint_dtype
 
 __all__ = ["ENGINE", "certified_or_refused", "find_status"]
 
 ENGINE = "native"  # the name of this engine in a certificate's replays
-_EMBEDDING = "model.embed_tokens.weight"
-# What safetensors calls the dtypes that the engine computes in.
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def find_status(
@@ -58,22 +55,8 @@ def certified_or_refused(directory: Path, status: Status) -> None:
 
 
 def _dtype_of(directory: Path) -> str | None:
-    """The dtype in which the engine computes by default: the embedding's, and bf16 for weights in 8 bits.
-
-    None where it cannot be told.
-    """
-    from safetensors import SafetensorError, safe_open
-
+    """The dtype in which the engine computes by default; None where it cannot be told."""
     try:
-        if read_json(directory / "config.json").get("quantization_config"):
-            return "bfloat16"
-    except (RunDirectoryError, AttributeError):  # told when the model is loaded
+        return str(checkpoint_dtype(directory)).removeprefix("torch.")
+    except ModelError:  # told when the model is loaded
         return None
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                if _EMBEDDING in opened.keys():  # noqa: SIM118  (not a dict)
-                    return _DTYPES.get(opened.get_slice(_EMBEDDING).get_dtype())
-        except (SafetensorError, OSError):  # told with its name when the model is loaded
-            continue
-    return None

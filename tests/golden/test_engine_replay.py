@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from crosschip.errors import GoldenError
@@ -216,6 +218,58 @@ def odd_url() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@contextmanager
+def dropping(url: str, drops: Callable[[int], bool]) -> Iterator[str]:
+    """What stands before an engine and closes the connection of some questions, by their number; its address."""
+    numbers = itertools.count(1)
+
+    class Proxy(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            self._pass_on(httpx.get(url + self.path))
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if not drops(next(numbers)):
+                headers = {"Content-Type": "application/json"}
+                self._pass_on(httpx.post(url + self.path, content=body, headers=headers, timeout=60))
+
+        def _pass_on(self, answer: httpx.Response) -> None:
+            self.send_response(answer.status_code)
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_connections_that_are_dropped_now_and_then_are_not_held_against_an_engine(
+    bundle: Bundle, honest_url: str
+) -> None:
+    with dropping(honest_url, lambda number: number % 5 == 0) as url:
+        comparison = replay_over_http(bundle, url)
+    assert (comparison.broke, comparison.rows_made) == (None, len(bundle.lengths))
+    judgement = judge(comparison)
+    assert judgement.verdict == "PASS"
+    assert any(re.match(r"why the connection was lost \d+ times", words) for words in judgement.not_covered)
+
+
+def test_an_engine_that_lists_its_model_and_answers_nothing_fails(bundle: Bundle, honest_url: str) -> None:
+    asked: list[int] = []
+    with dropping(honest_url, lambda number: asked.append(number) or True) as url:
+        judgement = judged(bundle, url)
+    assert judgement.verdict == "FAIL"
+    assert "RemoteProtocolError" in judgement.findings[0]["message"]
+    assert len(asked) in (3, 6), "a row three times, and perhaps the one that was begun after it"
 
 
 @pytest.mark.parametrize(("way", "words"), [("refuses", "echo is not supported"), ("no-echo", "echo is ignored")])

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from crosschip.errors import ModelError
-from crosschip.model import ModelConfig, load_model, save_model
+from crosschip.model import ModelConfig, checkpoint_dtype, load_model, save_model
 from crosschip.model.quantised import (
+    QUANTISED_DTYPES,
     check_dialect,
     dequantise,
     quantisation_of,
@@ -152,6 +153,27 @@ def test_our_model_loads_a_directory_in_8_bits(tmp_path: Path, kind: str) -> Non
     codes, scale = (quantise_blocks if kind == "fp8" else quantise_channels)(exact)
     assert torch.equal(found, dequantise("w", codes, scale, (128, 128)))
     assert not torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "w8a8"])
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float8_e4m3fn, torch.bfloat16)],
+)
+def test_the_embedding_says_what_a_directory_in_8_bits_is_computed_in(
+    tmp_path: Path, kind: str, stored: torch.dtype, computed: torch.dtype
+) -> None:
+    directory = quantised_directory(tmp_path, kind)
+
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.embed_tokens.weight"
+        tensors[name] = tensors[name].to(stored)
+        if stored in QUANTISED_DTYPES:
+            tensors[scale_name(name, stored)] = torch.ones(1, 1)
+
+    change(directory, store)
+    assert checkpoint_dtype(directory) == computed
+    assert load_model(directory).lm_head.weight.dtype == computed
 
 
 def change(directory: Path, how) -> None:

@@ -92,7 +92,6 @@ def test_fp8_blocks_are_multiplied_out(published: Path) -> None:
     edit_config(published, quantization_config={"quant_method": "fp8", "weight_block_size": list(block)})
     model = load_model(published)
     found = model.layers[1].mlp.experts.gate_up_proj[2, : CONFIG.moe_intermediate_size].detach().float()
-    assert model.embed_tokens.weight.dtype == torch.bfloat16
     # e4m3 keeps 4 significant bits: at most 2^-4 of a value is lost; a dropped scale would cost 25 % or more.
     assert torch.all((found - exact).abs() <= 2**-4 * exact.abs() + 0.02)
     assert (found - exact).norm() / exact.norm() < 2**-4

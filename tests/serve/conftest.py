@@ -163,6 +163,13 @@ class RunningServer:
         return self.process.wait(timeout=30)
 
 
+class Expression(str):
+    """An option of `running_server` that is written into the program of the server as it is."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 @contextmanager
 def running_server(directory: Path, **options: object) -> Iterator[RunningServer]:
     """`serve()` in a process of its own, on a port the system chose."""

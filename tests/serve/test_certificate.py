@@ -18,13 +18,18 @@ from crosschip.certificate.files import files_of, hash_files
 from crosschip.certificate.signing import make_key, read_public_key, sign
 from crosschip.chips import find_chip
 from crosschip.errors import ServeError
+from crosschip.handoff.export import export_model
+from crosschip.handoff.source import open_source
+from crosschip.handoff.targets import TARGETS
+from crosschip.model import load_model
 from crosschip.serve import serve
 from crosschip.serve.api.served import describe_served
 from crosschip.serve.certificate import find_status
 from crosschip.serve.engine.loading import load_engine
 from crosschip.serve.gateway.server import serve_gateway
+from crosschip.serve.limits import new_key
 from tests.certificate.conftest import CHIP, document_of, replay_of
-from tests.serve.conftest import RunningServer, running_server
+from tests.serve.conftest import Expression, RunningServer, running_server
 
 
 def certify(directory: Path, key: Path | None = None, **changes: Any) -> Path:
@@ -128,6 +133,35 @@ def test_the_dtype_that_is_asked_for_counts(certified_dir: Path) -> None:
     assert find_status(certified_dir, "cpu", None).is_certified
     assert find_status(certified_dir, "cpu", "float32").is_certified
     assert "not in bfloat16" in str(find_status(certified_dir, "cpu", "bfloat16").problem)
+
+
+@pytest.mark.parametrize("target", ["w8a8", "fp8"])
+def test_files_in_eight_bits_are_served_in_the_dtype_that_they_were_handed_off_in(
+    random_dir: Path, tmp_path: Path, target: str
+) -> None:
+    for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        directory = export_model(open_source(random_dir), TARGETS[target], tmp_path / dtype, dtype)
+        assert find_status(certify(directory, dtype=dtype), "cpu", None).is_certified
+        assert str(load_model(directory).lm_head.weight.dtype) == f"torch.{dtype}"
+        assert f"not in {dtype}" in str(find_status(certify(directory, dtype=other), "cpu", None).problem)
+
+
+def test_later_weights_are_judged_in_the_dtype_that_the_engine_goes_on_in(random_dir: Path, tmp_path: Path) -> None:
+    """The server takes bf16 from its first files; those that follow are in fp32, certified for either."""
+    first = export_model(open_source(random_dir), TARGETS["hf"], tmp_path / "first", "bfloat16")
+    later = {dtype: shutil.copytree(random_dir, tmp_path / dtype) for dtype in ("float32", "bfloat16")}
+    secret, lines = new_key("root", admin=True)
+    (tmp_path / "keys.toml").write_text(lines)
+    limits = f"__import__('crosschip.serve.limits').serve.limits.Limits(api_keys={str(tmp_path / 'keys.toml')!r})"
+    with running_server(certify(first, dtype="bfloat16"), limits=Expression(limits)) as server:
+        for dtype, directory in later.items():
+            body = {"path": str(certify(directory, dtype=dtype)), "version": dtype}
+            headers = {"authorization": f"Bearer {secret}"}
+            told = httpx.post(f"{server.url}/v1/weights", json=body, headers=headers, timeout=60).json()["crosschip"]
+            assert told["certificate"] == ("CERTIFIED" if dtype == "bfloat16" else "UNCERTIFIED")
+        logged = [line for line in server.log if "UNCERTIFIED" in line]
+    assert len(logged) == 1, "once, and not of certified weights"
+    assert "version float32: the certificate covers arithmetic in float32, not in bfloat16" in logged[0]
 
 
 def test_a_certificate_that_anybody_could_write_is_refused_where_the_signer_is_named(

@@ -7,21 +7,22 @@ answer of another form) says nothing about the model, and the pair is left out a
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
-from crosschip.errors import HandoffError
-from crosschip.golden.scoring_http import authorization
+from crosschip.golden.scoring_http import (
+    ConnectionLostError,
+    EngineBrokeError,
+    NoAnswerInTimeError,
+    ScoringHttp,
+    Waits,
+)
 from crosschip.handoff.answers.tools import ToolCall, tool_fields
 
 __all__ = ["Ask", "Engine", "Fault", "Reply"]
 
+_CHAT = "/v1/chat/completions"
 _SHOWN = 200
-_MOST_BYTES = 64 << 20
-_RETRY_AFTER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,19 @@ class Engine:
     """An engine at an address; several threads may ask at once.
 
     Raises:
-        HandoffError: `url` is no address.
+        GoldenError: `url` is no address, or the key is none.
     """
 
     url: str
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 300.0
     model: str = field(default="", init=False)
-    _http: httpx.Client = field(init=False, repr=False)
+    _http: ScoringHttp = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise HandoffError(f"{self.url!r} is no address", "give one like http://127.0.0.1:8000")
-        self.url = self.url.rstrip("/").removesuffix("/v1")
-        headers = authorization(self.api_key)
-        limits = httpx.Limits(max_connections=128, max_keepalive_connections=0)
-        timeout = httpx.Timeout(self.timeout_s, connect=10.0, pool=None)
-        self._http = httpx.Client(headers=headers, limits=limits, timeout=timeout, trust_env=False)
+        waits: Waits = {"silence_s": self.timeout_s, "total_s": self.timeout_s}
+        self._http = ScoringHttp(self.url, api_key=self.api_key, keep_alive=False, **waits)
+        self.url = self._http.url
 
     def close(self) -> None:
         """Close all connections."""
@@ -97,7 +94,7 @@ class Engine:
         Raises:
             Fault: there is no such list.
         """
-        status, data = self._exchange("GET", "/v1/models", None)
+        status, data = self._exchange("GET", "/v1/models")
         try:
             self.model = str(json.loads(data)["data"][0]["id"])
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -112,9 +109,10 @@ class Engine:
             Fault: no proper answer came.
         """
         body = ask.body(self.model)
-        status, data = self._post(body)
+        status, data = self._exchange("POST", _CHAT, body)
         if status in (400, 413, 422) and b"context" in data:
-            status, data = self._post({key: value for key, value in body.items() if key != "max_tokens"})
+            shorter = {key: value for key, value in body.items() if key != "max_tokens"}
+            status, data = self._exchange("POST", _CHAT, shorter)
         if status in (408, 429) or status >= 500:
             raise Fault("broken", f"HTTP {status}: {data[:_SHOWN].decode(errors='replace')}")
         if status >= 400:
@@ -137,30 +135,15 @@ class Engine:
             return False
         return True
 
-    def _post(self, body: dict[str, Any]) -> tuple[int, bytes]:
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         try:
-            return self._exchange("POST", "/v1/chat/completions", body)
-        except Fault as fault:
-            if fault.kind != "unreachable":
-                raise
-        time.sleep(_RETRY_AFTER_S)  # a full queue of connections, perhaps; an engine that ended stays away
-        return self._exchange("POST", "/v1/chat/completions", body)
-
-    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
-        data, until = bytearray(), time.monotonic() + self.timeout_s
-        try:
-            with self._http.stream(method, self.url + path, json=body) as response:
-                for part in response.iter_bytes():
-                    data += part
-                    if time.monotonic() > until:
-                        raise Fault("time-out", f"still sending after {self.timeout_s:.0f} s")
-                    if len(data) > _MOST_BYTES:
-                        raise Fault("broken", f"over {_MOST_BYTES >> 20} MB in one answer")
-                return response.status_code, bytes(data)
-        except httpx.TimeoutException as error:
-            raise Fault("time-out", f"nothing came for {self.timeout_s:.0f} s ({type(error).__name__})") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Fault("unreachable", f"{type(error).__name__}: {error}") from None
+            return self._http.exchange(method, path, body)
+        except ConnectionLostError as error:
+            raise Fault("unreachable", str(error)) from None
+        except NoAnswerInTimeError as error:
+            raise Fault("time-out", f"none within {self.timeout_s:.0f} s ({error})") from None
+        except EngineBrokeError as error:
+            raise Fault("broken", str(error)) from None
 
 
 def _message(data: bytes) -> str:

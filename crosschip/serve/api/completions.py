@@ -20,7 +20,7 @@ from crosschip.serve.api.generation import ChoiceUpdate, Generation, PlannedChoi
 from crosschip.serve.api.logprobs import LegacyLogprobs, TokenNames
 from crosschip.serve.api.planning import check_ids, check_request, choose_max_tokens, refuse_endless, sampling_params
 from crosschip.serve.api.routed_experts import check_routed_experts, routed_experts
-from crosschip.serve.api.schemas import CompletionRequest
+from crosschip.serve.api.schemas import DEFAULT_MAX_TOKENS, CompletionRequest
 from crosschip.serve.api.served import ServedModel
 from crosschip.serve.engine.request import TokenScore
 
@@ -135,7 +135,9 @@ class CompletionCall:
 
     def _plan(self, index: int) -> PlannedChoice:
         request, prompt = self._request, self._prompts[index // self._per_prompt]
-        max_tokens = choose_max_tokens(self._served, len(prompt.ids), request.max_tokens, "prompt")
+        max_tokens = choose_max_tokens(
+            self._served, len(prompt.ids), request.max_tokens, "prompt", default=DEFAULT_MAX_TOKENS
+        )
         num_prompt_logprobs = request.logprobs if request.echo else None
         params = sampling_params(
             self._served,

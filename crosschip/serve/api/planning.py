@@ -57,12 +57,14 @@ def refuse_endless(served: ServedModel, text: str, param: str) -> None:
         )
 
 
-def choose_max_tokens(served: ServedModel, num_prompt_tokens: int, wanted: int | None, param: str) -> int:
-    """The wanted number of tokens if it fits; what fits if none was named."""
+def choose_max_tokens(
+    served: ServedModel, num_prompt_tokens: int, wanted: int | None, param: str, default: int | None = None
+) -> int:
+    """The wanted number of tokens if it fits; if none was named what fits, but no more than `default`."""
     limit = served.engine.info.max_model_len
     room = limit - num_prompt_tokens
     if wanted is None and room > 0:
-        return room
+        return room if default is None else min(default, room)
     asked = 1 if wanted is None else wanted
     if asked <= room:
         return asked

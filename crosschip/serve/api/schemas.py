@@ -21,6 +21,7 @@ from crosschip.data import Message, ToolCall
 from crosschip.serve.api.errors import ApiError, shown
 
 __all__ = [
+    "DEFAULT_MAX_TOKENS",
     "ChatMessage",
     "ChatRequest",
     "CommonRequest",
@@ -31,6 +32,7 @@ __all__ = [
     "refuse_unsupported",
 ]
 
+DEFAULT_MAX_TOKENS = 16  # of completions; a chat may go on until the context is full
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -241,7 +243,8 @@ class ChatRequest(CommonRequest):
 
 
 class CompletionRequest(CommonRequest):
-    """`POST /v1/completions`: text or token ids, one prompt or several. `return_routed_experts` is ours.
+    """`POST /v1/completions`: text or token ids, one prompt or several. Without `max_tokens` an answer ends after
+    `DEFAULT_MAX_TOKENS`, as with OpenAI and vLLM. `return_routed_experts` is ours.
 
     So is `logprobs_mode`, for which vLLM's server has an option: log-probs at temperature 1, or of the distribution
     that tokens are drawn from."""

@@ -89,15 +89,14 @@ def serve(
         tls.check()
     listener = bind(host, port)
     log_to_stderr(logger)
-    named_dtype = None if dtype == "auto" else dtype
 
-    def find_certificate(of: Path) -> Status:
-        status = find_status(of, device, named_dtype, _say, signer)
+    def find_certificate(of: Path, computed_in: str | None) -> Status:
+        status = find_status(of, device, computed_in, _say, signer)
         if require_certificate:
             certified_or_refused(of, status)
         return status
 
-    status = find_certificate(directory)
+    status = find_certificate(directory, None if dtype == "auto" else dtype)
     print(f"loading {directory} ...", flush=True)
     engine = load_engine(
         directory,

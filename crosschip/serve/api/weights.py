@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from asyncio import to_thread
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ from crosschip.serve.api.served import ServedModel
 
 __all__ = ["CertificateFinder", "add_weights"]
 
-# Hashes a directory's files and says what its certificate covers; raises where none is allowed.
-CertificateFinder = Callable[[Path], Status]
+logger = logging.getLogger("crosschip.serve")
+
+# Hashes a directory's files and says whether its certificate covers this engine in a dtype; raises where one must.
+CertificateFinder = Callable[[Path, str], Status]
 
 _NOT_LOOKED_FOR = Status("UNCERTIFIED", "nobody looked for a certificate of these weights")
 
@@ -42,7 +45,9 @@ def add_weights(app: FastAPI, served: ServedModel, find_certificate: Certificate
     def update(body: WeightsRequest) -> dict[str, Any]:
         directory = Path(body.path)
         served.engine.check_weights(directory)  # before its files are hashed
-        certificate = find_certificate(directory) if find_certificate is not None else _NOT_LOOKED_FOR
+        # The engine goes on in the dtype it was started in, whatever the new files are in.
+        dtype = served.engine.info.dtype
+        certificate = find_certificate(directory, dtype) if find_certificate is not None else _NOT_LOOKED_FOR
         version = served.engine.update_weights(
             directory,
             version=None if body.version is None else str(body.version),
@@ -50,6 +55,8 @@ def add_weights(app: FastAPI, served: ServedModel, find_certificate: Certificate
             certificate=certificate,
             timeout_s=body.timeout_s,
         )
+        if not certificate.is_certified:
+            logger.warning("UNCERTIFIED, version %s: %s", version, certificate.problem)
         return {"object": "weights", "weights_version": version, "crosschip": served.status}
 
     @app.post("/v1/weights")

@@ -22,12 +22,13 @@ from crosschip.serve.engine.engine_info import (
     PreparedWeights,
     WeightsUpdate,
     measure_load,
-    next_version,
 )
+from crosschip.serve.engine.manifest import weights_identity
 from crosschip.serve.engine.overwrite import probe_scores
 from crosschip.serve.engine.refusals import EngineClosed, QueueFull, refuse_impossible
 from crosschip.serve.engine.request import Request, SamplingParams, TokenEvent, TokenScore
 from crosschip.serve.engine.scheduler import Scheduler, Step
+from crosschip.serve.engine.version_names import VersionNames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,6 +105,7 @@ class Engine:
         self._num_drafts = self._num_drafts_right = 0
         self._update: WeightsUpdate | None = None
         self._one_update = threading.Lock()
+        self._versions = VersionNames(info.weights_version, weights_identity(info.directory))
         scheduler.weights_version = info.weights_version
         self._runner = runner
         self._scheduler = scheduler
@@ -174,7 +176,7 @@ class Engine:
 
         Args:
             directory: a model of the same architecture, with the same tokenizer.
-            version: its name; None counts up.
+            version: its name, which no other weights had since the engine was started; None counts up.
             in_flight: what becomes of the requests that were begun.
             certificate: what was found out about the directory's certificate.
             timeout_s: how long to wait for the requests in flight.
@@ -187,12 +189,12 @@ class Engine:
         if not self._one_update.acquire(blocking=False):
             raise ServeError("another update of the weights is under way", "try again when it has ended")
         try:
-            name = version or next_version(self.info.weights_version)
-            if name == self.info.weights_version:
-                raise ServeError(f"version {name!r} is what is served already", "give the new weights another name")
+            identity = weights_identity(directory)
+            name = self._versions.choose(version or None, self.info.weights_version, identity)
             weights = self._prepare_weights(directory)
             info = replace(self.info, directory=directory.resolve(), certificate=certificate, weights_version=name)
             self._await(WeightsUpdate(weights, info, in_flight == "abort"), timeout_s)
+            self._versions.keep(name, identity)
         finally:
             self._one_update.release()
         return name

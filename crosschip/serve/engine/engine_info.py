@@ -19,7 +19,6 @@ __all__ = [
     "PreparedWeights",
     "WeightsUpdate",
     "measure_load",
-    "next_version",
 ]
 
 NOT_LOOKED_FOR = Status("UNCERTIFIED", "nobody looked for a certificate")
@@ -101,8 +100,3 @@ def measure_load(scheduler: Scheduler, info: EngineInfo, alive: bool, drafts: in
         drafts_right=drafts_right,
         weights_version=info.weights_version,
     )
-
-
-def next_version(version: str) -> str:
-    """The name of the weights after these, when nobody gave them one."""
-    return str(int(version) + 1) if version.isdecimal() else f"{version}+1"

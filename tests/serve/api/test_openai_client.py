@@ -133,10 +133,24 @@ def test_chat_logprobs_name_each_token(taught: openai.OpenAI) -> None:
 
 def test_a_completion_continues_text(taught: openai.OpenAI) -> None:
     prompt = f"<|bos|><|user|>{CONVERSATIONS[0][0]}<|assistant|>"
-    answer = taught.completions.create(model="taught-tiny", prompt=prompt, temperature=0)
+    arguments = {"model": "taught-tiny", "prompt": prompt, "temperature": 0, "max_tokens": 200}
+    answer = taught.completions.create(**arguments)
     assert answer.choices[0].text == f"<think>{REASONING}</think>{CONVERSATIONS[0][2]}"
-    echoed = taught.completions.create(model="taught-tiny", prompt=prompt, temperature=0, echo=True, stream=True)
+    echoed = taught.completions.create(**arguments, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in echoed) == prompt + answer.choices[0].text
+
+
+def test_a_completion_that_names_no_length_ends_after_16_tokens_and_a_chat_at_its_own_end(
+    random_client: openai.OpenAI, taught: openai.OpenAI
+) -> None:
+    endless = {"ignore_eos": True}
+    answer = random_client.completions.create(model="random-tiny", prompt=[5, 6, 7], extra_body=endless)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
+    almost_full = random_client.completions.create(model="random-tiny", prompt=[5] * 2040, extra_body=endless)
+    assert almost_full.usage.completion_tokens == 8
+    chat = taught.chat.completions.create(model="taught-tiny", messages=QUESTION, temperature=0)
+    assert chat.usage.completion_tokens > 16
+    assert chat.choices[0].finish_reason == "stop"
 
 
 def test_prompts_and_choices_are_numbered_in_order(random_client: openai.OpenAI) -> None:

@@ -26,7 +26,7 @@ def test_a_signal_ends_the_server_cleanly(random_dir: Path, number: int) -> None
         log = "".join(server.log)
         assert "UNCERTIFIED" in log
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "my-model"
-        body = {"prompt": [1, 2], "stream": True, "ignore_eos": True, "temperature": 0}
+        body = {"prompt": [1, 2], "stream": True, "ignore_eos": True, "temperature": 0, "max_tokens": 1900}
         ended = threading.Event()
 
         def read_to_the_end() -> None:

@@ -15,7 +15,7 @@ import torch
 from crosschip.data import ChatTokenizer
 from crosschip.model import save_model
 from crosschip.serve.limits import new_key
-from tests.serve.conftest import RunningServer, make_model, running_server, tiny_config
+from tests.serve.conftest import Expression, RunningServer, make_model, running_server, tiny_config
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
@@ -36,15 +36,8 @@ def guarded(random_dir: Path, tmp_path: Path) -> Iterator[tuple[RunningServer, d
     keys = tmp_path / "keys.toml"
     keys.write_text(lines + admin_lines)
     program = f"__import__('crosschip.serve.limits').serve.limits.Limits(api_keys={str(keys)!r})"
-    with running_server(random_dir, max_batch_size=4, limits=_Expression(program)) as server:
+    with running_server(random_dir, max_batch_size=4, limits=Expression(program)) as server:
         yield server, {"authorization": f"Bearer {alice}"}, {"authorization": f"Bearer {root}"}
-
-
-class _Expression(str):
-    """Written into the program of the server as it is."""
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def test_weights_are_replaced_by_an_admin_alone(guarded: Any, other_dir: Path, random_dir: Path) -> None:

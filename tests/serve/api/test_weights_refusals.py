@@ -57,7 +57,7 @@ def served(served_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "keys.toml").write_text(lines)
     told = Served("", {"authorization": f"Bearer {secret}"})
 
-    def find(directory: Path) -> Status:
+    def find(directory: Path, dtype: str) -> Status:
         told.hashed.append(directory)
         return Status("UNCERTIFIED", "as the test says")
 

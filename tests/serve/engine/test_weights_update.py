@@ -181,6 +181,43 @@ def test_weights_that_are_not_those_of_their_manifest_are_refused(
     assert engine.info.weights_version == "whole"
 
 
+def test_a_name_means_the_same_weights_as_long_as_the_engine_runs(
+    engine: Engine, directories: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = directories
+    engine.update_weights(second, version="b")
+    with pytest.raises(ServeError, match="version '1' has been the name of other weights"):
+        engine.update_weights(second, version="1")
+    assert engine.info.weights_version == "b"
+    assert engine.update_weights(first, version="1") == "1", "back to the weights that had it"
+    with pytest.raises(ServeError, match="version 'b' has been the name"):
+        engine.update_weights(first, version="b")
+    assert engine.update_weights(second, version="0") == "0"
+    assert engine.update_weights(first) == "2", "counted up to a name that is free"
+
+    published = [Path(shutil.copytree(first, tmp_path / name)) for name in ("run", "resumed", "odd")]
+    for directory in published:
+        files = {"model.safetensors": sha256_of(directory / "model.safetensors")}
+        odd = {"config.json": sha256_of(directory / "config.json")} if directory.name == "odd" else {}
+        write_json(directory / WEIGHTS_MANIFEST, {"schema_version": 1, "version": 1, "files": files | odd})
+    engine.update_weights(published[0], version="1-ab")
+    engine.update_weights(second)
+    assert engine.update_weights(published[1], version="1-ab") == "1-ab", "published again, with the same content"
+    engine.update_weights(second)
+    with pytest.raises(ServeError, match="version '1-ab' has been the name"):
+        engine.update_weights(published[2], version="1-ab")
+
+
+def test_weights_that_were_not_taken_leave_their_name_free(
+    engine: Engine, directories: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bad = Path(shutil.copytree(directories[1], tmp_path / "bad"))
+    with_nan(bad)
+    with pytest.raises(CrosschipError, match="NaN"):
+        engine.update_weights(bad, version="b")
+    assert engine.update_weights(directories[1], version="b") == "b"
+
+
 def test_only_one_update_at_a_time_and_none_of_the_same_name(engine: Engine, directories: tuple[Path, Path]) -> None:
     with pytest.raises(ServeError, match="served already"):
         engine.update_weights(directories[1], version="1")
