@@ -56,6 +56,7 @@ def evaluation_lines(document: Document) -> list[str]:
         if f"mean_{what}_tokens" in document:
             middle = document[f"median_{what}_tokens"]
             rows.append((f"{what} length", f"{document[f'mean_{what}_tokens']:.1f} tokens", f"median {middle:g}"))
+    rows += _room_rows(document)
     if document.get("num_checker_errors"):
         rows.append(_failed_row(document))
     widths = [max(len(row[place]) for row in rows) for place in range(2)]
@@ -65,6 +66,19 @@ def evaluation_lines(document: Document) -> list[str]:
 def _pass_row(each: dict[str, Any], document: Document) -> tuple[str, str, str]:
     note = f"of {document['samples']} answers drawn to each problem, temperature {document['temperature']:g}"
     return f"pass@{each['k']}", _share(each["value"], each["low_95"], each["high_95"]), note
+
+
+def _room_rows(document: Document) -> list[tuple[str, str, str]]:
+    """Prompts beside which the answer does not fit: the model's context is at fault, or they are."""
+    told = {
+        "num_prompts_too_long": ("prompt too long", "not answered, and counted as wrong"),
+        "num_prompts_with_less_room": (
+            "less room",
+            f"for fewer than {document.get('max_new_tokens')} tokens of answer",
+        ),
+    }
+    most = count(document["num_problems"])
+    return [(name, f"{count(document[key])} of {most}", why) for key, (name, why) in told.items() if document.get(key)]
 
 
 def _failed_row(document: Document) -> tuple[str, str, str]:

@@ -104,6 +104,27 @@ def test_a_checker_that_failed_has_a_row_of_its_own() -> None:
     assert line.endswith("first: my:checker: ValueError: no such unit")
 
 
+def test_prompts_without_room_have_rows_of_their_own() -> None:
+    figures = {
+        "score": 0.0,
+        "score_low_95": 0.0,
+        "score_high_95": 0.9,
+        "num_right": 0,
+        "num_problems": 2,
+        "closed_reasoning_share": 0.0,
+        "finished_share": 0.0,
+        "max_new_tokens": 64,
+    }
+    document = evaluation([False, False]) | figures
+    short = {"num_prompts_too_long": 1, "num_prompts_with_less_room": 2}
+    too_long, less_room = evaluation_lines(document | short)[-2:]
+    assert [" ".join(line.split()) for line in (too_long, less_room)] == [
+        "prompt too long 1 of 2 not answered, and counted as wrong",
+        "less room 2 of 2 for fewer than 64 tokens of answer",
+    ]
+    assert len(evaluation_lines(document | dict.fromkeys(short, 0))) == len(evaluation_lines(document)) == 3
+
+
 def test_the_table_of_a_version_1_document() -> None:
     figures = {
         "score": 0.5,

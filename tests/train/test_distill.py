@@ -15,7 +15,7 @@ from crosschip.cli import app
 from crosschip.data import Message, load_tokenizer, make_problem, open_source
 from crosschip.data.answers import check_answer
 from crosschip.data.arithmetic import is_held_out
-from crosschip.errors import DataError, EngineError, RecipeError, RunDirectoryError
+from crosschip.errors import DataError, EngineError, GoldenError, RecipeError, RunDirectoryError
 from crosschip.recipe import DataSettings
 from crosschip.recipe.distilling import DistillSettings
 from crosschip.rundir import RunDirectory, sha256_of
@@ -309,11 +309,11 @@ def test_an_engine_that_dies_ends_it_and_the_rest_is_asked_later(model: dict[str
     out = tmp_path / "rows.jsonl"
     given = {**model, "problems": problems(), "settings": DistillSettings(samples=8), "out": out, "tell": print}
     with speaking(solve, dies_after=20) as spoken, pytest.raises(EngineError, match="times in a row"):
-        distill(**given, answers=Engine(Client(spoken.url), model["tokenizer"], concurrency=1))
+        distill(**given, answers=Engine(Client(spoken.url), model["tokenizer"], concurrency=4))
     assert not out.exists()
     with pytest.raises(EngineError, match="names no model"):
         Client(spoken.url)
-    with pytest.raises(EngineError, match="no address"):
+    with pytest.raises(GoldenError, match="not an address"):
         Client("localhost:8000")
 
 

@@ -68,6 +68,22 @@ def test_answers_are_judged_by_what_follows_the_reasoning(tiny, uninterrupted, m
     assert document["pass_at_k"] == [{"k": 1, "value": 0.25, "low_95": 0.0, "high_95": 0.75}]
 
 
+def test_prompts_that_leave_no_room_are_counted(tiny, uninterrupted, monkeypatch) -> None:
+    """Beside those that leave less than was asked for; all others have all of it."""
+    run = RunDirectory(uninterrupted)
+    tokenizer = evaluating.load_tokenizer(run.tokenizer)
+    room = json.loads((run.stage("sft") / "checkpoints" / "step-00000007" / "config.json").read_text())[
+        "max_position_embeddings"
+    ]
+    of_frame = len(tokenizer.encode_chat([Message("user", "")], add_generation_prompt=True))
+    questions = [Question((Message("user", "\x01" * num),), "12") for num in (1, room - of_frame - 3, room)]
+    monkeypatch.setattr(evaluating, "questions_of", lambda recipe, settings: questions)
+    document = evaluate_recipe(tiny("evaluate.num_problems=3"), run, LineProgress(None))
+    assert (document["num_prompts_too_long"], document["num_prompts_with_less_room"]) == (1, 1)
+    lengths = [problem["num_tokens"] for problem in document["problems"]]
+    assert (lengths[2], lengths[1] <= 3 < document["max_new_tokens"]) == (0, True)
+
+
 def test_drawn_answers_do_not_depend_on_what_else_is_asked(tiny, uninterrupted) -> None:
     run = RunDirectory(uninterrupted)
     many = evaluate_recipe(tiny("evaluate.samples=4", "evaluate.pass_at=[1, 2, 4]"), run, LineProgress(None))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from crosschip.data import Message, split_reasoning
 from crosschip.data.answers import THINK_CLOSE, THINK_OPEN
 from crosschip.errors import EngineError
-from crosschip.golden.scoring_http import authorization
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, json_of, words_of
 
 __all__ = ["Client", "EngineAnswer"]
 
@@ -40,10 +37,12 @@ class EngineAnswer:
 
 @dataclass
 class Client:
-    """An engine at an address; several threads may ask at once.
+    """An engine at an address; several threads may ask at once. A request that takes longer than `timeout_s` is given
+    up, whatever came of its answer.
 
     Raises:
-        EngineError: `url` is no address, or nothing answers there.
+        EngineError: nothing answers there.
+        GoldenError: `url` is no address, or the key is none.
     """
 
     url: str
@@ -52,13 +51,8 @@ class Client:
     described: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise EngineError(f"{self.url!r} is no address", "give one like http://127.0.0.1:8000")
-        self.url = self.url.rstrip("/").removesuffix("/v1")
-        headers = authorization(self.api_key)
-        timeout = httpx.Timeout(self.timeout_s, connect=10.0, pool=None)
-        limits = httpx.Limits(max_connections=256)
-        self._http = httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._http = ScoringHttp(self.url, api_key=self.api_key, silence_s=self.timeout_s, total_s=self.timeout_s)
+        self.url = self._http.url
         self.described = self._describe()
 
     def close(self) -> None:
@@ -68,9 +62,9 @@ class Client:
     def _describe(self) -> dict[str, Any]:
         """The model's name, and what a crosschip engine says of itself."""
         try:
-            listed = self._http.get(f"{self.url}/v1/models").json()
+            listed = json_of(self._http.exchange("GET", "/v1/models")[1])
             name, told = str(listed["data"][0]["id"]), listed.get("crosschip")
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (EngineBrokeError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"{self.url} names no model ({type(error).__name__}: {error})"[:_SHOWN],
                 "start an engine there (crosschip serve DIR), or leave out --engine to answer in this process",
@@ -95,12 +89,12 @@ class Client:
             "seed": seed,
         }
         try:
-            response = self._http.post(f"{self.url}/v1/chat/completions", json=body)
-            if response.status_code != 200:
-                return EngineAnswer(failure=f"HTTP {response.status_code}: {response.text[:_SHOWN]}")
-            return _read(response.json())
-        except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError, UnicodeDecodeError) as error:
-            return EngineAnswer(failure=f"{type(error).__name__}: {error}"[:_SHOWN])
+            status, content = self._http.exchange("POST", "/v1/chat/completions", body)
+            if status != 200:
+                return EngineAnswer(failure=f"HTTP {status}: {words_of(content)}")
+            return _read(json_of(content))
+        except EngineBrokeError as error:
+            return EngineAnswer(failure=str(error)[:_SHOWN])
 
 
 def _read(document: Any) -> EngineAnswer:

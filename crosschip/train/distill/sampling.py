@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,26 +112,32 @@ class Engine:
         in_a_row = 0
         waiting: dict[Future[EngineAnswer], Place] = {}
         remaining = iter(places)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                while True:
-                    while len(waiting) < self.concurrency and (place := next(remaining, None)) is not None:
-                        waiting[self._submit(pool, problems[place[0]], place[1], manner)] = place
-                    if not waiting:
-                        return
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        place, answer = waiting.pop(future), future.result()
-                        in_a_row = 0 if answer.failure is None else in_a_row + 1
-                        if in_a_row >= _FAILURES_IN_A_ROW:
-                            raise self.client.gone(in_a_row, str(answer.failure))
-                        yield place, self._judged(problems[place[0]], answer, manner.checker)
-            finally:
-                for future in waiting:
-                    future.cancel()
+        while True:
+            while len(waiting) < self.concurrency and (place := next(remaining, None)) is not None:
+                waiting[self._begun(problems[place[0]], place[1], manner)] = place
+            if not waiting:
+                return
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                place, answer = waiting.pop(future), future.result()
+                in_a_row = 0 if answer.failure is None else in_a_row + 1
+                if in_a_row >= _FAILURES_IN_A_ROW:
+                    raise self.client.gone(in_a_row, str(answer.failure))
+                yield place, self._judged(problems[place[0]], answer, manner.checker)
 
-    def _submit(self, pool: ThreadPoolExecutor, problem: Question, sample: int, manner: Manner) -> Future[EngineAnswer]:
+    def _begun(self, problem: Question, sample: int, manner: Manner) -> Future[EngineAnswer]:
+        """The question asked in a thread of its own, for which nobody waits who leaves: neither Ctrl-C nor an engine
+        that is gone. (At its exit Python waits for the threads of a pool, and nothing wakes one that reads.)"""
         seed = int(hashed_keys(1, *_key(problem, sample, manner.seed))[0]) >> 33  # 31 bits: every engine takes them
-        return pool.submit(self.client.ask, problem.messages, manner.max_new_tokens, manner.temperature, seed)
+        future: Future[EngineAnswer] = Future()
+
+        def ask() -> None:
+            try:
+                future.set_result(self.client.ask(problem.messages, manner.max_new_tokens, manner.temperature, seed))
+            except BaseException as error:  # a defect; whoever waits shall know
+                future.set_exception(error)
+
+        threading.Thread(target=ask, name="distill-question", daemon=True).start()
+        return future
 
     def _judged(self, problem: Question, answer: EngineAnswer, checker: Checker) -> Sampled:
         if answer.failure is not None:

@@ -87,7 +87,9 @@ def evaluate_subject(
     if settings.samples > 1:
         places += [(number, sample) for number in range(len(questions)) for sample in range(settings.samples)]
     with opened_checker(settings.checker, checker_timeout_s) as checker:
-        answers = _ask(decoder, Judge(tokenizer, checker), questions, places, settings, seed, tell)
+        judge = Judge(tokenizer, checker)
+        prompts = [judge.prompt_of(question) for question in questions]
+        answers = _ask(decoder, judge, questions, prompts, places, settings, seed, tell)
     greedy = [answers[number, None] for number in range(len(questions))]
     drawn = [
         [answers[number, sample] for sample in range(settings.samples) if (number, sample) in answers]
@@ -107,6 +109,7 @@ def evaluate_subject(
         "seed": seed,
         "checker": settings.checker,
         **summarise(greedy, drawn, settings.pass_at, seed),
+        **_short_of_room(prompts, decoder.config.max_position_embeddings, settings.max_new_tokens),
         "problems": [_row(answer, drawn[number] if drawn else []) for number, answer in enumerate(greedy)],
     }
 
@@ -115,12 +118,12 @@ def _ask(
     decoder: Decoder,
     judge: Judge,
     questions: Sequence[Question],
+    prompts: Sequence[tuple[int, ...]],
     places: Sequence[_Place],
     settings: EvaluateSettings,
     seed: int,
     tell: Tell,
 ) -> dict[_Place, Answered]:
-    prompts = [judge.prompt_of(question) for question in questions]
     openings = [judge.opening_of(prompt) for prompt in prompts]
     askings = [
         Asking(prompts[number], None if sample is None else ("evaluate", seed, questions[number].text, sample))
@@ -134,6 +137,15 @@ def _ask(
         answers[place] = judge.judge(questions[place[0]], token_ids, openings[place[0]])
         told.count(answers[place].right)
     return answers
+
+
+def _short_of_room(prompts: Sequence[tuple[int, ...]], max_positions: int, max_new_tokens: int) -> dict[str, int]:
+    """How many prompts leave no room for an answer, which is empty then, and how many less than `max_new_tokens`."""
+    room = [max_positions - len(prompt) for prompt in prompts]
+    return {
+        "num_prompts_too_long": sum(tokens <= 0 for tokens in room),
+        "num_prompts_with_less_room": sum(0 < tokens < max_new_tokens for tokens in room),
+    }
 
 
 def _row(greedy: Answered, drawn: Sequence[Answered]) -> dict[str, Any]:

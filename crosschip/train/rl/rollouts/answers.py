@@ -19,12 +19,15 @@ from crosschip.rewards.attempt import printable
 from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.publishing import ModelFacts
 
-__all__ = ["Answer", "Ask", "answer_chip", "gap_of_likeliest", "read_answers", "request_body"]
+__all__ = ["Answer", "Ask", "answer_chip", "gap_of_likeliest", "most_bytes", "read_answers", "request_body"]
 
 # Rounding may lift the log of a probability near 1 above 0 by some units in the last place of the logits.
 _MOST_LOGPROB = 1e-3
 _NO_LOGPROB = -9999.0  # what vLLM writes in place of minus infinity: nobody can have sampled that token
-_FINISHED = {"stop": True, "length": False}
+_FRAME_BYTES = 1 << 20  # of a document, beside what grows with its positions
+_POSITION_BYTES = 1 << 10  # ids, log-probs and text; the longest texts of tokens have some hundred bytes
+_EXPERT_BYTES = 11  # int64 in base64
+_MOST_EXPERTS = 1 << 10  # of all layers together, where the model does not say
 _EXPERT_TYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
@@ -42,7 +45,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer that was checked. `weights_name` is what the engine calls its weights, None where it does not say."""
+    """One answer that was checked. `finished`: it ends with a token that ends answers, and was not cut off.
+    `weights_name` is what the engine calls its weights, None where it does not say."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -79,6 +83,15 @@ def request_body(ask: Ask, model: str, wants_routes: bool, own_mode: bool) -> di
     if own_mode and ask.temperature != 1.0:
         body["logprobs_mode"] = "processed_logprobs"
     return body | ({"return_routed_experts": True} if wants_routes else {})
+
+
+def most_bytes(ask: Ask, facts: ModelFacts) -> int:
+    """More than a response with these answers can have."""
+    experts = _MOST_EXPERTS
+    if facts.num_layers is not None and facts.experts_per_token is not None:
+        experts = facts.num_layers * facts.experts_per_token
+    position_bytes = _POSITION_BYTES + (experts * _EXPERT_BYTES if facts.has_experts else 0)
+    return _FRAME_BYTES + ask.num_samples * (len(ask.prompt_ids) + ask.max_new_tokens) * position_bytes
 
 
 def read_answers(document: Any, ask: Ask, facts: ModelFacts) -> list[Answer]:
@@ -135,12 +148,31 @@ def _read_choice(choice: dict[str, Any], ask: Ask, facts: ModelFacts, name: str 
     told_prompt = choice.get("prompt_token_ids")
     if told_prompt is not None and told_prompt != list(ask.prompt_ids):
         raise BadAnswer("garbage", f"it answers the prompt {_short(told_prompt)}, not {_short(list(ask.prompt_ids))}")
-    reason = choice.get("finish_reason")
-    if not isinstance(reason, str) or reason not in _FINISHED:
-        raise BadAnswer("garbage", f"finish_reason is {_short(reason)}, neither 'stop' nor 'length'")
+    finished = _is_finished(choice.get("finish_reason"), token_ids, ask, facts)
     own_name = choice.get("weights_version")  # a choice that waited may be of other weights than the first one
     routes = _routes(choice.get("routed_experts"), len(ask.prompt_ids) + len(token_ids) - 1, facts)
-    return Answer(token_ids, logprobs, _FINISHED[reason], str(own_name) if own_name is not None else name, routes)
+    return Answer(token_ids, logprobs, finished, str(own_name) if own_name is not None else name, routes)
+
+
+def _is_finished(reason: Any, token_ids: tuple[int, ...], ask: Ask, facts: ModelFacts) -> bool:
+    """Whether the answer came to its end, which its tokens say; the engine's reason must agree with them.
+
+    Both kinds of engine leave the token that ends an answer in its ids, and refuse a request that does not fit their
+    context, so that nothing but `max_new_tokens` cuts an answer off. At that length some versions of vLLM say "length"
+    although the last token ends the answer: they look at the length first.
+    """
+    last, ends = token_ids[-1], ask.stop_ids | facts.end_ids
+    if reason == "stop":
+        if last not in ends:
+            told = f"finish_reason is 'stop', but its last token {last} is none of {_short(sorted(ends))}"
+            raise BadAnswer("garbage", f"{told}, which end answers")
+    elif reason == "length":
+        if len(token_ids) != ask.max_new_tokens:
+            told = f"finish_reason is 'length' after {len(token_ids)} of {ask.max_new_tokens} tokens, the last {last}"
+            raise BadAnswer("garbage", f"{told} (is its own limit lower, as max_new_tokens of a generation_config?)")
+    else:
+        raise BadAnswer("garbage", f"finish_reason is {_short(reason)}, neither 'stop' nor 'length'")
+    return last in ends
 
 
 def _token_ids(ids: Any, ask: Ask, facts: ModelFacts) -> tuple[int, ...]:

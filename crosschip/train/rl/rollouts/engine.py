@@ -15,7 +15,15 @@ from typing import Any, Literal
 import httpx
 
 from crosschip.golden.scoring_http import authorization
-from crosschip.train.rl.rollouts.answers import Answer, Ask, answer_chip, gap_of_likeliest, read_answers, request_body
+from crosschip.train.rl.rollouts.answers import (
+    Answer,
+    Ask,
+    answer_chip,
+    gap_of_likeliest,
+    most_bytes,
+    read_answers,
+    request_body,
+)
 from crosschip.train.rl.rollouts.errors import BadAnswer, Fault
 from crosschip.train.rl.rollouts.publishing import ModelFacts, Publication
 from crosschip.train.rl.rollouts.vllm import load_into_vllm
@@ -26,6 +34,7 @@ KEY_VARIABLE = "CROSSCHIP_API_KEY"
 _CONNECT_S = 10.0
 _ASK_WHO_S = 5.0
 _BUSY_S = 1.0
+_MOST_BYTES = 1 << 20  # of any response but one with answers
 _MOST_BATCH_SIZE = 2**20  # of what an engine may say of itself
 _TEMPERED = 0.75  # at temperature 2 two log-probs are half as far apart as at 1, however likely the first is
 _OTHER_UPDATE = "another update of the weights is under way"
@@ -139,7 +148,7 @@ class HttpEngine:
         if not is_ours and ask.temperature != 1.0:
             await self._check_mode(ask)
         body = request_body(ask, self.identity.model, wants_routes, own_mode=is_ours)
-        response = await self._send("POST", "/v1/completions", self.timeout_s, body)
+        response = await self._send("POST", "/v1/completions", self.timeout_s, body, most_bytes=most_bytes(ask, facts))
         if wants_routes and response.status_code == 400 and "return_routed_experts" in response.text:
             self.no_routes_because = _words_of(response)
             return await self.sample(ask, facts)
@@ -175,10 +184,21 @@ class HttpEngine:
         timeout_s: float,
         body: dict[str, Any] | None = None,
         query: dict[str, str] | None = None,
+        most_bytes: int = _MOST_BYTES,
     ) -> httpx.Response:
+        content = bytearray()
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._client.request(method, path, json=body, params=query)
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client.stream(method, path, json=body, params=query) as response,
+            ):
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > most_bytes:
+                        raise BadAnswer("garbage", f"{path}: an answer of more than {most_bytes / 2**20:.0f} MiB")
+            return httpx.Response(response.status_code, content=bytes(content), request=response.request)
+        except BadAnswer:
+            raise
         except TimeoutError:
             raise BadAnswer("slow", f"{path}: no answer within {timeout_s:g} s") from None
         except httpx.InvalidURL as error:

@@ -33,6 +33,7 @@ class ModelFacts:
     num_dense_layers: int = 0  # the first ones, without experts
     num_experts: int | None = None
     experts_per_token: int | None = None
+    end_ids: frozenset[int] = frozenset()  # at which engines end an answer, whatever else they are asked for
 
     @property
     def has_experts(self) -> bool:
@@ -103,9 +104,15 @@ def _read_facts(directory: Path) -> ModelFacts:
         num_dense_layers=_number(config, "first_k_dense_replace") or 0,
         num_experts=_number(config, "n_routed_experts"),
         experts_per_token=_number(config, "num_experts_per_tok"),
+        end_ids=_end_ids(config.get("eos_token_id")),
     )
 
 
 def _number(config: dict[str, Any], key: str) -> int | None:
     value = config.get(key)
     return value if isinstance(value, int) else None
+
+
+def _end_ids(told: Any) -> frozenset[int]:
+    """`eos_token_id` is a number, a list of them, or absent."""
+    return frozenset(id_ for id_ in (told if isinstance(told, list) else [told]) if isinstance(id_, int))

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,9 +52,11 @@ class ScriptedEngine:
     lacks: tuple[str, ...] = ()
     raw_logprobs: bool = False  # vLLM's default: those before the temperature
     card: dict[str, Any] = field(default_factory=dict)  # what is otherwise in its list of models
+    endless_models: bool = False  # the list of models never ends
+    num_parts: int = 0  # of 64 KiB, that endless responses have sent
     slow_answers: int = 0  # so many questions for its models are answered after `slow_s`
     slow_s: float = 1.0
-    finish_reason: str = "stop"
+    cuts_off: bool = False  # no answer comes to its end
     fails_with: str = "out of memory"
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class ScriptedEngine:
         if self.slow_answers:
             self.slow_answers -= 1
             await asyncio.sleep(self.slow_s)
+        if self.endless_models:
+            return StreamingResponse(self._endless())
         if not self.is_well:
             return JSONResponse({}, 500)
         card = {"id": "m", "owned_by": self.kind}
@@ -85,6 +89,12 @@ class ScriptedEngine:
             return JSONResponse({"data": [card]})
         card |= {"crosschip": {"max_batch_size": self.max_batch_size}}
         return JSONResponse({"data": [card | self.card], "crosschip": self._status()})
+
+    async def _endless(self) -> AsyncIterator[bytes]:
+        while True:
+            self.num_parts += 1
+            await asyncio.sleep(0)  # sending does not wait once nobody listens
+            yield b" " * 2**16
 
     def _status(self) -> dict[str, Any]:
         return {"chip": "scripted", "weights_version": self.names[-1]}
@@ -137,6 +147,8 @@ class ScriptedEngine:
             return JSONResponse({"error": {"message": "too many"}}, 429)
         if play == "no json":
             return Response(b"<html>")
+        if play == "endless":
+            return StreamingResponse(self._endless())
         if play == "close":
             return StreamingResponse(_broken())
         if play == "length":
@@ -154,12 +166,14 @@ class ScriptedEngine:
         for index in range(body["n"]):
             first = 2 if self.never_signal else _draw(body["prompt"], body["seed"], index) % 2 + 2
             ids = [first, 4 + _draw("more", body["seed"], index) % 8, STOP_ID]
+            if self.cuts_off:
+                ids = ids[:1] * body["max_tokens"]
             logprobs: dict[str, Any] = {"token_logprobs": [-0.5 - index / 100 - id_ / 1000 for id_ in ids]}
             if body["logprobs"]:
                 gap = 12.0 / (1.0 if self.raw_logprobs else body["temperature"])  # the first token is all but certain
                 logprobs["top_logprobs"] = [{"a": 0.0, "b": -gap}] * len(ids)
             choice = {"index": index, "text": "", "token_ids": ids, "logprobs": logprobs}
-            choice["finish_reason"] = self.finish_reason
+            choice["finish_reason"] = "length" if self.cuts_off else "stop"
             choices.append(choice | ({"prompt_token_ids": body["prompt"]} if index == 0 else {}))
         return {"choices": choices} | ({"crosschip": self._status()} if self.kind == "crosschip" else {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crosschip.train.rl.rollouts.answers import Ask, read_answers, request_body
+from crosschip.train.rl.rollouts.answers import Ask, most_bytes, read_answers, request_body
 from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.publishing import ModelFacts
 from tests.train.rl.rollouts.scripted_engine import STOP_ID, VOCAB_SIZE, ScriptedEngine
@@ -84,6 +85,11 @@ def choice(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda document: document["choices"][1].update(changes)
 
 
+def cut_off(num_tokens: int, reason: str) -> Callable[[dict[str, Any]], None]:
+    values = {"token_logprobs": [-1.0] * num_tokens}
+    return choice(token_ids=[2] * num_tokens, logprobs=values, finish_reason=reason)
+
+
 def logprobs(*values: Any) -> Callable[[dict[str, Any]], None]:
     return choice(logprobs={"token_logprobs": list(values)})
 
@@ -116,6 +122,10 @@ def routes(shape: tuple[int, ...], value: int = 0, dtype: Any = np.int16) -> Cal
         (logprobs(-1.0, "-1", -1.0), "'-1'"),
         (choice(prompt_token_ids=[5, 6, 8]), "it answers the prompt [5, 6, 8]"),
         (choice(finish_reason=None), "finish_reason is None"),
+        (cut_off(3, "stop"), f"its last token 2 is none of [{STOP_ID}], which end answers"),
+        (cut_off(8, "stop"), "its last token 2"),
+        (cut_off(3, "length"), "'length' after 3 of 8 tokens, the last 2"),
+        (choice(finish_reason="length"), f"'length' after 3 of 8 tokens, the last {STOP_ID}"),
         (choice(finish_reason="abort"), "finish_reason is 'abort'"),
         (routes((4, 2, 2)), "of 5 positions"),
         (routes((5, 2)), "of 5 positions"),
@@ -150,3 +160,42 @@ def test_what_cannot_be_true_is_garbage(spoil: Callable[[dict[str, Any]], Any], 
 def test_other_documents_are_garbage(document: Any) -> None:
     with pytest.raises(BadAnswer):
         read_answers(document, ASK, FACTS)
+
+
+@pytest.mark.parametrize("knows_the_model", [True, False])
+def test_no_honest_response_is_too_long(knows_the_model: bool) -> None:
+    """Every id, text and log-prob as long as they get, and experts as the widest integers."""
+    ask = replace(ASK, prompt_ids=tuple(range(500)), num_samples=4, max_new_tokens=500)
+    deep = ModelFacts(2**20, num_layers=61, num_dense_layers=3, num_experts=256, experts_per_token=8)
+    document = copy.deepcopy(GOOD)
+    document["choices"][0] |= {
+        "token_ids": [2**20 - 1] * 500,
+        "text": "\u00a0" * 64 * 500,
+        "logprobs": {
+            "token_logprobs": [-1.2345678901234567e-05] * 500,
+            "tokens": ["token_id:1048575"] * 500,
+            "text_offset": [10**6] * 500,
+            "top_logprobs": [{"token_id:1048575": -1.2345678901234567e-05}] * 500,
+        },
+        "prompt_token_ids": [2**20 - 1] * 500,
+        "routed_experts": npy(np.zeros((999, 61, 8), np.int64)),
+    }
+    document["choices"] = [document["choices"][0]] * 4
+    most = most_bytes(ask, deep if knows_the_model else ModelFacts())
+    assert len(json.dumps(document)) < most < 256 << 20
+    assert most_bytes(ask, replace(deep, num_dense_layers=61)) < 8 << 20  # a model without experts sends none
+
+
+@pytest.mark.parametrize(("last", "finished"), [(2, False), (STOP_ID, True)])
+def test_an_answer_of_full_length_is_finished_where_its_last_token_says_so(last: int, finished: bool) -> None:
+    """Also where the engine looks at the length first, as vLLM 0.10 does."""
+    document = copy.deepcopy(GOOD)
+    cut_off(8, "length")(document)
+    document["choices"][1]["token_ids"][-1] = last
+    assert read_answers(document, ASK, FACTS)[1].finished == finished
+
+
+def test_an_answer_may_end_as_the_models_configuration_says() -> None:
+    document = copy.deepcopy(GOOD)
+    cut_off(3, "stop")(document)
+    assert read_answers(document, ASK, replace(FACTS, end_ids=frozenset({2})))[1].finished

@@ -12,7 +12,8 @@ import pytest
 
 from crosschip.train.rl.advantages import has_signal
 from crosschip.train.rl.rollouts import RolloutError
-from crosschip.train.rl.rollouts.engine import KEY_VARIABLE
+from crosschip.train.rl.rollouts.engine import KEY_VARIABLE, HttpEngine
+from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.member import Member
 from crosschip.train.rl.rollouts.upkeep import Upkeep
 from tests.train.rl.rollouts.rollout_parts import (
@@ -301,6 +302,30 @@ def test_json_that_python_does_not_read_is_garbage(tmp_path: Path, body: bytes) 
     assert "no JSON that can be read" in told.of("bad answer")[0]
 
 
+def test_an_answer_without_end_is_garbage_before_it_fills_the_memory(tmp_path: Path) -> None:
+    told = Told()
+    engine = ScriptedEngine(play=lambda number: "good" if number else "endless")
+    with served(engine) as urls, rollouts_of(settings_of(), urls, tmp_path, told=told) as rollouts:
+        (batch,) = take_all(rollouts, 1)
+    assert (len(batch.groups), batch.num_garbage) == (4, 1)
+    assert "an answer of more than 2 MiB" in told.of("bad answer")[0]
+    assert engine.num_parts * 2**16 < 64 * 2**20  # the cap, and what waits between the two
+
+
+def test_a_list_of_models_without_end_is_garbage() -> None:
+    async def identify(url: str) -> None:
+        client = HttpEngine(url, None, timeout_s=30.0, wants_routes=False)
+        try:
+            with pytest.raises(BadAnswer, match="garbage: /v1/models: an answer of more than 1 MiB"):
+                await client.identify()
+            assert not await client.is_well()
+        finally:
+            await client.close()
+
+    with served(ScriptedEngine(endless_models=True)) as (url,):
+        asyncio.run(identify(url))
+
+
 def test_words_of_an_engine_can_be_written_down(tmp_path: Path) -> None:
     told = Told()
     engine = ScriptedEngine(play=lambda number: "400" if number else "500", fails_with="\ud800 is no letter")
@@ -434,7 +459,7 @@ def test_one_problem_whose_rewards_fail_is_no_reason_to_end_early(tmp_path: Path
 
 def test_a_group_has_a_signal_where_its_advantages_do(tmp_path: Path) -> None:
     """Rewards that differ are not enough: with a penalty for length equal rewards teach, and cut-off answers do not."""
-    cut_off = ScriptedEngine(finish_reason="length")
+    cut_off = ScriptedEngine(cuts_off=True)
     settings = settings_of(over_long="leave out", max_groups_tried=2)
     told = Told()
     with served(cut_off) as urls, rollouts_of(settings, urls, tmp_path, told=told) as rollouts:

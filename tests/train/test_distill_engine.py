@@ -1,0 +1,81 @@
+"""Asking an engine that never ends an answer: neither the time limit nor Ctrl-C waits for it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from crosschip.data import Message
+from crosschip.train.distill.engine import Client
+
+
+@contextmanager
+def dripping(every_s: float) -> Iterator[str]:
+    """An engine that lists its model and never ends an answer: it sends a blank every so often."""
+
+    def drip(connection: socket.socket) -> None:
+        listed = b'{"data": [{"id": "drips"}]}'
+        with connection:
+            if connection.recv(2**16).startswith(b"GET"):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(listed), listed))
+                return
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while not over.wait(every_s):
+                connection.sendall(b" ")
+
+    def serve() -> None:
+        while not over.is_set():
+            threading.Thread(target=drip, args=(server.accept()[0],), daemon=True).start()
+
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            over.set()
+
+
+def test_an_answer_that_drips_is_given_up_in_time() -> None:
+    with dripping(every_s=0.05) as url:
+        client = Client(url, timeout_s=0.5)
+        begun = time.monotonic()
+        answer = client.ask([Message("user", "5 + 7 =")], 8, 1.0, 3)
+    assert answer.failure is not None
+    assert "still sending" in answer.failure
+    assert time.monotonic() - begun < 5
+
+
+ASKS = """
+import sys
+from crosschip.data import Message
+from crosschip.train.distill import Engine
+from crosschip.train.distill.engine import Client
+from crosschip.train.distill.sampling import Manner
+from crosschip.train.evaluate import Question
+asked = Engine(Client(sys.argv[1]), None, 2).ask(
+    [Question((Message("user", "q"),), "a")], [(0, n) for n in range(3)], Manner(8, 1.0, 0, None)
+)
+print("asking", flush=True)
+next(asked)
+"""
+
+
+def test_ctrl_c_waits_for_no_answer() -> None:
+    with dripping(every_s=60.0) as url:
+        process = subprocess.Popen([sys.executable, "-c", ASKS, url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"asking\n"
+            time.sleep(1.0)  # the questions are under way
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert b"KeyboardInterrupt" in said
