@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from crosschip.qualify.tracing.inputs import as_real, make_arguments, operator_named
+from crosschip.qualify.tracing.ties import chooses_as_well
 
 __all__ = ["ERROR_RATIO_LIMIT", "call_is_wrong", "deviation", "is_comparable", "results_of"]
 
@@ -29,7 +30,6 @@ _LEAST_FOR_BIAS = 256  # outputs
 _LEAST_BIAS = 1e-4  # relative: below it a systematic error is fp32's business, which the error ratio judges
 _MAY_COPY = ("to", "reshape", "contiguous")  # composite operators, whole under inference mode
 _UNINITIALISED = ("empty", "new_empty", "resize", "set_")
-_CHOICES = ("topk", "sort", "argsort", "argmax", "argmin", "max", "min")
 
 
 def is_comparable(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -186,7 +186,7 @@ def _of_result(
         got, expected = as_real(got), as_real(expected)
     if not expected.is_floating_point():
         share = float((got != expected).double().mean()) if expected.numel() else 0.0
-        if share == 0.0 or _chooses_equals(op, args, kwargs, got, expected):
+        if share == 0.0 or chooses_as_well(op, args, kwargs, got, expected):
             return None
         return "share of wrong elements", share, 0.0
     regular = expected.isfinite()
@@ -267,18 +267,3 @@ def _same_special(got: torch.Tensor, expected: torch.Tensor, regular: torch.Tens
     if bool(regular.all()):
         return True
     return bool(torch.equal(got[~regular].nan_to_num(0.0), expected[~regular].nan_to_num(0.0)))
-
-
-def _chooses_equals(
-    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], got: torch.Tensor, expected: torch.Tensor
-) -> bool:
-    """Whether indices that differ point at equal values: ties may be broken in any way."""
-    if op._schema.name.split("::")[1] not in _CHOICES or got.dtype != torch.int64:
-        return False
-    dim = _named(op, args, kwargs).get("dim", -1)
-    values = args[0].reshape(-1) if dim is None else args[0]
-    dim = 0 if dim is None else dim
-    if got.dim() < values.dim():
-        got, expected = got.unsqueeze(dim), expected.unsqueeze(dim)
-    inside = bool((got >= 0).all()) and bool((got < values.shape[dim]).all())
-    return inside and bool(torch.equal(values.gather(dim, got), values.gather(dim, expected)))

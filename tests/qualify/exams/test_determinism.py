@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crosschip.chips.faults.catalogue import CATALOGUE
 from crosschip.chips.faults.variants import VARIANTS
+from crosschip.qualify.exams.determinism import composition
 from crosschip.qualify.exams.determinism import exam as determinism
 from crosschip.qualify.exams.determinism.batch_plan import batched_calls
 from crosschip.qualify.exams.determinism.composition import compare_batches, compositions, make_row_wise
@@ -16,6 +17,7 @@ from crosschip.qualify.exams.determinism.fixed_work import bits_of, hash_of, sam
 from crosschip.qualify.exams.determinism.repetition import repeat
 from crosschip.qualify.finding import ExamRecord, Finding
 from crosschip.qualify.tracing.trace import Trace, TracedCall
+from tests.qualify.planted import On
 from tests.qualify.unsteady import Unsteady, process_dependent
 
 BATCH = "batch composition"
@@ -53,6 +55,50 @@ def test_a_bit_that_flips_now_and_then_is_named(
     assert found[0].subject.startswith(f"aten.{target}.")
     assert found[0].reproducer is not None
     assert not of_check(record, BATCH), "what comes and goes is not the batch's doing"
+
+
+AGAIN, BATCHES_AGAIN = "the same call again", "the same batches again"
+
+
+def raising_at(operator: str, number: int, error: Exception) -> On:
+    def refuse(args: Any) -> Any:
+        raise error
+
+    return On(operator, before=refuse, when=lambda count: count == number)
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_a_call_that_raises_once_is_named(examine_here: Callable[..., ExamRecord], number: int) -> None:
+    record = examine_here("determinism", raising_at("gelu", number, RuntimeError("lost its way")))
+    (found,) = [each for each in record.findings if each.verdict == "FAIL"]
+    assert (found.check, found.kind) == (AGAIN, "software")
+    assert found.subject.startswith("aten.gelu.")
+    assert f"the first of them call {number}: RuntimeError: lost its way" in found.message
+    assert found.reproducer is not None
+
+
+def test_a_batch_that_raises_once_is_named(examine_here: Callable[..., ExamRecord]) -> None:
+    record = examine_here("determinism", raising_at("native_layer_norm", 3, RuntimeError("lost its way")))
+    (found,) = [each for each in record.findings if each.verdict == "FAIL"]
+    assert (found.check, found.kind) == (BATCHES_AGAIN, "software")
+    assert "native_layer_norm raises now and then" in found.message
+    assert found.reproducer is not None
+
+
+def test_bits_of_a_batch_that_change_once_are_named(examine_here: Callable[..., ExamRecord]) -> None:
+    def once(result: Tensor, count: int) -> Tensor:
+        return result * 1.01 if count == 3 else result
+
+    record = examine_here("determinism", Unsteady(once, ("scaled_dot_product_attention",)))
+    assert [(each.check, each.verdict) for each in record.findings] == [(BATCHES_AGAIN, "FAIL")]
+
+
+@pytest.mark.parametrize("operator", ["gelu", "native_layer_norm"])
+def test_a_host_without_memory_is_not_the_chips_failure(examine_here: Callable[..., ExamRecord], operator: str) -> None:
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    record = examine_here("determinism", raising_at(operator, 3, error))
+    assert record.findings == []
+    assert any(operator in each and "RuntimeError" in each for each in record.not_covered)
 
 
 def test_results_that_change_from_call_to_call_are_named(examine_here: Callable[..., ExamRecord]) -> None:
@@ -210,3 +256,21 @@ def test_a_call_that_writes_into_its_arguments_is_made_anew_each_time() -> None:
     args, kwargs = product(4, 4, 4, "float32")
     found = repeat("aten.add_.Tensor", args, kwargs, 0, "cpu", 20, 5.0)
     assert (found.number, found.different) == (20, 0)
+
+
+@pytest.mark.parametrize("operator", ["aten.mm.default", "aten.addmm.default", "aten.linear.default"])
+def test_what_is_added_to_a_product_is_no_error_of_honest_orders(operator: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(8, 64, generator=generator), torch.randn(64, 16, generator=generator)
+    bias = 100.0 + torch.randn(16, generator=generator)
+    kwargs: dict[str, Any] = {}
+    if operator == "aten.addmm.default":
+        args, sliced, kwargs = (bias, left, right), (1,), {"beta": 0.5, "alpha": 2.0}
+    elif operator == "aten.linear.default":
+        args, sliced = (left, right.T.contiguous(), bias), (0,)
+    else:
+        args, sliced = (left, right), (0,)
+    call = composition.RowWise(operator, args, kwargs, sliced)
+    rows = torch.tensor([5, 2])
+    exact = call.in_fp64().on("cpu", rows.tolist())
+    assert 0.0 < composition._sequential_error(call, rows, exact) < 1e-6 * float(exact[0].abs().max())

@@ -4,6 +4,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,49 @@ def test_a_missing_operator_is_named_with_a_reproducer(examine_on: Examine) -> N
     assert found.check == "traced call: raises"
     assert found.kind == "software"
     assert found.reproducer == "software-gelu-raises.py"
+
+
+def raises_at(when: Callable[[int], bool], error: Exception) -> Broken:
+    def raises(op: Any, args: Any, kwargs: Any, compute: Any) -> Any:
+        if when(fault.num_changed):
+            raise error
+        return compute(*args, **kwargs)
+
+    fault = Broken(raises, ("aten.gelu.default",))
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("when", "words"), [(lambda n: n == 1, "not again in 20 tries"), (lambda n: n % 5 == 1, "again at try 5")]
+)
+def test_an_operator_that_raises_now_and_then_is_named(
+    examine_on: Examine, tmp_path: Path, when: Callable[[int], bool], words: str
+) -> None:
+    record = examine_on("software", raises_at(when, RuntimeError("lost its way")))
+    (found,) = [each for each in failures(record) if each.check.startswith("traced call")]
+    assert found.subject.startswith("aten.gelu.")
+    assert (found.check, found.kind) == ("traced call: now and then", "software")
+    assert f"RuntimeError: lost its way; {words}" in found.message
+    assert found.reproducer is not None
+    assert "repeats=200" in (tmp_path / "reproducers" / found.reproducer).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_host_without_memory_is_not_the_chips_failure(examine_on: Examine, error: Exception) -> None:
+    record = examine_on("software", raises_at(lambda n: n == 1, error))
+    assert failures(record) == []
+    assert any(each.startswith("aten.gelu.") and type(error).__name__ in each for each in record.not_covered)
+
+
+def test_a_dtype_that_is_wrong_in_one_call_is_named(examine_on: Examine) -> None:
+    def widens(op: Any, args: Any, kwargs: Any, compute: Any) -> Any:
+        made = compute(*args, **kwargs)
+        return made.double() if fault.num_changed == 1 else made
+
+    fault = Broken(widens, ("aten.gelu.default",))
+    (found,) = failures(examine_on("software", fault))
+    assert found.check == "traced call: now and then"
+    assert "torch.float64" in found.message
 
 
 def test_an_operator_that_refuses_one_dtype_is_named_in_that_dtype_only(examine_on: Examine) -> None:

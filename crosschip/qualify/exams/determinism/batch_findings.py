@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from crosschip.qualify.exams.context import ExamContext
 from crosschip.qualify.exams.determinism.batch_plan import BatchedCall, batched_calls
@@ -11,16 +14,26 @@ from crosschip.qualify.exams.determinism.composition import (
     ERROR_LIMIT,
     PRODUCTS,
     Compared,
+    RowWise,
     compare_batches,
     depends_on_batch,
     make_row_wise,
 )
+from crosschip.qualify.exams.determinism.repetition import repeats_differ
 from crosschip.qualify.finding import Finding, Verdict
-from crosschip.qualify.reproducing.reproducers import Check, shrink, smaller_calls, write_reproducer
+from crosschip.qualify.reproducing.reproducers import (
+    Check,
+    shrink,
+    smaller_calls,
+    write_reproducer,
+    write_untried_reproducer,
+)
+from crosschip.qualify.tracing.host_errors import is_of_the_host
 
 __all__ = ["examine_batches"]
 
 _CONFIRMED = 3
+_MANY = 1000  # calls, by which what comes and goes should have come
 _LIMITS = {
     "integers": "sums of small integers are exact in any order, so their bits cannot depend on it",
     "error": f"{ERROR_LIMIT} times the error of the other batch, the CPU and a sequential sum, and four deviations",
@@ -46,10 +59,20 @@ class _Seen:
         return "as on the CPU" if self.compared.share_on_cpu > 0 else "bits"
 
 
+@dataclass(frozen=True)
+class _Unsteady:
+    """One call that went otherwise when it was made again: its bits, or `raised` in one of the tries."""
+
+    call: BatchedCall
+    words: str
+    raised: bool = False
+
+
 @dataclass
 class _OfOperator:
     num_compared: int = 0
     seen: list[_Seen] = field(default_factory=list)
+    unsteady: list[_Unsteady] = field(default_factory=list)
 
 
 def examine_batches(context: ExamContext, until_s: float) -> None:
@@ -78,13 +101,31 @@ def _compare(context: ExamContext, call: BatchedCall, kind: str, found: _OfOpera
     try:
         compared = compare_batches(made, context.chip.device)
     except Exception as error:  # whatever the chip raises for a batch that it does not take
-        context.journal.not_covered(f"batch composition of {call.title}: {type(error).__name__}: {error}")
+        words = f"{type(error).__name__}: {error}"
+        if not is_of_the_host(words) and _goes_well(made, context.chip.device):
+            found.unsteady.append(_Unsteady(call, f"{words}; and not when it was made again", raised=True))
+        else:
+            context.journal.not_covered(f"batch composition of {call.title}: {words}")
         return
     found.num_compared += len(compared)
     found.seen += [_Seen(call, kind, each) for each in compared if each.share > 0]
 
 
+def _goes_well(made: RowWise, device: torch.device) -> bool:
+    try:
+        compare_batches(made, device)
+    except Exception:  # as the first time
+        return False
+    return True
+
+
 def _report(context: ExamContext, name: str, found: _OfOperator) -> None:
+    _report_seen(context, name, found)
+    if found.unsteady:
+        _write_unsteady(context, name, found.unsteady)
+
+
+def _report_seen(context: ExamContext, name: str, found: _OfOperator) -> None:
     if not found.seen:
         return
     shares = [(seen.compared.share, seen.compared.share_on_cpu) for seen in found.seen]
@@ -98,19 +139,54 @@ def _report(context: ExamContext, name: str, found: _OfOperator) -> None:
     )
     for why in ("integers", "error", "bits"):
         seen = [each for each in found.seen if each.why == why]
-        if seen and all(_again(context, seen[0]) for _ in range(_CONFIRMED)):
+        if not seen:
+            continue
+        tries = (_otherwise(context, seen[0]) for _ in range(_CONFIRMED))
+        unsteady = next((each for each in tries if each is not None), None)
+        if unsteady is None:
             _write(context, name, why, seen, found.num_compared)
             return
+        found.unsteady.append(unsteady)
 
 
-def _again(context: ExamContext, seen: _Seen) -> bool:
-    """Whether it shows again in the very same way: what comes and goes is not the batch's doing."""
-    call = seen.call
+def _otherwise(context: ExamContext, seen: _Seen) -> _Unsteady | None:
+    """How it shows when it is made again, if not in the very same way: what comes and goes is not the batch's doing."""
+    call, first = seen.call, seen.compared
     made = make_row_wise(call.operator, call.args, call.kwargs, list(call.sliced), seen.kind, context.seed)
     try:
-        return compare_batches(made, context.chip.device, [seen.compared.name]) == [seen.compared]
-    except Exception:  # it raises now and did not before
-        return False
+        (again,) = compare_batches(made, context.chip.device, [first.name])
+    except Exception as error:  # it raises now and did not before
+        words = f"{type(error).__name__}: {error}"
+        return None if is_of_the_host(words) else _Unsteady(call, f"{words}; and not when it was made before", True)
+    # Errors are against products in fp64 on the CPU, whose last bits may vary.
+    errors = ((first.error, again.error), (first.whole, again.whole))
+    if first.share == again.share and all(math.isclose(*each, rel_tol=1e-6) for each in errors):
+        return None
+    return _Unsteady(call, f"{first.share:.2%} of the numbers change with {first.name}, then {again.share:.2%}")
+
+
+def _write_unsteady(context: ExamContext, name: str, unsteady: list[_Unsteady]) -> None:
+    worst = max(unsteady, key=lambda each: each.raised)
+    title = f"{name} {'raises' if worst.raised else 'gives other bits'} now and then for the same inputs"
+    call = worst.call
+    parameters = {"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "seed": context.seed}
+    check = Check(repeats_differ, {**parameters, "number": _MANY})
+    context.journal.finding(
+        Finding(
+            exam=context.exam,
+            kind="software" if worst.raised else "numerics",
+            verdict="FAIL",
+            subject=call.title,
+            check="the same batches again",
+            message=f"{title}: {worst.words}",
+            measured="other results",
+            limit="the same result each time",
+            limit_source="on one chip, with the same seed, a run is bit-exact",
+            critical=True,
+            reproducer=write_untried_reproducer(context, f"batches again {call.name}", title, check),
+            details={"calls": sorted({each.call.title for each in unsteady})},
+        )
+    )
 
 
 def _write(context: ExamContext, name: str, why: str, seen: list[_Seen], num_compared: int) -> None:

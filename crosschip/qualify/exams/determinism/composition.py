@@ -210,13 +210,21 @@ def _sequential_error(call: RowWise, rows: torch.Tensor, exact: list[torch.Tenso
     """The error of a product that is added one term after the other in fp32, an order that honest chips have."""
     if not any(f".{name}." in call.operator for name in PRODUCTS):
         return 0.0
-    tensors = [each for each in call.args if isinstance(each, torch.Tensor)]
-    left, right = (tensors[0], tensors[1].transpose(-1, -2)) if "linear" in call.operator else tensors[-2:]
-    left = left[rows]
-    right = right[rows] if right.dim() == 3 else right
+    tensors = [
+        each[rows] if place in call.sliced else each
+        for place, each in enumerate(call.args)
+        if isinstance(each, torch.Tensor)
+    ]
+    if "linear" in call.operator:
+        left, right, added = tensors[0], tensors[1].transpose(-1, -2), tensors[2:]
+    else:
+        *added, left, right = tensors
     total = torch.zeros(*left.shape[:-1], right.shape[-1])
+    for bias in added:
+        total += call.kwargs.get("beta", 1) * bias.float()
     for term in range(left.shape[-1]):
-        total += left[..., term, None].float() * right[..., None, term, :].float()
+        product = left[..., term, None].float() * right[..., None, term, :].float()
+        total += call.kwargs.get("alpha", 1) * product
     return _error([total.to(left.dtype)], exact)
 
 

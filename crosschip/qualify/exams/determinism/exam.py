@@ -30,7 +30,14 @@ from crosschip.qualify.exams.determinism.serve_rows import examine_serve_rows
 from crosschip.qualify.finding import LEAST_COVERAGE, Finding, Verdict
 from crosschip.qualify.journal import read_journal
 from crosschip.qualify.proctor import run_child
-from crosschip.qualify.reproducing.reproducers import Check, shrink, smaller_calls, write_reproducer
+from crosschip.qualify.reproducing.reproducers import (
+    Check,
+    outcome_of,
+    shrink,
+    smaller_calls,
+    write_reproducer,
+    write_untried_reproducer,
+)
 from crosschip.qualify.threads import half_the_cores
 from crosschip.qualify.tracing.criticality import is_critical
 from crosschip.qualify.tracing.trace import TracedCall
@@ -95,11 +102,16 @@ def _repeat(context: ExamContext, call: TracedCall, limit_s: float, number: int)
     if name in context.skip:
         return None
     context.journal.now(name)
+    parameters = call.parameters(context.seed)
     try:
-        return repeat(call.operator, call.args, call.kwargs, context.seed, context.chip.device, number, limit_s)
+        found = repeat(**parameters, device=context.chip.device, number=number, limit_s=limit_s)
     except Exception as error:  # the exam of the software reports what the chip refuses
         context.journal.not_covered(f"the same call again: {call.title}: {type(error).__name__}")
         return None
+    if found.num_raised and outcome_of(repeats_differ, "cpu", {**parameters, "number": found.first})[0]:
+        context.journal.not_covered(f"the same call again: {call.title}: raises on the CPU, too")
+        return None
+    return found
 
 
 def _report_varying(context: ExamContext, call: TracedCall, found: Repetition) -> bool:
@@ -108,30 +120,43 @@ def _report_varying(context: ExamContext, call: TracedCall, found: Repetition) -
     documented = found.small and any(name.startswith(each) for each in DOCUMENTED)
     verdict: Verdict = "PASS WITH LIMITS" if documented else "FAIL"
     remedy = "; torch.use_deterministic_algorithms(True) may help" if documented else ""
-    title = f"{call.operator} gives other bits for the same inputs"
+    title, words = _what_varies(call, found)
     number = min(2000, max(64, 4 * found.first, 4 * found.number // max(1, found.different)))
-    parameters = call.parameters(context.seed)
-    check = Check(repeats_differ, {**parameters, "number": number})
+    check = Check(repeats_differ, {**call.parameters(context.seed), "number": number})
     check = shrink(check, context.chip.device, smaller_calls, limit_s=0.5)
+    slug = f"again {call.operator}"
+    reproducer = write_reproducer(context, slug, title, check)
+    if reproducer is None and found.num_raised:  # the CPU has made these calls; what comes and goes is away just now
+        reproducer = write_untried_reproducer(context, slug, title, check)
     context.journal.finding(
         Finding(
             exam=context.exam,
-            kind="numerics",
+            kind="software" if found.num_raised else "numerics",
             verdict=verdict,
             subject=call.title,
             check="the same call again",
-            message=f"{title}: {found.different} of {found.number} calls differ from the first, the first of them "
-            f"call {found.first}, by up to {found.size:.3g} units in the last place of the largest number{remedy}",
+            message=f"{title}: {words}{remedy}",
             measured=found.different / found.number,
             limit=0.0,
             limit_source="torch leaves the order of this operator's sum open" if documented else _BIT_EXACT,
             critical=is_critical(context.trace, call.operator),
             severity=1.0 + min(1e3, found.size),
-            reproducer=write_reproducer(context, f"again {call.operator}", title, check),
+            reproducer=reproducer,
             details={"num_calls": found.number, "first": found.first, "documented": documented},
         )
     )
     return documented
+
+
+def _what_varies(call: TracedCall, found: Repetition) -> tuple[str, str]:
+    """A title, and in words how often it was seen."""
+    first = f"of {found.number} calls {{}}, the first of them call {found.first}"
+    if found.num_raised:
+        title = f"{call.operator} raises now and then for the same inputs"
+        return title, f"{found.num_raised} {first.format('raise')}: {found.error.splitlines()[0][:300]}"
+    title = f"{call.operator} gives other bits for the same inputs"
+    size = f"by up to {found.size:.3g} units in the last place of the largest number"
+    return title, f"{found.different} {first.format('differ from the first')}, {size}"
 
 
 def _steps(context: ExamContext, loose: list[str]) -> None:

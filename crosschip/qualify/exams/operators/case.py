@@ -70,9 +70,14 @@ class Case:
 
 
 def keep(
-    case: Case, draw: PlannedDraw, sides: Sequence[tuple[Inputs, Outcome, Outcome]], pool: bool = True
+    case: Case,
+    draw: PlannedDraw,
+    sides: Sequence[tuple[Inputs, Outcome, Outcome]],
+    pool: dict[int, list[DrawErrors]],
 ) -> Problem | None:
-    """Compare the draw's calls; errors go to the pool, what needs no tolerance is a problem now."""
+    """Compare the draw's calls; errors go to the pool, by position of the output; what needs no tolerance is a problem
+    now.
+    """
     case.context.journal.checked("exact results" if case.is_exact else "errors", len(sides))
     if case.is_exact and all(equal(chip, eager) for _, chip, eager in sides):
         return None
@@ -85,15 +90,15 @@ def keep(
     if not comparison.has_golden:
         return None
     errors = comparison.errors(draw)
-    for position, error in errors if pool else ():
-        case.draws.setdefault(position, []).append(error)
+    for position, error in errors:
+        pool.setdefault(position, []).append(error)
     case.planned.setdefault(draw.label, draw)
     broken = next(((position, error) for position, error in errors if fails_alone(error)), None)
     if broken is None:
         return None
     position, error = broken
     problem = problem_of_judgement(judge_draws([error]), draw)
-    rounds = any(not each.exact for each in case.draws.get(position, ()))
+    rounds = any(not each.exact for each in pool[position])
     if error.exact and error.is_nearly_exact and rounds:
         case.limit = case.limit or problem
         return None

@@ -11,6 +11,7 @@ from crosschip.qualify.exams.operators import checks
 from crosschip.qualify.exams.operators.case import REFUSED, Case, Raised, keep, made, on_chip, raised
 from crosschip.qualify.exams.operators.controls import golden_call
 from crosschip.qualify.exams.operators.gates import broken_structure, other_strides
+from crosschip.qualify.exams.operators.large_calls import LARGEST_WHOLE, in_parts
 from crosschip.qualify.exams.operators.plan import (
     NUM_POOLED,
     PlannedDraw,
@@ -31,7 +32,7 @@ from crosschip.qualify.exams.operators.problem import (
 from crosschip.qualify.exams.operators.random_numbers import ALPHA, compare_distributions
 from crosschip.qualify.exams.operators.runs import Comparison, Inputs, Outcome, compare, equal, on_device, wrong_by_bits
 from crosschip.qualify.exams.operators.shapes import is_contraction, num_elements
-from crosschip.qualify.judging.judge import MIN_OUTPUTS, DrawErrors, judge_draws, judge_slope
+from crosschip.qualify.judging.judge import MIN_OUTPUTS, DrawErrors, Judgement, judge_draws, judge_slope
 
 __all__ = ["examine_call"]
 
@@ -52,8 +53,8 @@ _NUM_REPEATS = 24
 _NUM_EDGES = {"smoke": 10, "standard": 24, "soak": 24}
 _MOST_REPEATS = {"smoke": 16, "standard": 128, "soak": 128}
 _MOST_DRAWS = 4 * NUM_POOLED
-_LARGEST_COMPARED = 1 << 22
 _FEW = 1 << 12  # outputs whose golden results cost nothing
+_TOO_LARGE = "other numbers than the CPU's, in a call that is too large to be judged whole and cannot be in parts"
 _NOT_AGAIN = "the CPU does not make this call again, or values that it writes to one place are left to chance"
 
 
@@ -69,7 +70,7 @@ def examine_call(case: Case) -> Problem | None:
 
 
 def _first_problem(case: Case, draw: PlannedDraw) -> Problem | None:
-    """The call as recorded: its form, where NaN and Inf stand and, where it is not too large, its values."""
+    """The call as recorded: its form, where NaN and Inf stand, and its values; of a large call in parts."""
     both = made(case, draw)
     if both is None:
         case.context.journal.not_covered(f"{case.call.title}: {_NOT_AGAIN}")
@@ -95,9 +96,29 @@ def _first_problem(case: Case, draw: PlannedDraw) -> Problem | None:
     if wrong:
         source = "what moves or chooses values, and whole numbers and truth values, have no rounding"
         return exact_problem("exact results", f"{wrong[0]} ({draw.label})", draw, source)
-    if is_contraction(case.call.operator) or case.base in _ATTENTION or num_elements(draw.encoded) > _LARGEST_COMPARED:
+    if is_contraction(case.call.operator) or case.base in _ATTENTION:
         return None
-    return keep(case, draw, [(inputs, chip, eager)], pool=case.is_first)
+    if num_elements(draw.encoded) > LARGEST_WHOLE:
+        return _problem_in_parts(case, draw, (inputs, chip, eager))
+    return keep(case, draw, [(inputs, chip, eager)], case.draws if case.is_first else {})
+
+
+def _problem_in_parts(case: Case, draw: PlannedDraw, sides: tuple[Inputs, Outcome, Outcome]) -> Problem | None:
+    """A call too large to be compared whole. Its parts are judged by themselves, since small draws, in which all is
+    well, would outweigh them.
+    """
+    errors: dict[int, list[DrawErrors]] = {}
+    for part in in_parts(case.op, case.call, sides):
+        problem = keep(case, draw, [part], errors)
+        if problem is not None:
+            return problem
+        if case.is_over:
+            break
+    judgement = _worst(errors)
+    if judgement is None or judgement.state == "abstain":
+        case.context.journal.not_covered(f"{case.call.title}: {_TOO_LARGE}")
+        return None
+    return problem_of_judgement(judgement, draw) if judgement.state == "fail" else None
 
 
 def _integer_problem(case: Case) -> Problem | None:
@@ -226,21 +247,26 @@ def _one(case: Case, draw: PlannedDraw) -> Problem | None:
         sides.append((inputs, chip, eager))
         if turn and case.is_over:
             break
-    return keep(case, draw, sides)
+    return keep(case, draw, sides, case.draws)
 
 
 def _judged(case: Case) -> Problem | None:
     """Judge the pooled draws of each output; the worst judgement is the call's."""
-    order = {"fail": 0, "open": 1, "abstain": 2, "pass": 3}
-    judgements = [judge_draws(draws) for _, draws in sorted(case.draws.items())]
-    if not judgements:
+    case.judgement = _worst(case.draws)
+    if case.judgement is None:
         return None
-    case.judgement = min(judgements, key=lambda each: (order[each.state], each.p_value))
     case.worst_draw = case.planned.get(case.judgement.worst_draw) or recorded(case.call, case.seed)
-    case.context.journal.checked("error ratio", len(judgements))
+    case.context.journal.checked("error ratio", len(case.draws))
     if case.judgement.reason == "slight bias":
         case.limit = case.limit or problem_of_judgement(case.judgement, case.worst_draw)
     return problem_of_judgement(case.judgement, case.worst_draw) if case.judgement.state == "fail" else None
+
+
+def _worst(draws: dict[int, list[DrawErrors]]) -> Judgement | None:
+    """The worst judgement of an output; None where there are no outputs."""
+    order = {"fail": 0, "open": 1, "abstain": 2, "pass": 3}
+    judgements = [judge_draws(each) for _, each in sorted(draws.items())]
+    return min(judgements, key=lambda each: (order[each.state], each.p_value), default=None)
 
 
 def _slope_problem(case: Case) -> Problem | None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crosschip.qualify.exams.operators.checks import GRADIENT_OF, gradients
-from crosschip.qualify.exams.operators.shapes import is_contraction
+from crosschip.qualify.exams.operators.shapes import base_name, is_contraction
 from crosschip.qualify.tracing.inputs import operator_named
+from crosschip.qualify.tracing.ties import CHOOSING
 from crosschip.qualify.tracing.trace import TracedCall, tensor_specs
 
 __all__ = ["GradientOperator", "gradient_call", "operator_or_gradient"]
@@ -58,11 +59,14 @@ def operator_or_gradient(name: str) -> Any:
 def gradient_call(call: TracedCall) -> TracedCall | None:
     """The call of the gradient; None when the subject needs none, or none that other calls do not show.
 
-    Matrix products have products for gradients, which are traced; views have views.
+    Matrix products have products for gradients, which are traced; views have views. A choice among equal values is the
+    chip's, and so is the place of the gradient, which traced calls put there.
     """
     op = operator_named(call.operator)
     first = next(_floating_outputs(call), None)
-    if first is None or not call.needs_gradient or op.is_view or op._schema.is_mutable or is_contraction(call.operator):
+    if first is None or not call.needs_gradient or op.is_view or op._schema.is_mutable:
+        return None
+    if is_contraction(call.operator) or base_name(call.operator) in CHOOSING:
         return None
     grad = {"tensor": {**first, "values": {"normal": [0.0, 1.0]}}}
     return replace(call, operator=f"{GRADIENT_OF}{call.operator}", args=[grad, *call.args], outputs=[])

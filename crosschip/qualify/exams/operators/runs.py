@@ -15,13 +15,13 @@ from crosschip.qualify.exams.operators.plan import PlannedDraw
 from crosschip.qualify.exams.operators.shapes import MOVES, Encoded, base_name, with_each_tensor
 from crosschip.qualify.judging.judge import DrawErrors, errors_of
 from crosschip.qualify.tracing.inputs import as_real, make_arguments, make_tensor
+from crosschip.qualify.tracing.ties import chooses_as_well
 
 __all__ = [
     "Comparison",
     "InputMaker",
     "Inputs",
     "Outcome",
-    "chooses_as_well",
     "compare",
     "equal",
     "on_device",
@@ -223,7 +223,7 @@ def wrong_by_bits(op: Any, inputs: Inputs, chip: Outcome, eager: Outcome) -> lis
         for (_, got), (_, expected) in zip(chip.outputs, eager.outputs, strict=True)
         if (_is_by_bits(op) or not _is_rounded(expected))
         and not same(got, expected)
-        and not chooses_as_well(op, inputs, got, expected)
+        and not chooses_as_well(op, inputs.args, inputs.kwargs, got, expected)
     ]
 
 
@@ -241,32 +241,6 @@ def _is_by_bits(op: Any) -> bool:
 _SELECTS = (MOVES | {"gather"}) - {"copy", "_to_copy"}
 # Operators whose result is about the dtype itself, so that fp64 says nothing of it.
 _BY_BITS = ("aten::nextafter", "aten::frexp", "aten::ldexp", "aten::copysign", "aten::signbit")
-# Operators that choose among equal values as they like; the values decide.
-_CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode")
-
-
-def chooses_as_well(op: Any, inputs: Inputs, got: Tensor, expected: Tensor) -> bool:
-    """Whether indices differ from the CPU's only among ties: they point at equal values, and none occurs twice."""
-    name = op._schema.name.split("::")[1]
-    if name not in _CHOOSING or got.dtype != torch.int64 or got.shape != expected.shape:
-        return False
-    named = {each.name: each.default_value for each in op._schema.arguments}
-    named.update(zip(named, inputs.args, strict=False))
-    named.update(inputs.kwargs)
-    if named.get("stable"):
-        return False
-    x, dim = named["self"], named.get("dim")
-    if dim is None:
-        x, got, expected, dim = x.reshape(-1), got.reshape(-1), expected.reshape(-1), 0
-    if got.dim() < x.dim():
-        got, expected = got.unsqueeze(dim), expected.unsqueeze(dim)
-    if got.numel() == 0 or int(got.min()) < 0 or int(got.max()) >= x.shape[dim]:
-        return got.numel() == 0
-    chosen, wanted = x.gather(dim, got), x.gather(dim, expected)
-    if named.get("sorted") is False:
-        chosen, wanted = chosen.sort(dim).values, wanted.sort(dim).values
-    once = bool((got.sort(dim).values.diff(dim=dim) != 0).all())
-    return once and same(chosen, wanted)
 
 
 def _exact(golden: Tensor, honest: Tensor) -> bool:
