@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", choices=("all", "faults", "honest", "honest-links"), default="all")
     parser.add_argument("--anew", action="store_true", help="forget the rows of the honest parts that are asked for")
     parser.add_argument("--seeds", type=int, default=20, help="seeds of each honest variant")
-    parser.add_argument("--honest-time", type=float, default=90.0, help="seconds of one honest qualification")
+    parser.add_argument("--honest-time", type=float, default=40.0, help="seconds of one honest qualification")
     parser.add_argument("--links-time", type=float, default=220.0, help="seconds of one of --part honest-links")
     parser.add_argument("--workers", type=int, default=2, help="qualifications at a time, a core each")
     parser.add_argument("--subject", default=FIRST)

@@ -17,7 +17,7 @@ from starlette.routing import Route
 import crosschip
 from crosschip.certificate import Status
 from crosschip.serve.api.errors import ApiError, error_body, install_error_handlers
-from crosschip.serve.api.transport import OuterLayer
+from crosschip.serve.api.transport import CERTIFICATE_HEADER, OuterLayer
 from crosschip.serve.gateway.admission import Admission, Overloaded
 from crosschip.serve.gateway.drift import bound_of
 from crosschip.serve.gateway.fleet import EngineState, Fleet
@@ -32,6 +32,14 @@ from crosschip.serve.page import PAGE_PATHS, add_page
 
 __all__ = ["Gateway", "create_gateway"]
 
+# What a page of another origin may read of an answer's head.
+_EXPOSED_HEADERS = [
+    "Retry-After",
+    "X-Request-Id",
+    "X-Crosschip-Engine",
+    "X-Crosschip-Chip",
+    CERTIFICATE_HEADER,
+]
 _NOT_ASKED = Status("UNCERTIFIED", "the engine was not asked yet")
 _NO_CERTIFICATE = Status("UNCERTIFIED", "its table names no certified directory")
 
@@ -136,7 +144,8 @@ def _add_layers(app: FastAPI, settings: GatewaySettings, metrics: GatewayMetrics
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],  # clients send headers of their own, and the origins are listed
+            expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(OuterLayer, certificate=None, max_body_bytes=settings.limits.max_body_bytes)
 

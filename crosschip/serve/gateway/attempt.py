@@ -15,6 +15,7 @@ from typing import Any, Literal
 import httpx
 from starlette.types import Send
 
+from crosschip.certificate import Status
 from crosschip.serve.api.errors import error_body
 from crosschip.serve.gateway.calls import Call
 from crosschip.serve.gateway.events import EventSplitter, StreamReader, is_error
@@ -53,6 +54,7 @@ class Attempt:
         table: the deadlines.
         send: to the client (ASGI).
         watched: how it is asked if it is scored again.
+        require_certificate: an answer that is UNCERTIFIED is none.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Attempt:
         table: ForwardingTable,
         send: Send,
         watched: WatchedCall | None,
+        require_certificate: bool = False,
     ) -> None:
         self.call, self.engine, self.watched = call, engine, watched
+        self._require_certificate = require_certificate
         self._upstreams, self._table, self._to_client = upstreams, table, send
         self._deadline: asyncio.Timeout | None = None
         self._phase: Phase = "engine"
@@ -220,14 +224,27 @@ class Attempt:
         waited_s = self._table.first_token_s if self.call.is_stream else self._table.answer_s
         return f"no token came from it within {waited_s:g} s"
 
+    @property
+    def certificate(self) -> Status:
+        """That of the weights which answer: a native engine may have others than at the last check of its health."""
+        said = self.reader.certificate if self.engine.table.kind == "native" else None
+        return said or self.engine.certificate
+
     async def _head(self, response: httpx.Response, length: int | None) -> None:
-        table = self.engine.table
+        """Begin what the client is sent.
+
+        Raises:
+            AttemptFailed: the answer is UNCERTIFIED where a certificate is required.
+        """
+        table, certificate = self.engine.table, self.certificate
+        if self._require_certificate and not certificate.is_certified:
+            raise AttemptFailed("uncertified", f"its answer is UNCERTIFIED: {certificate.problem}", had_it=False)
         headers = [
             (b"content-type", response.headers.get("content-type", "application/json").encode("latin-1")),
             (b"x-request-id", self.call.request_id.encode()),
             (b"x-crosschip-engine", table.name.encode()),
             (b"x-crosschip-chip", table.chip.encode("ascii", "replace")),
-            (b"x-crosschip-certificate", self.engine.certificate.word.encode()),
+            (b"x-crosschip-certificate", certificate.word.encode()),
         ]
         headers.append((b"cache-control", b"no-store") if length is None else (b"content-length", str(length).encode()))
         self._expect_client()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crosschip.certificate import read_certificate
+from crosschip.certificate import Certificate, read_certificate
 from crosschip.certificate.document import PASSED
 from crosschip.certificate.signing import signature_problem
 from crosschip.errors import HandoffError, ServeError
@@ -24,6 +24,7 @@ Verdict = Literal["ok", "alarm", "undecided"]
 
 _MEAN_KL = "upper 95 % bound of the mean KL, in nats"  # as replays in a certificate name it
 _LOGPROB = "largest difference of one log-prob, in nats"
+_NEARLY_ALL = 0.995  # of a replay's positions; below it a certificate tells how many were excused
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Scored:
 
 
 def bound_of(table: ParityTable, public_key: bytes | None = None) -> Bound:
-    """The bound that GATEWAY.toml states, or the strictest of the certificate's replays that passed.
+    """The bound that GATEWAY.toml states, or the strictest that an engine behind an address kept in the certificate.
 
     With `public_key` (32 bytes) only a certificate that this key signed is believed.
 
     Raises:
-        ServeError: a certificate that cannot be read, was altered, is not that key's, or holds no replay that passed.
+        ServeError: a certificate that cannot be read, was altered, is not that key's, did not pass, or holds no limit
+            that the watch can use.
     """
     if table.certificate is None:
         assert table.mean_kl is not None
@@ -71,15 +73,35 @@ def bound_of(table: ParityTable, public_key: bytes | None = None) -> Bound:
     if wrong := signature_problem(certificate.document, public_key):
         remedy = "name a directory whose certificate that key signed, or state `mean_kl`"
         raise ServeError(f"parity of {table.model!r}: {certificate.path}: {wrong}", remedy)
-    views = [view for replay in certificate.replays if replay["verdict"] in PASSED for view in replay["views"]]
-    limits = {what: _limits(views, what) for what in (_MEAN_KL, _LOGPROB)}
-    if not limits[_MEAN_KL]:
+    source = f"the certificate in {table.certificate}"
+    if certificate.verdict not in PASSED:
+        words = f"parity of {table.model!r}: {source} says {certificate.verdict}"
+        raise ServeError(words, "hand the model off again, or state `mean_kl`")
+    views = _comparable_views(certificate)
+    mean_kl = _limits(views, _MEAN_KL)
+    if not mean_kl:
         raise ServeError(
-            f"parity of {table.model!r}: the certificate in {table.certificate} has no golden replay that passed",
-            "hand the model off again, or state `mean_kl`",
+            f"parity of {table.model!r}: {source} has no golden replay that passed through an engine behind an address "
+            f"and judged {_NEARLY_ALL:.1%} of its positions, as the watch judges every token",
+            "state `mean_kl`, or hand the model off with `--engine native` where no near-ties of routers are excused",
         )
-    logprob = table.logprob or min(limits[_LOGPROB], default=None)
-    return Bound(min(limits[_MEAN_KL]), logprob, f"the certificate in {table.certificate}")
+    of_every_token = _limits([view for view in views if _share_judged(view) == 1], _LOGPROB)
+    return Bound(min(mean_kl), table.logprob or min(of_every_token, default=None), source)
+
+
+def _comparable_views(certificate: Certificate) -> list[dict[str, Any]]:
+    """The views of passed replays that were judged as the watch judges.
+
+    A replay in process is shown the router's choices, and excuses those that fell otherwise; over HTTP near-ties are
+    excused. The watch sees neither.
+    """
+    over_http = [each for each in certificate.replays if each["verdict"] in PASSED and each.get("route") == "http"]
+    return [view for replay in over_http for view in replay["views"] if _share_judged(view) >= _NEARLY_ALL]
+
+
+def _share_judged(view: dict[str, Any]) -> float:
+    share = view.get("share_judged")
+    return float(share) if isinstance(share, int | float) else 0.0
 
 
 def _limits(views: list[dict[str, Any]], what: str) -> list[float]:

@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EventSplitter", "StreamReader", "data_of", "is_error", "num_new_parts"]
+from crosschip.certificate import Status
+
+__all__ = ["EventSplitter", "StreamReader", "data_of", "is_error", "num_new_parts", "said_certificate"]
 
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LONGEST_END = 4  # bytes
@@ -71,9 +73,17 @@ def num_new_parts(document: dict[str, Any]) -> int:
     return count
 
 
+def said_certificate(about: dict[str, Any]) -> Status:
+    """What a native engine says of its certificate, in `crosschip` of its health or of an answer."""
+    if about.get("certificate") == "CERTIFIED":
+        return Status("CERTIFIED")
+    return Status("UNCERTIFIED", str(about.get("certificate_problem") or "it did not say why"))
+
+
 @dataclass
 class StreamReader:
-    """What a stream said so far. `parts` are chunks with something new; `usage` is the engine's own count."""
+    """What a stream said so far. `parts` are chunks with something new; `usage` is the engine's own count;
+    `certificate` is that of the weights that the answer was begun on, where it says so."""
 
     parts: int = 0
     finished: bool = False
@@ -81,6 +91,7 @@ class StreamReader:
     error: dict[str, Any] | None = None
     usage: dict[str, Any] | None = None
     weights_version: str | None = None
+    certificate: Status | None = None
 
     def read(self, event: bytes) -> dict[str, Any] | None:
         """Take note of an event; its document, where it holds one."""
@@ -103,8 +114,11 @@ class StreamReader:
         if isinstance(document.get("usage"), dict):
             self.usage = document["usage"]
         about = document.get("crosschip")
-        if isinstance(about, dict) and about.get("weights_version") is not None:
-            self.weights_version = str(about["weights_version"])
+        if isinstance(about, dict):
+            if about.get("weights_version") is not None:
+                self.weights_version = str(about["weights_version"])
+            if self.certificate is None and "certificate" in about:
+                self.certificate = said_certificate(about)
         choices = document.get("choices")
         if isinstance(choices, list) and any(isinstance(c, dict) and c.get("finish_reason") for c in choices):
             self.finished = True

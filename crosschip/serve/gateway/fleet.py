@@ -87,7 +87,7 @@ class Fleet:
 
     def __init__(self, settings: GatewaySettings, certificates: dict[str, Status], require_certificate: bool) -> None:
         self.engines = [EngineState(table, certificates[table.name]) for table in settings.engines]
-        self._require_certificate = require_certificate
+        self.require_certificate = require_certificate
         self._slack = settings.forwarding.affinity_slack
         self._prefixes = PrefixMemory()
         self._splits = {split.model: Split(split.shares) for split in settings.splits}
@@ -107,7 +107,7 @@ class Fleet:
 
     def is_usable(self, engine: EngineState) -> bool:
         """Whether it is up, as far as requests may go to it."""
-        certified = engine.certificate.is_certified or not self._require_certificate
+        certified = engine.certificate.is_certified or not self.require_certificate
         return engine.problem is None and not engine.draining and certified
 
     def has_share(self, engine: EngineState) -> bool:

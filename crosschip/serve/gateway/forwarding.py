@@ -16,6 +16,7 @@ from crosschip.serve.gateway.admission import Admission, Overloaded
 from crosschip.serve.gateway.attempt import Attempt, AttemptFailed, Outcome, SlowClient
 from crosschip.serve.gateway.calls import Call, read_call
 from crosschip.serve.gateway.fleet import EngineState, Fleet
+from crosschip.serve.gateway.health import note_certificate
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import ForwardingTable, HealthTable
 from crosschip.serve.gateway.upstream import Upstreams
@@ -67,7 +68,7 @@ class Forwarder:
         retries = self._table.retries
         while True:
             engine = await self._admission.enter(call.ask)
-            attempt = Attempt(call, engine, self._upstreams, self._table, send, None)
+            attempt = Attempt(call, engine, self._upstreams, self._table, send, None, self._fleet.require_certificate)
             try:
                 return await self._attempt(attempt, begun_at_s)
             except AttemptFailed as failure:
@@ -104,6 +105,7 @@ class Forwarder:
         engine = attempt.engine
         attempt.call.ask.tried.add(engine.name)
         self._metrics.retries.labels(engine.name, failure.reason).inc()
+        self._note_certificate(attempt)
         if failure.reason == "unreachable":  # there is no doubt to be cleared by another check
             self._fleet.mark_failed(engine, failure.message, allowed=1)
         elif failure.reason == "lost":
@@ -114,6 +116,7 @@ class Forwarder:
     def _note_answer(self, attempt: Attempt, outcome: Outcome, begun_at_s: float) -> None:
         engine, reader, metrics = attempt.engine, attempt.reader, self._metrics
         self._count(engine, outcome)
+        self._note_certificate(attempt)
         if outcome == "lost":
             self._fleet.mark_failed(engine, "it was lost under a request", self._health.failures)
         if reader.weights_version is not None and reader.weights_version != engine.weights_version:
@@ -128,6 +131,13 @@ class Forwarder:
             metrics.per_token.labels(engine.name).observe((last - first) / (num_tokens - 1))
         metrics.tokens.labels(engine.name, "completion").inc(num_tokens)
         metrics.tokens.labels(engine.name, "prompt").inc(_int(reader.usage, "prompt_tokens"))
+
+    def _note_certificate(self, attempt: Attempt) -> None:
+        """An answer takes a certificate away before the next check does; it gives none back, as it may be of weights
+        that were replaced while it was written."""
+        if not attempt.certificate.is_certified and attempt.engine.certificate.is_certified:
+            note_certificate(attempt.engine, attempt.certificate)
+            self._metrics.show_info(self._fleet.engines)
 
     def _count(self, engine: EngineState | None, outcome: str) -> None:
         self._metrics.requests.labels(engine.name if engine else "", outcome).inc()

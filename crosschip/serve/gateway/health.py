@@ -10,14 +10,23 @@ import httpx
 
 from crosschip.certificate import Status
 from crosschip.serve.gateway.admission import Admission
+from crosschip.serve.gateway.events import said_certificate
 from crosschip.serve.gateway.fleet import EngineState, Fleet
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import HealthTable
 from crosschip.serve.gateway.upstream import BodyTooLong, Upstreams
 
-__all__ = ["HealthWatch"]
+__all__ = ["HealthWatch", "note_certificate"]
 
 logger = logging.getLogger("crosschip.serve.gateway")
+
+
+def note_certificate(engine: EngineState, certificate: Status) -> None:
+    """Take what an engine says of its certificate; the log tells each change, with the reason."""
+    if certificate != engine.certificate:
+        why = "" if certificate.problem is None else f": {certificate.problem}"
+        logger.warning("engine %s is %s%s", engine.name, certificate.word, why)
+    engine.certificate = certificate
 
 
 class HealthWatch:
@@ -80,7 +89,5 @@ class HealthWatch:
         is_new = version is not None and str(version) != engine.weights_version
         if is_new:
             engine.weights_version = str(version)
-        word = "CERTIFIED" if about.get("certificate") == "CERTIFIED" else "UNCERTIFIED"
-        problem = None if word == "CERTIFIED" else str(about.get("certificate_problem") or "it did not say why")
-        engine.certificate = Status(word, problem)
+        note_certificate(engine, said_certificate(about))
         return is_new

@@ -17,7 +17,8 @@ from crosschip.serve.api.listening import (
     uvicorn_config,
 )
 from crosschip.serve.gateway.app import create_gateway
-from crosschip.serve.gateway.settings import EngineTable, GatewaySettings, load_settings
+from crosschip.serve.gateway.fleet import EngineState
+from crosschip.serve.gateway.settings import EngineTable, load_settings
 
 __all__ = ["serve_gateway"]
 
@@ -49,11 +50,12 @@ def serve_gateway(
     listener = bind(host, port)
     log_to_stderr(logger)
     gateway = create_gateway(settings, _certificates(settings.engines, signer), require_certificate, signer)
+    is_open = host not in LOOPBACK and settings.limits.api_keys is None
     drain_s = settings.forwarding.drain_s
     config = uvicorn_config(gateway.app, grace_s=drain_s + GRACE_S, lifespan=True, tls=tls)
     server = EndingServer(config, drain_s, lambda: server.call_in_loop(gateway.break_off), gateway.drain)
     with server.ending_at_signals():
-        _announce(settings, url_of(host, listener, tls), is_open=host not in LOOPBACK)
+        _announce(gateway.fleet.engines, url_of(host, listener, tls), is_open)
         server.run(sockets=[listener])
     print("ended", flush=True)
 
@@ -70,11 +72,21 @@ def _certificates(tables: list[EngineTable], signer: bytes | None) -> dict[str, 
     return found
 
 
-def _announce(settings: GatewaySettings, url: str, is_open: bool) -> None:
-    for table in settings.engines:
+def _announce(engines: list[EngineState], url: str, is_open: bool) -> None:
+    for engine in engines:
+        table, certificate = engine.table, engine.certificate
         print(f"{table.name}: {table.model} at {table.url} ({table.kind} on {table.chip}, group {table.group})")
-    if is_open and settings.limits.api_keys is None:
-        line = "OPEN: other machines can reach this address, and no API keys are asked for (limits.api_keys)"
-        print(line)
-        logger.warning(line)
+        if table.kind == "native":
+            continue  # it tells its own certificate, when it is asked
+        if certificate.is_certified:
+            print(f"{table.name}: CERTIFIED")
+        else:
+            _warn(f"{table.name}: UNCERTIFIED: {certificate.problem}")
+    if is_open:
+        _warn("OPEN: other machines can reach this address, and no API keys are asked for (limits.api_keys)")
     print(f"gateway: {url}   API: {url}/v1   (Ctrl-C ends)", flush=True)
+
+
+def _warn(line: str) -> None:
+    print(line)
+    logger.warning("%s", line)

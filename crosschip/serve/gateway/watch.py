@@ -90,7 +90,7 @@ class ParityWatch:
 
     @property
     def alarms(self) -> list[str]:
-        """The engines that drift."""
+        """The engines that drift: from an alarm until the verdict is ok, as too few tokens end none."""
         return sorted(self._alarmed)
 
     def describe(self) -> dict[str, Any]:
@@ -157,13 +157,12 @@ class ParityWatch:
         self._show(engine.name, figures, len(scored.kl))
 
     def _show(self, name: str, figures: dict[str, Any], num_new: int) -> None:
-        metrics, is_alarm = self._metrics, figures["verdict"] == "alarm"
+        metrics, verdict = self._metrics, figures["verdict"]
         metrics.parity_tokens.labels(name).inc(num_new)
         metrics.parity_kl.labels(name).set(figures["mean_kl"])
         metrics.parity_kl_limit.labels(name).set(self.bound.mean_kl)
         metrics.parity_dlogp.labels(name).set(figures["mean_abs_dlogp"])
-        metrics.parity_alarm.labels(name).set(is_alarm)
-        if is_alarm and name not in self._alarmed:
+        if verdict == "alarm" and name not in self._alarmed:
             self._alarmed.add(name)
             logger.error(
                 "PARITY ALARM: engine %s: mean KL %.2e nats over %d tokens, limit %.2e; largest |dlogp| %.2e",
@@ -173,9 +172,10 @@ class ParityWatch:
                 self.bound.mean_kl,
                 figures["max_abs_dlogp"],
             )
-        elif not is_alarm and name in self._alarmed:
+        elif verdict == "ok" and name in self._alarmed:
             self._alarmed.discard(name)
             logger.warning("parity: engine %s is within the bound again", name)
+        metrics.parity_alarm.labels(name).set(name in self._alarmed)
 
     def _leave_out(self, name: str, reason: str) -> None:
         counts = self._uncovered.setdefault(name, {})

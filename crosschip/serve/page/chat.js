@@ -14,6 +14,7 @@ const DRAFT = "crosschip.draft";
 const scroller = $("scroller");
 const question = $("question");
 const welcome = $("welcome");
+const ASKING = { heading: welcome.querySelector("h1").textContent, text: $("welcome-text").textContent };
 
 let models = [];
 let model = null;
@@ -239,12 +240,16 @@ function chooseModel(card) {
   const lacking = whyNoChat(card);
   question.disabled = lacking !== "";
   question.placeholder = lacking ? `no ${lacking}` : "Write a message";
-  if (lacking) {
-    welcome.querySelector("h1").textContent = "This model cannot chat";
-    const instead = card.crosschip.has_tokenizer ? "continues text." : "takes and gives token ids.";
-    $("welcome-text").textContent = `Its directory has no ${lacking}. The API at /v1/completions ${instead}`;
-  }
+  showWelcome(card, lacking);
   showState();
+}
+
+function showWelcome(card, lacking) {
+  const instead = card.crosschip.has_tokenizer ? "continues text." : "takes and gives token ids.";
+  welcome.querySelector("h1").textContent = lacking ? "This model cannot chat" : ASKING.heading;
+  $("welcome-text").textContent = lacking
+    ? `Its directory has no ${lacking}. The API at /v1/completions ${instead}`
+    : ASKING.text;
 }
 
 // --- Keys and buttons

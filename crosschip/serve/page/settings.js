@@ -16,6 +16,7 @@ const SAMPLING = {
   seed: "seed",
   max_tokens: "max-tokens",
 };
+const UNTOLD = Object.fromEntries(Object.values(SAMPLING).map((id) => [id, $(id).placeholder]));
 const KEPT = ["system", "stop-strings", "theme", ...Object.values(SAMPLING)];
 
 function read() {
@@ -71,12 +72,11 @@ export function askForKey() {
   $("api-key").focus();
 }
 
+// What holds where the user sets nothing: the model's own, or what the page says of a model that does not tell.
 export function showDefaults(card) {
-  const defaults = card.crosschip.default_sampling ?? {};
-  for (const [name, id] of Object.entries(SAMPLING)) {
-    if (defaults[name] !== undefined) $(id).placeholder = defaults[name];
-  }
-  if (card.max_model_len) $("max-tokens").placeholder = `up to ${card.max_model_len}`;
+  const told = { ...card.crosschip.default_sampling };
+  if (card.max_model_len) told.max_tokens = `up to ${card.max_model_len}`;
+  for (const [name, id] of Object.entries(SAMPLING)) $(id).placeholder = told[name] ?? UNTOLD[id];
 }
 
 export function setUpSettings(whenKeyChanges) {

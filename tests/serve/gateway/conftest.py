@@ -107,6 +107,7 @@ class ScriptedEngine:
     keys: list[str | None] = field(default_factory=list)
     cancelled: int = 0
     well: bool = True
+    about: dict[str, Any] = field(default_factory=dict)  # what its health says
 
     def app(self) -> Starlette:
         return Starlette(
@@ -122,7 +123,7 @@ class ScriptedEngine:
         return JSONResponse({"data": [{"id": self.model}]}, 200 if self.well else 500)
 
     async def _health(self, _: Request) -> Response:
-        return JSONResponse({}, 200 if self.well else 500)
+        return JSONResponse(self.about, 200 if self.well else 500)
 
     async def _answer(self, request: Request) -> Response:
         self.sent.append(await request.json())

@@ -62,6 +62,45 @@ def test_an_answer_names_the_model_as_it_was_asked_for(upstream: str | None) -> 
         assert [sent["model"] for sent in engine.sent] == [upstream or "m"] * 2
 
 
+CERTIFIED = {"crosschip": {"certificate": "CERTIFIED", "weights_version": "1"}}
+REPLACED = {"certificate": "UNCERTIFIED", "certificate_problem": "it has no certificate", "weights_version": "2"}
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_the_certificate_is_that_of_the_weights_that_answer(streams: bool, caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine(play=[event(delta("hello") | {"crosschip": REPLACED}), LAST, DONE], about=CERTIFIED)
+    if not streams:
+        answer = {"choices": [{"text": "hello", "finish_reason": "stop"}], "crosschip": REPLACED}
+        engine.refusal = JSONResponse(answer)
+    with scripted(engine) as [url]:
+        settings = settings_of(table("a", url, kind="native"), health={"interval_s": 60.0})
+        with running_gateway(settings) as gateway:
+            (state,) = gateway.gateway.fleet.engines
+            assert state.certificate.word == "CERTIFIED"
+            response = httpx.post(f"{gateway.url}/v1/chat/completions", json=QUESTION | {"stream": streams})
+            assert response.headers["x-crosschip-certificate"] == "UNCERTIFIED"
+            wait_until(lambda: state.certificate.word == "UNCERTIFIED", "the answer is believed")
+    assert "engine a is UNCERTIFIED: it has no certificate" in caplog.text
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_of_uncertified_weights_is_none_where_a_certificate_is_required(streams: bool) -> None:
+    replaced = ScriptedEngine(play=[event(delta("wrong") | {"crosschip": REPLACED}), LAST, DONE], about=CERTIFIED)
+    good = ScriptedEngine(play=[event(delta("right")), LAST, DONE], about=CERTIFIED)
+    if not streams:
+        whole = {"choices": [{"text": "", "finish_reason": "stop"}]}
+        replaced.refusal = JSONResponse(whole | {"crosschip": REPLACED})
+        good.refusal = JSONResponse(whole | {"choices": [{"text": "right", "finish_reason": "stop"}]})
+    with scripted(replaced, good) as urls:
+        tables = [table(name, url, kind="native") for name, url in zip("ab", urls, strict=True)]
+        with running_gateway(settings_of(*tables, health={"interval_s": 60.0}), require_certificate=True) as gateway:
+            body = QUESTION | {"stream": streams}
+            responses = [httpx.post(f"{gateway.url}/v1/chat/completions", json=body) for _ in range(4)]
+            assert all("right" in each.text and "wrong" not in each.text for each in responses)
+            assert {each.headers["x-crosschip-engine"] for each in responses} == {"b"}
+            assert len(replaced.sent) == 1  # after that it is known
+
+
 def test_an_engine_that_fails_before_its_first_token_is_not_noticed() -> None:
     failing = ScriptedEngine(play=[HEAD, Broken()])
     good = ScriptedEngine()

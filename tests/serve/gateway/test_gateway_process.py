@@ -159,8 +159,18 @@ def test_cross_origin_requests_are_closed_by_default(tmp_path: Path) -> None:
         with gateway_process(path) as (_, url):
             allowed = httpx.options(f"{url}/v1/completions", headers=origin).headers["access-control-allow-origin"]
             assert allowed == "https://chat.example"
+            asked = {"access-control-request-headers": "authorization, content-type, x-api-key, x-stainless-os"}
+            assert httpx.options(f"{url}/v1/completions", headers=origin | asked).status_code == 200
+            exposed = httpx.get(f"{url}/v1/models", headers=origin).headers["access-control-expose-headers"]
+            assert {"Retry-After", "X-Request-Id", "X-Crosschip-Certificate"} <= set(exposed.split(", "))
             other = origin | {"origin": "https://evil.example"}
             assert "access-control-allow-origin" not in httpx.options(f"{url}/v1/completions", headers=other).headers
+
+
+def test_an_engine_without_its_certificate_is_told_at_the_start(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    with scripted(engine) as [engine_url], gateway_process(write(tmp_path / "g.toml", engine_url)) as (gateway, _):
+        assert "a: UNCERTIFIED: its table names no certified directory\n" in gateway.log
 
 
 def test_a_new_key_is_printed_once() -> None:

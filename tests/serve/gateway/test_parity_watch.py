@@ -234,13 +234,54 @@ def test_the_bound_is_that_of_a_real_certificate(random_dir: Path, tmp_path: Pat
     stated = limit_for("fp32 to fp32", "float32", 0.0)
     assert (bound.mean_kl, bound.logprob) == (stated.mean_kl, stated.logprob(0.0))
     assert str(made.directory) in bound.source
-    for replay in document["replays"]:
-        replay["verdict"] = "FAIL"
-    document["seal"] = seal_of(document)
     (made.directory / CERTIFICATE_FILE).unlink()
-    write_certificate(made.directory, document)
-    with pytest.raises(ServeError, match="no golden replay that passed"):
-        bound_of(ParityTable(model="m", reference="http://r", certificate=made.directory))
+
+
+MEASURES = [
+    {"what": "upper 95 % bound of the mean KL, in nats", "value": 1e-4, "limit": 2e-3, "limit_source": "stated"},
+    {"what": "largest difference of one log-prob, in nats", "value": 1e-3, "limit": 2e-2, "limit_source": "stated"},
+]
+
+
+def view_of(share_judged: float, limit: float = 2e-3) -> dict[str, Any]:
+    measures = [MEASURES[0] | {"limit": limit}, MEASURES[1]]
+    return {"name": "prefill", "positions": 100, "share_judged": share_judged, "measures": measures}
+
+
+def certificate_with(directory: Path, *replays: dict[str, Any], **changes: Any) -> ParityTable:
+    (directory / "config.json").write_text("{}")
+    document = document_of(directory, replays=list(replays), **changes)
+    write_certificate(directory, {**document, "seal": seal_of(document)})
+    return ParityTable(model="m", reference="http://r", certificate=directory)
+
+
+def test_a_replay_that_excuses_what_the_watch_judges_sets_no_bound(tmp_path: Path) -> None:
+    """One in process is held to a stricter limit, as it knows where a router chose otherwise."""
+    in_process = replay_of(route="model", views=[view_of(1.0, limit=1e-5)])
+    excused = replay_of(route="http", views=[view_of(0.9, limit=1e-4)])
+    table = certificate_with(tmp_path, in_process, excused, replay_of(route="http", views=[view_of(0.999)]))
+    bound = bound_of(table)
+    assert (bound.mean_kl, bound.logprob) == (2e-3, None)  # a single token may have been excused
+
+
+def test_where_every_token_was_judged_one_log_prob_has_a_bound(tmp_path: Path) -> None:
+    bound = bound_of(certificate_with(tmp_path, replay_of(route="http", views=[view_of(1.0)])))
+    assert (bound.mean_kl, bound.logprob) == (2e-3, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("replay", "changes", "problem"),
+    [
+        (replay_of(route="model", views=[view_of(1.0)]), {}, "no golden replay that passed through an engine"),
+        (replay_of(route="http", verdict="FAIL", views=[view_of(1.0)]), {}, "no golden replay that passed"),
+        (replay_of(route="http", views=[view_of(1.0)]), {"verdict": "FAIL"}, "says FAIL"),
+    ],
+)
+def test_a_certificate_without_a_bound_for_the_watch_is_refused(
+    tmp_path: Path, replay: dict[str, Any], changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ServeError, match=problem):
+        bound_of(certificate_with(tmp_path, replay, **changes))
 
 
 def test_the_bound_of_a_certificate_is_its_signers(random_dir: Path, tmp_path: Path) -> None:

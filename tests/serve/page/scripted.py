@@ -62,6 +62,7 @@ class ScriptedServer:
         self.keys: list[str | None] = []
         self.status: dict[str, Any] = dict(STATUS)
         self.models = ["scripted"]
+        self.cards: dict[str, dict[str, Any]] = {}  # by a model's name: fields that its card has otherwise
         self.api_key: str | None = None
         self.num_ended = 0  # streams whose client is gone or served
 
@@ -75,7 +76,8 @@ class ScriptedServer:
             if refused := self._refused(request):
                 return refused
             about = self.status | {"has_tokenizer": True, "has_chat_template": True, "num_parameters": 8_000_000}
-            cards = [{"id": name, "object": "model", "max_model_len": 2048, "crosschip": about} for name in self.models]
+            card = {"object": "model", "max_model_len": 2048, "crosschip": about}
+            cards = [card | {"id": name} | self.cards.get(name, {}) for name in self.models]
             return JSONResponse({"object": "list", "data": cards})
 
         @app.post("/v1/chat/completions", response_model=None)

@@ -125,6 +125,29 @@ def test_a_model_can_be_chosen(browser: Any, scripted: ScriptedServer) -> None:
     visit.context.close()
 
 
+def test_a_chosen_model_leaves_nothing_of_the_one_before(browser: Any, scripted: ScriptedServer) -> None:
+    told = {"has_tokenizer": True, "has_chat_template": False, "default_sampling": {"temperature": 0.6, "top_k": 20}}
+    scripted.models = ["bare", "chat"]
+    scripted.cards = {"bare": {"crosschip": told}, "chat": {"max_model_len": None}}
+    visit = Visit(browser, scripted.url)
+
+    def shown() -> list[str | None]:
+        placeholders = [visit.page.get_attribute(f"#{id_}", "placeholder") for id_ in ("temperature", "top-k", "seed")]
+        texts = [visit.page.text_content("#welcome h1"), visit.page.text_content("#welcome-text")]
+        return [*texts, *placeholders, visit.page.get_attribute("#max-tokens", "placeholder")]
+
+    lacking = "Its directory has no chat template. The API at /v1/completions continues text."
+    bare = ["This model cannot chat", lacking, "0.6", "20", "by chance", "up to 2048"]
+    assert shown() == bare
+    visit.page.select_option("#model-choice", "chat")
+    sends = "This page sends what you write to its own server and nowhere else."
+    assert [each or "" for each in shown()] == ["Ask something", sends, "the model's", "the model's", "by chance", ""]
+    assert visit.page.is_enabled("#question")
+    visit.page.select_option("#model-choice", "bare")
+    assert shown() == bare
+    visit.context.close()
+
+
 def test_the_page_is_used_by_keys(visit: Visit, scripted: ScriptedServer) -> None:
     scripted.scripts.append(Script(parts=["word "] * 200, pause_s=0.05))
     assert visit.page.evaluate("document.activeElement.id") == "question"
