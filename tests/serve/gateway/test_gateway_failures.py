@@ -83,6 +83,16 @@ def test_the_certificate_is_that_of_the_weights_that_answer(streams: bool, caplo
     assert "engine a is UNCERTIFIED: it has no certificate" in caplog.text
 
 
+def test_the_log_tells_each_change_of_a_certificate_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine(about={"crosschip": REPLACED})
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url, kind="native"))):
+        first = "engine a is UNCERTIFIED: it has no certificate"
+        wait_until(lambda: first in caplog.text, "the reason is told at the first check")
+        engine.about = CERTIFIED
+        wait_until(lambda: "engine a is CERTIFIED" in caplog.text, "and so is the change")
+        assert caplog.text.count(first) == 1
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_an_answer_of_uncertified_weights_is_none_where_a_certificate_is_required(streams: bool) -> None:
     replaced = ScriptedEngine(play=[event(delta("wrong") | {"crosschip": REPLACED}), LAST, DONE], about=CERTIFIED)

@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.serve.limits import new_key
+from tests.certificate.conftest import CHIP, document_of, replay_of
 from tests.serve.conftest import RunningServer, logged_process
 from tests.serve.gateway.conftest import DONE, HEAD, LAST, QUESTION, ScriptedEngine, delta, event, scripted, wait_until
 
@@ -171,6 +173,22 @@ def test_an_engine_without_its_certificate_is_told_at_the_start(tmp_path: Path) 
     engine = ScriptedEngine()
     with scripted(engine) as [engine_url], gateway_process(write(tmp_path / "g.toml", engine_url)) as (gateway, _):
         assert "a: UNCERTIFIED: its table names no certified directory\n" in gateway.log
+
+
+def test_a_certificate_of_another_chip_is_told_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "handed").mkdir()
+    (tmp_path / "handed" / "config.json").write_text("{}")
+    document = document_of(tmp_path / "handed", replays=[replay_of(engine={"name": "vllm"})])
+    write_certificate(tmp_path / "handed", {**document, "seal": seal_of(document)})
+    lines = []
+    for name, chip_kind in (("right", CHIP), ("typo", "cpu (Intle, Xeon)")):
+        lines += [f'[[engines]]\nname = "{name}"\nurl = "http://127.0.0.1:9"\nmodel = "m"\nkind = "vllm"']
+        lines += [f'certified = {{ directory = "handed", chip_kind = "{chip_kind}", dtype = "float32" }}']
+    (tmp_path / "g.toml").write_text("\n".join(lines))
+    with gateway_process(tmp_path / "g.toml") as (gateway, _):
+        assert "right: CERTIFIED\n" in gateway.log
+        why = f"the certificate covers the chip {CHIP}, not cpu (Intle, Xeon)"
+        assert f"typo: UNCERTIFIED: {why}\n" in gateway.log
 
 
 def test_a_new_key_is_printed_once() -> None:

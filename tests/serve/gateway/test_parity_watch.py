@@ -197,6 +197,25 @@ def test_the_verdict_of_a_window(answers: list[Scored], logprob: float | None, v
     assert window.figures()["verdict"] == verdict
 
 
+def test_an_alarm_ends_with_the_verdict_ok_alone(caplog: pytest.LogCaptureFixture) -> None:
+    table = ParityTable(model="m", reference="http://r", mean_kl=LIMIT, window_tokens=256)
+    watch = ParityWatch(table, bound_of(table), metrics := GatewayMetrics())
+    settings = settings_of({"name": "e", "url": "http://e", "model": "m"})
+    (engine,) = Fleet(settings, {"e": Status("UNCERTIFIED", "")}, False).engines
+
+    def note(version: str, scored: Scored) -> tuple[str, bool, float | None]:
+        watch._note(engine, version, scored)
+        gauge = metrics.registry.get_sample_value("crosschip_gateway_parity_alarm", {"engine": "e"})
+        return watch.describe()["engines"][0]["verdict"], "within the bound again" in caplog.text, gauge
+
+    assert note("1", scored_of(1e-5, 256)) == ("alarm", False, 1)
+    assert note("1", scored_of(1e-6, 256, spread=1e-5)) == ("undecided", False, 1)
+    assert note("2", scored_of(1e-8, 60)) == ("undecided", False, 1), "few tokens of the new weights"
+    assert watch.alarms == ["e"]
+    assert note("2", scored_of(1e-8, 200)) == ("ok", True, 0)
+    assert watch.alarms == []
+
+
 def test_an_engine_that_tells_too_little_is_not_scored() -> None:
     document = {"model": "m", "messages": []}
     call = WatchedCall(document, 5)
