@@ -9,6 +9,7 @@ The simulated chip (`sim`, `sim:N1,limit=512`) is put into the process when it i
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,7 +21,7 @@ from crosschip.chips.host import cpu_model, cpu_vendor_id
 from crosschip.chips.identity import vendor_of, vendor_of_cpu
 from crosschip.errors import ChipError
 
-__all__ = ["Chip", "device_module", "find_chip", "list_accelerators", "synchronize"]
+__all__ = ["Chip", "device_module", "find_chip", "list_accelerators", "synchronize", "unit_name"]
 
 
 SIMULATED = "sim"
@@ -113,6 +114,15 @@ def device_module(kind: str) -> ModuleType | None:
     except (RuntimeError, AttributeError):
         return None
     return module
+
+
+def unit_name(chip: Chip) -> str:
+    """The chip's name with what tells this piece from others of that name: its UUID, else the machine that it is in."""
+    try:
+        unit = str(torch.get_device_module(chip.device).get_device_properties(chip.device).uuid)
+    except Exception:  # not offered: a module need not have properties, nor these a UUID
+        unit = platform.node()
+    return f"{chip.name} ({unit})"
 
 
 def synchronize(chip: Chip) -> None:

@@ -90,7 +90,7 @@ class GuardSettings(Settings):
     on_spike: Literal["skip", "roll-back", "warn"] = "skip"
     spike_z: Annotated[float, Field(ge=4.0)] = 10.0  # robust standard deviations above the last 48 steps' median
     max_skips: Annotated[int, Field(ge=0)] = 3  # batches left out within 50 steps, before the weights go back
-    max_roll_backs: Annotated[int, Field(ge=0)] = 2
+    max_roll_backs: Annotated[int, Field(ge=0)] = 2  # within 1,000 steps
     max_transient_faults: Annotated[int, Field(ge=0)] = 3  # steps a chip may compute wrongly within 1,000
     audit_every: Annotated[int, Field(ge=0)] = 0  # steps between two that are computed twice; 0: none
     memory_growth_gib_h: Annotated[float, Field(gt=0.0)] = 1.0

@@ -44,10 +44,12 @@ def distil_stage(
         rank.progress.say(f"{name}: {line}")
 
     def make() -> bool:
-        problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)
-        if out.exists() and manifest_path(out).exists():
-            manifest = read_json(manifest_path(out))
+        is_there = out.exists() and manifest_path(out).exists()
+        manifest = read_json(manifest_path(out)) if is_there else None
+        if is_there:
             _check_rows(name, out, model, manifest)
+        problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)
+        if is_there:
             _check_settings(name, out, settings, asked_for(problems, settings, recipe.seed), manifest)
             return False
         tell(f"right answers of {model}")

@@ -52,8 +52,11 @@ def join_groups(
     world: World,
     step_s: Callable[[], float],
     say: Callable[[str], None],
+    still_waiting: Callable[[], None],
 ) -> Groups:
     """Meet the other groups; one that trains alone meets nobody. `directory` is the stage's.
+
+    `still_waiting` is called now and then while this group honestly waits for others, now or later.
 
     Raises:
         GroupsError: the groups do not fit together, or nobody answers.
@@ -82,6 +85,7 @@ def join_groups(
         link,
         digest([directory.name, recipe.seed, settings.model_dump(mode="json")]),
         None if world.size == 1 else lambda text: world.from_rank_zero(lambda: text or ""),
+        still_waiting,
     )
     groups.resume(directory, position.step)
     return groups

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosschip.errors import CrosschipError, RunDirectoryError
+from crosschip.errors import CrosschipError
 from crosschip.recipe import Recipe
 from crosschip.rundir import RunDirectory
 from crosschip.train.group.launch import agent_command, rank_environment, share_of_cores
@@ -26,8 +26,8 @@ from crosschip.train.guard.heartbeat import DIRECTORY
 from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.processes import process_state
-from crosschip.train.guard.restarts import INTERRUPTED
-from crosschip.train.guard.run_files import EventLog, committed_steps, logged_steps, newest_stage
+from crosschip.train.guard.restarts import INTERRUPTED, Ended, Restarts
+from crosschip.train.guard.run_files import EventLog, check_directory, committed_steps, logged_steps, newest_stage
 from crosschip.train.guard.supervisor import Launch, SupervisedRun, supervise
 from crosschip.train.outer.lighthouse import Lighthouse
 
@@ -80,14 +80,12 @@ def train_from_outside(command: TrainCommand) -> int:
     """Start and watch what was asked for; returns the exit code.
 
     Raises:
-        CrosschipError: the groups do not fit together, or there is nothing to resume.
+        RunDirectoryError: there are results of a run and no --resume, or no run to go on with.
+        CrosschipError: the groups do not fit together.
         NoProgressError: see `guard.supervisor.supervise`.
     """
     settings = command.recipe.groups
-    if command.resume and not command.run.path.is_dir():
-        raise RunDirectoryError(
-            f"there is no run at {command.run.path} to go on with", "leave out --resume to begin it"
-        )
+    check_directory(command.run, command.resume)  # a restart says --resume, which the rank's own check lets through
     if command.group is not None and command.group >= settings.num_groups:
         raise CrosschipError(
             f"--group {command.group} is none of the {settings.num_groups} groups that [groups] num_groups plans",
@@ -183,10 +181,18 @@ class _Groups:
         self._log = EventLog(command.run.path / "train", _say)
         self._lighthouse = Lighthouse(min_groups=self._settings.min_groups)
         self._address = self._lighthouse.address
-        self._processes = [self._start(number) for number in range(self._settings.num_groups)]
+        _say(f"{self._settings.num_groups} groups meet at {self._address}")
+        numbers = range(self._settings.num_groups)
+        most = command.recipe.guard.max_restarts
+        self._restarts = [Restarts(most, logged_steps(self._train_directory(number))) for number in numbers]
+        self._given_up: set[int] = set()
+        self._processes = [self._start(number, command.resume) for number in numbers]
         self._told: set[int] = set()
 
-    def _start(self, number: int) -> subprocess.Popen[bytes]:
+    def _train_directory(self, number: int) -> Path:
+        return group_directory(self._command.run.path, number) / "train"
+
+    def _start(self, number: int, resume: bool) -> subprocess.Popen[bytes]:
         """Start a `crosschip train` for one group, which ends when this process does."""
         command = self._command
         directory = group_directory(command.run.path, number)
@@ -195,7 +201,7 @@ class _Groups:
         arguments += ["--group", str(number), "--nproc", str(command.num_ranks)]
         arguments += ["--set", f"groups.lighthouse={self._address}"]
         # A group that has not begun yet has nothing to resume; it is given the others' state.
-        arguments += ["--resume"] if command.resume and directory.is_dir() else []
+        arguments += ["--resume"] if resume and directory.is_dir() else []
         num_processes = self._settings.num_groups * command.num_ranks
         return subprocess.Popen(
             [sys.executable, "-m", "crosschip", *arguments],
@@ -206,12 +212,39 @@ class _Groups:
 
     def run(self, interruption: Interruption) -> None:
         """Watch until every group has ended, or too few are left to go on."""
-        while running := [process for process in self._processes if process.poll() is None]:
+        while True:
+            if interruption.received is None:
+                self._tell_of_the_lost(interruption)
+            running = [process for process in self._processes if process.poll() is None]
+            if not running:
+                return
             if len(running) < self._settings.min_groups and self._failed(interruption):
                 return
             self._keep_alight()
             self._hand_on(interruption, running)
             time.sleep(_POLL_S)
+
+    def _tell_of_the_lost(self, interruption: Interruption) -> None:
+        """Tell of each group that has failed; where its supervisor was killed, start it again.
+
+        One that ended by itself has tried what there is to try.
+        """
+        for number, process in enumerate(self._processes):
+            code = process.poll()
+            if code in (None, 0, *INTERRUPTED) or number in self._given_up:
+                continue
+            how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
+            lost = Ended("killed", f"the supervisor of group {number} {how}", code, is_final=code > 0)
+            restarts = self._restarts[number]
+            may_go_on = code < 0 and restarts.may_try_again(lost, logged_steps(self._train_directory(number)))
+            action = restarts.words() if may_go_on else "not started again"
+            train = self._train_directory(0)
+            self._log(newest_stage(train), Event(logged_steps(train), "group-lost", lost.detail, action))
+            if may_go_on:
+                interruption.wait(restarts.wait_s())
+                self._processes[number] = self._start(number, resume=True)
+            else:
+                self._given_up.add(number)
 
     def _failed(self, interruption: Interruption) -> bool:
         """Whether one has failed; one that has saved after a signal, while others still do, has not."""
@@ -225,7 +258,7 @@ class _Groups:
         lost = f"the lighthouse (process {self._lighthouse.pid}) has died"
         self._lighthouse.close()
         self._lighthouse = Lighthouse(self._address.rpartition("/")[2], self._settings.min_groups)
-        train = self._command.run.path / "train"
+        train = self._train_directory(0)
         self._log(newest_stage(train), Event(logged_steps(train), "lighthouse-lost", lost, "started again"))
 
     def _hand_on(self, interruption: Interruption, running: Sequence[subprocess.Popen[bytes]]) -> None:

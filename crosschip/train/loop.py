@@ -65,7 +65,9 @@ def run_stage(job: StageJob) -> StageEnd:
         with (
             _open_log(job) as log,
             StopSignals() as stop,
-            Checkpointer(job.directory, job.model, job.optimizer, job.settings, group) as saver,
+            Checkpointer(
+                job.directory, job.model, job.optimizer, job.settings, group, job.guard.start_allowance_s
+            ) as saver,
         ):
             return _Stage(job, log, stop, saver).run()
     finally:
@@ -88,7 +90,13 @@ class _Stage:
         self.agreed_step = self.first_step  # up to which the groups are known to have had equal weights
         self.arithmetic = arithmetic_of(job.chip, job.compute_dtype, job.world)
         self.watch = StageWatch(
-            job.heartbeat, job.guard, job.settings.warmup_steps, job.chip, job.world, self._tell_event
+            job.heartbeat,
+            job.guard,
+            job.settings.warmup_steps,
+            job.chip,
+            job.world,
+            self._tell_event,
+            job.groups.back_to,
         )
         after_backward = job.hooks.step.after_backward
         averaging = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What a run has before its first step: a directory it may write to, a tokenizer, the weights to start from."""
+"""What a run has before its first step: a tokenizer, the weights to start from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crosschip.data import ChatTokenizer, load_tokenizer, train_tokenizer
-from crosschip.errors import CheckpointError, ModelError, RunDirectoryError
+from crosschip.errors import CheckpointError, ModelError
 from crosschip.model import ModelConfig, Transformer, config_from_settings, init_weights, load_model, read_config
 from crosschip.recipe import Recipe
 from crosschip.rundir import RunDirectory, atomic_directory, is_complete
@@ -18,31 +18,9 @@ from crosschip.train.progress import StageProgress
 if TYPE_CHECKING:
     from crosschip.data import Source
 
-__all__ = ["VOCAB_MULTIPLE", "architecture", "check_directory", "obtain_tokenizer", "starting_model"]
+__all__ = ["VOCAB_MULTIPLE", "architecture", "obtain_tokenizer", "starting_model"]
 
 VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to this, for the matrix units' sake
-
-
-def check_directory(run: RunDirectory, resume: bool) -> None:
-    """Refuse to begin over an existing run's results, or to resume where no run ever was.
-
-    Raises:
-        RunDirectoryError: names the run directory.
-    """
-    if resume and not run.path.is_dir():
-        raise RunDirectoryError(f"there is no run at {run.path} to go on with", "leave out --resume to begin it")
-    if not resume and has_results(run):
-        raise RunDirectoryError(
-            f"{run.path} already holds results of a run",
-            "add --resume to go on with it, or give another --out; nothing is overwritten",
-        )
-
-
-def has_results(run: RunDirectory) -> bool:
-    """Whether a run has trained at least one step here, or was evaluated."""
-    stages = list((run.path / "train").glob("*"))
-    stepped = any(f.stat().st_size for stage in stages for f in stage.glob("metrics.jsonl"))
-    return stepped or any(any(stage.glob("checkpoints/*")) for stage in stages) or run.evaluation.exists()
 
 
 def obtain_tokenizer(

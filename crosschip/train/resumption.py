@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from crosschip.recipe import StageSettings
 from crosschip.train.checkpoint import CheckpointState
 from crosschip.train.guard.run_files import last_logged_step
 from crosschip.train.metrics import METRICS_FILE
-from crosschip.train.stage_making import Event, StageRun
+from crosschip.train.stage_making import Event, StageRun, trainer_threads
 
 __all__ = ["beginning_events", "resumption_events"]
 
@@ -31,7 +32,7 @@ def beginning_events(run: StageRun, name: str, before: Path | None) -> list[Even
 
 
 def resumption_events(
-    run: StageRun, name: str, state: CheckpointState, changed: list[str], aside: list[Path]
+    run: StageRun, name: str, settings: StageSettings, state: CheckpointState, changed: list[str], aside: list[Path]
 ) -> list[Event]:
     """The events of a stage that goes on from a checkpoint, and what it does not have in common with the run before.
 
@@ -49,7 +50,7 @@ def resumption_events(
         run.rank.progress.say(f"{name}: {told}")
         events.append(("setting-not-taken", told, "training as recorded; for the new one begin another run"))
     changed = [each for each in changed if not _is_kept(name, each)]
-    if changed := [*changed, *_other_surroundings(run, state)]:
+    if changed := [*changed, *_other_surroundings(run, settings, state)]:
         told = "; ".join(changed)
         run.rank.progress.say(
             f"{name}: NOT the same run any more, its numbers will differ from an uninterrupted one: {told}"
@@ -74,10 +75,10 @@ def _lost(step: int, logged: int) -> str:
     return f"log lines of steps {logged + 1} to {step} are lost"
 
 
-def _other_surroundings(run: StageRun, state: CheckpointState) -> list[str]:
+def _other_surroundings(run: StageRun, settings: StageSettings, state: CheckpointState) -> list[str]:
     """What belongs to the rounding of every step and is another than before."""
     pairs = {
-        "threads was": (state.num_threads, torch.get_num_threads()),
+        "threads was": (state.num_threads, trainer_threads(settings, run.rank)),
         "ranks were": (state.num_processes, run.rank.world.size),
         "parallel.expert_parallel was": (state.expert_parallel, run.recipe.parallel.expert_parallel),
         "device was": (state.device, str(run.rank.chip.device)),

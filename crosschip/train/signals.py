@@ -1,16 +1,24 @@
-"""Ctrl-C and SIGTERM while training: the first asks for an orderly end, the second ends at once."""
+"""Ctrl-C and SIGTERM while training: the first asks for an orderly end, the next one ends at once.
+
+What ends a whole job (`scancel`, systemd, a time limit) gives its signal to every process of it, and supervisors and
+launchers hand theirs on: copies of one request, which must not count as a second one.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopSignals", "catch_stop_signals", "give_stop_signals_back"]
+from crosschip.train.guard.processes import SUPERVISOR
 
+__all__ = ["ONE_REQUEST_S", "StopSignals", "catch_stop_signals", "give_stop_signals_back"]
+
+ONE_REQUEST_S = 2.0  # what comes so soon after the first signal is a copy of it
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it, and gets no chance to bring it back
 
 
@@ -34,10 +42,15 @@ def give_stop_signals_back(before: dict[int, Any]) -> None:
 
 
 class StopSignals:
-    """Within the `with` block, `received` is the number of the first SIGINT or SIGTERM that came, else None."""
+    """Within the `with` block, `received` is the number of the first SIGINT or SIGTERM that came, else None.
+
+    Another one, `ONE_REQUEST_S` later or more, ends the process at once. Not below a supervisor, which kills its ranks
+    itself when a second signal comes: a rank may be in a long C call, and learns late when a copy of the first came.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -49,9 +62,11 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received = number
+            self.received, self._received_at = number, time.monotonic()
             # os.write: print may be interrupted inside itself, and must not be entered twice.
-            os.write(2, b"\nfinishing this step and saving; a second Ctrl-C ends at once\n")
+            os.write(2, b"\nfinishing this step and saving; another Ctrl-C ends at once\n")
+            return
+        if SUPERVISOR in os.environ or time.monotonic() - self._received_at < ONE_REQUEST_S:
             return
         if os.isatty(2):
             os.write(2, SHOW_CURSOR)

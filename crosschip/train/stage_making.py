@@ -39,7 +39,7 @@ from crosschip.train.stage_sources import StageSources
 from crosschip.train.step import Objective
 from crosschip.train.validation import Prompt
 
-__all__ = ["Event", "Rank", "StageRun", "Start", "make_job"]
+__all__ = ["Event", "Rank", "StageRun", "Start", "make_job", "trainer_threads"]
 
 Event = tuple[str, str, str]
 
@@ -132,6 +132,7 @@ def make_job(run: StageRun, name: str, settings: StageSettings, start: Start) ->
             model, settings, rank.chip, compute_dtype, rank.world.size, run.recipe.groups.num_groups
         ),
         rank.progress.say,
+        rank.heartbeat.renew,
     )
     job = StageJob(
         name=name,
@@ -220,25 +221,27 @@ def _adapters(run: StageRun, name: str, settings: StageSettings, model: Transfor
     return adapters
 
 
-def _share_cores(settings: RlSettings, rank: Rank) -> Callable[[], None]:
-    """Leave the cores that engines started here compute on to them, where the trainer computes on cores, too.
+def trainer_threads(settings: StageSettings, rank: Rank) -> int:
+    """With how many threads this process trains the stage.
 
-    Returns what gives them back.
+    Engines that are started here compute on cores; where the trainer does, too, it leaves theirs to them.
     """
-    before = torch.get_num_threads()
-
-    def give_back() -> None:
-        torch.set_num_threads(before)
-
+    num_threads = torch.get_num_threads()
+    if not isinstance(settings, RlSettings) or rank.chip.device.type != "cpu":
+        return num_threads
     num_engines = sum(engine.startswith("native") for engine in settings.rollouts.engines)
-    if rank.chip.device.type != "cpu" or not num_engines:
-        return give_back
     cores = usable_cores()
     for_engines = num_engines * (settings.rollouts.num_threads or max(1, cores // 2))
-    num_threads = max(1, min(torch.get_num_threads(), cores - for_engines))
-    torch.set_num_threads(num_threads)
-    rank.progress.say(f"the trainer computes with {num_threads} of {cores} cores, beside {num_engines} engines")
-    return give_back
+    return max(1, min(num_threads, cores - for_engines)) if num_engines else num_threads
+
+
+def _share_cores(settings: RlSettings, rank: Rank) -> Callable[[], None]:
+    """Compute with `trainer_threads` from now on; returns what gives the other cores back."""
+    before, num_threads = torch.get_num_threads(), trainer_threads(settings, rank)
+    if num_threads < before:
+        torch.set_num_threads(num_threads)
+        rank.progress.say(f"the trainer computes with {num_threads} of {before} threads, beside its engines")
+    return partial(torch.set_num_threads, before)
 
 
 def _prepare_data(run: StageRun, name: str, settings: StageSettings) -> StageData:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from crosschip.chips import Chip
+from crosschip.chips.find import unit_name
 from crosschip.chips.host import available_memory_bytes
 from crosschip.recipe import GuardSettings
 from crosschip.train.group.world import World
@@ -37,14 +38,22 @@ class StageWatch:
     """Made on every rank of a stage. Events are told through `tell`, which only rank 0 has ears for.
 
     Memory is a rank's own, so what a rank sees of it is handed to all; every other event is the same on each.
+    `back_to` says in words where a roll-back leads.
     """
 
     def __init__(
-        self, heartbeat: Heartbeat, settings: GuardSettings, warmup_steps: int, chip: Chip, world: World, tell: Tell
+        self,
+        heartbeat: Heartbeat,
+        settings: GuardSettings,
+        warmup_steps: int,
+        chip: Chip,
+        world: World,
+        tell: Tell,
+        back_to: str,
     ) -> None:
         self.heartbeat = heartbeat
         self.tracing = StepTracing(heartbeat)
-        self.guard = StepGuard(settings, warmup_steps, chip.name, tell)
+        self.guard = StepGuard(settings, warmup_steps, unit_name(chip), tell, back_to)
         self._tell, self._world, self._chip = tell, world, chip
         self._of_memory: list[Event] = []  # seen by this rank and not yet told
         self._host, self._device = (MemoryWatch(settings.memory_growth_gib_h) for _ in range(2))

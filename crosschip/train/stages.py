@@ -24,9 +24,10 @@ from crosschip.train.group.waiting import made_by_rank_zero, rank_zero_begins
 from crosschip.train.group.world import World, join_world
 from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
+from crosschip.train.guard.run_files import check_directory
 from crosschip.train.identity import Identity, check_same_run, digest
 from crosschip.train.loop import run_stage
-from crosschip.train.preparation import architecture, check_directory, obtain_tokenizer
+from crosschip.train.preparation import architecture, obtain_tokenizer
 from crosschip.train.progress import SilentProgress, StageProgress, open_progress
 from crosschip.train.resumption import beginning_events, resumption_events
 from crosschip.train.stage_job import StageEnd, StagePosition
@@ -220,7 +221,7 @@ def _run_one(run: StageRun, name: str, settings: StageSettings, before: Path | N
         position = StagePosition(state.step, state.sequences_consumed, state.tokens_consumed)
         step = state.step
         aside = run.rank.world.from_rank_zero(lambda: set_damaged_aside(directory, step))
-        events = resumption_events(run, name, state, changed, aside)
+        events = resumption_events(run, name, settings, state, changed, aside)
     _record_recipe(run)
     job = make_job(run, name, settings, Start(checkpoint, before, state, identity, position, events))
     return run_stage(job), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from crosschip.chips import find, find_chip, list_accelerators, synchronize
+from crosschip.chips.find import unit_name
 from crosschip.errors import ChipError
 
 # The simulated chip, which other tests put into this process, is no accelerator that `auto` would take.
@@ -74,6 +76,10 @@ def test_the_cpu_is_always_there() -> None:
 
 
 @pytest.mark.skipif(HAS_ACCELERATOR, reason="there is an accelerator here, which auto takes")
+def test_a_chip_of_another_machine_has_another_name() -> None:
+    assert unit_name(find_chip("cpu")) == f"cpu ({platform.node()})"
+
+
 def test_auto_is_the_cpu_without_an_accelerator() -> None:
     assert find_chip() == find_chip("auto") == find_chip("cpu")
 

@@ -73,6 +73,7 @@ def test_where_a_link_is_known_the_time_of_a_step_decides(
             ALONE,
             lambda step_s=step_s: step_s,
             lambda _: None,
+            lambda: None,
         )
     short, long = chosen
     assert short != long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from crosschip.rundir import RunDirectory
 from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken
 from crosschip.train.guard.heartbeat import read_beats
 from crosschip.train.guard.interruption import Interruption
+from crosschip.train.guard.observed import Event
+from crosschip.train.guard.restarts import Restarts
 from crosschip.train.launching import (
     TrainCommand,
     TrainingFailedError,
@@ -25,7 +28,7 @@ from crosschip.train.launching import (
     train_from_outside,
     train_to_the_end,
 )
-from tests.train.launched import is_running, lines, settings
+from tests.train.launched import Training, children, is_running, lines, settings
 
 LONG = ("train.steps=4000", "train.sample_every=4000", "train.validate_every=4000", "train.checkpoint_every=5")
 TWO_GROUPS = ("groups.num_groups=2", "train.gradient_accumulation=1")
@@ -141,6 +144,63 @@ def test_a_group_that_dies_is_healed_while_the_other_goes_on(start, pretraining)
     assert all(both[0][step] == both[1][step] for step in common)
 
 
+def supervisor_of(training: Training, group: int) -> int:
+    """The process id of a group's supervisor, below that of all groups."""
+    found = [pid for pid in children(training.process.pid) if f"--group\0{group}\0".encode() in command_line(pid)]
+    assert len(found) == 1
+    return found[0]
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_group_whose_supervisor_is_killed_is_told_started_again_and_healed(start, pretraining) -> None:
+    training = start(pretraining, "groups", 1, *settings(*TWO_GROUPS, *LONG))
+    second = group_directory(training.out, 1)
+    training.wait_for_step(7)
+    os.kill(supervisor_of(training, 1), signal.SIGKILL)
+    training.wait_until(lambda: "group-lost" in training.events())
+    lost = training.events()["group-lost"]
+    assert lost["detail"] == "the supervisor of group 1 died of signal 9"
+    assert re.match(r"restarting after committed step \d+ \(1 of 3 without progress\)", lost["action"])
+    training.wait_until(
+        lambda: any(line["event"] == "healed" for line in lines(second / "train/pretrain/events.jsonl"))
+    )
+    training.wait_until(lambda: training.metrics()[-1].get("groups") == 2)
+    training.process.send_signal(signal.SIGTERM)
+    code, said = training.end()
+    assert code == 128 + signal.SIGTERM, said
+    assert "2 groups meet at http://" in said
+
+
+@pytest.mark.parametrize(("code", "num_starts"), [(-signal.SIGKILL, 2), (1, 0)])
+def test_a_group_is_not_started_again_for_ever(code: int, num_starts: int, tmp_path: Path) -> None:
+    """Nor at all where its supervisor has ended by itself, which then has tried its own remedies."""
+    started: list[bool] = []
+
+    def start(number: int, resume: bool) -> SimpleNamespace:
+        started.append(resume)
+        return SimpleNamespace(poll=lambda: code)
+
+    told: list[Event] = []
+    groups = object.__new__(_Groups)
+    groups.__dict__ |= {
+        "_command": SimpleNamespace(run=RunDirectory(tmp_path)),
+        "_processes": [SimpleNamespace(poll=lambda: None), SimpleNamespace(poll=lambda: code)],
+        "_restarts": [Restarts(2, 0), Restarts(2, 0)],
+        "_given_up": set(),
+        "_log": lambda stage, event: told.append(event),
+        "_start": start,
+    }
+    for _ in range(5):
+        groups._tell_of_the_lost(Interruption())
+    assert started == [True] * num_starts
+    assert [event.event for event in told] == ["group-lost"] * (num_starts + 1)
+    assert told[-1].action == "not started again"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["every-step", "diloco"])
 def test_groups_that_were_stopped_go_on_together(start, pretraining, mode) -> None:
@@ -170,6 +230,12 @@ def test_what_makes_no_sense_is_said_before_anything_starts(pretraining, tmp_pat
     with pytest.raises(RunDirectoryError, match="no run at"):
         train_from_outside(command(pretraining, tmp_path / "none", resume=True))
     assert not (tmp_path / "none").exists()
+    metrics = tmp_path / "old/train/pretrain/metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 1}\n')
+    for overrides in ((), TWO_GROUPS):  # a rank that dies early would be started again with --resume
+        with pytest.raises(RunDirectoryError, match=f"{tmp_path / 'old'} already holds results of a run"):
+            train_from_outside(command(pretraining, tmp_path / "old", *overrides))
     with pytest.raises(CrosschipError, match="--group 2 is none of the 2 groups"):
         train_from_outside(command(pretraining, tmp_path / "run", *TWO_GROUPS, group=2))
     with pytest.raises(CrosschipError, match="--group 1 is one of 2 groups, and nothing says where they meet"):

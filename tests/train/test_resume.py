@@ -14,6 +14,7 @@ from crosschip.data import train_tokenizer
 from crosschip.errors import CheckpointError, RunDirectoryError
 from crosschip.rundir import RunDirectory
 from crosschip.train.checkpoint import Checkpointer, CheckpointState, read_state
+from crosschip.train.guard.processes import SUPERVISOR, this_process
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
@@ -62,8 +63,18 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert f"go on with: crosschip train RECIPE --out {tmp_path / 'run'} --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("names", "is_supervised"), [("SIGTERM,SIGTERM", False), ("SIGTERM,later,SIGTERM", True)])
+def test_copies_of_one_signal_are_one_request(train_process, names, is_supervised, tmp_path, monkeypatch) -> None:
+    """A rank gets its own from what ends the job, and its launcher's or supervisor's copy."""
+    if is_supervised:
+        monkeypatch.setenv(SUPERVISOR, this_process())
+    ended = train_process("copies", "--signal-at", f"pretrain:5:{names}")
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert (tmp_path / "copies/train/pretrain/checkpoints/step-00000005/COMPLETE").exists()
+
+
 def test_a_second_ctrl_c_ends_at_once(tiny, train, train_process, tmp_path) -> None:
-    ended = train_process("twice", "--signal-at", "pretrain:5:SIGINT,SIGINT")
+    ended = train_process("twice", "--signal-at", "pretrain:5:SIGINT,later,SIGINT")
     assert ended.returncode == -signal.SIGINT
     assert not (tmp_path / "twice/train/pretrain/checkpoints/step-00000005").exists()
     assert (tmp_path / "twice/lock.json").exists()

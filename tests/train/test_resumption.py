@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from crosschip.chips import find_chip
 from crosschip.errors import CheckpointError
+from crosschip.recipe import RlSettings
 from crosschip.recipe.reinforcement import FurtherDistilling
 from crosschip.rundir import RunDirectory, sha256_of, write_json, write_text
 from crosschip.train.checkpoint import read_state, writing
@@ -19,7 +22,8 @@ from crosschip.train.distill import manifest_path
 from crosschip.train.group.world import ALONE
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.progress import LineProgress
-from crosschip.train.stage_making import Rank
+from crosschip.train.resumption import resumption_events
+from crosschip.train.stage_making import Rank, StageRun
 
 
 def events(stage: Path) -> list[dict[str, Any]]:
@@ -97,6 +101,23 @@ def test_another_torch_and_another_spread_of_experts_are_told(tiny, train, stopp
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("recorded", "told"), [(3, []), (2, ["threads was 2 and is now 3"])])
+def test_cores_that_engines_compute_on_are_no_other_number_of_threads(
+    tiny, uninterrupted, recorded, told, monkeypatch
+) -> None:
+    """The stage records the number that its engine leaves to it, and goes on with the same."""
+    monkeypatch.setattr("crosschip.train.stage_making.usable_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    settings = RlSettings.model_validate({"steps": 10, "rollouts": {"num_threads": 1}})
+    rank = Rank(ALONE, find_chip("cpu"), LineProgress(None), Heartbeat(None, 0, 600.0), None)
+    unused: Any = None
+    run = StageRun(tiny(), RunDirectory(uninterrupted), True, rank, unused, unused, unused)
+    state = read_state(uninterrupted / "train/pretrain/checkpoints/step-00000010")
+    state = dataclasses.replace(state, num_threads=recorded)
+    found = resumption_events(run, "pretrain", settings, state, [], [])
+    assert [detail for event, detail, _ in found if event == "changed-settings"] == told
+
+
 def test_nothing_is_told_where_all_is_as_it_was(tiny, train, stopped) -> None:
     train(tiny(), "stopped", resume=True)
     assert not {"changed-settings", "log-lines-lost", "unreadable-log", "steps-lost"} & {
@@ -153,8 +174,11 @@ def test_rows_that_another_model_wrote_are_refused(uninterrupted) -> None:
         distil_stage(*given)
 
 
-def test_a_save_that_takes_too_long_is_waited_for_under_a_heartbeat(tiny, train, monkeypatch) -> None:
-    """Else a save that hangs is seen at the next one, or never."""
+@pytest.mark.parametrize(("allowance_s", "num_beats"), [(600.0, 1), (1e-9, 2)])
+def test_a_first_save_that_takes_too_long_is_waited_for_under_a_heartbeat(
+    tiny, train, allowance_s, num_beats, monkeypatch
+) -> None:
+    """Else a save that hangs is seen at the next one, or never; but a large model is given its time."""
     may_write, beats = threading.Event(), []
     honest_write, honest_beat = writing.write_checkpoint, Heartbeat.beat
 
@@ -165,14 +189,13 @@ def test_a_save_that_takes_too_long_is_waited_for_under_a_heartbeat(tiny, train,
     def beat(heartbeat: Heartbeat, phase: str, step: int, known_s: float = 0.0) -> None:
         honest_beat(heartbeat, phase, step, known_s)
         beats.append((phase, step))
-        if beats.count(("save", 4)) == 2 or step > 7:  # the save, and the wait for it
+        if beats.count(("save", 4)) == num_beats or step > 7:  # the save, and the wait for it
             may_write.set()
 
     monkeypatch.setattr(writing, "write_checkpoint", write)
     monkeypatch.setattr(Heartbeat, "beat", beat)
-    monkeypatch.setattr("crosschip.train.checkpoint.saver._FIRST_WRITE_S", 0.0)
-    train(tiny("train.steps=7").model_copy(update={"sft": None}))
-    assert beats.count(("save", 4)) == 2
+    train(tiny("train.steps=7", f"guard.start_allowance_s={allowance_s}").model_copy(update={"sft": None}))
+    assert beats.count(("save", 4)) == num_beats
 
 
 def test_the_last_save_may_take_as_long_as_writing_and_reading_back_do(tiny, train, monkeypatch) -> None:

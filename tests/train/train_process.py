@@ -1,9 +1,13 @@
-"""Train a recipe in this process; `--signal-at STAGE:STEP:NAME[,NAME]` sends real signals to it after that step."""
+"""Train a recipe in this process; `--signal-at STAGE:STEP:NAME[,NAME]` sends real signals to it after that step.
+
+The name `later` waits until a signal counts as another request.
+"""
 
 import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -12,6 +16,7 @@ from crosschip.errors import CrosschipError
 from crosschip.recipe import load_recipe
 from crosschip.rundir import RunDirectory
 from crosschip.train.progress import LineProgress, Moment
+from crosschip.train.signals import ONE_REQUEST_S
 from crosschip.train.stages import train_recipe
 
 
@@ -28,7 +33,10 @@ class SignallingProgress(LineProgress):
     def advance(self, moment: Moment) -> None:
         if (self._now, moment.step) == (self._stage, self._step):
             for name in self._names:
-                os.kill(os.getpid(), getattr(signal, name))
+                if name == "later":
+                    time.sleep(ONE_REQUEST_S)
+                else:
+                    os.kill(os.getpid(), getattr(signal, name))
 
 
 def main() -> int:

@@ -46,7 +46,6 @@ _NICENESS = 10  # of the writing thread: training goes first
 # How long a write may take before training waits for it, which the supervisor then watches as a phase of its own: three
 # times what it usually takes and some seconds. A disk that others use may stop for seconds.
 _TIMES_USUAL, _SLACK_S, _LEAST_S = 3.0, 5.0, 10.0
-_FIRST_WRITE_S = 60.0  # while nobody knows how long one takes
 _REMEMBERED_WRITES = 15
 
 
@@ -85,6 +84,7 @@ class Checkpointer:
 
     A save returns when the tensors are copied to host memory. Errors of the background come back as events, at the
     next save or from `wait`: `MOST_FAILURES` saves in a row that failed, or were found wrong, end the training.
+    `first_write_s` is how long a write may take, in seconds, while nobody knows how long one does.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         settings: StageSettings,
         group: dist.ProcessGroup | None = None,
+        first_write_s: float = 600.0,
     ) -> None:
         import crosschip.train.checkpoint.writing  # noqa: F401  (a second, which the first save need not wait for)
 
@@ -105,7 +106,7 @@ class Checkpointer:
         self._writing: Future[None] | None = None
         self._writing_since = 0.0
         self._write_s: deque[float] = deque(maxlen=_REMEMBERED_WRITES)
-        self._allowed_s = _FIRST_WRITE_S
+        self._allowed_s = first_write_s
         self._failure: CheckpointError | None = None
         self._failures_in_a_row = self._wrong_in_a_row = 0
         self._newest: CheckpointState | None = None  # of the newest checkpoint that is there

@@ -42,7 +42,8 @@ FAULTS: dict[str, DrillFault] = {
         DrillFault("lock-held", "a C call holds the interpreter's lock and does not come back", "order", ("hang",)),
         DrillFault("operator-hang", "an operator does not come back", "order", ("hang",)),
         DrillFault("collective-hang", "a collective does not come back", "signal", ("hang",), needs_groups=True),
-        DrillFault("save-hang", "a save does not come back", "order", ("hang",)),
+        # The first save after a start has the drill's start_allowance_s of 120 s.
+        DrillFault("save-hang", "a save does not come back", "order", ("hang",), within_s=180.0),
         DrillFault(
             "slow", "a rank becomes three times slower", "order", ("straggler",), needs_groups=True, by_others=True
         ),

@@ -285,7 +285,7 @@ def _document(drill: _Drill, began: float, ended: float) -> dict[str, Any]:
         "clean_step_s": round(drill.step_s, 4),
         "num_steps": max((step.step for step in steps), default=0) - min((step.step for step in steps), default=0),
         "seed": plan.seed,
-        "goodput": goodput(steps, events, drill.step_s, ended - began),
+        "goodput": goodput(steps, events, scores, drill.step_s, ended - began),
         "faults": [each.document() for each in scores],
         "not_planted": drill.not_planted,
         "false_alarms": [

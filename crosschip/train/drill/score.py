@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ __all__ = ["ALARMS", "Planted", "Score", "goodput", "is_of", "median_step_s", "s
 ALARMS = (
     "hang", "killed", "crash", "exception", "out-of-memory", "damaged-checkpoint", "checkpoint-failed",
     "checkpoint-wrong", "non-finite", "zero-loss", "zero-gradient", "stuck-loss", "loss-spike", "gradient-spike",
-    "replicas-differ", "transient-fault", "straggler", "memory-growth", "lighthouse-lost", "sidecar-lost",
+    "replicas-differ", "transient-fault", "straggler", "memory-growth", "lighthouse-lost", "sidecar-lost", "group-lost",
     "slow-link", "link-stall",
 )  # fmt: skip
+
+# What a group says that others have healed at an outer step of DiLoCo.
+_HEALED = re.compile(r"took over step (\d+); outer steps come every (\d+) steps")
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Score:
     """What became of one planted fault.
 
     `latency_s` is from the strike to the event, None when none came. `steps_lost` are those that had to be computed
-    again by the group that had the fault. `bit_exact` says whether these gave the same numbers; None where none was
-    repeated by the same groups.
+    again by the group that had the fault, or, where it `was_healed` at an outer step, those since its last one, which
+    nobody computes again. `bit_exact` says whether repeated steps gave the same numbers; None where none was repeated
+    by the same groups.
     """
 
     planted: Planted
@@ -46,6 +51,7 @@ class Score:
     latency_s: float | None
     steps_lost: int
     bit_exact: bool | None
+    was_healed: bool = False
 
     def document(self) -> dict[str, Any]:
         """For the report."""
@@ -81,8 +87,12 @@ def score(
         noticed = next((event for event in mine if is_of(event, each)), None)
         explained |= {id(event) for event in mine if event.at < until or is_of(event, each)}
         lost, exact = _repeated(each, [step for step in steps if step.group == each.group], until)
+        since_outer_step = _not_handed_in(each, events, until)
         latency_s = None if noticed is None else noticed.at - each.at
-        scores.append(Score(each, noticed, latency_s, lost, exact))
+        if since_outer_step is None:
+            scores.append(Score(each, noticed, latency_s, lost, exact))
+        else:
+            scores.append(Score(each, noticed, latency_s, since_outer_step, None, was_healed=True))
     false = [event for event in events if event.event in ALARMS and id(event) not in explained]
     return scores, false
 
@@ -106,18 +116,37 @@ def _repeated(planted: Planted, steps: Sequence[SeenStep], until: float) -> tupl
     return len(again), all(same) if same else None
 
 
+def _not_handed_in(planted: Planted, events: Sequence[SeenEvent], until: float) -> int | None:
+    """Steps that the group had trained since its last outer step when the fault struck; None where nobody healed it
+    at an outer step that is further.
+
+    A group takes over the step of an outer step, and these come at equal distances.
+    """
+    for event in events:
+        if event.event == "healed" and event.group == planted.group and planted.at <= event.at < until:
+            found = _HEALED.match(event.action)
+            if found and int(found[1]) >= planted.step:
+                return (planted.step - int(found[1])) % int(found[2])
+    return None
+
+
 def goodput(
-    steps: Sequence[SeenStep], events: Sequence[SeenEvent], clean_step_s: float, wall_s: float
+    steps: Sequence[SeenStep],
+    events: Sequence[SeenEvent],
+    scores: Sequence[Score],
+    clean_step_s: float,
+    wall_s: float,
 ) -> dict[str, float]:
     """How much of the work and of the time has brought the run forward.
 
     `committed` is the share of the steps that groups computed which count in the end: not those that were computed
-    again, nor those that could not be committed. `of_time` is the time that the run's advance takes without faults,
-    over the wall time.
+    again, nor those that could not be committed, nor those that died with a group before its outer step. `of_time` is
+    the time that the run's advance takes without faults, over the wall time.
     """
     if not steps:
         return {"committed": 0.0, "of_time": 0.0}
     distinct = len({(step.group, step.step) for step in steps if not step.skipped})
+    distinct -= sum(each.steps_lost for each in scores if each.was_healed)
     discarded = sum(1 for event in events if event.event == "step-not-committed")
     advanced = max(step.step for step in steps) - min(step.step for step in steps) + 1
     return {"committed": distinct / (len(steps) + discarded), "of_time": advanced * clean_step_s / wall_s}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crosschip.errors import EXIT_FAIL
-from crosschip.train.guard.allowances import SLACK_S
+from crosschip.train.guard.allowances import SLACK_S, START
 from crosschip.train.guard.blame import SilentRank, blame
 from crosschip.train.guard.heartbeat import DIRECTORY, TRACED_STEPS, Beat, read_beats, stack_file
 from crosschip.train.guard.interruption import Interruption
@@ -132,22 +132,29 @@ class Attempt:
         kind, detail, is_final = classify_death(code, is_announced, ran_out)
         ended = Ended(kind, detail, EXIT_FAIL if code is None else code, is_final)
         if self._interruption.received is not None and code != 0:
-            has_saved = any(beat.left_with in INTERRUPTED for beat in self._beats if rank in (None, beat.rank))
-            ended = self._after_signal(ended, has_saved)
+            ended = self._after_signal(ended, rank)
         return self._located(rank, ended)
 
-    def _after_signal(self, ended: Ended, has_saved: bool) -> Ended:
+    def _after_signal(self, ended: Ended, rank: int | None) -> Ended:
         """The same where a signal was handed on: as orderly as it was, and final.
 
-        A rank that dies of the signal was still beginning. Any other end is told as what it is: the ranks were saving.
+        A rank that dies of the signal while it is still beginning has nothing to save. Any other end is told as what
+        it is: the ranks were training or saving.
         """
-        if has_saved or ended.exit_code in (*INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+        known = [beat for beat in self._beats if rank in (None, beat.rank)]
+        has_saved = any(beat.left_with in INTERRUPTED for beat in known)
+        was_beginning = all(beat.phase == START for beat in known)
+        if has_saved or (was_beginning and ended.exit_code in (*INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)):
             return dataclasses.replace(
                 ended, event="interrupted", exit_code=self._interruption.exit_code, is_final=True
             )
-        code = ended.exit_code if ended.exit_code > 0 else 128 - ended.exit_code
-        detail = f"after signal {self._interruption.received}, nothing was saved: {ended.detail}"
-        return dataclasses.replace(ended, detail=detail, exit_code=code, is_final=True)
+        return dataclasses.replace(
+            ended,
+            event="killed" if ended.event == "interrupted" else ended.event,
+            detail=f"after signal {self._interruption.received}, nothing was saved: {ended.detail}",
+            exit_code=ended.exit_code if ended.exit_code > 0 else 128 - ended.exit_code,
+            is_final=True,
+        )
 
     def _hung(self, now: float, running_s: float) -> Ended | None:
         """The rank that hangs, when one is overdue or has not begun in time."""
@@ -165,7 +172,7 @@ class Attempt:
         if beat.left_with is not None:  # all is done, and only the process does not go away
             ended = dataclasses.replace(ended, exit_code=beat.left_with, is_final=beat.left_with == 0)
         elif self._interruption.received is not None:
-            ended = self._after_signal(ended, has_saved=False)
+            ended = self._after_signal(ended, culprit.rank)
         return self._located(culprit.rank, ended)
 
     def _look_at(self, beat: Beat, now: float) -> SilentRank:

@@ -66,8 +66,10 @@ class RollBack(Exception):
 class StepGuard:
     """Judges the steps of one stage. `tell` gets each event once: for the log, and for the terminal."""
 
-    def __init__(self, settings: GuardSettings, warmup_steps: int, chip: str, tell: Callable[[Event], None]) -> None:
-        self.policy = GuardPolicy(settings, warmup_steps, chip)
+    def __init__(
+        self, settings: GuardSettings, warmup_steps: int, chip: str, tell: Callable[[Event], None], back_to: str
+    ) -> None:
+        self.policy = GuardPolicy(settings, warmup_steps, chip, back_to)
         self._tell = tell
 
     def remember(self, stage_directory: Path, last_step: int) -> None:

@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from crosschip.train.signals import catch_stop_signals, give_stop_signals_back
+from crosschip.train.signals import ONE_REQUEST_S, catch_stop_signals, give_stop_signals_back
 
 __all__ = ["Interruption"]
 
@@ -14,7 +14,8 @@ _POLL_S = 0.1
 
 
 class Interruption:
-    """Within the `with` block, `received` is the first signal's number, and `is_urgent` says that another came.
+    """Within the `with` block, `received` is the first signal's number, and `is_urgent` says that another came,
+    `ONE_REQUEST_S` later or more.
 
     One within another tells the outer one of what came.
     """
@@ -22,6 +23,7 @@ class Interruption:
     def __init__(self) -> None:
         self.received: int | None = None
         self.is_urgent = False
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -32,8 +34,10 @@ class Interruption:
         give_stop_signals_back(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.is_urgent = self.received is not None
-        self.received = self.received or number
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at >= ONE_REQUEST_S:
+            self.is_urgent = True
         outer = getattr(self._before.get(number), "__self__", None)
         if isinstance(outer, Interruption):
             outer._handle(number, frame)

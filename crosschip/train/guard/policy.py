@@ -24,7 +24,7 @@ __all__ = ["Action", "Decision", "GuardPolicy"]
 
 Action = Literal["update", "skip", "replay", "roll-back", "stop"]
 
-RECENT_STEPS = 1000  # passing faults of one chip that lie further back are forgotten
+RECENT_STEPS = 1000  # passing faults of one chip, and roll-backs, that lie further back are forgotten
 SKIPS_WITHIN = 50  # steps within which skipped batches count as one trouble
 LOSS_LEAST_RATIO = 1.1
 # A single batch of rare words has twice the usual gradient, and clipping takes the rest.
@@ -32,7 +32,7 @@ GRADIENT_LEAST_RATIO = 4.0
 
 TRANSIENT = "transient-fault"
 REPLICAS = "replicas-differ"
-SKIPPED, ROLLED_BACK = "skipped the batch", "rolled back"
+SKIPPED, ROLLED_BACK, STOPPED = "skipped the batch", "rolled back", "stopped"
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,21 @@ class _Run:
 
 
 class GuardPolicy:
-    """The guard of one stage. `chip` is its name in events; `warmup_steps` those in which gradients may jump."""
+    """The guard of one stage. `warmup_steps` are those in which gradients may jump.
 
-    def __init__(self, settings: GuardSettings, warmup_steps: int, chip: str) -> None:
+    `chip` is its name in events, by which its faults are known again, and `back_to` in words where a roll-back leads.
+    """
+
+    def __init__(self, settings: GuardSettings, warmup_steps: int, chip: str, back_to: str) -> None:
         self._settings = settings
         self._warmup_steps = warmup_steps
-        self._chip = chip
+        self._chip, self._back_to = chip, back_to
         self._stuck = StuckLossWatch()
         self._loss = SpikeWatch("loss-spike", "the loss", settings.spike_z, LOSS_LEAST_RATIO)
         self._norm = SpikeWatch("gradient-spike", "the gradient norm", settings.spike_z, GRADIENT_LEAST_RATIO)
         self._skips: deque[int] = deque()
         self._transients: deque[int] = deque()
-        self._num_roll_backs = 0
+        self._roll_backs: list[int] = []
         self._step = -1
         self._runs: list[_Run] = []
         self._repeats_itself = True
@@ -78,6 +81,8 @@ class GuardPolicy:
         """Take up what was seen until `last_step`: the lines of `metrics.jsonl` and `events.jsonl`.
 
         Events are never cut: batches that were skipped later are met again, and a roll-back was one all the same.
+        Faults of another chip say nothing about this one. A stop ends what was tried before it: somebody has looked,
+        and has gone on.
         """
         for record in metrics:
             if record["step"] <= last_step and not record.get("skipped"):
@@ -86,10 +91,13 @@ class GuardPolicy:
         for record in events:
             if record["action"].startswith(SKIPPED) and record["step"] <= last_step:
                 skips.add(record["step"])
-            if record["event"] == TRANSIENT:
+            if record["event"] == TRANSIENT and record["detail"].startswith(f"{self._chip}: "):
                 transients.add(record["step"])
             if record["action"].startswith(ROLLED_BACK):
-                self._num_roll_backs += 1
+                self._roll_backs.append(record["step"])
+                skips.clear()
+            if record["action"] == STOPPED:
+                self._roll_backs.clear()
                 skips.clear()
         self._skips.extend(sorted(skips))
         self._transients.extend(sorted(transients))
@@ -204,19 +212,20 @@ class GuardPolicy:
         return self._roll_back(step, suspicion.kind, detail, past_the_data=True)
 
     def _roll_back(self, step: int, event: str, detail: str, past_the_data: bool) -> Decision:
-        limit = self._settings.max_roll_backs
-        if self._num_roll_backs >= limit:
-            tried = f"tried before: {len(self._skips)} skipped batches lately, {self._num_roll_backs} roll-backs"
+        self._roll_backs = [at for at in self._roll_backs if at > step - RECENT_STEPS]
+        count, limit = len(self._roll_backs), self._settings.max_roll_backs
+        if count >= limit:
+            tried = f"tried before: {len(self._skips)} skipped batches lately, {count} roll-backs"
             return _stop(step, event, f"{detail}; {tried}")
-        self._num_roll_backs += 1
+        self._roll_backs.append(step)
         self._skips.clear()
-        where = "to the last good checkpoint, and on past this data" if past_the_data else "to the last good checkpoint"
-        action = f"{ROLLED_BACK} {where} ({self._num_roll_backs} of {limit})"
+        on = ", and on past this data" if past_the_data else ""
+        action = f"{ROLLED_BACK} to {self._back_to}{on} ({count + 1} of {limit})"
         return Decision("roll-back", Event(step, event, detail, action), past_the_data)
 
 
 def _stop(step: int, event: str, detail: str) -> Decision:
-    return Decision("stop", Event(step, event, detail, "stopped"))
+    return Decision("stop", Event(step, event, detail, STOPPED))
 
 
 def _told(run: _Run) -> str:

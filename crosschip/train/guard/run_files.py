@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.checkpoints import complete_checkpoints, step_of
+from crosschip.errors import RunDirectoryError
+from crosschip.rundir import RunDirectory
 from crosschip.train.guard.observed import Event
 
 __all__ = [
     "EventLog",
+    "check_directory",
     "committed_steps",
     "cut_torn_line",
     "last_logged_step",
@@ -25,6 +28,28 @@ __all__ = [
 
 _TAIL = 4096  # bytes at the end of a log, more than most lines
 _NAMED_LINES = 5  # so many lines that cannot be read are told by number
+
+
+def check_directory(run: RunDirectory, resume: bool) -> None:
+    """Refuse to begin over an existing run's results, or to resume where no run ever was.
+
+    Raises:
+        RunDirectoryError: names the run directory.
+    """
+    if resume and not run.path.is_dir():
+        raise RunDirectoryError(f"there is no run at {run.path} to go on with", "leave out --resume to begin it")
+    if not resume and _has_results(run):
+        raise RunDirectoryError(
+            f"{run.path} already holds results of a run",
+            "add --resume to go on with it, or give another --out; nothing is overwritten",
+        )
+
+
+def _has_results(run: RunDirectory) -> bool:
+    """Whether a run has trained at least one step here, or was evaluated."""
+    stages = list((run.path / "train").glob("*"))
+    stepped = any(f.stat().st_size for stage in stages for f in stage.glob("metrics.jsonl"))
+    return stepped or any(any(stage.glob("checkpoints/*")) for stage in stages) or run.evaluation.exists()
 
 
 def committed_steps(train_directory: Path) -> int:

@@ -14,6 +14,7 @@ __all__ = ["AloneGroup"]
 class AloneGroup:
     """See `groups.Groups`."""
 
+    back_to = "the last good checkpoint"
     averages_each_step = False
 
     def __init__(self) -> None:

@@ -50,6 +50,7 @@ class Rhythm:
 class DiLoCo:
     """See `groups.Groups`. `start` starts the sidecar; `join` comes before the first step."""
 
+    back_to = "what the groups have in common, with a new optimizer"
     averages_each_step = False
 
     def __init__(
@@ -229,7 +230,8 @@ class DiLoCo:
             self.handle.memory.forget_state()
             self._take_all()
             self._tokens_since = [0] * len(self._tokens_since)
-            self._tell("healed", f"this group was at step {behind}", f"took over step {self._state.position.step}")
+            taken = f"took over step {self._state.position.step}; outer steps come every {self._rhythm.interval} steps"
+            self._tell("healed", f"this group was at step {behind}", taken)
         elif done.excluded:
             self._take_all()
             self._state.forget_optimizer()

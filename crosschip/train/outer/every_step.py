@@ -28,6 +28,7 @@ _MEET_AGAIN_S = 0.2
 class EveryStep:
     """See `groups.Groups`. `start` starts the sidecar; the loop moves the position after each committed step."""
 
+    back_to = "the last good checkpoint"
     averages_each_step = True
 
     def __init__(

@@ -66,6 +66,11 @@ class Groups(Protocol):
     traffic: Traffic
 
     @property
+    def back_to(self) -> str:
+        """Where a roll-back leads, in words (see `take_common`)."""
+        ...
+
+    @property
     def averages_each_step(self) -> bool:
         """Whether `average_gradients` brings the groups' gradients together."""
         ...

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +38,7 @@ TrainingTensors = Callable[[], tuple[dict[str, torch.Tensor], dict[str, int]]]
 
 _LISTEN_S = 0.2
 _CLOSE_S = 5.0
+_BEGIN_S = 60.0  # until a sidecar's first sign of life: it imports torch on a host that may be busy
 _ALIGNMENT = 64
 
 
@@ -44,10 +46,18 @@ class SidecarHandle:
     """One rank's sidecar. `donate` gives the training state, as named tensors on any device and the position.
 
     Everything is called from one thread. While a call waits, the sidecar's questions are answered; a trainer that
-    computes calls `serve` once a step.
+    computes calls `serve` once a step. `still_waiting` is called while a call waits for a sidecar that lives: other
+    groups may take long, and such a wait is no hang of this one.
     """
 
-    def __init__(self, config: Config, donate: TrainingTensors, log: Path, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        donate: TrainingTensors,
+        log: Path,
+        still_waiting: Callable[[], None] = lambda: None,
+        num_threads: int = 1,
+    ) -> None:
         """Start the sidecar; what it has to tell goes to the file `log`, a line per event.
 
         Raises:
@@ -59,7 +69,7 @@ class SidecarHandle:
                 "pip install 'torchft>=0.2,<0.3' (its wheels are for x86-64 Linux), or train as one group",
             )
         self.config, self.log = config, log
-        self._donate, self._num_threads = donate, num_threads
+        self._donate, self._still_waiting, self._num_threads = donate, still_waiting, num_threads
         self._is_closed = False
         self._early: Reply | Failed | None = None  # an answer that came before it was asked for
         self._descriptor = open_descriptor(config.layout)
@@ -67,6 +77,8 @@ class SidecarHandle:
         self._start()
 
     def _start(self) -> None:
+        self._begins_until = time.monotonic() + _BEGIN_S
+        self._seen_beats = self.memory.sidecar_beats
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +163,8 @@ class SidecarHandle:
             return early
         while True:
             self.beat()
+            if self._sidecar_lives():
+                self._still_waiting()
             try:
                 if not self._connection.poll(_LISTEN_S):
                     continue
@@ -160,6 +174,14 @@ class SidecarHandle:
             if not isinstance(message, Donate):
                 return message
             self._give()
+
+    def _sidecar_lives(self) -> bool:
+        """Whether it has given a sign of life since the last look; one that begins need not yet."""
+        before, self._seen_beats = self._seen_beats, self.memory.sidecar_beats
+        if self._seen_beats != before:
+            self._begins_until = 0.0
+            return True
+        return time.monotonic() < self._begins_until
 
     def _give(self) -> None:
         tensors, position = self._donate()

@@ -2,7 +2,8 @@
 
 Both map the same descriptor; the kernel takes the memory back when both are gone, however they ended. It lies in parts:
 
-    counters      int64: outer steps committed, the trainer's sign of life, where a group stands that began anew
+    counters      int64: outer steps committed, the trainer's sign of life, where a group stands that began anew, the
+                  sidecar's sign of life
     exchange      fp32 [n]: what is to be averaged, and the mean
     residual      fp32 [n]: what compression has lost so far
     outer         fp32 [2, 2, n]: DiLoCo's parameters and momentum, in two slots (see `outer_state`)
@@ -24,7 +25,7 @@ __all__ = ["Layout", "SharedMemory", "checksum_of", "open_descriptor"]
 
 _PAGE = 4096
 _NUM_COUNTERS = _PAGE // 8
-_COMMITS, _BEATS, _BEGUN = 0, 1, 2
+_COMMITS, _BEATS, _BEGUN, _SIDECAR_BEATS = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,12 @@ class SharedMemory:
     def beat(self) -> None:
         """Say that the trainer lives."""
         self._counters[_BEATS] += 1
+
+    @property
+    def sidecar_beats(self) -> int:
+        """The sidecar's sign of life: a number that grows."""
+        return int(self._counters[_SIDECAR_BEATS])
+
+    def beat_as_sidecar(self) -> None:
+        """Say that the sidecar lives."""
+        self._counters[_SIDECAR_BEATS] += 1

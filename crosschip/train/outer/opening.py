@@ -34,12 +34,13 @@ def open_groups(
     link: Link | None = None,
     recipe_digest: str = "",
     share_store: ShareStore | None = None,
+    still_waiting: Callable[[], None] = lambda: None,
 ) -> EveryStep | DiLoCo:
     """Start this rank's sidecar. DiLoCo's `join` is left to the caller, as a checkpoint may be loaded before it.
 
     `log` is the sidecar's. In a group of several ranks `share_store` hands a text from rank 0 to the others: called
     with the text on rank 0 and with None elsewhere, it gives the text everywhere. `recipe_digest` must be the same in
-    all groups.
+    all groups. `still_waiting`: see `SidecarHandle`.
 
     Raises:
         GroupsError: torchft is missing, the lighthouse's address is none, or more fragments than parameters.
@@ -51,14 +52,14 @@ def open_groups(
 
     def start(donate: TrainingTensors) -> SidecarHandle:
         if member.size == 1:
-            return SidecarHandle(Config(member, rules, layout, limits), donate, log)
+            return SidecarHandle(Config(member, rules, layout, limits), donate, log, still_waiting)
         assert share_store is not None, "ranks of one group need share_store"
         if member.rank == 0:
-            handle = SidecarHandle(Config(member, rules, layout, limits), donate, log)
+            handle = SidecarHandle(Config(member, rules, layout, limits), donate, log, still_waiting)
             share_store(handle.store)
             return handle
         store = share_store(None)
-        return SidecarHandle(Config(replace(member, store=store), rules, layout, limits), donate, log)
+        return SidecarHandle(Config(replace(member, store=store), rules, layout, limits), donate, log, still_waiting)
 
     if choice.mode == "every-step":
         return EveryStep(start, flat, state)

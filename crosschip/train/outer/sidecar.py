@@ -177,11 +177,13 @@ def _is_stopped(pid: int) -> bool:
 def watch_trainer(memory: SharedMemory, limits: TimeLimits) -> None:
     """End this process when its trainer is gone, stopped or silent: as long as it has a heartbeat, others wait for it.
 
-    The pipe tells of a trainer that is gone, too, unless a child of the trainer still holds its end.
+    The pipe tells of a trainer that is gone, too, unless a child of the trainer still holds its end. What the sidecar
+    waits for has limits of its own, so a thread may tell the trainer that this process lives.
     """
     trainer = os.getppid()
     beats, heard, running = -1, time.monotonic(), time.monotonic()
     while True:
+        memory.beat_as_sidecar()
         time.sleep(_LOOK_EVERY_S)
         now = time.monotonic()
         if memory.beats != beats:

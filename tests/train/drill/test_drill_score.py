@@ -79,9 +79,22 @@ def test_repeated_steps_are_counted_and_compared_to_the_last_bit() -> None:
 
 def test_goodput_counts_what_was_computed_again() -> None:
     steps = [step(number, float(number), 1.0) for number in (1, 2, 3, 4, 3, 4, 5, 6, 7, 8)]
-    found = goodput(steps, [event("step-not-committed", 1.0)] * 2, 0.5, 8.0)
+    found = goodput(steps, [event("step-not-committed", 1.0)] * 2, [], 0.5, 8.0)
     assert found["committed"] == pytest.approx(8 / 12)
     assert found["of_time"] == pytest.approx(8 * 0.5 / 8.0)
+
+
+@pytest.mark.parametrize(
+    ("action", "lost", "committed"),
+    [("took over step 20; outer steps come every 4 steps", 2, 8 / 10), ("took over step 20", 0, 1.0)],
+)
+def test_steps_since_the_last_outer_step_die_with_a_group(action: str, lost: int, committed: float) -> None:
+    """Where groups average each step they do not: the others have them."""
+    steps = [step(number, 80.0 + number, 1.0) for number in range(1, 11)]
+    healed = SeenEvent(110.0, 0, 20, "healed", "this group was at step 5", action)
+    scores, _ = score([planted("kill", 100.0)], [healed], steps, 200.0)
+    assert (scores[0].steps_lost, scores[0].bit_exact) == (lost, None)
+    assert goodput(steps, [], scores, 0.5, 8.0)["committed"] == pytest.approx(committed)
 
 
 def test_every_fault_strikes_once_before_any_strikes_again() -> None:

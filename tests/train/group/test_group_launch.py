@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from crosschip.model import load_model
 from crosschip.recipe import load_recipe
 from crosschip.rundir import RunDirectory
 from crosschip.train import LineProgress, train_recipe
+from crosschip.train.signals import ONE_REQUEST_S
 from tests.train.launched import LIMIT_S, ROOT, is_running, lines, settings
 
 RATHER_LONG = ("train.steps=5000", "train.sample_every=5000", "train.validate_every=5000", "train.checkpoint_every=5")
@@ -117,7 +119,9 @@ def test_a_second_signal_ends_at_once(start, pretraining) -> None:
     training = start(pretraining, "twice", 2, *settings(*RATHER_LONG))
     training.wait_for_step(3)
     ranks = training.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)  # so that no orderly end comes before the second one
     training.process.send_signal(signal.SIGINT)
+    time.sleep(ONE_REQUEST_S)
     training.process.send_signal(signal.SIGTERM)
     assert training.end()[0] == 128 + signal.SIGINT
     training.wait_until(lambda: not any(map(is_running, ranks.values())), while_it_runs=False)

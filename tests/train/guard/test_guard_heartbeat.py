@@ -37,6 +37,19 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (left.in_operator, left.left_with, left.phase, left.step) == (False, 143, "end", 12)
 
 
+def test_a_phase_that_is_renewed_has_its_time_again(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path / "heartbeat-0", 0, 77.0)
+    heartbeat.stage("pretrain")
+    heartbeat.beat("averaging", 12)
+    (before,) = read_beats(tmp_path)
+    time.sleep(0.01)
+    heartbeat.renew()
+    (after,) = read_beats(tmp_path)
+    assert (after.stage, after.phase, after.step, after.allowance_s) == ("pretrain", "averaging", 12, 77.0)
+    assert (after.left_with, after.num_beats) == (None, before.num_beats + 1)
+    assert after.beat_at > before.beat_at
+
+
 def test_without_a_supervisor_nobody_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DIRECTORY, raising=False)
     monkeypatch.chdir(tmp_path)

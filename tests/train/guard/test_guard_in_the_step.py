@@ -44,7 +44,7 @@ def train(
     init_weights(model, 0)
     optimizer = build_optimizer(model, STAGE)
     events: list[Event] = []
-    guard = StepGuard(settings, STAGE.warmup_steps, "cpu", events.append)
+    guard = StepGuard(settings, STAGE.warmup_steps, "cpu", events.append, "a checkpoint")
     outcomes = []
     for step, batch in zip(range(1, STEPS + 1), batches(), strict=False):
         for number in itertools.count():

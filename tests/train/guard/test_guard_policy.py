@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def good(step: int) -> StepNumbers:
     return StepNumbers(2.0 * math.exp(drawn.gauss(0.0, 0.02)), math.exp(drawn.gauss(0.0, 0.2)))
 
 
-def policy(warmup_steps: int = 0, **settings: object) -> GuardPolicy:
-    return GuardPolicy(GuardSettings.model_validate(settings), warmup_steps, "chip0")
+def policy(warmup_steps: int = 0, chip: str = "chip0", **settings: object) -> GuardPolicy:
+    return GuardPolicy(GuardSettings.model_validate(settings), warmup_steps, chip, "the last good checkpoint")
 
 
 def learned(steps: int = 100, **settings: object) -> GuardPolicy:
@@ -47,6 +48,11 @@ def decide(made: GuardPolicy, step: int, *runs: StepNumbers) -> tuple[str, Event
         assert made.judge(step, numbers).action == "replay"
     decision = made.judge(step, runs[-1])
     return decision.action, decision.event
+
+
+def told(decision: tuple[str, Event | None]) -> Event:
+    assert decision[1] is not None
+    return decision[1]
 
 
 def test_a_good_step_is_an_update_without_a_word() -> None:
@@ -72,6 +78,34 @@ def test_too_many_passing_faults_end_the_run_and_old_ones_are_forgotten() -> Non
     assert action == "stop"
     assert event is not None
     assert "that was fault 3 within 1000 steps" in event.detail
+
+
+@pytest.mark.parametrize(("chip", "action"), [("chip0", "stop"), ("chip1", "update"), ("chip01", "update")])
+def test_faults_of_another_chip_are_not_this_ones(chip: str, action: str) -> None:
+    events = [asdict(told(decide(learned(), step, NAN, good(step)))) for step in (101, 102, 103)]
+    elsewhere = policy(chip=chip)
+    elsewhere.remember([], events, 103)
+    assert decide(elsewhere, 104, NAN, good(104))[0] == action
+
+
+@pytest.mark.parametrize(("later", "action"), [(899, "stop"), (999, "roll-back")])
+def test_a_roll_back_long_ago_is_forgotten(later: int, action: str) -> None:
+    made = learned(max_skips=0, max_roll_backs=1)
+    assert decide(made, 101, NAN, NAN)[0] == "roll-back"
+    for step in range(81, 102 + later):
+        assert made.judge(step, good(step)).action == "update"
+    assert decide(made, 102 + later, NAN, NAN)[0] == action
+
+
+def test_who_goes_on_after_a_stop_has_new_roll_backs() -> None:
+    made = learned(max_skips=0, max_roll_backs=1)
+    events = [asdict(told(decide(made, step, NAN, NAN))) for step in (101, 102)]
+    interrupted, stopped = (policy(max_skips=0, max_roll_backs=1) for _ in range(2))
+    interrupted.remember([], events[:1], 100)
+    stopped.remember([], events, 100)
+    assert decide(interrupted, 101, NAN, NAN)[0] == "stop", "a restart by the supervisor has none"
+    assert decide(stopped, 101, NAN, NAN)[0] == "roll-back"
+    assert decide(stopped, 102, NAN, NAN)[0] == "stop", "and this ends, too"
 
 
 def test_what_is_still_there_is_skipped_then_rolled_back_then_stopped() -> None:
@@ -101,6 +135,8 @@ def test_a_roll_back_goes_past_the_data() -> None:
     assert made.judge(101, NAN).action == "replay"
     decision = made.judge(101, NAN)
     assert (decision.action, decision.past_the_data) == ("roll-back", True)
+    assert decision.event is not None
+    assert decision.event.action == "rolled back to the last good checkpoint, and on past this data (1 of 2)"
 
 
 SPIKE = StepNumbers(8.0, 1.0)
@@ -241,7 +277,7 @@ def test_a_resumed_guard_decides_as_one_that_was_never_interrupted(tmp_path: Pat
     settings = GuardSettings(max_skips=3, max_roll_backs=1)
 
     def guard_of(tell: Callable[[Event], None]) -> StepGuard:
-        return StepGuard(settings, 10, "chip0", tell)
+        return StepGuard(settings, 10, "chip0", tell, "a checkpoint")
 
     resumed, whole = guard_of(lambda event: None), guard_of(lambda event: None)
     done = write_logs(tmp_path, guard_of, 100)
@@ -259,7 +295,7 @@ def test_a_resumed_guard_decides_as_one_that_was_never_interrupted(tmp_path: Pat
 
 
 def test_an_error_says_what_to_do() -> None:
-    guard = StepGuard(GuardSettings(max_skips=0, max_roll_backs=0), 0, "chip0", lambda event: None)
+    guard = StepGuard(GuardSettings(max_skips=0, max_roll_backs=0), 0, "chip0", lambda event: None, "a checkpoint")
     with pytest.raises(ReplayStep):
         guard.judge(1, NAN)
     with pytest.raises(GuardError, match=r"step 1: non-finite: loss nan.*\n.*what to do: look at the data") as raised:

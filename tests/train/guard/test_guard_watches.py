@@ -140,7 +140,8 @@ def test_a_leak_of_another_rank_is_told_by_the_first(monkeypatch) -> None:
         sizes = iter(leaking(300, (64 << 10) * rank, 1 << 10))
         monkeypatch.setattr(stage_watch, "host_memory", lambda sizes=sizes: next(sizes))
         world, tell = OneOfTwo(rank, handed), told.append if rank == 0 else pytest.fail
-        watch = stage_watch.StageWatch(Heartbeat(None, rank, 1.0), GuardSettings(), 0, find_chip("cpu"), world, tell)
+        beat = Heartbeat(None, rank, 1.0)
+        watch = stage_watch.StageWatch(beat, GuardSettings(), 0, find_chip("cpu"), world, tell, "a checkpoint")
         for step in range(1, 291):  # the reading that tells is the 288th
             watch.after_step(step, 100_000 - step, 0.1)
     (event,) = told

@@ -18,6 +18,7 @@ from crosschip.errors import RunDirectoryError
 from crosschip.recipe import GuardSettings
 from crosschip.train.guard.heartbeat import Heartbeat, read_beats
 from crosschip.train.guard.supervisor import NoProgressError, SupervisedRun, supervise, wait_for_orphans
+from crosschip.train.signals import ONE_REQUEST_S
 from tests.train.guard.supervised_runs import ENVIRONMENT, HERE, Supervised, committed_steps, processes_of
 
 PATIENCE_S = 60.0  # only a hang takes this long
@@ -155,12 +156,25 @@ def test_the_first_signal_is_handed_on_once(supervised) -> None:
     assert processes_of(state_of(supervised)) == []
 
 
+def test_a_signal_to_every_process_of_a_job_is_one_request(supervised) -> None:
+    """As `scancel` sends it: the supervisor's copy must not end a rank that is saving."""
+    process = supervisor_process(supervised, "--steps", "100000", "--deaf")
+    until(lambda: (state_of(supervised) / "rank-0").exists(), "the training begins")
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert process.poll() is None, "it waits for an orderly end"
+    process.kill()
+    process.wait()
+
+
 @pytest.mark.parametrize(
     ("save", "code", "told"),
     [
         ("refused", 2, "refused: rank 0 in .*: after signal 15, nothing was saved: it ended with exit code 2"),
         ("broken", 4, "exception: rank 0 in .*: after signal 15, nothing was saved: it ended with exit code 4"),
         ("killed", 137, "killed: rank 0 in .*: after signal 15, nothing was saved: .*SIGKILL"),
+        ("missing", 143, "killed: rank 0 in .*: after signal 15, nothing was saved: .*SIGTERM"),
     ],
 )
 def test_a_save_that_fails_after_a_signal_is_told_and_its_exit_code_is_kept(supervised, save, code, told) -> None:
@@ -188,7 +202,7 @@ def test_the_second_signal_ends_all_at_once(supervised) -> None:
     process = supervisor_process(supervised, "--steps", "100000", "--deaf")
     until(lambda: (state_of(supervised) / "rank-0").exists(), "the training begins")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(ONE_REQUEST_S + 0.5)
     assert process.poll() is None, "it waits for an orderly end"
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM

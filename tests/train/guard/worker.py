@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from crosschip.train.guard.heartbeat import open_heartbeat
+from crosschip.train.guard.heartbeat import Heartbeat, open_heartbeat
 
 STEP_S = 0.02
 SAVE_EVERY = 5
@@ -38,13 +38,20 @@ FAULTS = {
 }
 
 
-def die() -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_of(number: int) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
     return 0
 
 
 # How a rank ends that was asked to, from the exit code of an orderly end.
-SAVES = {"well": lambda code: code, "refused": lambda code: 2, "broken": lambda code: 4, "killed": lambda code: die()}
+SAVES = {
+    "well": lambda code: code,
+    "refused": lambda code: 2,
+    "broken": lambda code: 4,
+    "killed": lambda code: die_of(signal.SIGKILL),
+    "missing": lambda code: die_of(signal.SIGTERM),
+}
 
 
 class Interrupted(Exception):
@@ -55,10 +62,9 @@ def interrupted(number: int, frame: object) -> None:
     raise Interrupted(number)
 
 
-def train(arguments: argparse.Namespace, rank: int) -> int:
+def train(arguments: argparse.Namespace, rank: int, heartbeat: Heartbeat) -> int:
     name, _, rest = arguments.fault.partition("@")
     when, _, always = rest.partition(":")
-    heartbeat = open_heartbeat(start_allowance_s=20.0, slack_s=arguments.slack)
     heartbeat.stage("pretrain")
     if arguments.thread:
         threading.Thread(target=beat_for_ever, args=(heartbeat,), daemon=True).start()
@@ -122,11 +128,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if arguments.deaf else interrupted)
     signal.signal(signal.SIGINT, interrupted)
     rank = int(os.environ.get("RANK", "0"))
+    heartbeat = open_heartbeat(start_allowance_s=20.0, slack_s=arguments.slack)
     try:
-        return train(arguments, rank)
+        return train(arguments, rank, heartbeat)
     except Interrupted as number:
         (arguments.state / f"interrupted-{rank}").write_text(str(number))
-        return SAVES[arguments.save](128 + int(str(number)))
+        code = SAVES[arguments.save](128 + int(str(number)))
+        if arguments.save == "well":
+            heartbeat.leave(code)
+        return code
 
 
 if __name__ == "__main__":
