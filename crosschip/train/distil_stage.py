@@ -45,7 +45,7 @@ def distil_stage(
 
     def make() -> bool:
         is_there = out.exists() and manifest_path(out).exists()
-        manifest = read_json(manifest_path(out)) if is_there else None
+        manifest = read_json(manifest_path(out)) if is_there else {}
         if is_there:
             _check_rows(name, out, model, manifest)
         problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)

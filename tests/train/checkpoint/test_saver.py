@@ -97,10 +97,9 @@ def test_a_second_save_waits_for_the_first(tmp_path, gate) -> None:
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_a_save_that_takes_too_long_is_overdue_until_it_is_done(tmp_path, gate, monkeypatch) -> None:
-    monkeypatch.setattr("crosschip.train.checkpoint.saver._FIRST_WRITE_S", 0.0)
+def test_a_save_that_takes_too_long_is_overdue_until_it_is_done(tmp_path, gate) -> None:
     model, optimizer = trained(1)
-    with Checkpointer(tmp_path, model, optimizer, OFF) as saver:
+    with Checkpointer(tmp_path, model, optimizer, OFF, first_write_s=0.0) as saver:
         assert not saver.is_overdue(), "nothing is being written"
         saver.save(state_of(1))
         assert saver.is_overdue()
@@ -113,10 +112,9 @@ def test_a_save_that_takes_too_long_is_overdue_until_it_is_done(tmp_path, gate, 
         gate.set()
 
 
-def test_how_long_a_save_may_still_take_is_known(tmp_path, gate, monkeypatch) -> None:
-    monkeypatch.setattr("crosschip.train.checkpoint.saver._FIRST_WRITE_S", 30.0)
+def test_how_long_a_save_may_still_take_is_known(tmp_path, gate) -> None:
     model, optimizer = trained(1)
-    with Checkpointer(tmp_path, model, optimizer, OFF) as saver:
+    with Checkpointer(tmp_path, model, optimizer, OFF, first_write_s=30.0) as saver:
         assert (saver.write_may_take_s(), saver.finish_may_take_s()) == (0.0, 60.0), "a write, and reading it back"
         saver.save(state_of(1))
         assert 0.0 < saver.write_may_take_s() <= 30.0
