@@ -22,7 +22,7 @@ engines:
 	@$(PYTHON) scripts/make_engines.py $(ENGINES)
 
 test: venv-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile -m "not slow and not engines and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --durations 40 -m "not slow and not engines and not gpu" $(ARGS)
 
 test-slow: venv-dev
 	$(BIN)/python -m pytest -m "slow or engines or gpu" $(ARGS)
