@@ -22,14 +22,13 @@ from crosschip.train.checkpoint import (
     set_damaged_aside,
 )
 from crosschip.train.flops import train_flops_per_token
-from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.share import share_of_batch
 from crosschip.train.guard.checksum import parameter_checksum
 from crosschip.train.guard.hook import GuardError, ReplayStep, RollBack
 from crosschip.train.guard.observed import Event
 from crosschip.train.joining import GroupReport, GroupReports, arithmetic_of, average_step, group_name
 from crosschip.train.metrics import Log, NoLog, StageLog, step_record
-from crosschip.train.outer.errors import StepNotCommitted
+from crosschip.train.outer.errors import GivenUp, StepNotCommitted
 from crosschip.train.outer.placement import Place, Slice, learning_rate_factor
 from crosschip.train.progress import Moment
 from crosschip.train.schedule import learning_rate_at
@@ -37,7 +36,7 @@ from crosschip.train.signals import StopSignals
 from crosschip.train.stage_job import StageEnd, StageJob
 from crosschip.train.stage_watch import StageWatch
 from crosschip.train.step import StepResult, StepSums, train_step
-from crosschip.train.validation import measure_validation, write_samples
+from crosschip.train.validation import measure_validation, samples_of
 
 if TYPE_CHECKING:
     from crosschip.data import Batch
@@ -63,10 +62,10 @@ def run_stage(job: StageJob) -> StageEnd:
     group = background_group() if job.world.size > 1 else None
     try:
         with (
-            _open_log(job) as log,
+            StageLog(job.directory, job.position.step) if job.world.rank == 0 else NoLog() as log,
             StopSignals() as stop,
             Checkpointer(
-                job.directory, job.model, job.optimizer, job.settings, group, job.guard.start_allowance_s
+                *(job.directory, job.model, job.optimizer, job.settings, group), job.guard.start_allowance_s
             ) as saver,
         ):
             return _Stage(job, log, stop, saver).run()
@@ -74,10 +73,6 @@ def run_stage(job: StageJob) -> StageEnd:
         job.progress.end()
         job.hooks.close()
         job.groups.close()
-
-
-def _open_log(job: StageJob) -> StageLog | NoLog:
-    return StageLog(job.directory, job.position.step) if job.world.rank == 0 else NoLog()
 
 
 class _Stage:
@@ -103,6 +98,7 @@ class _Stage:
             job.hooks.step, after_backward=lambda model, sums: self._averaged(after_backward(model, sums))
         )
         self.hooks = self.watch.hooks(averaging)
+        job.groups.give_up_when(self._may_stop_here)
 
     def run(self) -> StageEnd:
         job, position, settings = self.job, self.job.position, self.job.settings
@@ -118,6 +114,8 @@ class _Stage:
             except RollBack as order:
                 self._roll_back(order)
                 continue
+            except GivenUp:  # a step that no other group came to, while this one is to stop
+                break
             self._tell(result, seconds)
             last = position.step >= settings.steps
             if last:
@@ -135,6 +133,10 @@ class _Stage:
             self._tell_of_the_background()
             self._look_at_writing()
         return self._end()
+
+    def _may_stop_here(self) -> bool:
+        """Whether this rank has a signal and steps are left; after the last, groups end together or at a second one."""
+        return self.stop.received is not None and self.job.position.step < self.job.settings.steps
 
     def _stopped_by(self) -> int:
         """The signal that some rank has got; 0 for none."""
@@ -172,12 +174,13 @@ class _Stage:
 
         Raises:
             RollBack, GuardError: see `StageWatch.hooks`.
+            GivenUp: a signal has come, and with it a step that did not count; see `_meet`.
         """
         job, position = self.job, self.job.position
         started = time.perf_counter()
         while True:
             self._beat("averaging")
-            place = job.groups.before_step()  # the position may have moved: another group has healed this one
+            place = self._meet()
             self._tell_of_the_background()
             step, taken = position.step + 1, place.slice(position.sequences, job.settings.batch_size)
             job.heartbeat.beat("data", step)
@@ -187,6 +190,8 @@ class _Stage:
                 break
             except StepNotCommitted:
                 self._tell_of_the_background()
+                if self._stopped_by():
+                    raise GivenUp from None
         self._observe(step, result, taken)
         position.step = step
         position.sequences += taken.taken_by_all
@@ -200,6 +205,22 @@ class _Stage:
         job.groups.after_update(result.num_trained_tokens)
         job.hooks.after_update(step)
         return result, seconds
+
+    def _meet(self) -> Place:
+        """The groups of the next step. The position may have moved: another group has healed this one.
+
+        Raises:
+            GivenUp: on all ranks, where one has given up the wait for other groups.
+        """
+        place = None
+        with contextlib.suppress(GivenUp):
+            place = self.job.groups.before_step()
+        gave_up = int(place is None)
+        if self.job.groups.averages_each_step:
+            gave_up = self.job.world.largest(gave_up)
+        if place is None or gave_up:
+            raise GivenUp
+        return place
 
     def _averaged(self, sums: StepSums) -> StepSums:
         """The gradients and sums of all groups, where they are averaged in each step."""
@@ -308,12 +329,12 @@ class _Stage:
 
     def _look(self, last: bool) -> None:
         """Validation and samples, where the step is due for them; the last step always is."""
-        settings, step = self.job.settings, self.job.position.step
+        job, settings, step = self.job, self.job.settings, self.job.position.step
         if last or step % settings.validate_every == 0:
             self._validate()
         if last or step % settings.sample_every == 0:
             self._beat("sample")
-            for prompt, text in self._samples():
+            for prompt, text in samples_of(job.model, job.tokenizer, job.prompts, NEW_TOKENS_PER_SAMPLE, job.world):
                 self.log.sample(step, prompt, text)
 
     def _validate(self) -> None:
@@ -341,17 +362,6 @@ class _Stage:
         )
         told = f"validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
         return {"validation_loss": found.loss, "bits_per_byte": found.bits_per_byte}, told
-
-    def _samples(self) -> list[tuple[str, str]]:
-        """Samples of the whole model, on every rank; rank 0 writes them, and the others wait."""
-        job = self.job
-        whole = gather_model(job.model, job.world)
-
-        def write() -> list[tuple[str, str]]:
-            assert whole is not None
-            return write_samples(whole, job.tokenizer, job.prompts, NEW_TOKENS_PER_SAMPLE)
-
-        return job.world.from_rank_zero(write)
 
     def _state(self) -> CheckpointState:
         job = self.job

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crosschip.data import NOT_TRAINED, Batch
+from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.sharding import release_parameters
 from crosschip.train.group.world import ALONE, World
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from crosschip.data import ChatStream, ChatTokenizer, PackedStream
     from crosschip.model import Transformer
 
-__all__ = ["Prompt", "Validation", "measure_validation", "write_samples"]
+__all__ = ["Prompt", "Validation", "measure_validation", "samples_of"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,20 @@ def _batch_that_counts(stream: PackedStream | ChatStream, first: int, count: int
     return Batch(batch.input_ids_BT, torch.full_like(batch.labels_BT, NOT_TRAINED))
 
 
-def write_samples(
+def samples_of(
+    model: Transformer, tokenizer: ChatTokenizer, prompts: list[Prompt], num_new_tokens: int, world: World
+) -> list[tuple[str, str]]:
+    """Samples of the whole model, on every rank; rank 0 writes them, and the others wait."""
+    whole = gather_model(model, world)
+
+    def write() -> list[tuple[str, str]]:
+        assert whole is not None
+        return _write_samples(whole, tokenizer, prompts, num_new_tokens)
+
+    return world.from_rank_zero(write)
+
+
+def _write_samples(
     model: Transformer, tokenizer: ChatTokenizer, prompts: list[Prompt], max_new_tokens: int
 ) -> list[tuple[str, str]]:
     """Greedy continuations of the prompts as (prompt, text), in the weights' own dtype."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,7 @@ from crosschip.train.launching import (
     train_from_outside,
     train_to_the_end,
 )
+from crosschip.train.outer.lighthouse import Lighthouse
 from tests.train.launched import Training, children, is_running, lines, settings
 
 LONG = ("train.steps=4000", "train.sample_every=4000", "train.validate_every=4000", "train.checkpoint_every=5")
@@ -217,6 +220,29 @@ def test_groups_that_were_stopped_go_on_together(start, pretraining, mode) -> No
     code, said = again.end()
     assert code == 128 + signal.SIGTERM, said
     assert again.events()["resumed"]["detail"].startswith("after step ")
+
+
+@pytest.mark.parametrize("mode", ["every-step", pytest.param("diloco", marks=pytest.mark.slow)])
+def test_a_group_that_is_to_stop_does_not_wait_for_one_that_has_ended(start, pretraining, mode) -> None:
+    """The other may have had its signal a step earlier, and `min_groups` makes the wait one for who never comes."""
+    with contextlib.closing(Lighthouse(min_groups=2)) as lighthouse:
+        overrides = settings(*TWO_GROUPS, *LONG, "groups.min_groups=2", f"groups.lighthouse={lighthouse.address}")
+        overrides += settings(f"groups.mode={mode}", "groups.sync_every=4")
+        both = [start(pretraining, f"{group}", 1, *overrides, "--group", str(group)) for group in (0, 1)]
+        both[0].wait_for_step(6)
+        for training in both:
+            if training is both[1]:  # waits for the other, which its supervisor must not take for a hang
+                waiting = pid_of(training.out)
+                time.sleep(12.0)
+                assert pid_of(training.out) == waiting
+            training.process.send_signal(signal.SIGTERM)
+            code, said = training.end()
+            assert code == 128 + signal.SIGTERM, said
+            step = training.metrics()[-1]["step"]
+            assert training.events()["interrupted"]["action"] == f"saved step-{int(step):08d}"
+        again = [start(pretraining, f"{group}", 1, *overrides, "--group", str(group), "--resume") for group in (0, 1)]
+        again[0].wait_for_step(int(both[0].metrics()[-1]["step"]) + 6)
+        assert again[0].metrics()[-1]["groups"] == 2
 
 
 def command(recipe: Path, out: Path, *overrides: str, resume: bool = False, group: int | None = None) -> TrainCommand:

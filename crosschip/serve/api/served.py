@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -37,7 +38,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 @dataclass(frozen=True)
 class ServedModel:
-    """All that answering a request needs. `tool_format` is None where it is not known how the model writes calls."""
+    """All that answering a request needs. `tool_format` is None where it is not known how the model writes calls.
+
+    `instance` is another one after each start: versions of weights are names within one.
+    """
 
     engine: Engine
     tokenizer: ServingTokenizer | None
@@ -46,6 +50,7 @@ class ServedModel:
     sampling: DefaultSampling
     tool_format: ToolFormat | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    instance: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
     def status(self) -> dict[str, Any]:
@@ -64,6 +69,7 @@ class ServedModel:
             "model_dir": _shown(info.directory),
             "chip": info.chip,
             "weights_version": info.weights_version,
+            "instance": self.instance,
         }
 
 

@@ -91,6 +91,7 @@ class StreamReader:
     error: dict[str, Any] | None = None
     usage: dict[str, Any] | None = None
     weights_version: str | None = None
+    instance: str | None = None
     certificate: Status | None = None
 
     def read(self, event: bytes) -> dict[str, Any] | None:
@@ -117,6 +118,8 @@ class StreamReader:
         if isinstance(about, dict):
             if about.get("weights_version") is not None:
                 self.weights_version = str(about["weights_version"])
+            if about.get("instance") is not None:
+                self.instance = str(about["instance"])
             if self.certificate is None and "certificate" in about:
                 self.certificate = said_certificate(about)
         choices = document.get("choices")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosschip.certificate import Status
 from crosschip.serve.gateway.canary import Split
 from crosschip.serve.gateway.prefixes import PrefixMemory, conversation_key, prefix_digests, prompt_text
 from crosschip.serve.gateway.settings import EngineTable, GatewaySettings
 
-__all__ = ["Ask", "EngineState", "Fleet"]
+__all__ = ["Ask", "EngineState", "Fleet", "Weights"]
 
 _NOT_ASKED = "it was not asked yet"
 
@@ -28,6 +28,7 @@ class EngineState:
     in_flight: int = 0
     queue: int | None = None  # requests that wait in the engine, where it tells
     weights_version: str = ""
+    instance: str = ""  # of the process that answers: a new one may have other weights under the same version
     card: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,6 +63,13 @@ class EngineState:
             "certificate": self.certificate.word,
             "certificate_problem": self.certificate.problem,
         }
+
+
+class Weights(NamedTuple):
+    """What an engine's weights are told from others by: a version within the process (`instance`) that answers."""
+
+    version: str = ""
+    instance: str = ""
 
 
 @dataclass(eq=False)
@@ -150,12 +158,16 @@ class Fleet:
         """The engine answered."""
         engine.failures, engine.problem = 0, None
 
+    def forget_prefixes(self, engine: EngineState) -> None:
+        """It has computed none of what it was given before."""
+        self._prefixes.forget_engine(engine.name)
+
     def mark_failed(self, engine: EngineState, problem: str, allowed: int) -> None:
         """The engine failed; with the `allowed`-th failure in a row it gets no requests any more."""
         engine.failures += 1
         if engine.failures >= allowed or engine.problem is not None:
             if engine.problem is None:
-                self._prefixes.forget_engine(engine.name)
+                self.forget_prefixes(engine)
             engine.problem = problem
 
     def _of_group(self, ask: Ask, engines: Sequence[EngineState]) -> Sequence[EngineState]:

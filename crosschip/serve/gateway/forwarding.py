@@ -15,7 +15,7 @@ from crosschip.serve.api.transport import first_of
 from crosschip.serve.gateway.admission import Admission, Overloaded
 from crosschip.serve.gateway.attempt import Attempt, AttemptFailed, Outcome, SlowClient
 from crosschip.serve.gateway.calls import Call, read_call
-from crosschip.serve.gateway.fleet import EngineState, Fleet
+from crosschip.serve.gateway.fleet import EngineState, Fleet, Weights
 from crosschip.serve.gateway.health import note_certificate
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import ForwardingTable, HealthTable
@@ -98,7 +98,9 @@ class Forwarder:
             self._attempts.discard(attempt)
         self._note_answer(attempt, outcome, begun_at_s)
         if watch is not None and attempt.watched is not None and outcome == "ok":
-            watch.hand_in(engine, attempt.watched, attempt.reader.weights_version)
+            said = attempt.reader
+            weights = Weights(said.weights_version or engine.weights_version, said.instance or engine.instance)
+            watch.hand_in(engine, attempt.watched, weights)
         return outcome
 
     def _note_failure(self, attempt: Attempt, failure: AttemptFailed) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from typing import Any
 
 import httpx
@@ -58,7 +59,9 @@ class HealthWatch:
         was = engine.problem
         try:
             said = await self._upstreams.health(engine.table, self._table.timeout_s)
-            has_new_weights = self._take(engine, said)
+            has_new_weights = self._take(engine, said, was is not None)
+            if has_new_weights:
+                self._fleet.forget_prefixes(engine)
             if was is not None or not engine.card or has_new_weights:
                 engine.card = await self._upstreams.card(engine.table, self._table.timeout_s)
                 if not engine.card:
@@ -78,16 +81,20 @@ class HealthWatch:
         self._metrics.show_info(self._fleet.engines)
         self._admission.assign()
 
-    def _take(self, engine: EngineState, said: dict[str, Any]) -> bool:
-        """A native engine tells its queue, its weights and its certificate; whether the weights are new."""
+    def _take(self, engine: EngineState, said: dict[str, Any], was_down: bool) -> bool:
+        """A native engine tells its queue, its weights and its certificate; whether the weights may be new.
+
+        Others tell nothing: one that was down is taken for another process.
+        """
         waiting = said.get("waiting")
         engine.queue = waiting if isinstance(waiting, int) else None
         about = said.get("crosschip")
         if engine.table.kind != "native" or not isinstance(about, dict):
-            return False
-        version = about.get("weights_version")
-        is_new = version is not None and str(version) != engine.weights_version
-        if is_new:
-            engine.weights_version = str(version)
+            if was_down:
+                engine.instance = uuid.uuid4().hex
+            return was_down
+        before = engine.weights_version, engine.instance
+        engine.weights_version = str(about.get("weights_version") or engine.weights_version)
+        engine.instance = str(about.get("instance") or engine.instance)
         note_certificate(engine, said_certificate(about))
-        return is_new
+        return before != (engine.weights_version, engine.instance)

@@ -14,7 +14,7 @@ from typing import Any
 from crosschip.errors import CrosschipError
 from crosschip.golden.scoring_engine import EngineBrokeError, Scorer, open_scorer
 from crosschip.serve.gateway.drift import Bound, DriftWindow, Said, Scored, compare
-from crosschip.serve.gateway.fleet import EngineState
+from crosschip.serve.gateway.fleet import EngineState, Weights
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import ParityTable
 from crosschip.serve.gateway.watched import WatchedCall, why_not
@@ -33,8 +33,8 @@ class ParityWatch:
         self.table, self.bound = table, bound
         self._metrics = metrics
         self._draw = random.Random(seed)
-        self._due: asyncio.Queue[tuple[EngineState, str, Said]] = asyncio.Queue(table.max_waiting)
-        self._windows: dict[str, tuple[str, DriftWindow]] = {}
+        self._due: asyncio.Queue[tuple[EngineState, Weights, Said]] = asyncio.Queue(table.max_waiting)
+        self._windows: dict[str, tuple[Weights, DriftWindow]] = {}
         self._uncovered: dict[str, dict[str, int]] = {}
         self._alarmed: set[str] = set()
         self._scorer: Scorer | None = None
@@ -50,21 +50,21 @@ class ParityWatch:
             return None
         return WatchedCall(document, self.table.top_logprobs)
 
-    def hand_in(self, engine: EngineState, call: WatchedCall, weights_version: str | None) -> None:
-        """An answer that came to its end, to be scored when there is time; never waits."""
+    def hand_in(self, engine: EngineState, call: WatchedCall, weights: Weights) -> None:
+        """An answer of these weights that came to its end, to be scored when there is time; never waits."""
         said = call.said()
         if said is None:
             self._leave_out(engine.name, call.problem or "form")
             return
         try:
-            self._due.put_nowait((engine, weights_version or engine.weights_version, said))
+            self._due.put_nowait((engine, weights, said))
         except asyncio.QueueFull:
             self._leave_out(engine.name, "busy")
 
     async def run(self) -> None:
         """Score until cancelled, one answer at a time: the reference may be a chip that others need."""
         while True:
-            engine, version, said = await self._due.get()
+            engine, weights, said = await self._due.get()
             try:
                 scored = await self._scored(said)
             except (CrosschipError, EngineBrokeError) as error:
@@ -75,7 +75,7 @@ class ParityWatch:
                 logger.warning("parity: scores of another form from the reference: %s", type(error).__name__)
                 self._leave_out(engine.name, "reference")
             else:
-                self._note(engine, version, scored)
+                self._note(engine, weights, scored)
             finally:
                 self._due.task_done()
 
@@ -110,11 +110,11 @@ class ParityWatch:
         }
 
     def _describe_engine(self, name: str) -> dict[str, Any]:
-        version, window = self._windows.get(name, ("", None))
+        weights, window = self._windows.get(name, (Weights(), None))
         figures = window.figures() if window else {"verdict": "undecided", "tokens": 0, "answers": 0}
         told = {key: value if value != float("inf") else "inf" for key, value in figures.items()}
         not_covered = self._uncovered.get(name, {})
-        return {"engine": name, "weights_version": version or None, **told, "not_covered": not_covered}
+        return {"engine": name, "weights_version": weights.version or None, **told, "not_covered": not_covered}
 
     async def _scored(self, said: Said) -> Scored:
         """In a thread that does not keep the process: a reference may say nothing for minutes."""
@@ -144,13 +144,13 @@ class ParityWatch:
         predictions = self._scorer.score(said.prompt_ids + said.ids, self.table.top_logprobs)
         return compare(said, predictions)
 
-    def _note(self, engine: EngineState, version: str, scored: Scored) -> None:
+    def _note(self, engine: EngineState, weights: Weights, scored: Scored) -> None:
         if len(scored.kl) == 0:
             self._leave_out(engine.name, "no_tokens")
             return
         known = self._windows.get(engine.name)
-        if known is None or known[0] != version:  # what other weights said tells nothing about these
-            known = (version, DriftWindow(self.bound, self.table.window_tokens, self.table.least_tokens))
+        if known is None or known[0] != weights:  # what other weights said tells nothing about these
+            known = (weights, DriftWindow(self.bound, self.table.window_tokens, self.table.least_tokens))
             self._windows[engine.name] = known
         known[1].add(scored)
         figures = known[1].figures()

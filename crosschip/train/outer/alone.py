@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic
@@ -24,6 +24,9 @@ class AloneGroup:
     def before_step(self) -> Place:
         """The whole step is this group's."""
         return self.place
+
+    def give_up_when(self, shall_stop: Callable[[], bool]) -> None:
+        """Nobody is waited for."""
 
     def average_gradients(self, num_tokens: int, numbers: Sequence[float]) -> GroupSums:
         """They are the mean already."""

@@ -17,7 +17,7 @@ import torch
 
 from crosschip.errors import CheckpointError
 from crosschip.train.outer.agreement import begun_anew, digest_of
-from crosschip.train.outer.errors import SidecarLost
+from crosschip.train.outer.errors import GivenUp, SidecarLost
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
 from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.link_watch import OuterLinkWatch
@@ -113,7 +113,22 @@ class DiLoCo:
         if self._under_way is None and self._inner_steps >= self._rhythm.interval - self._rhythm.overlap_steps:
             self._send(self._tokens_since[self.outer.due])
         if self._inner_steps >= self._rhythm.interval:
-            self._receive()
+            self._receive_or_give_up()
+
+    def give_up_when(self, shall_stop: Callable[[], bool]) -> None:
+        """From now on, wait in vain for an outer step no longer than a few seconds where it is true.
+
+        Only in a group of one rank: others may have taken the step that one of them gives up.
+        """
+        if self.handle.config.member.size == 1:
+            self.handle.shall_stop = shall_stop
+
+    def _receive_or_give_up(self) -> None:
+        try:
+            self._receive(may_give_up=True)
+        except GivenUp:
+            self.handle.close()  # nothing moves the outer state any more, which is about to be saved
+            self._tell("outer-step-given-up", "the stage is to stop and too few groups came", "left to the next start")
 
     def seen(self, sequences: int, taken: Slice) -> tuple[int, int]:
         """This group's own sequences."""
@@ -202,11 +217,11 @@ class DiLoCo:
         except SidecarLost as error:
             self._revive(error)
 
-    def _receive(self) -> OuterStepDone:
+    def _receive(self, may_give_up: bool = False) -> OuterStepDone:
         started = time.monotonic()
         while True:
             try:
-                done = self.handle.receive(OuterStepDone)
+                done = self.handle.receive(OuterStepDone, may_give_up)
                 break
             except SidecarLost as error:
                 self._revive(error)
@@ -270,7 +285,7 @@ class DiLoCo:
         tensors, position = self._state.donate()
         member = self.handle.config.member
         place = self._place or Place(member.group, member.num_groups, member.num_groups)  # not yet met: all will come
-        left = self._rhythm.interval - self._inner_steps if self._inner_steps else 0
+        left = max(0, self._rhythm.interval - self._inner_steps) if self._inner_steps else 0
         if left:
             per_step = position["tokens"] // max(1, position["step"])
             position["step"] += left

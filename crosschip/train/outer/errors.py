@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crosschip.errors import EXIT_FAIL, CrosschipError
 
-__all__ = ["GroupsError", "SidecarLost", "StepNotCommitted"]
+__all__ = ["GivenUp", "GroupsError", "SidecarLost", "StepNotCommitted"]
 
 
 class GroupsError(CrosschipError):
@@ -15,6 +15,10 @@ class SidecarLost(GroupsError):
     """The sidecar has died or left; the trainer's weights are untouched, and a new sidecar may be started."""
 
     exit_code = EXIT_FAIL  # it may not come again, so a supervisor may try again
+
+
+class GivenUp(Exception):
+    """The stage is to stop, and the other groups did not come: weights and position are as after the step before."""
 
 
 class StepNotCommitted(Exception):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crosschip.train.outer.agreement import begun_anew, standing
-from crosschip.train.outer.errors import SidecarLost, StepNotCommitted
+from crosschip.train.outer.errors import GivenUp, SidecarLost, StepNotCommitted
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
-from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
+from crosschip.train.outer.handle import IN_VAIN_S, SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.memory import checksum_of
 from crosschip.train.outer.messages import Average, Averaged, Join, Joined, View
 from crosschip.train.outer.outer_files import newest_outer_step
@@ -51,23 +51,30 @@ class EveryStep:
 
     def before_step(self) -> Place:
         """Meet the other groups, and be healed by them when behind; the first time, wait for all that are planned."""
-        deadline = time.monotonic() + self.handle.config.limits.meeting_s
+        began = time.monotonic()
         while True:
-            is_ready = self._place is not None or time.monotonic() > deadline
+            waited_s = time.monotonic() - began
+            is_ready = self._place is not None or waited_s > self.handle.config.limits.meeting_s
             joined = self._join(is_ready)
             if joined.may_begin:
                 self._take_place(joined.view)
                 return self.place
+            if waited_s > IN_VAIN_S and self.handle.shall_stop():
+                raise GivenUp
             if not is_ready:
                 time.sleep(_MEET_AGAIN_S)
+
+    def give_up_when(self, shall_stop: Callable[[], bool]) -> None:
+        """From now on, wait in vain no longer than a few seconds where it is true."""
+        self.handle.shall_stop = shall_stop
 
     def _join(self, is_ready: bool) -> Joined:
         stands_at = standing(self._state.position.step) if self._stands_at is None else self._stands_at
         try:
-            joined = self.handle.call(Join(stands_at, is_ready), Joined)
+            joined = self.handle.call(Join(stands_at, is_ready), Joined, may_give_up=True)
         except SidecarLost as error:
             self._revive(error)
-            joined = self.handle.call(Join(stands_at, is_ready), Joined)
+            joined = self.handle.call(Join(stands_at, is_ready), Joined, may_give_up=True)
         view = joined.view
         if view.donation is not None:
             behind = self._state.position.step

@@ -12,7 +12,7 @@ groups.close()
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -81,7 +81,15 @@ class Groups(Protocol):
         ...
 
     def before_step(self) -> Place:
-        """Get ready for the next step. The position may have moved: this group may have been healed by another."""
+        """Get ready for the next step. The position may have moved: this group may have been healed by another.
+
+        Raises:
+            GivenUp: the stage is to stop (`give_up_when`), and other groups were waited for in vain.
+        """
+        ...
+
+    def give_up_when(self, shall_stop: Callable[[], bool]) -> None:
+        """Have `shall_stop` say whether the stage is to stop: then no wait for other groups goes on for long."""
         ...
 
     def average_gradients(self, num_tokens: int, numbers: Sequence[float]) -> GroupSums:

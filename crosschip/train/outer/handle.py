@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from crosschip.train.outer.errors import GroupsError, SidecarLost
+from crosschip.train.outer.errors import GivenUp, GroupsError, SidecarLost
 from crosschip.train.outer.memory import SharedMemory, open_descriptor
 from crosschip.train.outer.messages import (
     Close,
@@ -31,13 +31,14 @@ from crosschip.train.outer.messages import (
     TensorEntry,
 )
 
-__all__ = ["SidecarHandle", "TrainingTensors", "read_donation"]
+__all__ = ["IN_VAIN_S", "SidecarHandle", "TrainingTensors", "read_donation"]
 
 Answer = TypeVar("Answer", bound=Reply)
 TrainingTensors = Callable[[], tuple[dict[str, torch.Tensor], dict[str, int]]]
 
 _LISTEN_S = 0.2
 _CLOSE_S = 5.0
+IN_VAIN_S = 5.0  # others that were told to stop as well have ended by then, or are about to take the same step
 _BEGIN_S = 60.0  # until a sidecar's first sign of life: it imports torch on a host that may be busy
 _ALIGNMENT = 64
 
@@ -47,7 +48,8 @@ class SidecarHandle:
 
     Everything is called from one thread. While a call waits, the sidecar's questions are answered; a trainer that
     computes calls `serve` once a step. `still_waiting` is called while a call waits for a sidecar that lives: other
-    groups may take long, and such a wait is no hang of this one.
+    groups may take long, and such a wait is no hang of this one. `shall_stop` may be set by who owns the handle: a call
+    that may be given up is, where it is true and the answer does not come; after that the handle can only be closed.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class SidecarHandle:
             )
         self.config, self.log = config, log
         self._donate, self._still_waiting, self._num_threads = donate, still_waiting, num_threads
+        self.shall_stop: Callable[[], bool] = lambda: False
         self._is_closed = False
         self._early: Reply | Failed | None = None  # an answer that came before it was asked for
         self._descriptor = open_descriptor(config.layout)
@@ -117,19 +120,20 @@ class SidecarHandle:
         self.beat()
         self._send(command)
 
-    def receive(self, kind: type[Answer]) -> Answer:
+    def receive(self, kind: type[Answer], may_give_up: bool = False) -> Answer:
         """Wait for the answer to the command before, which is a `kind`.
 
         Raises:
             GroupsError: the sidecar could not do it; another command makes no sense.
             SidecarLost: it has died.
+            GivenUp: it `may_give_up`, and `shall_stop` says so.
         """
-        return self._receive(kind)
+        return self._receive(kind, may_give_up)
 
-    def call(self, command: Command, kind: type[Answer]) -> Answer:
+    def call(self, command: Command, kind: type[Answer], may_give_up: bool = False) -> Answer:
         """`send` and `receive`."""
         self.send(command)
-        return self._receive(kind)
+        return self._receive(kind, may_give_up)
 
     def serve(self) -> None:
         """Answer the sidecar's question if it has one; returns at once."""
@@ -150,19 +154,22 @@ class SidecarHandle:
             self._early = message
         return False
 
-    def _receive(self, kind: type[Answer]) -> Answer:
-        message = self._next_answer()
+    def _receive(self, kind: type[Answer], may_give_up: bool = False) -> Answer:
+        message = self._next_answer(may_give_up)
         if isinstance(message, Failed):
             raise GroupsError(message.problem, message.remedy)
         assert isinstance(message, kind), f"the sidecar answered {message} instead of a {kind.__name__}"
         return message
 
-    def _next_answer(self) -> Reply | Failed:
+    def _next_answer(self, may_give_up: bool) -> Reply | Failed:
         early, self._early = self._early, None
         if early is not None:
             return early
+        began = time.monotonic()
         while True:
             self.beat()
+            if may_give_up and time.monotonic() - began > IN_VAIN_S and self.shall_stop():
+                raise GivenUp
             if self._sidecar_lives():
                 self._still_waiting()
             try:

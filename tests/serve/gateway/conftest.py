@@ -108,6 +108,7 @@ class ScriptedEngine:
     cancelled: int = 0
     well: bool = True
     about: dict[str, Any] = field(default_factory=dict)  # what its health says
+    card: dict[str, Any] = field(default_factory=dict)  # what the list of models has, beside the name
 
     def app(self) -> Starlette:
         return Starlette(
@@ -120,7 +121,7 @@ class ScriptedEngine:
         )
 
     async def _models(self, _: Request) -> Response:
-        return JSONResponse({"data": [{"id": self.model}]}, 200 if self.well else 500)
+        return JSONResponse({"data": [{"id": self.model} | self.card]}, 200 if self.well else 500)
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse(self.about, 200 if self.well else 500)

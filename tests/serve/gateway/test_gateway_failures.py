@@ -13,6 +13,7 @@ import openai
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from crosschip.serve.gateway.fleet import Ask
 from tests.serve.gateway.conftest import (
     DONE,
     HEAD,
@@ -91,6 +92,36 @@ def test_the_log_tells_each_change_of_a_certificate_once(caplog: pytest.LogCaptu
         engine.about = CERTIFIED
         wait_until(lambda: "engine a is CERTIFIED" in caplog.text, "and so is the change")
         assert caplog.text.count(first) == 1
+
+
+def test_an_engine_that_was_started_anew_is_another_one() -> None:
+    """Its weights may be others under the same version, and it has computed none of the old one's prompts."""
+    engine = ScriptedEngine(about={"crosschip": CERTIFIED["crosschip"] | {"instance": "1"}}, card={"max_model_len": 64})
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url, kind="native"))) as gateway:
+        fleet = gateway.gateway.fleet
+        (state,) = fleet.engines
+        wait_until(lambda: state.card.get("max_model_len") == 64, "the first check")
+        httpx.post(f"{gateway.url}/v1/chat/completions", json=QUESTION)
+        prefixes = Ask.of("m", QUESTION).digests
+        assert fleet._prefixes.longest(prefixes) == "a"
+        engine.card["max_model_len"] = 32
+        engine.about = {"crosschip": CERTIFIED["crosschip"] | {"instance": "2"}}
+        wait_until(lambda: state.card["max_model_len"] == 32, "the next check")
+        assert (state.weights_version, state.instance) == ("1", "2")
+        assert fleet._prefixes.longest(prefixes) is None
+
+
+def test_an_engine_of_another_kind_that_was_down_is_another_one() -> None:
+    engine = ScriptedEngine()
+    with scripted(engine) as [url], running_gateway(settings_of(table("a", url))) as gateway:
+        (state,) = gateway.gateway.fleet.engines
+        wait_until(lambda: state.problem is None, "the first check")
+        before = state.instance
+        engine.well = False
+        wait_until(lambda: state.problem is not None, "it is down")
+        engine.well = True
+        wait_until(lambda: state.problem is None, "it is up")
+        assert state.instance != before
 
 
 @pytest.mark.parametrize("streams", [True, False])

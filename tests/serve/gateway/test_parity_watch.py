@@ -24,7 +24,7 @@ from crosschip.golden.scoring_engine import Prediction
 from crosschip.handoff.handing_off import hand_off
 from crosschip.model import load_model, save_model
 from crosschip.serve.gateway.drift import Bound, DriftWindow, Said, Scored, bound_of, compare
-from crosschip.serve.gateway.fleet import Fleet
+from crosschip.serve.gateway.fleet import Fleet, Weights
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import ParityTable
 from crosschip.serve.gateway.watch import ParityWatch
@@ -203,8 +203,8 @@ def test_an_alarm_ends_with_the_verdict_ok_alone(caplog: pytest.LogCaptureFixtur
     settings = settings_of({"name": "e", "url": "http://e", "model": "m"})
     (engine,) = Fleet(settings, {"e": Status("UNCERTIFIED", "")}, False).engines
 
-    def note(version: str, scored: Scored) -> tuple[str, bool, float | None]:
-        watch._note(engine, version, scored)
+    def note(version: str, scored: Scored, instance: str = "a") -> tuple[str, bool, float | None]:
+        watch._note(engine, Weights(version, instance), scored)
         gauge = metrics.registry.get_sample_value("crosschip_gateway_parity_alarm", {"engine": "e"})
         return watch.describe()["engines"][0]["verdict"], "within the bound again" in caplog.text, gauge
 
@@ -214,6 +214,8 @@ def test_an_alarm_ends_with_the_verdict_ok_alone(caplog: pytest.LogCaptureFixtur
     assert watch.alarms == ["e"]
     assert note("2", scored_of(1e-8, 200)) == ("ok", True, 0)
     assert watch.alarms == []
+    assert note("2", scored_of(1e-8, 60), instance="b") == ("undecided", True, 0), "another process, so other weights"
+    assert watch.describe()["engines"][0]["weights_version"] == "2"
 
 
 def test_an_engine_that_tells_too_little_is_not_scored() -> None:
