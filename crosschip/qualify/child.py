@@ -1,11 +1,11 @@
 """The process in which one task of a qualification runs: `python -m crosschip.qualify.child [SUBJECT [EXAM]]`.
 
-It imports what a task needs, then reads the path of its job from standard input; without one it ends.
+It imports what a task needs, then reads the path of its job from standard input; without one it ends. With
+`--stem DESCRIPTOR` it is a stem, whose children are such processes (`stem`).
 
 Tasks: `identify` finds the chip and says what it is, `check_bundle` holds a golden bundle against the subject's files,
-`trace` records the subject's calls, `exam` examines, `write_end`
-writes what ended a process as a reproducer. What comes out is written to the job's result file; an exam writes
-its journal as it goes.
+`trace` records the subject's calls, `exam` examines, `write_end` writes what ended a process as a reproducer. What
+comes out is written to the job's result file; an exam writes its journal as it goes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Any
 
 from crosschip.errors import ChipError, CrosschipError, QualifyError
 from crosschip.qualify.proctor import EXIT_RAISED
+from crosschip.qualify.programme import EXAMS
+from crosschip.qualify.stem import divide_on_demand
 from crosschip.rundir import read_json, write_json
 
 __all__ = ["main"]
@@ -154,9 +156,14 @@ _TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def _follow_the_parent() -> None:
-    """End when the parent ends, and be the first that the system ends when memory runs out (Linux)."""
+    """End when the parent ends (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_first() -> None:
+    """Be the first that the system ends when memory runs out (Linux)."""
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
@@ -174,9 +181,16 @@ def _prepare(origin: str | None, module: str | None) -> None:
 
 
 def main() -> None:
-    """Wait for a job and run it."""
+    """Wait for a job and run it; a stem's children do so, too."""
+    arguments: list[str] = sys.argv[1:]
     _follow_the_parent()
-    origin, module, *_ = [*sys.argv[1:], None, None]
+    if arguments[:1] == ["--stem"]:
+        for exam in EXAMS:
+            _prepare(None, exam.job_module())
+        arguments = divide_on_demand(int(arguments[1]))
+        _follow_the_parent()
+    _end_first()
+    origin, module, *_ = [*arguments, None, None]
     _prepare(origin, module)
     path = sys.stdin.readline().strip()
     if path:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from crosschip.qualify.environment import examination_environment
 from crosschip.qualify.journal import Journal, JournalReader, JournalState, read_journal
+from crosschip.qualify.stem import ForkedProcess, Stem
 from crosschip.rundir import read_json, write_json
 
 __all__ = ["EXIT_RAISED", "PART_LIMIT_S", "Child", "Ended", "run_child", "start_child"]
@@ -44,13 +45,14 @@ class Ended:
 class Child:
     """A process that has imported what a task needs, or soon will have, and waits for its job."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     log: Path
 
     @property
     def waits(self) -> bool:
-        """Whether it is still there."""
-        return self.process.poll() is None
+        """Whether it is still there and has no job yet."""
+        assert self.process.stdin is not None
+        return not self.process.stdin.closed and self.process.poll() is None
 
     def give(self, job: Path) -> None:
         """Hand over the job's file. A child that has died in the meantime is seen when it is watched."""
@@ -61,21 +63,31 @@ class Child:
 
     def end(self) -> None:
         """End it and all it started; it leads a process group of its own."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
+                self.process.stdin.close()  # what has not yet begun ends without a job
 
 
-def start_child(directory: Path, environment: dict[str, str] | None = None, prepare: Sequence[str] = ()) -> Child:
+def start_child(
+    directory: Path,
+    environment: dict[str, str] | None = None,
+    prepare: Sequence[str] = (),
+    stem: Stem | None = None,
+) -> Child:
     """Start a child that waits for `run_child`. Imports take seconds, which are another task's if it starts early.
 
-    `prepare` is the subject that it loads beforehand and the module of the exam.
+    `prepare` is the subject that it loads beforehand and the module of the exam. A `stem`, whose environment it gets,
+    saves it the rest.
     """
     log_path = directory / f"{1 + sum(1 for _ in directory.glob('*.log')):02d}.log"
     with log_path.open("wb") as log:
+        if stem is not None:
+            with contextlib.suppress(OSError):  # the stem is gone: without it, then
+                return Child(stem.divide(prepare, log), log_path)
         process = subprocess.Popen(
             [sys.executable, "-m", "crosschip.qualify.child", *prepare],
             stdin=subprocess.PIPE,
@@ -113,10 +125,11 @@ def run_child(
         stopped = _watch(child.process, job, deadline_s)
     finally:
         child.end()
-    return _how_it_ended(child.process.returncode, stopped, job, result_path, child.log)
+    code = -signal.SIGKILL if child.process.returncode is None else child.process.returncode
+    return _how_it_ended(code, stopped, job, result_path, child.log)
 
 
-def _watch(child: subprocess.Popen[bytes], job: dict[str, Any], deadline_s: float) -> How | None:
+def _watch(child: subprocess.Popen[bytes] | ForkedProcess, job: dict[str, Any], deadline_s: float) -> How | None:
     """Wait for the child; says why it has to be ended, or None when it ended by itself."""
     started = time.monotonic()
     journal = JournalReader(Path(job["journal"]), job["exam"]) if "journal" in job else None

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import QualifyError
+from crosschip.qualify.children import Children
 from crosschip.qualify.finding import ExamRecord, Finding, Verdict
 from crosschip.qualify.journal import part_of, read_journal
 from crosschip.qualify.losses import drop_unused, loss_finding, names_a_call
-from crosschip.qualify.proctor import Child, Ended, run_child, start_child
+from crosschip.qualify.proctor import Ended
 from crosschip.qualify.programme import TIER_S, Exam, Request
 from crosschip.qualify.report_document import ReportHead, report_document, reproducers_of
 from crosschip.rundir import write_json
@@ -33,7 +34,6 @@ class DefectError(Exception):
 
 
 MISSING = "ChipMissingError"  # what a child calls a chip whose name is right and that is not here
-_ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # for children that work on the CPU: no plug-in is loaded
 _LEAST_BUDGET_S = 6.0  # with a child's start
 _IDENTIFY_LIMIT_S = 120.0
 _START_S = 30.0  # for importing torch, a plug-in and the subject
@@ -57,26 +57,10 @@ class _Qualification:
     records: list[ExamRecord] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
     complete: bool = False
-    ready: dict[bool, Child] = field(default_factory=dict)  # whether without plug-ins; they wait for their jobs
     lost_s: float = 0.0  # on a chip that did not come back before the first exam: no exam is the shorter for it
 
-    def prepare(self, exam: Exam | None, alone: bool = False) -> None:
-        """Start a child for a later task, whose imports go on beside what runs now."""
-        if alone not in self.ready:
-            imports = [self.request.origin, *([exam.job_module()] if exam else [])]
-            self.ready[alone] = start_child(self.directory, _ALONE if alone else None, imports)
-
-    def run(self, job: dict[str, Any], deadline_s: float, alone: bool = False, then: Exam | None = None) -> Ended:
-        """Run a job in a child; without plug-ins if it is to be `alone`. Another gets ready for the exam `then`."""
-        child = self.ready.pop(alone, None)
-        if then is not None:
-            self.prepare(then)
-        return run_child(job, self.directory, deadline_s, _ALONE if alone else None, child)
-
-    def end_children(self) -> None:
-        """End those that still wait."""
-        for child in self.ready.values():
-            child.end()
+    def __post_init__(self) -> None:
+        self.children = Children(self.directory, self.request.origin, self.request.chip)
 
     @property
     def remaining_s(self) -> float:
@@ -105,7 +89,7 @@ def qualify(request: Request, tell: Callable[[str], None] = lambda line: None) -
             _examine_all(going)
             going.complete = True
         finally:
-            going.end_children()
+            going.children.close()
             if going.records:
                 write_json(request.report, _document(going))
         if going.defects:
@@ -128,7 +112,7 @@ def record_trace_document(request: Request, tell: Callable[[str], None] = lambda
             _trace(going)
             return going.trace
         finally:
-            going.end_children()
+            going.children.close()
 
 
 def _examine_all(going: _Qualification) -> None:
@@ -138,7 +122,7 @@ def _examine_all(going: _Qualification) -> None:
         _report_unusable_chip(going, ended)
         return
     programme = going.request.programme
-    going.prepare(programme[0][0])
+    going.children.prepare(programme[0][0])
     _trace(going)
     # From here on the report is of this qualification, however it ends; one of an earlier one is no longer there.
     write_json(going.request.report, _document(going))
@@ -160,7 +144,7 @@ def _check_bundle(going: _Qualification) -> None:
         return
     going.tell(f"holding {request.golden} against the weights of {request.origin}")
     job = {"task": "check_bundle", "origin": request.origin, "golden": str(request.golden)}
-    ended = going.run(job, _BUNDLE_LIMIT_S, alone=True)
+    ended = going.children.run(job, _BUNDLE_LIMIT_S, alone=True)
     if ended.how == "refused":
         raise QualifyError(ended.result["refused"]["problem"], ended.result["refused"]["remedy"])
     if ended.how == "complete":
@@ -174,20 +158,21 @@ def _identify_job(request: Request, chip: str, computes: bool = True) -> dict[st
 
 def _identify_cpu(going: _Qualification) -> Ended:
     """The same for the CPU, as a control."""
-    return going.run(_identify_job(going.request, "cpu"), _IDENTIFY_LIMIT_S, alone=True)
+    return going.children.run(_identify_job(going.request, "cpu"), _IDENTIFY_LIMIT_S, alone=True)
 
 
 def _identify(going: _Qualification) -> Ended:
     request = going.request
     going.tell(f"finding the chip {request.chip}")
-    going.prepare(None, alone=True)
+    going.children.prepare(None, alone=True)
     began = time.monotonic()
-    ended = going.run(_identify_job(request, request.chip), min(_IDENTIFY_LIMIT_S, _START_S + request.part_limit_s))
+    limit_s = min(_IDENTIFY_LIMIT_S, _START_S + request.part_limit_s)
+    ended = going.children.run(_identify_job(request, request.chip), limit_s)
     if ended.how not in ("complete", "refused"):
         going.lost_s = time.monotonic() - began
         # A first product can take the process down, or never come back; which operator that is, the exams say.
         going.tell("finding it without computing anything on it")
-        unmeasured = going.run(_identify_job(request, request.chip, computes=False), _IDENTIFY_LIMIT_S)
+        unmeasured = going.children.run(_identify_job(request, request.chip, computes=False), _IDENTIFY_LIMIT_S)
         ended = unmeasured if unmeasured.how == "complete" else ended
     refused = ended.result.get("refused")
     if refused is not None and refused["type"] not in ("ChipError", MISSING):
@@ -223,7 +208,7 @@ def _record(going: _Qualification, dtype: str) -> Ended:
     request = going.request
     going.tell(f"recording {request.role} step of {going.identity['subject']} in {dtype}")
     job = {"task": "trace", "origin": request.origin, "role": request.role, "compute_dtype": dtype}
-    return going.run(job, _TRACE_LIMIT_S, alone=True)
+    return going.children.run(job, _TRACE_LIMIT_S, alone=True)
 
 
 def _remedy(ended: Ended) -> str:
@@ -293,7 +278,7 @@ def _try_exam(
     for _ in range(_TRIES):
         left_s = max(_LEAST_BUDGET_S, budget_s - (time.monotonic() - began))
         job = _exam_job(going, exam, journal, left_s, died_in)
-        ended = going.run(job, 2 * left_s + going.request.part_limit_s, then=then)
+        ended = going.children.run(job, 2 * left_s + going.request.part_limit_s, then=then)
         if ended.how == "complete":
             break
         ours = _fails_on_cpu(going, exam, job, ended)
@@ -353,7 +338,7 @@ def _reproducer_of_the_end(going: _Qualification, exam: Exam, journal: Path, end
         "trace": str(going.directory / "trace.json"),
         "directory": str(reproducers_of(going.request.report)),
     }
-    written = going.run(job, _IDENTIFY_LIMIT_S, alone=True)
+    written = going.children.run(job, _IDENTIFY_LIMIT_S, alone=True)
     return written.result.get("reproducer")
 
 
@@ -365,7 +350,7 @@ def _fails_on_cpu(going: _Qualification, exam: Exam, job: dict[str, Any], ended:
     journal.unlink(missing_ok=True)
     control = _exam_job(going, exam, journal, job["budget_s"], set(), chip="cpu")
     control |= {"skip": job["skip"], "only": ended.now, "reproducers": str(going.directory / "control")}
-    again = going.run(control, 2 * job["budget_s"] + going.request.part_limit_s)
+    again = going.children.run(control, 2 * job["budget_s"] + going.request.part_limit_s)
     if again.how in ("complete", "budget"):
         return None
     return again.result.get("raised", {}).get("traceback") or f"{again.how}: {again.detail}"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crosschip.qualify.environment import examination_environment
 from crosschip.qualify.journal import Journal, JournalReader, read_journal
 from crosschip.qualify.proctor import Ended, run_child, start_child
+from crosschip.qualify.stem import Stem
 from crosschip.qualify.tracing.trace import Trace
 from crosschip.rundir import write_json
 from tests.qualify.dying_exams import WAYS
@@ -43,12 +47,24 @@ def job(directory: Path, way: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def run(directory: Path, way: str, deadline_s: float = 60.0, **changes: Any) -> Ended:
-    return run_child(job(directory, way, **changes), directory, deadline_s)
+def run(directory: Path, way: str, deadline_s: float = 60.0, stem: Stem | None = None, **changes: Any) -> Ended:
+    child = None if stem is None else start_child(directory, stem=stem)
+    return run_child(job(directory, way, **changes), directory, deadline_s, child=child)
 
 
-def test_a_child_that_ends_well_is_complete(tmp_path: Path) -> None:
-    assert run(tmp_path, "complete").how == "complete"
+@pytest.fixture(scope="module")
+def one_stem() -> Iterator[Stem]:
+    with contextlib.closing(Stem(examination_environment(os.environ))) as stem:
+        yield stem
+
+
+@pytest.fixture(params=["started anew", "of a stem"])
+def stem(request: pytest.FixtureRequest, one_stem: Stem) -> Stem | None:
+    return one_stem if request.param == "of a stem" else None
+
+
+def test_a_child_that_ends_well_is_complete(tmp_path: Path, stem: Stem | None) -> None:
+    assert run(tmp_path, "complete", stem=stem).how == "complete"
     state = read_journal(tmp_path / "journal.jsonl", "dying")
     assert state.done == {"first", "second", "third"}
     assert state.record.num_checks == {"good": 2}
@@ -66,9 +82,9 @@ def test_a_child_that_ends_well_is_complete(tmp_path: Path) -> None:
     ],
 )
 def test_a_child_that_dies_names_the_part_and_keeps_what_it_found(
-    tmp_path: Path, way: str, how: str, words: str
+    tmp_path: Path, way: str, how: str, words: str, stem: Stem | None
 ) -> None:
-    ended = run(tmp_path, way, part_limit_s=3.0 if how == "hang" else 60.0)  # a busy machine is no hang
+    ended = run(tmp_path, way, stem=stem, part_limit_s=3.0 if how == "hang" else 60.0)  # a busy machine is no hang
     assert (ended.how, ended.now) == (how, "second")
     assert words in ended.detail
     record = read_journal(tmp_path / "journal.jsonl", "dying").record
@@ -82,8 +98,8 @@ def test_a_second_try_leaves_out_what_is_done_and_what_it_died_in(tmp_path: Path
     assert read_journal(tmp_path / "journal.jsonl", "dying").record.num_checks == {"good": 2}
 
 
-def test_a_child_may_wait_for_its_job(tmp_path: Path) -> None:
-    waiting = start_child(tmp_path)
+def test_a_child_may_wait_for_its_job(tmp_path: Path, stem: Stem | None) -> None:
+    waiting = start_child(tmp_path, prepare=[TINY, "tests.qualify.dying_exams"], stem=stem)
     ended = run_child(job(tmp_path, "complete"), tmp_path, 60.0, child=waiting)
     assert (ended.how, waiting.process.returncode) == ("complete", 0)
 
@@ -111,14 +127,14 @@ def _environment_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
-def test_a_child_that_died_waiting_is_replaced(tmp_path: Path) -> None:
-    waiting = start_child(tmp_path)
+def test_a_child_that_died_waiting_is_replaced(tmp_path: Path, stem: Stem | None) -> None:
+    waiting = start_child(tmp_path, stem=stem)
     waiting.end()
     assert run_child(job(tmp_path, "complete"), tmp_path, 60.0, child=waiting).how == "complete"
 
 
-def test_a_waiting_child_without_a_job_ends(tmp_path: Path) -> None:
-    waiting = start_child(tmp_path)
+def test_a_waiting_child_without_a_job_ends(tmp_path: Path, stem: Stem | None) -> None:
+    waiting = start_child(tmp_path, stem=stem)
     assert waiting.process.stdin is not None
     waiting.process.stdin.close()
     assert waiting.process.wait(60) == 0
@@ -130,10 +146,41 @@ def test_the_deadline_ends_a_child_whose_parts_seem_to_live(tmp_path: Path) -> N
     assert ended.how == "budget"
 
 
-def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+def test_children_of_a_stem_are_processes_of_their_own(tmp_path: Path, one_stem: Stem) -> None:
+    children = [start_child(tmp_path, stem=one_stem) for _ in range(2)]
+    deadline = time.monotonic() + 60
+    while any(child.process.poll() is None and child.process.pid is None for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        pids = [child.process.pid for child in children]
+        assert None not in pids
+        assert len(set(pids)) == 2
+        assert [os.getsid(pid or 0) for pid in pids] == pids
+        assert all(len(os.listdir(f"/proc/{pid}/task")) == 1 for pid in pids)
+        assert [child.log.name for child in children] == ["01.log", "02.log"]
+        os.kill(pids[1] or 0, signal.SIGSEGV)
+        assert children[1].process.wait(60) == -signal.SIGSEGV
+        assert children[0].waits
+    finally:
+        for child in children:
+            child.end()
+
+
+def test_without_its_stem_a_child_is_started_anew(tmp_path: Path) -> None:
+    stem = Stem(examination_environment(os.environ))
+    waiting = start_child(tmp_path, stem=stem)
+    stem.close()
+    assert run_child(job(tmp_path, "complete"), tmp_path, 60.0, child=waiting).how == "complete"
+    assert isinstance(start_child(tmp_path, stem=stem).process, subprocess.Popen)
+
+
+@pytest.mark.parametrize("made", ["None", "start_child(Path(sys.argv[2]), stem=Stem(os.environ))"])
+def test_a_child_ends_with_its_parent(tmp_path: Path, made: str) -> None:
     script = (
-        "import json, sys; from pathlib import Path; from crosschip.qualify.proctor import run_child\n"
-        "run_child(json.loads(sys.argv[1]), Path(sys.argv[2]), 600.0)"
+        "import json, os, sys; from pathlib import Path; from crosschip.qualify.stem import Stem\n"
+        "from crosschip.qualify.proctor import run_child, start_child\n"
+        f"run_child(json.loads(sys.argv[1]), Path(sys.argv[2]), 600.0, child={made})"
     )
     hanging = json.dumps(job(tmp_path, "hang", part_limit_s=600.0))
     parent = subprocess.Popen([sys.executable, "-c", script, hanging, str(tmp_path)], cwd=Path.cwd())
@@ -142,7 +189,8 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     while read_journal(journal, "dying").now != "second":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    children = _children(str(parent.pid))
+    children += [grandchild for child in children for grandchild in _children(child)]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     while any(Path(f"/proc/{child}").exists() for child in children):
@@ -188,3 +236,7 @@ def test_a_journal_whose_lines_come_in_pieces_is_read_whole(tmp_path: Path) -> N
     while writer.poll() is None:
         reader.read()
     assert reader.read().record.num_checks == {"a" * 30_000: 1000}
+
+
+def _children(pid: str) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -115,7 +115,7 @@ def test_a_subject_that_cannot_run_in_the_chip_s_own_dtype_is_examined_in_float3
     try:
         qualification._trace(going)
     finally:
-        going.end_children()
+        going.children.close()
     assert going.identity["compute_dtype"] == going.trace["compute_dtype"] == "float32"
     assert "in bfloat16, in which the chip is fast, the subject's step fails" in going.trace["notes"][-1]
     going.identity |= {"compute_dtype": "bfloat16", "dtype_is_open": False}
@@ -168,7 +168,9 @@ def test_an_exam_is_not_tried_again_long_after_the_time_was_up(
     going = qualification._Qualification(request(tmp_path, "sim"), tmp_path, print, time.monotonic() - spent_s)
     going.identity = {"chip": "sim"}
     jobs: list[Any] = []
-    monkeypatch.setattr(going, "run", lambda job, *_, **__: jobs.append(job) or Ended("hang", "", f"part {len(jobs)}"))
+    monkeypatch.setattr(
+        going.children, "run", lambda job, *_, **__: jobs.append(job) or Ended("hang", "", f"part {len(jobs)}")
+    )
     monkeypatch.setattr(qualification, "_fails_on_cpu", lambda *_: None)
     losses: list[Any] = []
     how = qualification._try_exam(going, SOFTWARE[0], tmp_path / "journal.jsonl", 5.0, losses, None)
