@@ -44,6 +44,7 @@ _UNIT_POWER = re.compile(
     rf"({_LATEX_WORDS.pattern}|\d(?:{_UNIT_AT_ONCE}|\s+{_UNIT_WORD}(?<=[^\W\d_]{{2}})))\^\{{?[23]\}}?(?!\d)"
 )
 _NAMED = re.compile(r"\A[^=<>≤≥≠]*(?:(?<!!)=|\\approx(?![a-zA-Z])|≈)")  # x = 5, 10 - 3 = 7
+_BRACKETED = re.compile(r"\A(?:\(([^(),]*)\)|\{([^{},]*)\})\Z")  # (72), {72}; (3,4) and (1,234) are points
 _LATEX_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\],;:! ]")
 _LONE_BRACES = re.compile(r"\{([^\W_]+)\}")  # x^{2} is x^2
 _LONE_WORD = re.compile(r"(?<!\S)\(([^\W_]+)\)(?!\S)")  # (B) is B
@@ -152,7 +153,8 @@ def _last_number(text: str) -> Fraction | None:
 
 def _whole_number(text: str) -> Fraction | None:
     """The number that `text` is as a whole, a unit behind it or not; None when it is anything else."""
-    text = re.sub(r"\A(?:(-)|\+)\s*", r"\1", " ".join(_plain(text).split()).strip(_SET_IN))
+    text = _BRACKETED.sub(r"\1\2", " ".join(_plain(text).split()).strip(_SET_IN)).strip()
+    text = re.sub(r"\A(?:(-)|\+)\s*", r"\1", text)
     match = _NUMBER.match(text)
     return _number_of(match) if match and _UNIT.fullmatch(text, match.end()) else None
 
