@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 _POLL_S = 0.2
+_LAST_SAVE_S = 600.0  # of groups that end because others have; those that cannot are killed
 
 GO_ON_WITH = "CROSSCHIP_GO_ON_WITH"  # the environment's name for the command that goes on with an interrupted training
 
@@ -188,6 +190,7 @@ class _Groups:
         self._given_up: set[int] = set()
         self._processes = [self._start(number, command.resume) for number in numbers]
         self._told: set[int] = set()
+        self._sent_home: set[int] = set()
 
     def _train_directory(self, number: int) -> Path:
         return group_directory(self._command.run.path, number) / "train"
@@ -211,7 +214,7 @@ class _Groups:
         )
 
     def run(self, interruption: Interruption) -> None:
-        """Watch until every group has ended, or too few are left to go on."""
+        """Watch until every group has ended, or too few are left to go on; those save before they end."""
         while True:
             if interruption.received is None:
                 self._tell_of_the_lost(interruption)
@@ -219,9 +222,23 @@ class _Groups:
             if not running:
                 return
             if len(running) < self._settings.min_groups and self._failed(interruption):
+                self._send_home(running, interruption)
                 return
             self._keep_alight()
             self._hand_on(interruption, running)
+            time.sleep(_POLL_S)
+
+    def _send_home(self, running: Sequence[subprocess.Popen[bytes]], interruption: Interruption) -> None:
+        """Have groups that are too few to go on save what they have, and wait for that."""
+        deadline = time.monotonic() + _LAST_SAVE_S
+        for process in running:
+            self._sent_home.add(process.pid)
+            if process.pid not in self._told:
+                self._told.add(process.pid)
+                process.send_signal(signal.SIGTERM)
+        while any(process.poll() is None for process in running):
+            if interruption.is_urgent or time.monotonic() > deadline:
+                return
             time.sleep(_POLL_S)
 
     def _tell_of_the_lost(self, interruption: Interruption) -> None:
@@ -283,7 +300,10 @@ class _Groups:
         """0 when every group has finished; else the signal's where all ended as it asked for, or were killed by the
         second one; else the first failed group's, which is named.
         """
-        codes = [process.returncode for process in self._processes]
+        codes = [
+            0 if process.pid in self._sent_home and process.returncode in INTERRUPTED else process.returncode
+            for process in self._processes
+        ]
         if interruption.received is not None and any(codes):
             in_order = (0, *INTERRUPTED, -interruption.received)
             if interruption.is_urgent or all(code in in_order for code in codes):

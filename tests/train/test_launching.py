@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,12 +285,34 @@ def test_a_group_that_could_not_save_after_a_signal_decides_about_the_exit_code(
     codes: list[int], is_urgent: bool, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     groups = object.__new__(_Groups)
-    groups.__dict__["_processes"] = [SimpleNamespace(returncode=each) for each in codes]
-    groups.__dict__["_command"] = SimpleNamespace(run=SimpleNamespace(path=tmp_path))
+    groups.__dict__["_processes"] = [SimpleNamespace(pid=pid, returncode=each) for pid, each in enumerate(codes)]
+    groups.__dict__ |= {"_command": SimpleNamespace(run=SimpleNamespace(path=tmp_path)), "_sent_home": set()}
     interruption = Interruption()
     interruption.received, interruption.is_urgent = signal.SIGTERM, is_urgent
     assert groups.exit_code(interruption) == code
     assert ("group 1 ended with exit code" in capsys.readouterr().err) is (code not in (143,))
+
+
+def test_groups_that_are_too_few_save_before_they_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    saves = f"trap 'sleep 1; touch {saved}; exit 143' TERM; touch {ready}; while :; do sleep 0.05; done"
+    groups = object.__new__(_Groups)
+    groups.__dict__ |= {
+        "_command": SimpleNamespace(run=SimpleNamespace(path=tmp_path)),
+        "_settings": SimpleNamespace(min_groups=2),
+        "_processes": [subprocess.Popen(["sh", "-c", saves]), subprocess.Popen(["sh", "-c", "exit 1"])],
+        "_told": set(),
+        "_sent_home": set(),
+        "_tell_of_the_lost": lambda interruption: None,
+        "_keep_alight": lambda: None,
+    }
+    while not ready.exists():
+        time.sleep(0.05)
+    interruption = Interruption()
+    groups.run(interruption)
+    assert saved.exists()
+    assert groups.exit_code(interruption) == 1
+    assert "group 1 ended with exit code 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
