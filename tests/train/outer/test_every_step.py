@@ -87,7 +87,7 @@ class Heard:
         self.memory = SimpleNamespace(exchange=torch.zeros(4))
         self.stands_at: list[int] = []
 
-    def call(self, command: Join | Average, kind: type) -> Joined | Averaged:
+    def call(self, command: Join | Average, kind: type, may_give_up: bool = False) -> Joined | Averaged:
         if isinstance(command, Average):
             return Averaged(True, command.num_tokens, command.numbers, 0, 0.0)
         self.stands_at.append(command.step)
