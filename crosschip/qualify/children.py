@@ -40,13 +40,18 @@ class Children:
         child = self._ready.pop(alone, None) or self._start([], alone)
         if then is not None:
             self.prepare(then)
-        return run_child(job, self._directory, deadline_s, _ALONE if alone else None, child)
+        return run_child(job, self._directory, deadline_s, self._environment(alone), child)
+
+    def _environment(self, alone: bool) -> dict[str, str] | None:
+        return _ALONE if alone or not self._needs_plugin else None
 
     def _start(self, prepare: list[str], alone: bool) -> Child:
-        may_divide = can_divide() and (alone or not self._needs_plugin)
-        if may_divide and self._stem is None:
-            self._stem = Stem(examination_environment({**_ONE_THREAD, **os.environ, **_ALONE}))
-        return start_child(self._directory, _ALONE if alone else None, prepare, self._stem if may_divide else None)
+        environment = self._environment(alone)
+        if environment is None or not can_divide():
+            return start_child(self._directory, environment, prepare)
+        if self._stem is None:
+            self._stem = Stem(examination_environment({**_ONE_THREAD, **os.environ, **environment}))
+        return start_child(self._directory, environment, prepare, self._stem)
 
     def close(self) -> None:
         """End those that still wait, and the stem."""

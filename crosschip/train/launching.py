@@ -231,11 +231,8 @@ class _Groups:
     def _send_home(self, running: Sequence[subprocess.Popen[bytes]], interruption: Interruption) -> None:
         """Have groups that are too few to go on save what they have, and wait for that."""
         deadline = time.monotonic() + _LAST_SAVE_S
-        for process in running:
-            self._sent_home.add(process.pid)
-            if process.pid not in self._told:
-                self._told.add(process.pid)
-                process.send_signal(signal.SIGTERM)
+        self._sent_home |= {process.pid for process in running}
+        self._tell_to_end(running, signal.SIGTERM)
         while any(process.poll() is None for process in running):
             if interruption.is_urgent or time.monotonic() > deadline:
                 return
@@ -282,12 +279,18 @@ class _Groups:
         """Give a signal to every group: the first for an orderly end, the second at once."""
         if interruption.received is None:
             return
+        if not interruption.is_urgent:
+            self._tell_to_end(running, interruption.received)
+            return
         for process in running:
-            if interruption.is_urgent:
-                process.kill()
-            elif process.pid not in self._told:
+            process.kill()
+
+    def _tell_to_end(self, running: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+        """Send a signal to those that have had none: a second one would end them at once."""
+        for process in running:
+            if process.pid not in self._told:
                 self._told.add(process.pid)
-                process.send_signal(interruption.received)
+                process.send_signal(number)
 
     def close(self) -> None:
         """End what is left."""

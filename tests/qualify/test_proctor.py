@@ -22,6 +22,7 @@ from crosschip.qualify.stem import Stem
 from crosschip.qualify.tracing.trace import Trace
 from crosschip.rundir import write_json
 from tests.qualify.dying_exams import WAYS
+from tests.train.launched import children
 
 TINY = "tests.qualify.tiny:subject"
 
@@ -147,23 +148,23 @@ def test_the_deadline_ends_a_child_whose_parts_seem_to_live(tmp_path: Path) -> N
 
 
 def test_children_of_a_stem_are_processes_of_their_own(tmp_path: Path, one_stem: Stem) -> None:
-    children = [start_child(tmp_path, stem=one_stem) for _ in range(2)]
+    begun = [start_child(tmp_path, stem=one_stem) for _ in range(2)]
     deadline = time.monotonic() + 60
-    while any(child.process.poll() is None and child.process.pid is None for child in children):
+    while any(child.process.poll() is None and child.process.pid is None for child in begun):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     try:
-        pids = [child.process.pid for child in children]
+        pids = [child.process.pid for child in begun]
         assert None not in pids
         assert len(set(pids)) == 2
         assert [os.getsid(pid or 0) for pid in pids] == pids
         assert all(len(os.listdir(f"/proc/{pid}/task")) == 1 for pid in pids)
-        assert [child.log.name for child in children] == ["01.log", "02.log"]
+        assert [child.log.name for child in begun] == ["01.log", "02.log"]
         os.kill(pids[1] or 0, signal.SIGSEGV)
-        assert children[1].process.wait(60) == -signal.SIGSEGV
-        assert children[0].waits
+        assert begun[1].process.wait(60) == -signal.SIGSEGV
+        assert begun[0].waits
     finally:
-        for child in children:
+        for child in begun:
             child.end()
 
 
@@ -189,11 +190,11 @@ def test_a_child_ends_with_its_parent(tmp_path: Path, made: str) -> None:
     while read_journal(journal, "dying").now != "second":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    children = _children(str(parent.pid))
-    children += [grandchild for child in children for grandchild in _children(child)]
+    descendants = children(parent.pid)
+    descendants += [grandchild for child in descendants for grandchild in children(child)]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    while any(Path(f"/proc/{child}").exists() for child in children):
+    while any(Path(f"/proc/{child}").exists() for child in descendants):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert children
@@ -236,7 +237,3 @@ def test_a_journal_whose_lines_come_in_pieces_is_read_whole(tmp_path: Path) -> N
     while writer.poll() is None:
         reader.read()
     assert reader.read().record.num_checks == {"a" * 30_000: 1000}
-
-
-def _children(pid: str) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

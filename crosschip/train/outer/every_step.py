@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crosschip.train.outer.agreement import begun_anew, standing
-from crosschip.train.outer.errors import GivenUp, SidecarLost, StepNotCommitted
+from crosschip.train.outer.errors import SidecarLost, StepNotCommitted
 from crosschip.train.outer.groups import GroupEvent, GroupSums, Traffic, change_of_place
-from crosschip.train.outer.handle import IN_VAIN_S, SidecarHandle, TrainingTensors, read_donation
+from crosschip.train.outer.handle import SidecarHandle, TrainingTensors, read_donation
 from crosschip.train.outer.memory import checksum_of
 from crosschip.train.outer.messages import Average, Averaged, Join, Joined, View
 from crosschip.train.outer.outer_files import newest_outer_step
@@ -52,15 +52,14 @@ class EveryStep:
     def before_step(self) -> Place:
         """Meet the other groups, and be healed by them when behind; the first time, wait for all that are planned."""
         began = time.monotonic()
+        deadline = began + self.handle.config.limits.meeting_s
         while True:
-            waited_s = time.monotonic() - began
-            is_ready = self._place is not None or waited_s > self.handle.config.limits.meeting_s
+            is_ready = self._place is not None or time.monotonic() > deadline
             joined = self._join(is_ready)
             if joined.may_begin:
                 self._take_place(joined.view)
                 return self.place
-            if waited_s > IN_VAIN_S and self.handle.shall_stop():
-                raise GivenUp
+            self.handle.give_up_in_vain(began)
             if not is_ready:
                 time.sleep(_MEET_AGAIN_S)
 

@@ -31,14 +31,14 @@ from crosschip.train.outer.messages import (
     TensorEntry,
 )
 
-__all__ = ["IN_VAIN_S", "SidecarHandle", "TrainingTensors", "read_donation"]
+__all__ = ["SidecarHandle", "TrainingTensors", "read_donation"]
 
 Answer = TypeVar("Answer", bound=Reply)
 TrainingTensors = Callable[[], tuple[dict[str, torch.Tensor], dict[str, int]]]
 
 _LISTEN_S = 0.2
 _CLOSE_S = 5.0
-IN_VAIN_S = 5.0  # others that were told to stop as well have ended by then, or are about to take the same step
+_IN_VAIN_S = 5.0  # others that were told to stop as well have ended by then, or are about to take the same step
 _BEGIN_S = 60.0  # until a sidecar's first sign of life: it imports torch on a host that may be busy
 _ALIGNMENT = 64
 
@@ -135,6 +135,15 @@ class SidecarHandle:
         self.send(command)
         return self._receive(kind, may_give_up)
 
+    def give_up_in_vain(self, began: float) -> None:
+        """To be called while something is waited for since `began`, by the monotonic clock.
+
+        Raises:
+            GivenUp: `shall_stop` says so, and it has been waited for in vain.
+        """
+        if time.monotonic() - began > _IN_VAIN_S and self.shall_stop():
+            raise GivenUp
+
     def serve(self) -> None:
         """Answer the sidecar's question if it has one; returns at once."""
         self.beat()
@@ -168,8 +177,8 @@ class SidecarHandle:
         began = time.monotonic()
         while True:
             self.beat()
-            if may_give_up and time.monotonic() - began > IN_VAIN_S and self.shall_stop():
-                raise GivenUp
+            if may_give_up:
+                self.give_up_in_vain(began)
             if self._sidecar_lives():
                 self._still_waiting()
             try:
