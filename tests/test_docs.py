@@ -11,7 +11,7 @@ import pytest
 from pydantic_core import PydanticUndefined
 
 from crosschip import recipe
-from crosschip.recipe import parse_recipe
+from crosschip.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 HEADINGS = {
@@ -97,3 +97,19 @@ def test_verbs_of_the_readme_are_those_of_the_command_line() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     written = set(re.findall(r"^\| `(\w+)` \|.*\| (?:yes|not yet) \|$", readme, flags=re.MULTILINE))
     assert written == set(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_overrides_that_a_document_gives_to_a_shipped_recipe_fit_it(document: Path) -> None:
+    for line in document.read_text(encoding="utf-8").splitlines():
+        named = re.search(r"crosschip \w+ (recipes/[\w.-]+\.toml)", line)
+        if named:
+            load_recipe(ROOT / named.group(1), re.findall(r"--set ([\w.]+=[^\s`)]+)", line))
+
+
+def test_documents_give_overrides() -> None:
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert len(re.findall(r"crosschip \w+ recipes/\S+ --set ", text)) > 2

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosschip.errors import RecipeError
-from crosschip.recipe import load_recipe, parse_recipe
+from crosschip.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = 'name = "small"\n[data]\nsource = "arithmetic"\n[train]\nsteps = 100\n'
@@ -25,7 +25,7 @@ def smallest(tmp_path: Path) -> Path:
     return path
 
 
-def load_text(tmp_path: Path, text: str, *overrides: str) -> object:
+def load_text(tmp_path: Path, text: str, *overrides: str) -> Recipe:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     return load_recipe(path, list(overrides))
@@ -124,6 +124,18 @@ def test_groups_do_not_train_adapters(smallest: Path) -> None:
     load_recipe(smallest, ["train.lora_rank=4"])
     with pytest.raises(RecipeError, match=r"train\.lora_rank=4 cannot be trained by groups\.num_groups=2.*leave out"):
         load_recipe(smallest, ["train.lora_rank=4", "groups.num_groups=2"])
+
+
+def test_groups_train_up_to_where_engines_answer_and_group_0_what_follows(tmp_path: Path) -> None:
+    stages = "[sft]\nsteps = 100\n[rl]\nsteps = 100\nprompts = 5\nsamples = 3\n[[then]]\nname = 'last'\nkind = 'sft'\nsteps = 100\n"
+    recipe = load_text(tmp_path, SMALLEST + stages, "groups.num_groups=2")
+    found = {name: recipe.groups_in(name).num_groups for name, _ in recipe.order}
+    assert found == {"pretrain": 2, "sft": 2, "rl": 1, "last": 1}
+    with pytest.raises(RecipeError, match=r"sft\.batch_size=7 is not a multiple of groups\.num_groups=2"):
+        load_text(tmp_path, SMALLEST + stages, "groups.num_groups=2", "sft.batch_size=7")
+    only = SMALLEST.replace("[train]", "[rl]")
+    with pytest.raises(RecipeError, match=r"groups\.num_groups=2 and the first stage is rl, which one group trains"):
+        load_text(tmp_path, only, "groups.num_groups=2")
 
 
 def test_several_faults_are_told_at_once(smallest: Path) -> None:

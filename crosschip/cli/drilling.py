@@ -87,6 +87,8 @@ def drill(
     print_drill(report)
     write_json(path, {"recipe": recipe.name, "settings": settings, **report})
     print(f"\nreport: {path}")
+    if report["interrupted"]:
+        raise KeyboardInterrupt
     if report["ended_early"]:
         print(_early_end(report, directory), file=sys.stderr)
     raise typer.Exit(_exit_code(report, names == []))

@@ -64,6 +64,13 @@ class Recipe(Settings):
         named = [(name, settings) for name, settings in first if settings is not None]
         return [*named, *((settings.name, settings) for settings in self.then)]
 
+    def groups_in(self, name: str) -> GroupSettings:
+        """Who trains the stage `name`: all replica groups, and group 0 alone from where engines answer problems on."""
+        names = [each for each, _ in self.order]
+        alone_from = next((each for each, one in self.order if isinstance(one, RlSettings | FurtherDistilling)), None)
+        is_alone = alone_from is not None and names.index(name) >= names.index(alone_from)
+        return GroupSettings() if is_alone else self.groups
+
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         stages = self.stages
@@ -75,8 +82,14 @@ class Recipe(Settings):
         if isinstance(self.order[0][1], FurtherDistilling):
             raise ValueError(f"{names[0]} has no model to distil: there is no stage before it")
         self._check_distilled(names)
+        num_groups = self.groups.num_groups
+        if num_groups > 1 and self.groups_in(stages[0][0]).num_groups == 1:
+            raise ValueError(
+                f"groups.num_groups={num_groups} and the first stage is {stages[0][0]}, which one group trains alone; "
+                "reinforcement learning takes ranks (--nproc) and any number of engines"
+            )
         for name, stage in stages:
-            self._check_stage("train" if name == "pretrain" else name, stage)
+            self._check_stage("train" if name == "pretrain" else name, stage, self.groups_in(name).num_groups)
         return self
 
     def _check_distilled(self, names: list[str]) -> None:
@@ -90,13 +103,12 @@ class Recipe(Settings):
                 if settings.data is not None:
                     raise ValueError(f"{settings.name} has both distilled and data; remove one of the two")
 
-    def _check_stage(self, name: str, stage: StageSettings) -> None:
+    def _check_stage(self, name: str, stage: StageSettings, num_groups: int) -> None:
         if stage.seq_len > self.model.max_position_embeddings:
             raise ValueError(
                 f"{name}.seq_len={stage.seq_len} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; raise it"
             )
-        num_groups = self.groups.num_groups
         if stage.batch_size % num_groups:
             raise ValueError(
                 f"{name}.batch_size={stage.batch_size} is not a multiple of groups.num_groups="
@@ -106,11 +118,6 @@ class Recipe(Settings):
             raise ValueError(
                 f"{name}.lora_rank={stage.lora_rank} cannot be trained by groups.num_groups={num_groups}: groups "
                 f"exchange whole weights, not adapters; leave out {name}.lora_rank, or set groups.num_groups=1"
-            )
-        if isinstance(stage, RlSettings) and num_groups > 1:
-            raise ValueError(
-                f"{name} cannot be trained by groups.num_groups={num_groups}; reinforcement learning takes ranks "
-                "(--nproc) and any number of engines"
             )
 
 

@@ -36,7 +36,7 @@ __all__ = [
     "join_groups",
 ]
 
-_REPORTED = 5  # numbers in which a group reports
+_REPORTED = 6  # numbers in which a group reports
 
 _EXPECTED_SHARE = 0.3  # of the rate of matrix products that a whole step reaches, for a first idea of its time
 
@@ -62,7 +62,7 @@ def join_groups(
         GroupsError: the groups do not fit together, or nobody answers.
         RecipeError: `[links]` makes no sense.
     """
-    planned = recipe.groups
+    planned = recipe.groups_in(directory.name)
     if group is None or planned.num_groups == 1:
         return AloneGroup()
     from crosschip.train.outer.opening import open_groups
@@ -111,12 +111,13 @@ def group_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What a group tells the others in each step: seconds of computing, seconds of all since the exchange before, the
-    checksum of the weights it has computed with, and a number for what must be the same for equal weights to stay
-    equal: chip, software, threads.
+    """What a group tells the others in each step: seconds of computing and those of them without a core, seconds of all
+    since the exchange before, the checksum of the weights it has computed with, and a number for what must be the same
+    for equal weights to stay equal: chip, software, threads.
     """
 
     compute_s: float
+    waited_s: float
     busy_s: float
     checksum: int
     arithmetic: int
@@ -131,6 +132,10 @@ class GroupReports:
     def compute_s(self) -> dict[str, float]:
         """Seconds of computing."""
         return {name: report.compute_s for name, report in self.reports.items()}
+
+    def waited_s(self) -> dict[str, float]:
+        """Seconds of these in which a group waited for a core."""
+        return {name: report.waited_s for name, report in self.reports.items()}
 
     def busy_s(self) -> dict[str, float]:
         """Seconds since the exchange before."""
@@ -159,14 +164,14 @@ def average_step(groups: Groups, sums: StepSums, group: int, own: GroupReport) -
     told = [0.0] * (
         _REPORTED * groups.place.num_groups
     )  # each group fills its own places, and the sum is a list of all
-    mine = [1.0, own.compute_s, own.busy_s, float(own.checksum), float(own.arithmetic)]
+    mine = [1.0, own.compute_s, own.waited_s, own.busy_s, float(own.checksum), float(own.arithmetic)]
     told[_REPORTED * group : _REPORTED * (group + 1)] = mine
     done = groups.average_gradients(sums.num_trained_tokens, (*numbers, *told))
     found = done.numbers[len(numbers) :]
     reports = {}
     for number in range(groups.place.num_groups):
-        is_there, compute_s, busy_s, checksum, arithmetic = found[_REPORTED * number : _REPORTED * (number + 1)]
+        is_there, compute_s, waited_s, busy_s, checksum, arithmetic = found[_REPORTED * number :][:_REPORTED]
         if is_there:
-            reports[group_name(number)] = GroupReport(compute_s, busy_s, int(checksum), int(arithmetic))
+            reports[group_name(number)] = GroupReport(compute_s, waited_s, busy_s, int(checksum), int(arithmetic))
     averaged = torch.tensor(done.numbers[: len(numbers) - 1], dtype=sums.numbers.dtype, device=sums.numbers.device)
     return StepSums(done.num_tokens, int(done.numbers[len(numbers) - 1]), averaged), GroupReports(reports)

@@ -229,10 +229,11 @@ class _Stage:
             return sums
         job.heartbeat.beat("averaging", job.position.step + 1)
         checksum = int(job.world.sum(parameter_checksum(job.model))) % 2**32
-        own = GroupReport(self.watch.compute_s, self.watch.begin_exchange(), checksum, self.arithmetic)
+        watch = self.watch
+        own = GroupReport(watch.compute_s, watch.waited_s, watch.begin_exchange(), checksum, self.arithmetic)
         averaged, reports = average_step(job.groups, sums, job.group, own)
         name, step = group_name(job.group), job.position.step + 1
-        self.watch.end_exchange(step, reports.compute_s(), reports.busy_s(), name)
+        watch.end_exchange(step, reports, name)
         self._compare_weights(reports)
         return averaged
 

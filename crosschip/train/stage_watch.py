@@ -23,7 +23,9 @@ from crosschip.train.guard.memory_growth import MemoryWatch, host_memory
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.operator_trace import StepTracing
 from crosschip.train.guard.slow_links import LinkWatch
+from crosschip.train.guard.starved import own_wait_s
 from crosschip.train.guard.stragglers import StragglerWatch
+from crosschip.train.joining import GroupReports
 from crosschip.train.step import Judgement, StepHooks, StepResult, StepSums
 
 __all__ = ["StageWatch"]
@@ -61,8 +63,8 @@ class StageWatch:
         self._exchange_began = 0.0
         self._exchange_ended: float | None = None
         self._steps_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
-        self._computing_since = 0.0
-        self.compute_s = 0.0
+        self._computing_since = self._had_waited_s = 0.0
+        self.compute_s = self.waited_s = 0.0
 
     def remember(self, stage_directory: Path, last_step: int) -> None:
         """Take up what was seen before a resume."""
@@ -73,6 +75,7 @@ class StageWatch:
 
         def after_backward(model: Any, sums: StepSums) -> StepSums:
             self.compute_s = time.perf_counter() - self._computing_since
+            self.waited_s = own_wait_s() - self._had_waited_s
             return hooks.after_backward(model, sums)
 
         def judge(step: int, result: StepResult) -> Judgement:
@@ -85,7 +88,7 @@ class StageWatch:
     def begin_computing(self, step: int) -> None:
         """Forward and backward begin."""
         self.heartbeat.beat("forward-backward", step)
-        self._computing_since = time.perf_counter()
+        self._computing_since, self._had_waited_s = time.perf_counter(), own_wait_s()
 
     def after_step(self, step: int, steps_left: int, seconds: float) -> None:
         """Look at memory after a step that took so many seconds."""
@@ -125,15 +128,13 @@ class StageWatch:
         self._exchange_ended = None
         return 0.0 if ended is None else self._exchange_began - ended
 
-    def end_exchange(self, step: int, compute_s: dict[str, float], busy_s: dict[str, float], own: str) -> None:
-        """It was done. Look for a group that computes longer than others, and for a link that is slower than before.
-
-        `busy_s` is what each group's `begin_exchange` gave.
-        """
+    def end_exchange(self, step: int, reports: GroupReports, own: str) -> None:
+        """It was done. Look for a group that computes longer than others, and for a link that is slower than before."""
         self._exchange_ended = time.perf_counter()
-        found = self._stragglers.observe(compute_s)
+        found = self._stragglers.observe(reports.compute_s(), reports.waited_s())
         if found is not None:
             self._tell(found.event(step))
+        busy_s = reports.busy_s()
         if all(busy_s.values()):
             event = self._links.observe(step, self._exchange_ended - self._exchange_began, busy_s, own)
             if event is not None:

@@ -110,6 +110,9 @@ def _train_stages(recipe: Recipe, run: RunDirectory, resume: bool, rank: Rank) -
     try:
         prepared = _prepare(recipe, run, resume, rank)
         for name, settings in recipe.order:
+            if rank.group and recipe.groups_in(name).num_groups == 1:
+                rank.progress.say(f"group {rank.group} ends here: {name} and what follows is group 0's alone")
+                break
             before = ends[-1].checkpoint if ends else None
             if isinstance(settings, FurtherDistilling):
                 did_work |= distil_stage(name, settings, before, recipe, run, prepared.tokenizer, rank)

@@ -77,9 +77,11 @@ def _planned(
     recipe: Recipe, cluster: Cluster, choices: StageChoices, place: int, name: str, settings: StageSettings
 ) -> PlannedStage:
     labels = choices.labels(cluster)
-    if choices.joined_with and not isinstance(settings, RlSettings):
+    groups = recipe.groups_in(name)
+    if choices.joined_with and groups is recipe.groups:
         clusters = [cluster, *choices.joined_with]
         return join_stage(recipe, name, settings, clusters, [labels[each.name] for each in clusters])
+    recipe = recipe.model_copy(update={"groups": groups})
     notes: list[str] = []
     if place == 0:
         plan: Plan = plan_run(recipe, cluster, name)

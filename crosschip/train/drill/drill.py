@@ -38,6 +38,9 @@ _TO_BE_NOTICED_S = 30.0  # before the next fault may strike
 _TAKE_S = 60.0  # how long a rank may take to carry out an order
 _END_S = 120.0  # how long the training may take to end after SIGTERM
 _CLEAN_STEPS = 20  # steps that every group makes before the first fault: they say how long a step takes
+_SETTLED_STEPS = 3  # steps after a start before which the guard does not know how long one takes
+_SETTLE_S = 120.0  # how long a group may take to begin anew and make them
+_BEGINNINGS = ("started", "resumed", "healed")  # events after which a group's steps begin anew
 
 Tell = Callable[[str], None]
 
@@ -104,7 +107,8 @@ class _Drill:
 def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
     """Drill for `plan.duration_s` seconds, or until the training ends; the document of what was seen.
 
-    `ended_early` in it says that the training ended before it was asked to, and the drill is none of that length.
+    `ended_early` in it says that the training ended before it was asked to, and the drill is none of that length;
+    `interrupted`, that the drill was, by SIGINT or SIGTERM, and holds what was seen until then.
 
     Raises:
         DrillError: the training ended before every group had made its first steps.
@@ -128,13 +132,14 @@ def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
             _wait_for_first_steps(drill)
             began, drill.step_s = time.monotonic(), median_step_s(drill.steps)
             tell(f"a step takes {drill.step_s:.2f} s; faults strike every {plan.mean_between_s:.0f} s on average")
-            _strike_until(drill, began + plan.duration_s)
+            interrupted = _strike_until(drill, began + plan.duration_s)
             ended, ended_early = time.monotonic(), drill.is_over()
         finally:
             exit_code = _end(process)
             signal.signal(signal.SIGTERM, before)
     drill.look()
-    return _document(drill, began, ended) | {"exit_code": exit_code, "ended_early": ended_early}
+    how = {"exit_code": exit_code, "ended_early": ended_early, "interrupted": interrupted}
+    return _document(drill, began, ended) | how
 
 
 def _wait_for_first_steps(drill: _Drill) -> None:
@@ -149,7 +154,17 @@ def _wait_for_first_steps(drill: _Drill) -> None:
         time.sleep(_POLL_S)
 
 
-def _strike_until(drill: _Drill, deadline: float) -> None:
+def _strike_until(drill: _Drill, deadline: float) -> bool:
+    """Let faults strike until a time, the end of the training, or an interruption; whether it was that."""
+    try:
+        _strike_again_and_again(drill, deadline)
+    except KeyboardInterrupt:
+        drill.tell("interrupted: ending the training, to tell what was seen")
+        return True
+    return False
+
+
+def _strike_again_and_again(drill: _Drill, deadline: float) -> None:
     plan = drill.plan
     coming = (
         strikes(plan.faults, plan.num_groups, plan.num_ranks, plan.mean_between_s, plan.seed) if plan.faults else ()
@@ -188,10 +203,24 @@ def _wait_until_noticed(drill: _Drill, deadline: float) -> None:
 
 
 def _plant(drill: _Drill, number: int, strike: Strike) -> Planted | None:
+    if not _wait_until_settled(drill, strike.group):
+        return None
     means = {"signal": _signal, "file": _damage, "lighthouse": _kill_lighthouse, "link": _disturb_link}
     if strike.fault.means == "order":
         return _order(drill, number, strike)
     return means[strike.fault.means](drill, strike)
+
+
+def _wait_until_settled(drill: _Drill, group: int) -> bool:
+    """Leave a group that has begun anew the steps that a rehearsal of its rhythm needs; whether it has made them."""
+    log, deadline = drill.logs[group], time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline and not drill.is_over():
+        drill.look()
+        began = max((each.at for each in log.events if each.event in _BEGINNINGS), default=0.0)
+        if sum(step.at > began for step in log.steps[-_SETTLED_STEPS:]) == _SETTLED_STEPS:
+            return True
+        time.sleep(_POLL_S)
+    return False
 
 
 def _planted(drill: _Drill, strike: Strike, at: float, step: int | None = None) -> Planted:

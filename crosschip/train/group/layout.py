@@ -33,7 +33,7 @@ def check_layout(recipe: Recipe, num_ranks: int) -> None:
         RecipeError: names the key, and says which values can be.
     """
     for name, stage in recipe.stages:
-        check_batch_size("train" if name == "pretrain" else name, stage, num_ranks, recipe.groups.num_groups)
+        check_batch_size("train" if name == "pretrain" else name, stage, num_ranks, recipe.groups_in(name).num_groups)
     if recipe.model.directory is None:  # else the directory tells, where it is read
         check_experts(recipe.parallel, recipe.model, num_ranks)
 

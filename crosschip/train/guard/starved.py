@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crosschip.train.guard.heartbeat import Beat
 
-__all__ = ["CoreWaits", "core_waits_s"]
+__all__ = ["CoreWaits", "core_waits_s", "own_wait_s"]
 
 _LOOK_AFTER_S = 0.5  # of silence: a rank that beats is not looked at
 
@@ -26,6 +26,14 @@ def core_waits_s(pid: int) -> dict[str, float]:
         except (OSError, IndexError, ValueError):
             continue  # the thread has ended
     return found
+
+
+def own_wait_s() -> float:
+    """Seconds that the calling thread has waited for a core so far; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 class CoreWaits:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from crosschip.train.guard.observed import Event
 
@@ -26,15 +27,24 @@ _PARTS_NEEDED = 10
 
 @dataclass(frozen=True)
 class Straggler:
-    """`slowness` is the median over the parts of its time over the median of the others' times."""
+    """`slowness` is the median over the parts of its time over the median of the others' times.
+
+    `of_it_waited` is the share of its time in which it was ready to compute and had no core. `is_busy`: without that
+    time it is no straggler.
+    """
 
     name: str
     slowness: float
     num_steps: int
+    of_it_waited: float = 0.0
+    is_busy: bool = False
 
     def event(self, step: int) -> Event:
         """The line about it."""
         told = f"{self.name} has computed {self.slowness:.2f} times as long as the others over {self.num_steps} steps"
+        if self.is_busy:
+            waited = f"{self.of_it_waited:.0%} of it waiting for a core, and all wait for it"
+            return Event(step, "busy-machine", f"{told}, {waited}", "told; see what else computes on its machine")
         return Event(step, "straggler", f"{told}, and all wait for it", "told; examine or replace that chip or node")
 
 
@@ -42,40 +52,60 @@ class StragglerWatch:
     """Keeps the times of the last 60 steps, and tells of a straggler once until another one or none is found."""
 
     def __init__(self) -> None:
-        self._parts: deque[dict[str, float]] = deque(maxlen=NUM_PARTS)
-        self._filling: dict[str, list[float]] = {}
-        self._told: str | None = None
+        self._parts: deque[dict[str, _Times]] = deque(maxlen=NUM_PARTS)
+        self._filling: dict[str, list[_Times]] = {}
+        self._told: tuple[str, bool] | None = None
 
-    def observe(self, compute_s: Mapping[str, float]) -> Straggler | None:
+    def observe(self, compute_s: Mapping[str, float], waited_s: Mapping[str, float] | None = None) -> Straggler | None:
         """Take the seconds of one step, by rank or group; returns a straggler that is news.
 
-        Whoever joins or leaves begins the watch anew, for its parts are not comparable with those before.
+        `waited_s` are those of them in which it waited for a core. Whoever joins or leaves begins the watch anew, for
+        its parts are not comparable with those before.
         """
         if compute_s.keys() != self._filling.keys():
             self._parts.clear()
             self._filling = {name: [] for name in compute_s}
         for name, seconds in compute_s.items():
-            self._filling[name].append(seconds)
+            waited = 0.0 if waited_s is None else waited_s[name]
+            self._filling[name].append(_Times(seconds, max(0.0, seconds - waited)))
         if min(map(len, self._filling.values()), default=0) < STEPS_A_PART:
             return None
-        self._parts.append({name: statistics.median(times) for name, times in self._filling.items()})
+        self._parts.append({name: _Times.median(times) for name, times in self._filling.items()})
         self._filling = {name: [] for name in compute_s}
         return self._news()
 
     def _news(self) -> Straggler | None:
         if len(self._parts) < NUM_PARTS or len(self._filling) < 2:
             return None
-        found = max((self._slowness(name) for name in self._filling), key=lambda each: each.slowness)
-        ratios = self._ratios(found.name)
-        is_one = sum(ratio > STRAGGLER_LIMIT for ratio in ratios) >= _PARTS_NEEDED
-        told, self._told = self._told, found.name if is_one else None
-        return found if is_one and told != found.name else None
+        name = max(self._filling, key=lambda each: statistics.median(self._ratios(each)))
+        ratios = self._ratios(name)
+        is_one, is_busy = _is_beyond(ratios), not _is_beyond(self._ratios(name, on_core=True))
+        told, self._told = self._told, (name, is_busy) if is_one else None
+        if not is_one or told == self._told:
+            return None
+        waited = statistics.median(1.0 - part[name].on_core_s / max(1e-9, part[name].whole_s) for part in self._parts)
+        return Straggler(name, statistics.median(ratios), NUM_PARTS * STEPS_A_PART, waited, is_busy)
 
-    def _slowness(self, name: str) -> Straggler:
-        return Straggler(name, statistics.median(self._ratios(name)), NUM_PARTS * STEPS_A_PART)
-
-    def _ratios(self, name: str) -> list[float]:
+    def _ratios(self, name: str, on_core: bool = False) -> list[float]:
+        times = [
+            {each: part[each].on_core_s if on_core else part[each].whole_s for each in part} for part in self._parts
+        ]
         return [
             part[name] / max(1e-9, statistics.median(seconds for other, seconds in part.items() if other != name))
-            for part in self._parts
+            for part in times
         ]
+
+
+class _Times(NamedTuple):
+    """Seconds of computing, and those of them with a core."""
+
+    whole_s: float
+    on_core_s: float
+
+    @staticmethod
+    def median(times: Sequence[_Times]) -> _Times:
+        return _Times(*(statistics.median(each) for each in zip(*times, strict=True)))
+
+
+def _is_beyond(ratios: Sequence[float]) -> bool:
+    return sum(ratio > STRAGGLER_LIMIT for ratio in ratios) >= _PARTS_NEEDED

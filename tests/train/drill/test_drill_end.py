@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ from crosschip.cli.drilling import _exit_code, _settings_of
 from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError
 from crosschip.recipe import load_recipe
 from crosschip.train.checkpoint import writing
+from crosschip.train.drill import drill
 from crosschip.train.drill.drill import DrillPlan, run_drill
 from crosschip.train.drill.injection import _Disturber
 from crosschip.train.drill.orders import Order, give_order, taken, withdraw
@@ -47,6 +51,37 @@ def test_a_training_that_ends_before_the_drill_is_no_success(
     assert (report["exit_code"], report["ended_early"]) == (code, is_early)
     assert _exit_code(report, is_clean=True) == (EXIT_FAIL if is_early else EXIT_OK)
     assert _exit_code(report, is_clean=False) == (EXIT_FAIL if is_early else EXIT_INCONCLUSIVE)
+
+
+def test_an_interrupted_drill_tells_what_it_has_seen(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    run = tmp_path / "run"
+    command = [sys.executable, str(script), str(run), "100000"]
+
+    def tell(line: str) -> None:
+        if "a step takes" in line:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    report = run_drill(DrillPlan(command, run, "pretrain", 1, 1, [], 60.0, 600.0), tell)
+    assert report["interrupted"]
+    assert not report["ended_early"]
+    assert report["exit_code"] == 143
+    assert report["num_steps"] > 5
+
+
+@pytest.mark.parametrize(("num_steps", "is_settled"), [(2, False), (3, True)])
+def test_a_group_that_has_begun_anew_is_struck_in_its_fourth_step(
+    monkeypatch, num_steps: int, is_settled: bool
+) -> None:
+    monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
+    steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
+    events = [SimpleNamespace(at=0.0, event="started"), SimpleNamespace(at=100.0, event="resumed")]
+    events.append(SimpleNamespace(at=200.0, event="checkpoint-verified"))
+    under_way: Any = SimpleNamespace(
+        logs=[SimpleNamespace(steps=steps, events=events)], look=lambda: None, is_over=lambda: False
+    )
+    assert drill._wait_until_settled(under_way, 0) is is_settled
 
 
 FINE_TUNING = 'name = "x"\n[data]\nsource = "arithmetic"\n[sft]\nsteps = 100\n'

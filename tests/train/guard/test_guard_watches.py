@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +65,42 @@ def test_whoever_joins_begins_the_watch_anew() -> None:
 
 def test_one_rank_has_nobody_to_be_compared_with() -> None:
     assert stragglers({"rank 0": 1.0}, 500) == []
+
+
+def test_who_waits_for_a_core_is_on_a_busy_machine_and_no_straggler() -> None:
+    drawn, watch, found = random.Random(0), StragglerWatch(), []
+    for step in range(300):
+        compute_s = {"group 0": 1.0 + drawn.uniform(0, 0.02), "group 1": 1.3 + drawn.uniform(0, 0.02)}
+        # From step 150 on it has its core, and is slow all the same.
+        found.append(watch.observe(compute_s, {"group 0": 0.0, "group 1": 0.3 if step < 150 else 0.0}))
+    busy, slow = (each.event(1) for each in found if each is not None)
+    assert busy.event == "busy-machine"
+    assert busy.detail.startswith("group 1 has computed ")
+    assert "23% of it waiting for a core" in busy.detail
+    assert slow.event == "straggler"
+
+
+def test_own_waits_for_a_core_are_seen() -> None:
+    """Two processes that share one core: each waits half of the time."""
+    if not Path("/proc/thread-self/schedstat").exists():
+        pytest.skip("this system does not tell how long a thread waits for a core")
+    ended = subprocess.run([sys.executable, "-c", SHARING_A_CORE], capture_output=True, text=True, check=True)
+    assert float(ended.stdout) > 0.1
+
+
+SHARING_A_CORE = """
+import os, time
+from crosschip.train.guard.starved import own_wait_s
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+child = os.fork()
+until = time.monotonic() + 1.0
+before = own_wait_s()
+while time.monotonic() < until:
+    pass
+if child:
+    os.waitpid(child, 0)
+    print(own_wait_s() - before)
+"""
 
 
 def growths(sizes: list[int], left: int, num_steps: int, step_s: float = 1.0, limit: float = 1e9) -> list[MemoryGrowth]:
