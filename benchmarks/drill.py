@@ -53,7 +53,10 @@ def drill(
         ended = subprocess.run(command, cwd=ROOT)
         if not report.exists():
             raise SystemExit(f"the drill ended with exit code {ended.returncode} and left no report")
-        return read_json(report)
+        found = read_json(report)
+    if found["interrupted"]:
+        raise SystemExit(ended.returncode)
+    return found
 
 
 def table(document: dict[str, Any]) -> str:

@@ -127,7 +127,8 @@ def test_groups_do_not_train_adapters(smallest: Path) -> None:
 
 
 def test_groups_train_up_to_where_engines_answer_and_group_0_what_follows(tmp_path: Path) -> None:
-    stages = "[sft]\nsteps = 100\n[rl]\nsteps = 100\nprompts = 5\nsamples = 3\n[[then]]\nname = 'last'\nkind = 'sft'\nsteps = 100\n"
+    stages = "[sft]\nsteps = 100\n[rl]\nsteps = 100\nprompts = 5\nsamples = 3\n"
+    stages += "[[then]]\nname = 'last'\nkind = 'sft'\nsteps = 100\n"
     recipe = load_text(tmp_path, SMALLEST + stages, "groups.num_groups=2")
     found = {name: recipe.groups_in(name).num_groups for name, _ in recipe.order}
     assert found == {"pretrain": 2, "sft": 2, "rl": 1, "last": 1}

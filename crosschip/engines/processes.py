@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import json
 import os
 import re
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import httpx
 
 from crosschip.engines.environments import engine_python, engine_versions
 from crosschip.errors import EngineError
+from crosschip.orphans import end_with_parent
 
 __all__ = [
     "ENGINES",
@@ -39,7 +40,6 @@ _POLL_S = 0.3
 _END_S = 10.0
 _PLACES = ("{model}", "{port}")
 _HERE = Path(__file__).parent  # of the servers that run in an engine's own environment, where there is no crosschip
-_PR_SET_PDEATHSIG = 1
 # Variables that change how an engine computes, wherever they were set; none that may hold a secret.
 _TELLING = re.compile(r"^(VLLM_|LLAMA_|GGML_|OMP_NUM_THREADS$|MKL_NUM_THREADS$|KMP_|TORCH_|ATEN_|CROSSCHIP_SIM$)")
 _SECRET = re.compile(r"API_?KEY|TOKEN|SECRET|PASSWORD")
@@ -196,7 +196,7 @@ def running_engine(
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with(os.getpid()),
+                preexec_fn=functools.partial(end_with_parent, os.getpid()),
             )
         except OSError as error:
             raise EngineError(f"{command.words[0]} cannot be started: {error}", "check the path") from None
@@ -205,19 +205,6 @@ def running_engine(
             yield engine
         finally:
             _end(process)
-
-
-def _end_with(parent: int) -> Callable[[], None]:
-    """Runs in the engine's process before the engine: when we are killed, the system ends it as well."""
-    system = ctypes.CDLL(None) if sys.platform == "linux" else None  # looked up before the fork, not after
-
-    def bind() -> None:
-        if system is not None:
-            system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return bind
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], start_s: float) -> str:

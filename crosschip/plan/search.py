@@ -17,7 +17,8 @@ from crosschip.plan.step_time import estimate_step
 
 __all__ = ["Found", "find_layouts", "layouts"]
 
-_MOST_MICRO_BATCH = 16
+_MOST_MICRO_BATCH = 16  # sequences, or as many short ones as hold
+_MOST_MICRO_TOKENS = 32_768  # beyond which no product grows faster
 _MOST_INTERLEAVE = 8
 _NUM_TOLD = 5
 
@@ -44,6 +45,7 @@ def layouts(job: Job, num_chips: int, hardware: Hardware, fixed: Mapping[str, An
     experts = job.architecture.experts
     groups = fixed.get("groups", 1)
     per_group = num_chips // groups
+    most_at_once = max(_MOST_MICRO_BATCH, _MOST_MICRO_TOKENS // job.seq_len)
 
     def options(name: str, values: list[Any]) -> list[Any]:
         return [fixed[name]] if name in fixed else values
@@ -63,7 +65,7 @@ def layouts(job: Job, num_chips: int, hardware: Hardware, fixed: Mapping[str, An
         for expert, zero, micro, chunks, recompute in itertools.product(
             options("expert", [each for each in spread if experts and experts.num_experts % each == 0] or [1]),
             options("zero", [1, 3] if data * context > 1 else [1]),
-            options("micro_batch", _divisors(sequences, _MOST_MICRO_BATCH)),
+            options("micro_batch", _divisors(sequences, most_at_once)),
             options("interleave", _interleaves(job.architecture.num_layers, pipeline, sequences)),
             options("recompute", ["none", "selective", "full"]),
         ):

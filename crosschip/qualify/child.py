@@ -11,10 +11,8 @@ comes out is written to the job's result file; an exam writes its journal as it 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
-import signal
 import sys
 import time
 import traceback
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import ChipError, CrosschipError, QualifyError
+from crosschip.orphans import end_with_parent
 from crosschip.qualify.proctor import EXIT_RAISED
 from crosschip.qualify.programme import EXAMS
 from crosschip.qualify.stem import divide_on_demand
@@ -30,7 +29,6 @@ from crosschip.rundir import read_json, write_json
 
 __all__ = ["main"]
 
-_PR_SET_PDEATHSIG = 1
 _LEAST_S = 2.0
 
 
@@ -155,12 +153,6 @@ _TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _follow_the_parent() -> None:
-    """End when the parent ends (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _end_first() -> None:
     """Be the first that the system ends when memory runs out (Linux)."""
     with contextlib.suppress(OSError):
@@ -183,12 +175,12 @@ def _prepare(origin: str | None, module: str | None) -> None:
 def main() -> None:
     """Wait for a job and run it; a stem's children do so, too."""
     arguments: list[str] = sys.argv[1:]
-    _follow_the_parent()
+    end_with_parent()
     if arguments[:1] == ["--stem"]:
         for exam in EXAMS:
             _prepare(None, exam.job_module())
         arguments = divide_on_demand(int(arguments[1]))
-        _follow_the_parent()
+        end_with_parent()
     _end_first()
     origin, module, *_ = [*arguments, None, None]
     _prepare(origin, module)

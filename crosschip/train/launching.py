@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crosschip.errors import CrosschipError
+from crosschip.orphans import end_with_parent
 from crosschip.recipe import Recipe
 from crosschip.rundir import RunDirectory
 from crosschip.train.group.launch import agent_command, rank_environment, share_of_cores
-from crosschip.train.group.orphans import end_with_parent
 from crosschip.train.guard.heartbeat import DIRECTORY
 from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.observed import Event

@@ -17,6 +17,7 @@ from crosschip.chips.find import unit_name
 from crosschip.chips.host import available_memory_bytes
 from crosschip.recipe import GuardSettings
 from crosschip.train.group.world import World
+from crosschip.train.guard.allowances import COMPUTING
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.guard.hook import StepGuard
 from crosschip.train.guard.memory_growth import MemoryWatch, host_memory
@@ -87,7 +88,7 @@ class StageWatch:
 
     def begin_computing(self, step: int) -> None:
         """Forward and backward begin."""
-        self.heartbeat.beat("forward-backward", step)
+        self.heartbeat.beat(COMPUTING, step)
         self._computing_since, self._had_waited_s = time.perf_counter(), own_wait_s()
 
     def after_step(self, step: int, steps_left: int, seconds: float) -> None:

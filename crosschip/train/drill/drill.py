@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import EXIT_FAIL, CrosschipError
+from crosschip.orphans import end_with_parent
 from crosschip.train.drill.catalogue import DrillFault
 from crosschip.train.drill.logs import GroupLog, SeenEvent, SeenStep, stage_logs
 from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken, withdraw
@@ -26,7 +27,6 @@ from crosschip.train.drill.striking import (
     process_running,
     send,
 )
-from crosschip.train.group.orphans import end_with_parent
 from crosschip.train.guard.heartbeat import Beat, read_beats
 from crosschip.train.launching import group_directory
 
@@ -40,7 +40,6 @@ _END_S = 120.0  # how long the training may take to end after SIGTERM
 _CLEAN_STEPS = 20  # steps that every group makes before the first fault: they say how long a step takes
 _SETTLED_STEPS = 3  # steps after a start before which the guard does not know how long one takes
 _SETTLE_S = 120.0  # how long a group may take to begin anew and make them
-_BEGINNINGS = ("started", "resumed", "healed")  # events after which a group's steps begin anew
 
 Tell = Callable[[str], None]
 
@@ -216,11 +215,16 @@ def _wait_until_settled(drill: _Drill, group: int) -> bool:
     log, deadline = drill.logs[group], time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline and not drill.is_over():
         drill.look()
-        began = max((each.at for each in log.events if each.event in _BEGINNINGS), default=0.0)
+        began = max((each.at for each in log.events if _begins_anew(each)), default=0.0)
         if sum(step.at > began for step in log.steps[-_SETTLED_STEPS:]) == _SETTLED_STEPS:
             return True
         time.sleep(_POLL_S)
     return False
+
+
+def _begins_anew(event: SeenEvent) -> bool:
+    """Whether a group's steps begin anew with this event, or will with the start that it announces."""
+    return event.event in ("started", "resumed", "healed") or event.action.startswith("restarting")
 
 
 def _planted(drill: _Drill, strike: Strike, at: float, step: int | None = None) -> Planted:

@@ -18,8 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from crosschip.errors import EXIT_DEFECT, EXIT_FAIL
+from crosschip.orphans import PARENT, end_with_launcher
 from crosschip.train.group.lost import WAITED_IN_VAIN
-from crosschip.train.group.orphans import PARENT, end_with_launcher
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import typer
 
 from crosschip.errors import CrosschipError
-from crosschip.train.group.orphans import end_with_launcher
+from crosschip.orphans import end_with_launcher
 
 __all__ = ["as_rank"]
 

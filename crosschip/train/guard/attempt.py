@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from crosschip.errors import EXIT_FAIL
 from crosschip.train.guard.allowances import SLACK_S, START
 from crosschip.train.guard.blame import SilentRank, blame
-from crosschip.train.guard.heartbeat import DIRECTORY, TRACED_STEPS, Beat, read_beats, stack_file
+from crosschip.train.guard.heartbeat import DIRECTORY, FIRST_S, TRACED_STEPS, Beat, read_beats, stack_file
 from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.processes import DeathWatch, end_all, num_oom_kills, process_state, start_marked
 from crosschip.train.guard.restarts import INTERRUPTED, Ended, classify_death, first_failure
@@ -55,12 +56,20 @@ class Attempt:
         self._core_waits = CoreWaits()
         self._oom_kills = num_oom_kills()
 
-    def run(self, traced_steps: int) -> Ended:
-        """Come back when the training has ended, by itself or by this process, and no process of it is left."""
+    def first_s(self) -> dict[str, float]:
+        """The longest that a rank's first pass has taken, by the stage in which the attempt has ended."""
+        return {beat.stage: max(each.first_s for each in self._beats) for beat in self._beats if beat.first_s}
+
+    def run(self, traced_steps: int, first_s: Mapping[str, float]) -> Ended:
+        """Come back when the training has ended, by itself or by this process, and no process of it is left.
+
+        `first_s` is what earlier attempts have told.
+        """
         environment = {
             **self._launch.environment,
             DIRECTORY: str(self._heartbeats),
             TRACED_STEPS: str(traced_steps),
+            FIRST_S: json.dumps(dict(first_s)),
         }
         process = start_marked(self._launch.argv, environment, self._mark)
         try:

@@ -7,28 +7,31 @@ interpreter's lock is free and a thread would go on beating. A beat costs micros
 from __future__ import annotations
 
 import faulthandler
+import json
 import mmap
 import os
 import signal
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from crosschip.train.guard.allowances import SLACK_S, START, Allowances
 from crosschip.train.guard.processes import SUPERVISOR, follow_supervisor, process_start
 
-__all__ = ["DIRECTORY", "TRACED_STEPS", "Beat", "Heartbeat", "open_heartbeat", "read_beats", "stack_file"]
+__all__ = ["DIRECTORY", "FIRST_S", "TRACED_STEPS", "Beat", "Heartbeat", "open_heartbeat", "read_beats", "stack_file"]
 
 DIRECTORY = "CROSSCHIP_HEARTBEATS"  # the environment's name for the directory; it is set by the supervisor
+FIRST_S = "CROSSCHIP_FIRST_S"  # JSON: by stage, the seconds of the first `COMPUTING` in the process before
 TRACED_STEPS = "CROSSCHIP_TRACED_STEPS"  # how many steps from the start have their operators traced
 
 SIZE = 4096
 _MAGIC = b"CHIPBT01"
 _HEAD = struct.Struct("<8sqqq")  # magic, rank, process id, its start time
-# step, number of beats, when (monotonic), seconds until the next has to come, exit code (-1: none yet), stage, phase
-_BODY = struct.Struct("<qqddq32s32s")
+# step, number of beats, when (monotonic), seconds until the next has to come, exit code (-1: none yet), stage, phase,
+# seconds of the first pass
+_BODY = struct.Struct("<qqddq32s32sd")
 _COUNTER = struct.Struct("<Q")  # odd while the body is being written
 _COUNTER_AT = _HEAD.size
 _BODY_AT = _COUNTER_AT + _COUNTER.size
@@ -42,7 +45,7 @@ class Beat:
     """A rank's last beat. `beat_at` is in seconds of the machine's monotonic clock.
 
     `operator` is the last one that was called, where operators are traced, and `in_operator` says that it has not come
-    back. `left_with` is the exit code with which the rank has said that it ends.
+    back. `left_with` is the exit code with which the rank has said that it ends. `first_s`: see `Allowances`.
     """
 
     rank: int
@@ -57,6 +60,7 @@ class Beat:
     operator: str
     in_operator: bool
     left_with: int | None
+    first_s: float = 0.0
 
     def silent_s(self, now: float) -> float:
         """Seconds since the beat."""
@@ -76,9 +80,17 @@ class Beat:
 
 
 class Heartbeat:
-    """The writing side. Without a file the beats go nowhere."""
+    """The writing side. Without a file the beats go nowhere. `first_s`: see `FIRST_S`."""
 
-    def __init__(self, path: Path | None, rank: int, start_allowance_s: float, slack_s: float = SLACK_S) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        rank: int,
+        start_allowance_s: float,
+        slack_s: float = SLACK_S,
+        first_s: Mapping[str, float] | None = None,
+    ) -> None:
+        self._first_s = first_s or {}
         self._map = _mapped(path)
         self._allowances = Allowances(start_allowance_s, slack_s)
         self._counter = self._num_beats = 0
@@ -92,7 +104,7 @@ class Heartbeat:
     def stage(self, name: str) -> None:
         """Name the stage that the beats from now on belong to; how long its phases take is not known yet."""
         self._stage = name.encode()
-        self._allowances.forget()
+        self._allowances.forget(self._first_s.get(name, 0.0))
 
     def beat(self, phase: str, step: int, known_s: float = 0.0) -> None:
         """A phase of a step begins: `data`, `forward-backward`, `averaging`, `update`, `validation`, `save`, ...
@@ -106,7 +118,7 @@ class Heartbeat:
 
     def renew(self) -> None:
         """The phase goes on, because another process that is seen to live is waited for: it has the same time again."""
-        step, _, _, allowance_s, _, _, phase = _BODY.unpack_from(self._map, _BODY_AT)
+        step, _, _, allowance_s, _, _, phase, _ = _BODY.unpack_from(self._map, _BODY_AT)
         self._num_beats += 1
         self._write(step, time.monotonic(), allowance_s, _text(phase))
 
@@ -138,6 +150,7 @@ class Heartbeat:
             self._exit_code,
             self._stage,
             phase.encode(),
+            self._allowances.first_s,
         )
         _COUNTER.pack_into(self._map, _COUNTER_AT, self._counter)
 
@@ -176,7 +189,8 @@ def open_heartbeat(start_allowance_s: float, slack_s: float = SLACK_S) -> Heartb
         follow_supervisor(os.environ[SUPERVISOR])
     # Kept open as long as the process lives: the handler writes to the descriptor.
     faulthandler.register(signal.SIGUSR1, file=stack_file(directory, rank).open("w"), all_threads=True)
-    return Heartbeat(directory / f"heartbeat-{rank}", rank, start_allowance_s, slack_s)
+    first_s = json.loads(os.environ.get(FIRST_S, "{}"))
+    return Heartbeat(directory / f"heartbeat-{rank}", rank, start_allowance_s, slack_s, first_s)
 
 
 def read_beats(directory: Path, before: Sequence[Beat] = ()) -> list[Beat]:
@@ -209,7 +223,7 @@ def _read(path: Path) -> Beat | None:
 
 def _decoded(data: bytes) -> Beat:
     _, rank, pid, start = _HEAD.unpack_from(data)
-    step, num_beats, beat_at, allowance_s, exit_code, stage, phase = _BODY.unpack_from(data, _BODY_AT)
+    step, num_beats, beat_at, allowance_s, exit_code, stage, phase, first_s = _BODY.unpack_from(data, _BODY_AT)
     in_operator, operator = _OPERATOR.unpack_from(data, _OPERATOR_AT)
     return Beat(
         rank=rank,
@@ -224,6 +238,7 @@ def _decoded(data: bytes) -> Beat:
         operator=_text(operator),
         in_operator=bool(in_operator),
         left_with=None if exit_code == _NOT_LEFT else exit_code,
+        first_s=first_s,
     )
 
 

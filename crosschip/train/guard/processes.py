@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosschip.train.group.orphans import PARENT, end_with_parent
+from crosschip.orphans import PARENT, end_with_parent
 
 __all__ = [
     "MARK",

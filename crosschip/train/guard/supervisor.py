@@ -67,11 +67,13 @@ def supervise(run: SupervisedRun) -> int:
     run.heartbeats.mkdir(parents=True, exist_ok=True)
     restarts = Restarts(run.settings.max_restarts, run.committed())
     number = traced_steps = 0
+    first_s: dict[str, float] = {}
     with _supervising(run.heartbeats), Interruption() as interruption:
         while True:
             wait_for_orphans(run.heartbeats)
             attempt = Attempt(run.launch(number), run.heartbeats, run.settings.start_allowance_s, interruption)
-            ended = attempt.run(traced_steps)
+            ended = attempt.run(traced_steps, first_s)
+            first_s |= attempt.first_s()
             if ended.is_final:
                 _tell_of_the_end(run, ended, interruption.received is not None)
                 return ended.exit_code

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from torch._C._distributed_c10d import TCPStore
 from torchft.checkpointing import HTTPTransport
 from torchft.coordination import ManagerClient, ManagerServer
@@ -191,8 +193,7 @@ class Membership:
         key = (found.quorum_id, found.store_address, *found.replica_ids)
         if key != self._configured:
             self._configured = ()
-            path = self._meeting_place(found, key)
-            self._process_group.configure(path, str(self._member.group), found.replica_rank, found.replica_world_size)
+            self._connect_to_all(found, key)
             self._configured = key
             self._tell(f"quorum {found.quorum_id}: {found.replica_world_size} groups, this is {found.replica_rank}")
         limit = timedelta(seconds=self._limits.healing_s)
@@ -205,6 +206,20 @@ class Membership:
         )
         return Quorum(group, found.max_step, state)
 
+    def _connect_to_all(self, found: Any, key: tuple[object, ...]) -> None:
+        """Open connections to all groups of a quorum.
+
+        Raises:
+            RuntimeError, OSError: one has died since it came, or does not answer for `connecting_s`.
+        """
+        group, limits = self._process_group, self._limits
+        path = self._meeting_place(found, key)
+        group.set_timeout(timedelta(seconds=limits.connecting_s))
+        group.configure(path, str(self._member.group), found.replica_rank, found.replica_world_size)
+        exchange = timedelta(seconds=limits.exchange_s)
+        group.set_timeout(exchange)
+        group.parent._get_backend(torch.device("cpu"))._set_default_timeout(exchange)
+
     def _meeting_place(self, found: Any, key: tuple[object, ...]) -> str:
         """Where in the first group's store the addresses of a quorum are written and read.
 
@@ -214,7 +229,9 @@ class Membership:
         names = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         path = f"groups/{names}-{found.max_step}/{self._member.rank}"
         host, _, port = found.store_address.rpartition(":")
-        limit = timedelta(seconds=self._limits.exchange_s)
+        # The store's own client asks again and again where nobody listens, as long as it may.
+        socket.create_connection((host, int(port)), self._limits.connecting_s).close()
+        limit = timedelta(seconds=self._limits.connecting_s)
         store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
         times = (store.add(f"{path}/count", 1) - 1) // found.replica_world_size
         return f"{found.store_address}/{path}/{times}"

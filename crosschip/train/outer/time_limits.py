@@ -32,6 +32,9 @@ class TimeLimits:
     """To wait for the other groups: longer than any validation, save or restart of another group."""
     meeting_s: float = 60.0
     """How long the first groups of a run wait for the others before they begin without them."""
+    connecting_s: float = 30.0
+    """For groups that have met to connect to each other, which takes a few messages: what it costs the others when one
+    of them dies in between."""
     exchange_s: float = _UNKNOWN_LINK_EXCHANGE_S
     """One message between groups: what a stopped host or a cut cable costs the others. See `limits_for`."""
     healing_s: float = 1800.0

@@ -19,6 +19,7 @@ from crosschip.train.checkpoint import writing
 from crosschip.train.drill import drill
 from crosschip.train.drill.drill import DrillPlan, run_drill
 from crosschip.train.drill.injection import _Disturber
+from crosschip.train.drill.logs import SeenEvent
 from crosschip.train.drill.orders import Order, give_order, taken, withdraw
 
 # As far as a drill looks: a log that grows, and how it ends.
@@ -70,14 +71,21 @@ def test_an_interrupted_drill_tells_what_it_has_seen(tmp_path: Path) -> None:
     assert report["num_steps"] > 5
 
 
+@pytest.mark.parametrize(
+    "begins",
+    [("resumed", "after step 40", "training"), ("crash", "rank 0 died", "restarting after committed step 40 (1 of 3)")],
+)
 @pytest.mark.parametrize(("num_steps", "is_settled"), [(2, False), (3, True)])
 def test_a_group_that_has_begun_anew_is_struck_in_its_fourth_step(
-    monkeypatch, num_steps: int, is_settled: bool
+    monkeypatch, num_steps: int, is_settled: bool, begins: tuple[str, str, str]
 ) -> None:
     monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
     steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
-    events = [SimpleNamespace(at=0.0, event="started"), SimpleNamespace(at=100.0, event="resumed")]
-    events.append(SimpleNamespace(at=200.0, event="checkpoint-verified"))
+    events = [
+        SeenEvent(0.0, 0, 0, "started", "from new weights", "training"),
+        SeenEvent(100.0, 0, 49, *begins),
+        SeenEvent(200.0, 0, 49, "checkpoint-verified", "", ""),
+    ]
     under_way: Any = SimpleNamespace(
         logs=[SimpleNamespace(steps=steps, events=events)], look=lambda: None, is_over=lambda: False
     )

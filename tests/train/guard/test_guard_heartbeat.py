@@ -147,6 +147,38 @@ def test_another_stage_begins_with_the_allowance_of_what_was_never_seen() -> Non
     assert allowances.begin("forward-backward", 1, now) == 600.0
 
 
+@pytest.mark.parametrize(("first_s", "allowed"), [(1.0, 30.0 + SLACK_S), (20.0, 100.0 + SLACK_S), (300.0, 600.0)])
+def test_the_first_pass_after_a_restart_is_allowed_what_the_process_before_needed(
+    first_s: float, allowed: float
+) -> None:
+    before = Allowances(600.0)
+    before.begin("forward-backward", 1, 0.0)
+    before.begin("update", 1, first_s)
+    before.begin("forward-backward", 2, first_s + 1.0)
+    before.begin("update", 2, first_s + 1.1)
+    assert before.first_s == first_s, "the first one counts"
+    again = Allowances(600.0)
+    again.forget(before.first_s)
+    assert again.begin("data", 1, 0.0) == 600.0
+    assert again.begin("forward-backward", 1, 0.1) == pytest.approx(allowed)
+
+
+def test_ranks_tell_of_their_first_pass_and_hear_of_the_one_before(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path / "heartbeat-0", 0, 600.0, first_s={"sft": 10.0})
+    heartbeat.stage("pretrain")
+    heartbeat.beat("forward-backward", 1)
+    (beat,) = read_beats(tmp_path)
+    assert (beat.first_s, beat.allowance_s) == (0.0, 600.0)
+    time.sleep(0.05)
+    heartbeat.beat("update", 1)
+    (beat,) = read_beats(tmp_path)
+    assert 0.05 <= beat.first_s < 5.0
+    heartbeat.stage("sft")
+    heartbeat.beat("forward-backward", 1)
+    (beat,) = read_beats(tmp_path)
+    assert (beat.first_s, beat.allowance_s) == (0.0, pytest.approx(50.0 + SLACK_S))
+
+
 def test_what_is_known_to_take_time_gets_it_once() -> None:
     allowances = Allowances(600.0)
     now, _ = steps_of(allowances, 1, 5, 0.0)

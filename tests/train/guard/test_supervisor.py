@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -98,6 +99,10 @@ def test_progress_gives_new_restarts(supervised) -> None:
     ended: Supervised = supervised("--fault", "raise@+7:always", max_restarts=1)
     assert ended.exit_code == 0
     assert ended.attempts == [(0, 0), (5, 0), (10, 0), (15, 0)]
+    before, *told = [json.loads(line) for line in (ended.directory / "first-0").read_text().splitlines()]
+    assert before == {}, "nothing is known of the first process"
+    assert [list(each) for each in told] == [["pretrain"]] * 3
+    assert all(0.01 <= each["pretrain"] < 5.0 for each in told)
 
 
 @pytest.mark.parametrize(("fault", "code"), [("refuse", 2), ("verdict", 1)])

@@ -73,6 +73,8 @@ def train(arguments: argparse.Namespace, rank: int, heartbeat: Heartbeat) -> int
     first = int(committed.read_text()) if committed.exists() else 0
     with (state / f"attempts-{rank}").open("a") as file:
         file.write(f"{first} {os.environ['CROSSCHIP_TRACED_STEPS']}\n")
+    with (state / f"first-{rank}").open("a") as file:
+        file.write(os.environ["CROSSCHIP_FIRST_S"] + "\n")
     is_here = rank == arguments.rank and (bool(always) or len((state / f"attempts-{rank}").read_text().split()) == 2)
     at = first + int(when[1:]) if when.startswith("+") else int(when or 0)
     for step in range(first + 1, arguments.steps + 1):

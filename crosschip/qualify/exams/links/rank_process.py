@@ -6,18 +6,16 @@ with its parent (Linux: at once, also while it is stopped), and by an alarm when
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crosschip.orphans import end_with_parent
 from crosschip.qualify.exams.links.notes import Notes
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ __all__ = ["EXIT_RAISED", "GO", "STORE", "main"]
 EXIT_RAISED = 70
 GO = "go.json"  # written by the parent when all ranks are ready; holds the steps
 STORE = "store"
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.02
 
 
@@ -36,17 +33,7 @@ def _end_with(parent: int, limit_s: float) -> None:
     """End when the parent ends and when the time is over; also where the system has no such signal."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process also while torch holds the interpreter
     signal.setitimer(signal.ITIMER_REAL, limit_s)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(EXIT_RAISED)
-
-    if os.getppid() != parent:
-        os._exit(EXIT_RAISED)
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent(parent)
 
 
 def _await_go(path: Path) -> dict[str, Any]:

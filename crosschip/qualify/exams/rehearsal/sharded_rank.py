@@ -14,8 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from crosschip.orphans import end_with_parent
 from crosschip.rundir import write_json
-from crosschip.train.group.orphans import end_with_parent
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ print(child.pid, flush=True)
 time.sleep(600)
 """
 CHILD = "import time; {watch}; print('ready', flush=True); time.sleep(600)"
-WATCH = "from crosschip.train.group.orphans import end_with_parent; end_with_parent()"
+WATCH = "from crosschip.orphans import end_with_parent; end_with_parent()"
 
 
 def ends(pid: int, limit_s: float) -> bool:
@@ -54,13 +54,13 @@ def test_the_child_of_a_killed_process_ends(watch: str, limit_s: float, ended: b
 
 
 def test_a_parent_that_is_gone_already_is_noticed() -> None:
-    code = "from crosschip.train.group.orphans import end_with_parent; end_with_parent(1 << 22)"
+    code = "from crosschip.orphans import end_with_parent; end_with_parent(1 << 22)"
     ended = subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == -signal.SIGKILL
 
 
 def test_neither_launching_nor_watching_imports_torch() -> None:
-    modules = ("launch", "layout", "orphans", "rank", "agent")
+    modules = ("launch", "layout", "rank", "agent")
     code = (
         f"import sys, {', '.join(f'crosschip.train.group.{name}' for name in modules)}; print('torch' in sys.modules)"
     )
