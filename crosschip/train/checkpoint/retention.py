@@ -30,11 +30,13 @@ def steps_to_delete(
     return sorted(set(steps) - kept)
 
 
-def delete_old(found: list[tuple[int, Path]], keep: int, keep_every: int | None) -> None:
-    """Delete what the rule lets go of the checkpoints `found`, as (step, path)."""
+def delete_old(
+    found: list[tuple[int, Path]], keep: int, keep_every: int | None, being_read: Collection[int] = ()
+) -> None:
+    """Delete what the rule lets go of the checkpoints `found`, as (step, path); those `being_read` go the next time."""
     verdicts = {step: read_verdict(path) for step, path in found}
     right = [step for step, verdict in verdicts.items() if verdict == ""]
     wrong = [step for step, verdict in verdicts.items() if verdict]
     paths = dict(found)
-    for step in steps_to_delete(list(paths), right, wrong, keep, keep_every):
+    for step in set(steps_to_delete(list(paths), right, wrong, keep, keep_every)) - set(being_read):
         shutil.rmtree(paths[step], ignore_errors=True)

@@ -281,9 +281,9 @@ class Checkpointer:
         if self._settings.verify_checkpoints == "tensors":
             self._hear_tensors(state.step, path)
         with self._lock:
-            delete_old(
-                numbered_checkpoints(self._directory), self._settings.keep_checkpoints, self._settings.keep_every
-            )
+            found, settings = numbered_checkpoints(self._directory), self._settings
+            being_read = set() if self._verifier is None else self._verifier.reads
+            delete_old(found, settings.keep_checkpoints, settings.keep_every, being_read)
             self._written = {state.step}
             self._ask()
 
@@ -306,9 +306,10 @@ class Checkpointer:
 
     def _judge(self, step: int, path: Path, verdict: Verdict) -> None:
         with self._lock:
-            if not path.is_dir():
-                return  # it was old, and has been deleted meanwhile
-            unwritten = None if verdict.verdict == "unknown" else _not_written(path, verdict)
+            is_there = path.is_dir()
+            unwritten = _not_written(path, verdict) if is_there and verdict.verdict != "unknown" else None
+        if not is_there and verdict.verdict != "wrong":
+            return  # it was old, and has been deleted meanwhile
         detail = verdict.detail if unwritten is None else f"{verdict.detail}; {unwritten}"
         if verdict.verdict == "wrong":
             self._wrong_in_a_row += 1

@@ -22,7 +22,8 @@ __all__ = ["COMMAND", "Verifier", "VerifyJob"]
 
 COMMAND = (sys.executable, "-m", "crosschip.train.checkpoint.verify", "--serve")
 _END_S = 10.0  # for the process to end by itself once its input is closed
-LIMIT_S = 1800.0  # for an answer, at the lowest priority beside a training; a process that hangs never gives one
+LIMIT_S = 1800.0  # for an answer, at a low priority beside a training; a process that hangs never gives one
+_PASSED_OVER = "passed over: reading back takes longer than the time between two saves"
 _TIMES_LONGEST = 5.0  # so many times as long as the longest answer so far it may take in any case
 
 
@@ -39,6 +40,9 @@ class VerifyJob:
 class Verifier:
     """Asks the process about one checkpoint after the other, in a thread; `done` hears each verdict there.
 
+    Where checkpoints come faster than they are read, the newest is taken next, and older ones are passed over: their
+    verdict is `unknown`.
+
     The process is started with the first job, once, as importing costs it seconds. It holds no chip, and ends itself
     when this process ends, however that happens. One that does not answer in time is killed, and the verdict is
     `unknown`.
@@ -47,6 +51,7 @@ class Verifier:
     def __init__(self, done: Callable[[VerifyJob, Verdict], None]) -> None:
         self._done = done
         self._jobs: queue.Queue[VerifyJob | None] = queue.Queue()
+        self._current: VerifyJob | None = None
         self._unanswered: list[VerifyJob] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
@@ -58,6 +63,12 @@ class Verifier:
     def pid(self) -> int | None:
         """Of the process, where it was started."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def reads(self) -> set[int]:
+        """The step whose checkpoint is being read, if there is one."""
+        job = self._current
+        return set() if job is None else {job.step}
 
     def submit(self, job: VerifyJob) -> None:
         """Ask about a checkpoint; returns at once."""
@@ -83,11 +94,26 @@ class Verifier:
         return unanswered
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._closing:
+        while (job := self._next()) is not None and not self._closing:
             verdict = self._ask(job)
-            if not self._closing:
-                self._unanswered.remove(job)
-                self._done(job, verdict)
+            self._current = None
+            self._answered(job, verdict)
+
+    def _next(self) -> VerifyJob | None:
+        """Wait for a job; the newest of those that wait, and None at the end."""
+        job = self._jobs.get()
+        while job is not None and not self._jobs.empty():
+            newer = self._jobs.get()
+            if newer is not None:
+                self._answered(job, Verdict("unknown", _PASSED_OVER, None, 0.0))
+            job = newer
+        self._current = job
+        return job
+
+    def _answered(self, job: VerifyJob, verdict: Verdict) -> None:
+        if not self._closing:
+            self._unanswered.remove(job)
+            self._done(job, verdict)
 
     def _ask(self, job: VerifyJob) -> Verdict:
         limit_s, started = max(LIMIT_S, _TIMES_LONGEST * self._longest_s), time.monotonic()

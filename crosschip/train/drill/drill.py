@@ -38,7 +38,9 @@ _TO_BE_NOTICED_S = 30.0  # before the next fault may strike
 _TAKE_S = 60.0  # how long a rank may take to carry out an order
 _END_S = 120.0  # how long the training may take to end after SIGTERM
 _CLEAN_STEPS = 20  # steps that every group makes before the first fault: they say how long a step takes
-_SETTLED_STEPS = 3  # steps after a start before which the guard does not know how long one takes
+# Steps after a start before which the guard does not know how long one takes; and those after a change of who takes
+# part, before which it does not know how long an exchange takes.
+_SETTLED_STEPS, _SETTLED_EXCHANGES = 3, 20
 _SETTLE_S = 120.0  # how long a group may take to begin anew and make them
 
 Tell = Callable[[str], None]
@@ -202,7 +204,7 @@ def _wait_until_noticed(drill: _Drill, deadline: float) -> None:
 
 
 def _plant(drill: _Drill, number: int, strike: Strike) -> Planted | None:
-    if not _wait_until_settled(drill, strike.group):
+    if not _wait_until_settled(drill, strike.group, strike.fault.means == "link"):
         return None
     means = {"signal": _signal, "file": _damage, "lighthouse": _kill_lighthouse, "link": _disturb_link}
     if strike.fault.means == "order":
@@ -210,20 +212,23 @@ def _plant(drill: _Drill, number: int, strike: Strike) -> Planted | None:
     return means[strike.fault.means](drill, strike)
 
 
-def _wait_until_settled(drill: _Drill, group: int) -> bool:
-    """Leave a group that has begun anew the steps that a rehearsal of its rhythm needs; whether it has made them."""
+def _wait_until_settled(drill: _Drill, group: int, with_others: bool) -> bool:
+    """Leave a group that has begun anew the steps that tell the guard its rhythm; whether it has made them."""
     log, deadline = drill.logs[group], time.monotonic() + _SETTLE_S
+    needed = _SETTLED_EXCHANGES if with_others else _SETTLED_STEPS
     while time.monotonic() < deadline and not drill.is_over():
         drill.look()
-        began = max((each.at for each in log.events if _begins_anew(each)), default=0.0)
-        if sum(step.at > began for step in log.steps[-_SETTLED_STEPS:]) == _SETTLED_STEPS:
+        began = max((each.at for each in log.events if _begins_anew(each, with_others)), default=0.0)
+        if sum(step.at > began for step in log.steps[-needed:]) == needed:
             return True
         time.sleep(_POLL_S)
     return False
 
 
-def _begins_anew(event: SeenEvent) -> bool:
+def _begins_anew(event: SeenEvent, with_others: bool) -> bool:
     """Whether a group's steps begin anew with this event, or will with the start that it announces."""
+    if with_others and event.event in ("groups-met", "groups-changed"):
+        return True
     return event.event in ("started", "resumed", "healed") or event.action.startswith("restarting")
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crosschip.checkpoints import numbered_checkpoints, read_verdict
 from crosschip.model.weights import DCP_DIRECTORY, MODEL_PREFIX
 from crosschip.train.drill.orders import Order, note_taken, take_order
 from crosschip.train.group.sharding import local_part
@@ -156,7 +157,10 @@ class _Disturber:
             _flip_high_bit(local_part(self._job.model.lm_head.weight))
 
     def _disturb_next_save(self, fault: str) -> None:
-        """Put something else in the place of what writes a checkpoint, for one time, unless the order is withdrawn."""
+        """Put something else in the place of what writes a checkpoint, for one time, unless the order is withdrawn.
+
+        A wrong save is one that follows on a save which was read back: where saves come faster, some are passed over.
+        """
         from crosschip.train.checkpoint import writing
 
         order, self._order = self._order, None
@@ -164,6 +168,9 @@ class _Disturber:
         honest = writing.write_checkpoint
 
         def write_checkpoint(path: Path, staged: Staged, *args: Any, **kwargs: Any) -> None:
+            if fault == "wrong-save" and not _newest_is_read(path.parent):
+                honest(path, staged, *args, **kwargs)
+                return
             writing.write_checkpoint = honest
             if not note_taken(self._directory, order, self._job.position.step):
                 honest(path, staged, *args, **kwargs)
@@ -176,6 +183,12 @@ class _Disturber:
                 honest(path, staged, *args, **kwargs)
 
         writing.write_checkpoint = write_checkpoint
+
+
+def _newest_is_read(directory: Path) -> bool:
+    """Whether the newest checkpoint has its verdict, so that the next one will not have to wait for it."""
+    found = numbered_checkpoints(directory.parent)
+    return bool(found) and read_verdict(found[-1][1]) is not None
 
 
 def _lose_half(staged: Staged) -> None:

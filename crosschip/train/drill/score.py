@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Sequence
@@ -107,13 +108,20 @@ def is_of(event: SeenEvent, planted: Planted) -> bool:
 
 
 def _repeated(planted: Planted, steps: Sequence[SeenStep], until: float) -> tuple[int, bool | None]:
-    """How many steps the group did again after the strike, and whether they gave the same numbers."""
+    """How many steps the group did again after the strike, and whether they gave the same numbers.
+
+    From a step on that others took part in, or that was left out one of the two times, they may not.
+    """
     before = {step.step: step for step in steps if step.at < planted.at}
     again = {step.step: step for step in reversed(steps) if planted.at <= step.at < until and step.step in before}
-    pairs = [(before[number], again[number]) for number in again]
-    alike = [(one, two) for one, two in pairs if one.num_groups == two.num_groups and one.skipped == two.skipped]
+    pairs = ((before[number], again[number]) for number in sorted(again))
+    alike = itertools.takewhile(lambda pair: _is_comparable(*pair), pairs)
     same = [(one.loss, one.gradient_norm) == (two.loss, two.gradient_norm) for one, two in alike]
     return len(again), all(same) if same else None
+
+
+def _is_comparable(one: SeenStep, two: SeenStep) -> bool:
+    return one.num_groups == two.num_groups and one.skipped == two.skipped
 
 
 def _not_handed_in(planted: Planted, events: Sequence[SeenEvent], until: float) -> int | None:

@@ -1,8 +1,10 @@
 """Which checkpoints go. The rule is pure; that it is applied is in `test_saver.py`."""
 
+from pathlib import Path
+
 import pytest
 
-from crosschip.train.checkpoint.retention import steps_to_delete
+from crosschip.train.checkpoint.retention import delete_old, steps_to_delete
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,16 @@ from crosschip.train.checkpoint.retention import steps_to_delete
 )
 def test_the_rule(steps, right, wrong, keep, keep_every, gone) -> None:
     assert steps_to_delete(steps, right, wrong, keep, keep_every) == gone
+
+
+def test_one_that_is_being_read_goes_the_next_time(tmp_path: Path) -> None:
+    found = [(step, tmp_path / str(step)) for step in (10, 20, 30)]
+    for _, path in found:
+        path.mkdir()
+    delete_old(found, 1, None, being_read={10})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "30"]
+    delete_old(found, 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["30"]
 
 
 def test_the_newest_right_one_is_never_deleted_whatever_comes_after() -> None:

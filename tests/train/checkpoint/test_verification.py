@@ -113,6 +113,53 @@ def test_right_stale_spoilt_and_old_ones_beside_a_training(tmp_path, monkeypatch
     assert "its loss is" in told[0]
 
 
+# Answers only when it is let, and then that all is well.
+PATIENT = """
+import json, sys, time
+from pathlib import Path
+for head in iter(sys.stdin.buffer.readline, b""):
+    asked = json.loads(head)
+    sys.stdin.buffer.read(asked["num_bytes"])
+    while not Path(asked["path"]).with_name("go").exists():
+        time.sleep(0.02)
+    print(json.dumps({"verdict": VERDICT, "detail": "read", "loss": None, "seconds": 0.0}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("verdict", "event"), [("right", "checkpoint-verified"), ("wrong", "checkpoint-wrong")])
+def test_where_reading_is_slower_than_saving_the_newest_is_read_and_what_is_read_stays(
+    tmp_path, monkeypatch, verdict: str, event: str
+) -> None:
+    reader = (sys.executable, "-c", PATIENT.replace("VERDICT", repr(verdict)))
+    monkeypatch.setattr("crosschip.train.checkpoint.verifier.COMMAND", reader)
+    model, optimizer = trained(1)
+    directory = tmp_path / "checkpoints"
+    with Checkpointer(tmp_path, model, optimizer, STAGE.model_copy(update={"keep_checkpoints": 2})) as saver:
+        assert saver._verifier is not None
+        for step in (1, 2, 3, 4):
+            save_and_go_on(saver, model, optimizer, step)
+            saver.wait()
+            deadline = time.monotonic() + HANG_S
+            while saver._verifier.reads != {1}:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        assert sorted(path.name[-1] for path in directory.iterdir()) == ["1", "3", "4"]
+        (directory / "go").touch()
+        told = wait_for_events(saver, 3)
+    assert [(each.step, each.event) for each in told] == [(1, event), (3, "checkpoint-not-verified"), (4, event)]
+    assert told[1].detail.startswith("passed over: reading back takes longer than")
+
+
+def test_one_that_was_wrong_and_is_gone_is_told(tmp_path) -> None:
+    model, optimizer = trained(1)
+    with Checkpointer(tmp_path, model, optimizer, STAGE) as saver:
+        gone = tmp_path / "checkpoints" / "step-00000001"
+        saver._judge(1, gone, verdict_of(None, None))
+        saver._judge(1, gone, verdict_of("other numbers", None))
+        (told,) = saver.events()
+    assert (told.event, told.detail) == ("checkpoint-wrong", "other numbers")
+
+
 def test_a_reader_that_does_not_answer_in_time_is_killed_and_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("crosschip.train.checkpoint.verifier.COMMAND", ("sleep", "1000"))
     monkeypatch.setattr("crosschip.train.checkpoint.verifier.LIMIT_S", 0.2)

@@ -89,7 +89,19 @@ def test_a_group_that_has_begun_anew_is_struck_in_its_fourth_step(
     under_way: Any = SimpleNamespace(
         logs=[SimpleNamespace(steps=steps, events=events)], look=lambda: None, is_over=lambda: False
     )
-    assert drill._wait_until_settled(under_way, 0) is is_settled
+    assert drill._wait_until_settled(under_way, 0, with_others=False) is is_settled
+
+
+@pytest.mark.parametrize(("num_steps", "is_settled"), [(19, False), (20, True)])
+def test_a_link_is_struck_when_its_usual_time_is_known(monkeypatch, num_steps: int, is_settled: bool) -> None:
+    monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
+    steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
+    events = [SeenEvent(100.0, 0, 49, "groups-changed", "1 of 2 groups take part, this is number 0", "going on")]
+    under_way: Any = SimpleNamespace(
+        logs=[SimpleNamespace(steps=steps, events=events)], look=lambda: None, is_over=lambda: False
+    )
+    assert drill._wait_until_settled(under_way, 0, with_others=True) is is_settled
+    assert drill._wait_until_settled(under_way, 0, with_others=False), "it has not begun anew itself"
 
 
 FINE_TUNING = 'name = "x"\n[data]\nsource = "arithmetic"\n[sft]\nsteps = 100\n'

@@ -75,6 +75,13 @@ def test_repeated_steps_are_counted_and_compared_to_the_last_bit() -> None:
     with_another = [step(7, 120.0, 2.3000001, num_groups=2)]
     (found,), _ = score([planted("kill", 100.0)], [], before + with_another, 200.0)
     assert (found.steps_lost, found.bit_exact) == (1, None)
+    # Alone for a step, and with the other again: the weights are others by then.
+    alone = [step(5, 110.0, 2.4), step(6, 111.0, 2.3, num_groups=2), step(7, 112.0, 2.2)]
+    together = [step(number, 90.0 + number, 3.0 - number / 10, num_groups=1 + (number != 5)) for number in range(8)]
+    (found,), _ = score([planted("kill", 100.0)], [], together + alone, 200.0)
+    assert (found.steps_lost, found.bit_exact) == (3, False)
+    (found,), _ = score([planted("kill", 100.0)], [], [*before, step(5, 110.0, 2.5, num_groups=2), *alone[1:]], 200.0)
+    assert (found.steps_lost, found.bit_exact) == (3, None)
 
 
 def test_goodput_counts_what_was_computed_again() -> None:
