@@ -13,7 +13,7 @@ from crosschip.plan.failures import PlanError
 from crosschip.plan.serving import Load
 from crosschip.plan.stages import StageChoices
 from crosschip.plan.whole_run import Switch, WholeRun
-from tests.plan.test_whole_run import PLAIN, cluster, planned, recipe
+from tests.plan.test_whole_run import FULL, PLAIN, cluster, planned, recipe
 
 REINFORCED: dict[str, Any] = {
     "name": "small", "data": {"source": "arithmetic"},
@@ -78,3 +78,12 @@ def test_choices_that_no_stage_carries_out_are_refused() -> None:
         planned(of=recipe(REINFORCED), choices=StageChoices(joined_with=(there,)))
     with pytest.raises(PlanError, match="switch_days is nan"):
         Switch(days=math.nan)
+
+
+def test_groups_within_a_cluster_end_where_answers_begin_and_one_goes_on_with_its_own_chips() -> None:
+    of_groups = {"groups": {"num_groups": 2}, "links": {"bandwidth_mbit_s": 1e5}}
+    stages = planned(cluster(num_chips=8), recipe(FULL, **of_groups)).stages
+    found = [(each.name, each.num_chips, each.num_groups) for each in stages]
+    assert found == [("pretrain", 8, 2), ("sft", 8, 2), ("rl", 4, 1), ("polish", 4, 1), ("more-rl", 4, 1)]
+    alone = planned(cluster(num_chips=4), recipe(FULL)).stages
+    assert [each.work_s for each in stages[2:]] == [each.work_s for each in alone[2:]]

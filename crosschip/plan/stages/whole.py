@@ -81,6 +81,8 @@ def _planned(
     if choices.joined_with and groups is recipe.groups:
         clusters = [cluster, *choices.joined_with]
         return join_stage(recipe, name, settings, clusters, [labels[each.name] for each in clusters])
+    if groups is not recipe.groups and not choices.joined_with:  # group 0 has its share of the chips
+        cluster = replace(cluster, num_chips=cluster.num_chips // recipe.groups.num_groups)
     recipe = recipe.model_copy(update={"groups": groups})
     notes: list[str] = []
     if place == 0:
