@@ -244,7 +244,7 @@ def test_the_plan_of_groups_loses_what_the_trainer_predicts_to_lose() -> None:
 
 def test_what_the_trainer_does_otherwise_is_said() -> None:
     one = read_cluster(CLUSTERS / "h200x8.toml")
-    text = '[train]\nsteps = 100\nbatch_size = 512\ndtype = "float32"\nlora_rank = 4\n'
+    text = '[train]\nsteps = 100\nbatch_size = 4096\ndtype = "float32"\nlora_rank = 4\n'
     notes = plan_run(recipe(text), one).notes
     for words in ("lora_rank", "fp32 is slower", "train.gradient_accumulation = "):
         assert any(words in note for note in notes), words

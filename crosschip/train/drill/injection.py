@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from crosschip.checkpoints import numbered_checkpoints, read_verdict
+from crosschip.checkpoints import read_verdict
 from crosschip.model.weights import DCP_DIRECTORY, MODEL_PREFIX
 from crosschip.train.drill.orders import Order, note_taken, take_order
 from crosschip.train.group.sharding import local_part
@@ -39,6 +39,7 @@ __all__ = ["disturbed"]
 _FOR_EVER_S = 1e6
 _SLOW_STEPS, _SLOW_TIMES = 90, 2.0  # a step then takes three times as long
 _MEMORY_LEFT = 256 << 20  # bytes, of which a step may still get some
+_MOST_WRONG = 4  # saves in a row that are wrong, if none of them is read back
 _FULL = "/dev/full"  # takes no byte
 
 
@@ -159,36 +160,32 @@ class _Disturber:
     def _disturb_next_save(self, fault: str) -> None:
         """Put something else in the place of what writes a checkpoint, for one time, unless the order is withdrawn.
 
-        A wrong save is one that follows on a save which was read back: where saves come faster, some are passed over.
+        Saves are wrong until one of them was read back: where they come faster than that, some are passed over.
         """
         from crosschip.train.checkpoint import writing
 
         order, self._order = self._order, None
         assert order is not None
         honest = writing.write_checkpoint
+        wrong: list[Path] = []
 
         def write_checkpoint(path: Path, staged: Staged, *args: Any, **kwargs: Any) -> None:
-            if fault == "wrong-save" and not _newest_is_read(path.parent):
+            is_over = len(wrong) == _MOST_WRONG or any(read_verdict(each) is not None for each in wrong)
+            if is_over or not (wrong or note_taken(self._directory, order, self._job.position.step)):
+                writing.write_checkpoint = honest
                 honest(path, staged, *args, **kwargs)
                 return
-            writing.write_checkpoint = honest
-            if not note_taken(self._directory, order, self._job.position.step):
-                honest(path, staged, *args, **kwargs)
-                return
+            if fault != "wrong-save":
+                writing.write_checkpoint = honest
             if fault == "save-hang":
                 time.sleep(_FOR_EVER_S)
             if fault == "wrong-save":
+                wrong.append(path)
                 _lose_half(staged)
             with _full_disk(self._job.world.rank) if fault == "full-disk" else contextlib.nullcontext():
                 honest(path, staged, *args, **kwargs)
 
         writing.write_checkpoint = write_checkpoint
-
-
-def _newest_is_read(directory: Path) -> bool:
-    """Whether the newest checkpoint has its verdict, so that the next one will not have to wait for it."""
-    found = numbered_checkpoints(directory.parent)
-    return bool(found) and read_verdict(found[-1][1]) is not None
 
 
 def _lose_half(staged: Staged) -> None:
