@@ -52,8 +52,6 @@ def drill(
     was planted.
     """
     from crosschip.recipe import load_recipe
-    from crosschip.report.drill_table import print_drill
-    from crosschip.rundir import write_json
     from crosschip.train.drill.catalogue import FAULTS, chosen
     from crosschip.train.drill.drill import DrillPlan, run_drill
 
@@ -83,14 +81,7 @@ def drill(
         checkpoint_every=resolved.train.checkpoint_every,
     )
     report = run_drill(plan, lambda line: print(f"crosschip: {line}", file=sys.stderr, flush=True))
-    path = json_path or directory / "drill.json"
-    print_drill(report)
-    write_json(path, {"recipe": recipe.name, "settings": settings, **report})
-    print(f"\nreport: {path}")
-    if report["interrupted"]:
-        raise KeyboardInterrupt
-    if report["ended_early"]:
-        print(_early_end(report, directory), file=sys.stderr)
+    _tell(report, {"recipe": recipe.name, "settings": settings}, directory, json_path or directory / "drill.json")
     raise typer.Exit(_exit_code(report, names == []))
 
 
@@ -113,6 +104,24 @@ def _settings_of(recipe: Path, overrides: list[str]) -> list[str]:
     if stage.keep_every is not None and stage.keep_every % every:
         settings.append(f"train.keep_every={-(-stage.keep_every // every) * every}")
     return settings
+
+
+def _tell(report: dict[str, Any], about: dict[str, Any], directory: Path, path: Path) -> None:
+    """Print what was seen, and write it down.
+
+    Raises:
+        KeyboardInterrupt: the drill was interrupted.
+    """
+    from crosschip.report.drill_table import print_drill
+    from crosschip.rundir import write_json
+
+    print_drill(report)
+    write_json(path, {**about, **report})
+    print(f"\nreport: {path}")
+    if report["interrupted"]:
+        raise KeyboardInterrupt
+    if report["ended_early"]:
+        print(_early_end(report, directory), file=sys.stderr)
 
 
 def _early_end(report: dict[str, Any], directory: Path) -> str:

@@ -23,8 +23,8 @@ __all__ = ["COMMAND", "Verifier", "VerifyJob"]
 COMMAND = (sys.executable, "-m", "crosschip.train.checkpoint.verify", "--serve")
 _END_S = 10.0  # for the process to end by itself once its input is closed
 LIMIT_S = 1800.0  # for an answer, at a low priority beside a training; a process that hangs never gives one
-_PASSED_OVER = "passed over: reading back takes longer than the time between two saves"
 _TIMES_LONGEST = 5.0  # so many times as long as the longest answer so far it may take in any case
+_PASSED_OVER = "passed over: reading back takes longer than the time between two saves"
 
 
 @dataclass(frozen=True)

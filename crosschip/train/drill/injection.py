@@ -160,27 +160,27 @@ class _Disturber:
     def _disturb_next_save(self, fault: str) -> None:
         """Put something else in the place of what writes a checkpoint, for one time, unless the order is withdrawn.
 
-        Saves are wrong until one of them was read back: where they come faster than that, some are passed over.
+        Wrong saves come until one of them was read back: where saves are faster than that, some are passed over.
         """
         from crosschip.train.checkpoint import writing
 
         order, self._order = self._order, None
         assert order is not None
         honest = writing.write_checkpoint
-        wrong: list[Path] = []
+        most, struck = _MOST_WRONG if fault == "wrong-save" else 1, list[Path]()
 
         def write_checkpoint(path: Path, staged: Staged, *args: Any, **kwargs: Any) -> None:
-            is_over = len(wrong) == _MOST_WRONG or any(read_verdict(each) is not None for each in wrong)
-            if is_over or not (wrong or note_taken(self._directory, order, self._job.position.step)):
+            is_over = any(read_verdict(each) is not None for each in struck)
+            if is_over or not (struck or note_taken(self._directory, order, self._job.position.step)):
                 writing.write_checkpoint = honest
                 honest(path, staged, *args, **kwargs)
                 return
-            if fault != "wrong-save":
+            struck.append(path)
+            if len(struck) == most:
                 writing.write_checkpoint = honest
             if fault == "save-hang":
                 time.sleep(_FOR_EVER_S)
             if fault == "wrong-save":
-                wrong.append(path)
                 _lose_half(staged)
             with _full_disk(self._job.world.rank) if fault == "full-disk" else contextlib.nullcontext():
                 honest(path, staged, *args, **kwargs)

@@ -21,19 +21,23 @@ def core_waits_s(pid: int) -> dict[str, float]:
     """Seconds that each thread of a process has waited for a core so far; empty where the system does not tell."""
     found = {}
     for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        try:
-            found[path.parent.name] = int(path.read_text().split()[1]) / 1e9
-        except (OSError, IndexError, ValueError):
-            continue  # the thread has ended
+        waited_s = _waited_s(path)
+        if waited_s is not None:
+            found[path.parent.name] = waited_s
     return found
 
 
 def own_wait_s() -> float:
     """Seconds that the calling thread has waited for a core so far; 0 where the system does not tell."""
+    return _waited_s(Path("/proc/thread-self/schedstat")) or 0.0
+
+
+def _waited_s(schedstat: Path) -> float | None:
+    """What a thread's file tells; None where it has ended, or the system does not tell."""
     try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+        return int(schedstat.read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
-        return 0.0
+        return None
 
 
 class CoreWaits:

@@ -10,7 +10,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from crosschip.train.guard.observed import Event
 
@@ -79,21 +79,17 @@ class StragglerWatch:
             return None
         name = max(self._filling, key=lambda each: statistics.median(self._ratios(each)))
         ratios = self._ratios(name)
-        is_one, is_busy = _is_beyond(ratios), not _is_beyond(self._ratios(name, on_core=True))
+        is_one, is_busy = _is_beyond(ratios), not _is_beyond(self._ratios(name, "on_core_s"))
         told, self._told = self._told, (name, is_busy) if is_one else None
         if not is_one or told == self._told:
             return None
         waited = statistics.median(1.0 - part[name].on_core_s / max(1e-9, part[name].whole_s) for part in self._parts)
         return Straggler(name, statistics.median(ratios), NUM_PARTS * STEPS_A_PART, waited, is_busy)
 
-    def _ratios(self, name: str, on_core: bool = False) -> list[float]:
-        times = [
-            {each: part[each].on_core_s if on_core else part[each].whole_s for each in part} for part in self._parts
-        ]
-        return [
-            part[name] / max(1e-9, statistics.median(seconds for other, seconds in part.items() if other != name))
-            for part in times
-        ]
+    def _ratios(self, name: str, which: Literal["whole_s", "on_core_s"] = "whole_s") -> list[float]:
+        own = [getattr(part[name], which) for part in self._parts]
+        others = [[getattr(part[other], which) for other in part if other != name] for part in self._parts]
+        return [one / max(1e-9, statistics.median(seconds)) for one, seconds in zip(own, others, strict=True)]
 
 
 class _Times(NamedTuple):

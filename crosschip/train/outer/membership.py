@@ -67,7 +67,7 @@ class Membership:
         interface = interface_of(self._host)
         if interface is not None:  # else gloo takes the one that the host's name resolves to, which may be another
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        self._process_group = ProcessGroupGloo(timedelta(seconds=limits.exchange_s))
+        self._process_group = ProcessGroupGloo(timedelta(seconds=limits.connecting_s))
         self._configured: tuple[object, ...] = ()
         self._failures = 0
         self._watch = LighthouseWatch(member.lighthouse, limits.connect_s, tell)
@@ -212,12 +212,10 @@ class Membership:
         Raises:
             RuntimeError, OSError: one has died since it came, or does not answer for `connecting_s`.
         """
-        group, limits = self._process_group, self._limits
-        path = self._meeting_place(found, key)
-        group.set_timeout(timedelta(seconds=limits.connecting_s))
+        path, group = self._meeting_place(found, key), self._process_group
         group.configure(path, str(self._member.group), found.replica_rank, found.replica_world_size)
-        exchange = timedelta(seconds=limits.exchange_s)
-        group.set_timeout(exchange)
+        # The time to connect would be that of every operation as well.
+        exchange = timedelta(seconds=self._limits.exchange_s)
         group.parent._get_backend(torch.device("cpu"))._set_default_timeout(exchange)
 
     def _meeting_place(self, found: Any, key: tuple[object, ...]) -> str:

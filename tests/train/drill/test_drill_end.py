@@ -71,6 +71,14 @@ def test_an_interrupted_drill_tells_what_it_has_seen(tmp_path: Path) -> None:
     assert report["num_steps"] > 5
 
 
+def under_way(monkeypatch, num_steps: int, events: list[SeenEvent]) -> Any:
+    """A drill of one group that made 49 steps before time 50 and `num_steps` after time 100; it waits for no more."""
+    monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
+    steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
+    logs = [SimpleNamespace(steps=steps, events=events)]
+    return SimpleNamespace(logs=logs, look=lambda: None, is_over=lambda: False)
+
+
 @pytest.mark.parametrize(
     "begins",
     [("resumed", "after step 40", "training"), ("crash", "rank 0 died", "restarting after committed step 40 (1 of 3)")],
@@ -79,29 +87,20 @@ def test_an_interrupted_drill_tells_what_it_has_seen(tmp_path: Path) -> None:
 def test_a_group_that_has_begun_anew_is_struck_in_its_fourth_step(
     monkeypatch, num_steps: int, is_settled: bool, begins: tuple[str, str, str]
 ) -> None:
-    monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
-    steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
     events = [
         SeenEvent(0.0, 0, 0, "started", "from new weights", "training"),
         SeenEvent(100.0, 0, 49, *begins),
         SeenEvent(200.0, 0, 49, "checkpoint-verified", "", ""),
     ]
-    under_way: Any = SimpleNamespace(
-        logs=[SimpleNamespace(steps=steps, events=events)], look=lambda: None, is_over=lambda: False
-    )
-    assert drill._wait_until_settled(under_way, 0, with_others=False) is is_settled
+    assert drill._wait_until_settled(under_way(monkeypatch, num_steps, events), 0, with_others=False) is is_settled
 
 
 @pytest.mark.parametrize(("num_steps", "is_settled"), [(19, False), (20, True)])
 def test_a_link_is_struck_when_its_usual_time_is_known(monkeypatch, num_steps: int, is_settled: bool) -> None:
-    monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
-    steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
     events = [SeenEvent(100.0, 0, 49, "groups-changed", "1 of 2 groups take part, this is number 0", "going on")]
-    under_way: Any = SimpleNamespace(
-        logs=[SimpleNamespace(steps=steps, events=events)], look=lambda: None, is_over=lambda: False
-    )
-    assert drill._wait_until_settled(under_way, 0, with_others=True) is is_settled
-    assert drill._wait_until_settled(under_way, 0, with_others=False), "it has not begun anew itself"
+    found = under_way(monkeypatch, num_steps, events)
+    assert drill._wait_until_settled(found, 0, with_others=True) is is_settled
+    assert drill._wait_until_settled(found, 0, with_others=False), "it has not begun anew itself"
 
 
 FINE_TUNING = 'name = "x"\n[data]\nsource = "arithmetic"\n[sft]\nsteps = 100\n'
