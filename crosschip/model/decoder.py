@@ -27,7 +27,7 @@ from crosschip.model.route_record import RouteRecord
 from crosschip.model.transformer import Block, MultiTokenPrediction, Transformer
 
 if TYPE_CHECKING:
-    from crosschip.model.row_step import RowStep
+    from crosschip.model.rows import RowStep
 
 __all__ = ["Decoder", "LatentCache", "generate"]
 
@@ -35,9 +35,8 @@ __all__ = ["Decoder", "LatentCache", "generate"]
 # and 18.1 where their blocks are scattered and gathered first).
 _BY_ROW_FROM = 1024
 # Up to so many numbers in all heads' queries to a row of the cache, and weights in all layers (64 MB), a step's time is
-# that of its calls (`row_step`).
+# that of its calls (`rows`).
 _SMALL_ATTENTION, _SMALL_LAYERS = 2048, 16_000_000
-_SEVERAL = 8  # rows, more than get their products from kernels
 
 
 class _Draft:
@@ -64,8 +63,8 @@ class _Draft:
 class Decoder:
     """A model prepared for inference. Weights are read once: make a new decoder after an update.
 
-    With `by_kernels`, steps of one token a row are made of compiled stretches where the model, its dtype and its device
-    suit them (`row_step`), and else, and always without, of torch's own operators.
+    With `by_kernels`, steps of one token a row are one call of compiled code where the model, its dtype and its device
+    suit it (`rows`), and else, and always without, of torch's own operators.
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype | None = None, by_kernels: bool = False) -> None:
@@ -80,11 +79,11 @@ class Decoder:
         modules = [module for module in model.mtp if isinstance(module, MultiTokenPrediction)]
         self._draft = _Draft(modules[0], self) if modules else None
         self._row_step = self._prepare_row_step(blocks) if by_kernels else None
-        if self._row_step is not None:
-            self._warm_up()
 
-    def computes_all_experts(self, num_rows: int) -> bool:
-        """Whether calls of so many tokens compute every expert for every token, or there are none to choose from."""
+    def computes_all_alike(self, num_rows: int) -> bool:
+        """Whether a step of so many rows computes the same products whatever experts are chosen, or each row alone."""
+        if self._row_step is not None:
+            return True
         experts = [feed_forward for _, feed_forward in self._layers if isinstance(feed_forward, Experts)]
         return all(each.all is not None and num_rows <= each.all.most_tokens for each in experts)
 
@@ -99,15 +98,9 @@ class Decoder:
         is_small = self.config.num_attention_heads * self.config.latent_dim <= _SMALL_ATTENTION
         if self.device.type != "cpu" or self.dtype != torch.float32 or not is_small or num_weights > _SMALL_LAYERS:
             return None
-        from crosschip.model.row_step import RowStep  # numba: half a second
+        from crosschip.model.rows import RowStep  # numba, and the first time some 20 seconds of compiling
 
         return RowStep(self._layers, self.config)
-
-    def _warm_up(self) -> None:
-        """Have the kernels for one row and for several compiled now, and not with the first request."""
-        for rows in (1, _SEVERAL):
-            zeros, slots = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
-            self.extend(zeros[:, None], zeros, slots, self.new_cache(rows, 1))
 
     def _feed_forward(self, block: Block) -> DenseMLP | Experts:
         norm = block.post_attention_layernorm.weight.detach().float()
@@ -150,9 +143,7 @@ class Decoder:
         """
         x_MD = F.embedding(tokens_BT.to(self.device).flatten(), self._embedding)
         if self._row_step is not None and tokens_BT.shape[1] == 1:
-            attends = self._row_step.attends(start_B, cache)
-            span = None if attends else self._span(start_B, slots_B, 1, cache)
-            return self._row_step(x_MD, start_B, slots_B, cache, span).mul_(self._norm)[:, None]
+            return self._row_step(x_MD, start_B, slots_B, cache).mul_(self._norm)[:, None]
         span = self._span(start_B, slots_B, tokens_BT.shape[1], cache)
         eps, chosen = self.config.rms_norm_eps, list[Tensor]()
         for (attention, feed_forward), rows in zip(self._layers, cache.rows, strict=False):

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numba import cfunc, njit, types
+from numba.core.caching import CacheImpl
+from numba.np.numpy_support import carray
 
-from crosschip.model import Decoder, ModelConfig, row_kernels
+from crosschip.model import Decoder, ModelConfig
 from crosschip.model.latent_cache import LatentCache
+from crosschip.model.rows import row_step, thread_team
+from crosschip.model.rows.arithmetic import write_gated
+from crosschip.model.rows.intrinsics import call, take_next
+from crosschip.model.rows.step import _kept
 from tests.model.configs import configs, random_model
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, max_position_embeddings=256)
 LENGTHS = (40, 1, 63, 32, 7)
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Two of torch's, however many there were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
 
 
 def filled(decoder: Decoder, lengths: tuple[int, ...] = LENGTHS, **options: bool) -> LatentCache:
@@ -38,13 +54,20 @@ def step(decoder: Decoder, cache: LatentCache, slots: list[int]) -> torch.Tensor
     return decoder.extend(tokens, torch.tensor(LENGTHS)[slots], torch.tensor(slots), cache)[:, 0]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(config=configs(), slots=st.permutations(range(5)), num=st.integers(1, 5))
-def test_a_step_by_kernels_is_the_step_by_operators(config: ModelConfig, slots: list[int], num: int) -> None:
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(config=configs(), slots=st.permutations(range(5)), num=st.integers(1, 5), num_threads=st.integers(1, 3))
+def test_a_step_by_kernels_is_the_step_by_operators(
+    config: ModelConfig, slots: list[int], num: int, num_threads: int
+) -> None:
     model = random_model(replace(config, max_position_embeddings=64))
     plain, fast = Decoder(model), Decoder(model, by_kernels=True)
     caches = filled(plain, record_routes=True), filled(fast, record_routes=True)
-    expected, found = step(plain, caches[0], slots[:num]), step(fast, caches[1], slots[:num])
+    expected, before = step(plain, caches[0], slots[:num]), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = step(fast, caches[1], slots[:num])
+    finally:
+        torch.set_num_threads(before)
     scale = expected.abs().max().item()
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * scale)
     for ours, theirs in zip(caches[1].rows, caches[0].rows, strict=True):
@@ -57,27 +80,72 @@ def test_a_step_by_kernels_is_the_step_by_operators(config: ModelConfig, slots: 
         assert torch.equal(caches[1].routes.read(blocks, LENGTHS[slot] + 1).sort(-1).values, theirs)
 
 
+@pytest.mark.parametrize("num_rows", [1, 6, 7, 40])
+def test_any_number_of_rows(num_rows: int) -> None:
+    """Also more than a product takes at a time, of a model with few experts that are chosen often."""
+    model = random_model(replace(CONFIG, moe_intermediate_size=20, kv_lora_rank=40, num_attention_heads=5))
+    plain, fast = Decoder(model), Decoder(model, by_kernels=True)
+    start = torch.arange(num_rows) % 3
+    tokens = torch.randint(97, (num_rows, 4), generator=torch.Generator().manual_seed(6))
+    states = []
+    for decoder in (plain, fast):
+        cache = decoder.new_cache(num_rows, 64)
+        plain.extend(tokens[:, :3], torch.zeros_like(start), torch.arange(num_rows), cache)
+        states.append(decoder.extend(tokens[:, 3:], start, torch.arange(num_rows), cache))
+    assert torch.allclose(states[1], states[0], rtol=1e-4, atol=1e-4 * states[0].abs().max().item())
+
+
 def test_kernels_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above would hold as well if both were the same way."""
+    """The comparisons above would hold as well if both were the same way."""
     model = random_model(CONFIG)
     plain, fast = Decoder(model), Decoder(model, by_kernels=True)
     caches = filled(plain), filled(fast)
-    monkeypatch.setattr(row_kernels, "attend", lambda *arguments: arguments[-1].fill(0.0))
-    assert not torch.allclose(step(fast, caches[1], [0, 1]), step(plain, caches[0], [0, 1]), rtol=1e-2)
+    calls = []
+    monkeypatch.setattr(row_step, "call_together", lambda *arguments: calls.append(arguments))
+    step(plain, caches[0], [0, 1])
+    assert not calls
+    step(fast, caches[1], [0, 1])
+    assert len(calls) == 1
 
 
-def test_a_row_has_the_same_bits_in_any_company() -> None:
-    x = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(5)).numpy()
-    whole, alone = np.empty_like(x), np.empty_like(x[:1])
-    row_kernels.normalise(x, 1e-6, whole)
-    for row in range(9):
-        row_kernels.normalise(x[row : row + 1], 1e-6, alone)
-        assert alone.tobytes() == whole[row : row + 1].tobytes()
-    size = 2 * CONFIG.moe_intermediate_size
-    gate_up, active = np.repeat(x[:, :size], 2, 1), np.empty((9, size), np.float32)
-    row_kernels.gate(gate_up, np.empty((9, 0), np.float32), 0, active)
-    row_kernels.gate(gate_up[4:5], np.empty((1, 0), np.float32), 0, active[:1])
-    assert active[0].tobytes() == active[4].tobytes()
+def test_a_row_has_the_same_bits_in_any_company(threads: int) -> None:
+    """Beside others or alone, wherever it stands, and with one thread or several."""
+    decoder = Decoder(random_model(CONFIG), by_kernels=True)
+    together = step(decoder, filled(decoder), [3, 0, 4, 2, 1])
+    for place, slot in enumerate([3, 0, 4, 2, 1]):
+        assert torch.equal(step(decoder, filled(decoder), [slot])[0], together[place])
+    assert torch.equal(step(decoder, filled(decoder), [1, 4])[0], together[4])
+    cache = filled(decoder)  # which products of torch's fill
+    torch.set_num_threads(1)
+    assert torch.equal(step(decoder, cache, [3, 0, 4, 2, 1]), together)
+
+
+def test_without_a_library_of_threads_the_caller_computes_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    decoder = Decoder(random_model(CONFIG), by_kernels=True)
+    expected = step(decoder, filled(decoder), [0, 1, 2])
+    monkeypatch.setattr(thread_team, "_team", lambda: None)
+    assert thread_team.barrier_address() == 0
+    assert torch.equal(step(decoder, filled(decoder), [0, 1, 2]), expected)
+
+
+def test_all_threads_of_torch_make_a_call_and_wait_for_each_other(threads: int) -> None:
+    """Each counts itself in, waits, and finds all counted."""
+
+    @cfunc(types.void(types.voidptr))
+    def count(numbers: Any) -> None:
+        found = carray(numbers, 4, dtype=np.int64)
+        me = take_next(found[3])
+        call(found[2])
+        found[me] = take_next(found[3] + 8)
+
+    barrier = thread_team.barrier_address()
+    if not barrier:
+        pytest.skip("torch's threads are of no library that is known")
+    counters = np.zeros(2, np.int64)
+    numbers = np.array([-1, -1, barrier, counters.ctypes.data])
+    thread_team.call_together(count.address, numbers.ctypes.data)
+    assert counters.tolist() == [threads, threads]
+    assert sorted(numbers[:2].tolist()) == [0, 1]
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
@@ -91,21 +159,30 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 
 
 def test_an_expert_that_nobody_chose_is_not_looked_at() -> None:
-    gate_up, share = np.full((1, 8), np.inf, np.float32), np.array([[0.0, 1.0]], np.float32)
-    gate_up[0, 2:4] = gate_up[0, 6:8] = 1.0
-    active = np.empty((1, 4), np.float32)
-    row_kernels.gate(gate_up, share, 2, active)
-    expected = 1 / (1 + np.exp(-1.0))
-    assert np.allclose(active, [[0.0, 0.0, expected, expected]], rtol=1e-6)
+    model = random_model(replace(CONFIG, n_routed_experts=4, num_experts_per_tok=2))
+    experts = [block.mlp for block in model.layers if hasattr(block.mlp, "experts")]
+    assert experts
+    for mixture in experts:
+        mixture.gate.e_score_correction_bias[1] = -1e9
+    sound, tokens, zero = Decoder(model, by_kernels=True), torch.tensor([[5]]), torch.tensor([0])
+    expected = sound.extend(tokens, zero, zero, sound.new_cache(1, 32))
+    for mixture in experts:
+        mixture.experts.gate_up_proj.data[1] = torch.inf
+    spoilt = Decoder(model, by_kernels=True)
+    assert torch.equal(spoilt.extend(tokens, zero, zero, spoilt.new_cache(1, 32)), expected)
 
 
 def test_gates_of_every_size_are_those_of_torch() -> None:
     values = torch.cat((torch.linspace(-120, 120, 100_001), torch.tensor([0.0, -0.0, 3e38, -3e38])))
-    gate_up = torch.stack((values, torch.ones_like(values))).flatten()[None].numpy()
-    active = np.empty((1, len(values)), np.float32)
-    row_kernels.gate(gate_up, np.empty((1, 0), np.float32), 0, active)
+
+    @njit
+    def gated(gate: Any, up: Any, out: Any) -> None:
+        write_gated(gate, up, np.float32(1), out)
+
+    active = np.empty(len(values), np.float32)
+    gated(values.numpy(), np.ones(len(values), np.float32), active)
     expected = torch.nn.functional.silu(values.double())
-    error = (torch.from_numpy(active[0]).double() - expected).abs()
+    error = (torch.from_numpy(active).double() - expected).abs()
     assert (error <= 4e-7 * expected.abs() + 2e-36).all()
 
 
@@ -117,27 +194,12 @@ def test_other_dtypes_wide_attention_and_large_layers_go_another_way() -> None:
     assert Decoder(random_model(large), by_kernels=True)._row_step is None
 
 
-def test_long_rows_are_computed_by_products_unless_each_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosschip.model.row_step._MOST_WORK", 1.0)
-    decoder = Decoder(random_model(CONFIG), by_kernels=True)
-    cache = filled(decoder)
-    expected = step(Decoder(random_model(CONFIG)), filled(Decoder(random_model(CONFIG))), [4, 0, 2])
-    monkeypatch.setattr(row_kernels, "attend", lambda *arguments: arguments[-1].fill(0.0))
-    assert torch.allclose(step(decoder, cache, [4, 0, 2]), expected, rtol=1e-4, atol=1e-4)
-    cache.by_row = True
-    assert not torch.allclose(step(decoder, cache, [4, 0, 2]), expected, rtol=1e-2)
+def test_without_a_place_for_the_cache_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
 
+    def add_one(numbers: Any) -> None:
+        carray(numbers, 1, dtype=np.int64)[0] += 1
 
-WITHOUT_A_PLACE = """
-import numba.core.caching
-numba.core.caching.CacheImpl._locator_classes = []
-import numpy
-from crosschip.model import row_kernels
-x = numpy.full((1, 4), 3.0, numpy.float32)
-row_kernels.normalise(x, 0.0, x)
-assert (x == 1.0).all(), x
-"""
-
-
-def test_without_a_place_for_the_cache_kernels_are_compiled_each_time() -> None:
-    subprocess.run([sys.executable, "-c", WITHOUT_A_PLACE], check=True)
+    number = np.array([41])
+    thread_team.call_together(_kept(add_one).address, number.ctypes.data)
+    assert number[0] > 41

@@ -28,7 +28,7 @@ def rows_are_independent(decoder: Decoder, num_rows: int) -> bool:
     Experts are computed by calls whose sizes depend on the other rows' choices, unless all of them are computed for
     every row; then the answer is no.
     """
-    if not decoder.computes_all_experts(num_rows):
+    if not decoder.computes_all_alike(num_rows):
         return False
     generator = torch.Generator().manual_seed(0)
     cache = decoder.new_cache(num_rows, min(BLOCK_TOKENS, decoder.config.max_position_embeddings))
