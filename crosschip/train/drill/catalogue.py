@@ -30,6 +30,7 @@ class DrillFault:
     needs_groups: bool = False
     by_others: bool = False
     within_s: float = 120.0  # after which it counts as not noticed
+    alone_s: float = 30.0  # left to be noticed in before the next fault may strike
 
 
 FAULTS: dict[str, DrillFault] = {
@@ -45,7 +46,13 @@ FAULTS: dict[str, DrillFault] = {
         # The first save after a start has the drill's start_allowance_s of 120 s.
         DrillFault("save-hang", "a save does not come back", "order", ("hang",), within_s=180.0),
         DrillFault(
-            "slow", "a rank becomes three times slower", "order", ("straggler",), needs_groups=True, by_others=True
+            "slow",
+            "a rank becomes three times slower",
+            "order",
+            ("straggler",),
+            needs_groups=True,
+            by_others=True,
+            alone_s=90.0,  # a straggler is watched for a minute before it is told
         ),
         DrillFault("full-disk", "the disk is full during a save", "order", ("checkpoint-failed",)),
         DrillFault("truncated", "the newest checkpoint has been cut", "file", ("damaged-checkpoint",)),

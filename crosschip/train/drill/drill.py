@@ -34,7 +34,6 @@ __all__ = ["DrillError", "DrillPlan", "run_drill"]
 
 SCHEMA_VERSION = 1
 _POLL_S = 0.1
-_TO_BE_NOTICED_S = 30.0  # before the next fault may strike
 _TAKE_S = 60.0  # how long a rank may take to carry out an order
 _END_S = 120.0  # how long the training may take to end after SIGTERM
 _CLEAN_STEPS = 20  # steps that every group makes before the first fault: they say how long a step takes
@@ -197,7 +196,7 @@ def _wait_until_noticed(drill: _Drill, deadline: float) -> None:
     if not drill.planted:
         return
     last = drill.planted[-1]
-    until = min(deadline, last.at + _TO_BE_NOTICED_S)
+    until = min(deadline, last.at + last.fault.alone_s)
     while time.monotonic() < until and not drill.is_over() and not any(is_of(each, last) for each in drill.events):
         drill.look()
         time.sleep(_POLL_S)

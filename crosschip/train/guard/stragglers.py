@@ -19,7 +19,9 @@ __all__ = ["STRAGGLER_LIMIT", "Straggler", "StragglerWatch"]
 # BLOOM's chronicles tell of one slow node that cost 6 %; a tenth is beyond what a passing burden explains.
 STRAGGLER_LIMIT = 1.1
 NUM_PARTS = 12
-STEPS_A_PART = 5
+# A part has so many steps and seconds at least: what passes within a minute is worth no line. (Two groups of 0.27 s a
+# step on two cores of a virtual machine: one was 1.32 times slower for 16 s in half an hour, with a core all the time.)
+STEPS_A_PART, PART_S = 5, 5.0
 # By chance a rank is the slower one in a part as often as not: in 10 or more of 12 parts with a chance of 1.9 %, and
 # slower by more than the limit far more seldom.
 _PARTS_NEEDED = 10
@@ -49,10 +51,12 @@ class Straggler:
 
 
 class StragglerWatch:
-    """Keeps the times of the last 60 steps, and tells of a straggler once until another one or none is found."""
+    """Keeps the times of the last 60 steps, or of a minute if these take less; tells of a straggler once until another
+    one or none is found."""
 
     def __init__(self) -> None:
         self._parts: deque[dict[str, _Times]] = deque(maxlen=NUM_PARTS)
+        self._num_steps: deque[int] = deque(maxlen=NUM_PARTS)  # in them
         self._filling: dict[str, list[_Times]] = {}
         self._told: tuple[str, bool] | None = None
 
@@ -64,13 +68,17 @@ class StragglerWatch:
         """
         if compute_s.keys() != self._filling.keys():
             self._parts.clear()
+            self._num_steps.clear()
             self._filling = {name: [] for name in compute_s}
         for name, seconds in compute_s.items():
             waited = 0.0 if waited_s is None else waited_s[name]
             self._filling[name].append(_Times(seconds, max(0.0, seconds - waited)))
-        if min(map(len, self._filling.values()), default=0) < STEPS_A_PART:
+        num_steps = min(map(len, self._filling.values()), default=0)
+        lasted_s = max((sum(each.whole_s for each in times) for times in self._filling.values()), default=0.0)
+        if num_steps < STEPS_A_PART or lasted_s < PART_S:
             return None
         self._parts.append({name: _Times.median(times) for name, times in self._filling.items()})
+        self._num_steps.append(num_steps)
         self._filling = {name: [] for name in compute_s}
         return self._news()
 
@@ -84,7 +92,7 @@ class StragglerWatch:
         if not is_one or told == self._told:
             return None
         waited = statistics.median(1.0 - part[name].on_core_s / max(1e-9, part[name].whole_s) for part in self._parts)
-        return Straggler(name, statistics.median(ratios), NUM_PARTS * STEPS_A_PART, waited, is_busy)
+        return Straggler(name, statistics.median(ratios), sum(self._num_steps), waited, is_busy)
 
     def _ratios(self, name: str, which: Literal["whole_s", "on_core_s"] = "whole_s") -> list[float]:
         own = [getattr(part[name], which) for part in self._parts]

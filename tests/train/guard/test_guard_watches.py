@@ -54,6 +54,17 @@ def test_a_passing_burden_is_no_straggler() -> None:
         assert watch.observe({"a": 1.0, "b": 5.0 if burdened else 1.0, "c": 1.0}) is None
 
 
+def test_short_steps_are_watched_for_a_minute() -> None:
+    """What lasts for 60 short steps passes; what lasts for a minute is told, with the steps that were watched."""
+    watch, found = StragglerWatch(), []
+    for step in range(1000):
+        is_slow = 100 <= step < 170 or step >= 400
+        found.append(watch.observe({"a": 0.25, "b": 0.4 if is_slow else 0.25}))
+    ((at, straggler),) = [(step, each) for step, each in enumerate(found) if each is not None]
+    assert 0.4 * (at - 400) == pytest.approx(60.0, abs=12.0)
+    assert straggler.num_steps > 120
+
+
 def test_whoever_joins_begins_the_watch_anew() -> None:
     watch = StragglerWatch()
     for _ in range(59):
