@@ -53,8 +53,10 @@ def architecture_of(recipe: Recipe) -> Architecture:
     return architecture_from_settings(recipe.model, rows, recipe.name)
 
 
-def thin_link_of(recipe: Recipe, num_elements: int, step_s: float) -> tuple[ThinLink, str]:
+def thin_link_of(recipe: Recipe, num_elements: int, step_s: float, num_ranks: int) -> tuple[ThinLink, str]:
     """What joins the recipe's groups, used as `crosschip train` chooses to where a step takes `step_s`; and the reason.
+
+    `num_ranks` are the chips of a group, which share its `num_elements` parameters.
 
     Raises:
         RecipeError: there is no bandwidth between the groups.
@@ -66,7 +68,7 @@ def thin_link_of(recipe: Recipe, num_elements: int, step_s: float) -> tuple[Thin
             f"groups.num_groups = {recipe.groups.num_groups}, and nothing is known of the link between them",
             "give [links] bandwidth_mbit_s and latency_ms, or report: groups wait for each other as long as it takes",
         )
-    choice = choose(recipe.groups, link, num_elements, step_s)
+    choice = choose(recipe.groups, link, num_elements, step_s, num_ranks)
     return ThinLink(
         link.bandwidth_bytes_s,
         link.latency_s,
@@ -78,12 +80,13 @@ def thin_link_of(recipe: Recipe, num_elements: int, step_s: float) -> tuple[Thin
     ), choice.reason
 
 
-def _joined(recipe: Recipe, job: Job, find: Callable[[Job], Found]) -> tuple[Job, Found, str | None]:
+def _joined(recipe: Recipe, job: Job, num_chips: int, find: Callable[[Job], Found]) -> tuple[Job, Found, str | None]:
     """The layouts with the link between the groups, where there are several: what they send hangs on a step's time."""
     found = find(job)
     if recipe.groups.num_groups == 1:
         return job, found, None
-    link, reason = thin_link_of(recipe, num_parameters(job.architecture), found.best[0].step_s)
+    num_elements, num_ranks = num_parameters(job.architecture), max(1, num_chips // recipe.groups.num_groups)
+    link, reason = thin_link_of(recipe, num_elements, found.best[0].step_s, num_ranks)
     linked = replace(job, thin_link=link)
     return linked, find(linked), reason
 
@@ -128,9 +131,8 @@ def plan_run(
     name, stage = stage_named(recipe, stage_name)
     given = _given(recipe, fixed)
     key = "train" if name == "pretrain" else name
-    job, found, reason = _joined(
-        recipe, job_of(recipe, stage, cluster), lambda job: _search(job, cluster, given, key, stage)
-    )
+    whole = job_of(recipe, stage, cluster)
+    job, found, reason = _joined(recipe, whole, cluster.num_chips, lambda job: _search(job, cluster, given, key, stage))
     return _plan(name, stage, job, cluster, found, cluster.num_chips, reason)
 
 
@@ -144,9 +146,8 @@ def plan_later_stage(recipe: Recipe, cluster: Cluster, name: str, stage: StageSe
     first: RecipeError | None = None
     for num_chips in _numbers_of_chips(cluster, stage.batch_size):
         try:
-            job, found, reason = _joined(
-                recipe, alone, partial(find_layouts, num_chips=num_chips, hardware=cluster.hardware, fixed=given)
-            )
+            find = partial(find_layouts, num_chips=num_chips, hardware=cluster.hardware, fixed=given)
+            job, found, reason = _joined(recipe, alone, num_chips, find)
         except RecipeError as error:
             first = first or error
             continue

@@ -112,7 +112,8 @@ class GroupSettings(Settings):
     sync_every: PositiveInt | None = None  # inner steps between two outer steps of a parameter
     fragments: PositiveInt | None = None
     overlap_steps: Annotated[int, Field(ge=0)] | None = None  # inner steps during which a fragment is under way
-    own_share: Fraction = 0.0  # of a group's own parameters that stay in them at an outer step
+    own_share: Fraction | None = None  # of its own parameters that a group keeps in them at an outer step; None: it
+    # keeps on top of the common ones what it trained while they were under way
     compression: Literal["auto", "none", "int8", "int4"] = "auto"
     outer_learning_rate: Annotated[float, Field(gt=0.0)] = 0.7
     outer_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9

@@ -73,7 +73,7 @@ def join_groups(
     link = link_from(recipe.links)
     seconds = 1.0 if link is None else world.from_rank_zero(step_s)  # nothing is predicted without a link
     num_elements = sum(parameter.numel() for parameter in model.parameters())
-    choice = choose(planned, link, num_elements, seconds)
+    choice = choose(planned, link, num_elements, seconds, world.size)
     say(choice.reason)
     groups = open_groups(
         planned,

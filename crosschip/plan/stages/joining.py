@@ -36,7 +36,9 @@ def join_stage(
     groups = [Group(label, plan.num_chips, plan.best.tokens_per_s) for label, plan in zip(labels, plans, strict=True)]
     tokens = float(stage.batch_size * stage.seq_len)
     num_elements = num_parameters(architecture_of(recipe))
-    link, reason = thin_link_of(recipe, num_elements, max(plan.best.step_s for plan in plans))
+    link, reason = thin_link_of(
+        recipe, num_elements, max(plan.best.step_s for plan in plans), min(plan.num_chips for plan in plans)
+    )
     equal, by_speed = (
         join_groups(
             groups,

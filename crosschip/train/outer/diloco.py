@@ -37,13 +37,14 @@ _BEGUN_ANEW = "the outer optimizer begins anew, from another group's state or el
 class Rhythm:
     """When what is sent: an outer step every `interval` inner steps (H / P), sent `overlap_steps` before.
 
-    `own_share` of a group's parameters stays in them when a fragment comes back (alpha of Streaming DiLoCo).
+    When a fragment comes back, `own_share` of a group's parameters stays in them (alpha of Streaming DiLoCo); with None
+    the group keeps, on top of the common parameters, what it trained since it sent its own.
     `batch_size` counts the sequences of an inner step over all planned groups.
     """
 
     interval: int
     overlap_steps: int
-    own_share: float
+    own_share: float | None
     batch_size: int
 
 
@@ -252,9 +253,7 @@ class DiLoCo:
             self._state.forget_optimizer()
             self._tell("excluded", done.excluded, "took over the common parameters; the optimizer begins anew")
         elif done.committed:
-            fragment = self.outer.fragments[done.fragment]
-            common = self.outer.vector(done.fragment)
-            self._flat.read(common, self._rhythm.own_share, fragment.first, fragment.last)
+            self._take(done.fragment)
         if done.committed:
             self._state.load_buffers(done.numbers)
             self._tokens_since[done.fragment] = 0
@@ -268,6 +267,14 @@ class DiLoCo:
         event = self._watch.observe(done.wire_s, done.wire_bytes, done.view.num_participants, self._step_s)
         if event is not None:
             self._events.append(event)
+
+    def _take(self, number: int) -> None:
+        """Take over a fragment that came back; what was sent of it still lies in the exchange part."""
+        fragment, common, own_share = self.outer.fragments[number], self.outer.vector(number), self._rhythm.own_share
+        if own_share is None and self._rhythm.overlap_steps:
+            self._flat.read_below(common, self.handle.memory.exchange, fragment.first, fragment.last)
+        else:
+            self._flat.read(common, own_share or 0.0, fragment.first, fragment.last)
 
     def _take_all(self) -> None:
         for number, fragment in enumerate(self.outer.fragments):

@@ -57,7 +57,7 @@ class OuterLinkWatch:
 
     def _event(self, ratio: float, wire_s: float, expected_s: float, step_s: float) -> GroupEvent:
         link = Link(self._link.bandwidth_bytes_s / ratio, self._link.latency_s * ratio)
-        choice = choose(self._planned, link, self._num_elements, step_s)
+        choice = choose(self._planned, link, self._num_elements, step_s, self._num_ranks)
         told = f"about {ratio:.1f} times slower" if ratio > 1 else f"about {1 / ratio:.1f} times faster"
         return GroupEvent(
             "slow-link" if ratio > 1 else "fast-link",

@@ -72,12 +72,12 @@ class OuterState:
     def step(self, gradient: torch.Tensor, learning_rate: float, momentum: float) -> None:
         """Apply the mean outer gradient of the fragment that is due, and count the step."""
         due, commits = self.due, self.commits
-        velocity = self._part(_MOMENTUM, due, commits) * momentum
+        velocity = self._part(_MOMENTUM, due, commits + 1)  # in the other slot, which counts with the commit
+        torch.mul(self._part(_MOMENTUM, due, commits), momentum, out=velocity)
         velocity.add_(gradient)
         update = velocity * momentum
         update.add_(gradient)
         update.mul_(learning_rate)
-        self._part(_MOMENTUM, due, commits + 1).copy_(velocity)
         torch.sub(self._part(_PARAMETERS, due, commits), update, out=self._part(_PARAMETERS, due, commits + 1))
         self._memory.commits = commits + 1
 

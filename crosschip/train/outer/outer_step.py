@@ -97,7 +97,7 @@ def _try(
     here = outer.fragments[outer.due]
     common = outer.parameters(outer.due)
     gradient = common - memory.exchange[here.start : here.stop]
-    if num_tokens and not bool(torch.isfinite(gradient).all()):
+    if num_tokens and not all(torch.isfinite(bound) for bound in gradient.aminmax()):  # NaN passes through both
         attempt.excluded = "parameters that are not finite; this group's part was left out"
         num_tokens = 0
     checksum = checksum_of(common)

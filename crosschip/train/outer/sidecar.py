@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from crosschip.chips import keep_freed_memory
 from crosschip.errors import CrosschipError
 from crosschip.train.outer.averaging import average
 from crosschip.train.outer.exchange import ExchangeGroup, gather_numbers
@@ -206,6 +207,7 @@ def main() -> None:
     """Serve the trainer behind the descriptors on the command line until it ends."""
     connection, memory_descriptor = Connection(int(sys.argv[1])), int(sys.argv[2])
     config: Config = connection.recv()
+    keep_freed_memory()
     memory = SharedMemory(memory_descriptor, config.layout)
     pipe = TrainerPipe(connection)
     pipe.listen()

@@ -78,6 +78,16 @@ class FlatParameters:
                 local.copy_(torch.lerp(given, local, own_share))
 
     @torch.no_grad()
+    def read_below(self, flat: torch.Tensor, sent: torch.Tensor, first: int = 0, last: int | None = None) -> None:
+        """Set the parameters from `flat`, and what was trained since they were `sent` on top of it."""
+        for (parameter, part), (_, before) in zip(
+            self._parts(flat, first, last), self._parts(sent, first, last), strict=True
+        ):
+            local = _local(parameter)
+            trained = local - before.to(local.device).view(local.shape)
+            local.copy_(part.to(local.device).view(local.shape) + trained)
+
+    @torch.no_grad()
     def write_gradients(self, flat: torch.Tensor) -> None:
         """Copy the gradients to `flat`; a parameter that no token reached has a gradient of zero."""
         for parameter, part in self._parts(flat, 0, None):

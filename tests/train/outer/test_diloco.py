@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -70,6 +71,25 @@ def test_fragments_overlap_and_end_with_equal_parameters(start: Start, compressi
     ends = [next(line for line in group.lines() if "finished" in line) for group in groups]
     assert ends[0]["checksum"] == ends[1]["checksum"]
     assert ends[0]["traffic"]["num_exchanges"] >= 40 // 4
+
+
+def test_what_is_trained_while_a_part_is_under_way_stays(start: Start) -> None:
+    """An outer step of one group alone, with a learning rate of 1 and no momentum, changes nothing: the group trains as
+    without it, unless the steps of the overlap are lost."""
+    words = {"mode": "diloco", "num_groups": 1, "steps": 24, "overlap_steps": 2}
+    nothing = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+    ways = [(1000, nothing), (4, nothing), (4, {**nothing, "own_share": 0.0})]
+    with contextlib.ExitStack() as lighthouses:
+        groups = []
+        for number, (sync_every, settings) in enumerate(ways):
+            lighthouse = lighthouses.enter_context(contextlib.closing(Lighthouse()))
+            groups.append(
+                start(group=number, sync_every=sync_every, settings=settings, lighthouse=lighthouse.address, **words)
+            )
+        assert [group.wait() for group in groups] == [0, 0, 0], groups[1].told()
+    undisturbed, kept, lost = ([line["loss"] for line in group.steps().values()] for group in groups)
+    assert kept == pytest.approx(undisturbed, rel=1e-4)
+    assert lost != pytest.approx(undisturbed, rel=1e-2)
 
 
 @pytest.mark.slow
