@@ -263,7 +263,7 @@ def tables(document: dict[str, Any]) -> str:
         lines += [
             f'{links["num_parameters"]:,} parameters, {links["step_s"]:.2f} s a step. What `mode = "auto"` chooses, '
             "beside averaging each step over the same link; *computing* is the share of the time, *slower* that of the "
-            "slower group: the faster one waits for it whatever the link. *Fewer*: bytes counted on the network interface.",
+            "slower group: the faster one waits for it whatever the link. *Fewer*: bytes on the network interface.",
             "",
             "| link | chosen | computing | slower | kB a step | each step: computing | slower | kB a step | fewer |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

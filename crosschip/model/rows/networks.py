@@ -13,13 +13,11 @@ __all__ = ["activate", "choose_experts", "normalise_rows", "seated", "sum_up"]
 
 
 @kernel
-def normalise(step: Step, m: int) -> Array:
+def _normalise(step: Step, m: int) -> Array:
     """Add to a row what the part before gave, and normalise it."""
     eps = floats(step.floats_at, 0, 3)[0]
-    x_D, normed_D = (
-        floats(step.x_at, m * step.hidden, step.hidden),
-        floats(step.normed_at, m * step.hidden, step.hidden),
-    )
+    x_D = floats(step.x_at, m * step.hidden, step.hidden)
+    normed_D = floats(step.normed_at, m * step.hidden, step.hidden)
     given_D = floats(step.out_at, m * step.hidden_width, step.hidden)
     for i in range(step.hidden):
         x_D[i] += given_D[i]
@@ -34,7 +32,7 @@ def normalise_rows(step: Step, counter: int) -> None:
         m = take_next(counter)
         if m >= step.num_rows:
             return
-        normalise(step, m)
+        _normalise(step, m)
 
 
 @kernel
@@ -45,7 +43,7 @@ def choose_experts(step: Step, layer: Layer, counter: int) -> None:
         m = take_next(counter)
         if m >= step.num_rows:
             return
-        normed_D = normalise(step, m)
+        normed_D = _normalise(step, m)
         if layer.experts:
             for e in range(layer.experts):
                 router_D = floats(layer.router_at, e * step.hidden, step.hidden)
@@ -80,6 +78,7 @@ def _drop_groups(step: Step, offers: Array) -> None:
 
 @kernel
 def _choose_best(step: Step, layer: Layer, m: int, scores: Array, offers: Array) -> None:
+    """The experts with the greatest offers, and the shares that their scores give them."""
     ids = integers(layer.ids_at + 8 * m * step.chosen, step.chosen)
     shares = floats(step.shares_at, m * step.chosen, step.chosen)
     total = np.float32(0)

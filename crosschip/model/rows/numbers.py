@@ -50,6 +50,7 @@ def kernel(function: Callable[_P, _R]) -> Callable[_P, _R]:
 class Step(NamedTuple):
     """Integers of a step, in the order in which `take_step` reads them; what ends in `_at` are addresses."""
 
+    # The model's sizes, and where in a row of the first product the parts are that turn.
     num_rows: int
     num_layers: int
     hidden: int
@@ -67,12 +68,14 @@ class Step(NamedTuple):
     block: int
     table_width: int
     longest: int
-    first_width: int  # numbers from row to row: what the first matrix gives, the queries, ...
+    # Numbers from row to row, or from head to head, of what the parts hand on; whole panels.
+    first_width: int
     q_width: int
     query_width: int
     latent_width: int
     values_width: int
     hidden_width: int
+    # What is read, and where routes and places are written.
     layers_at: int
     rope_at: int
     start_at: int
@@ -81,6 +84,7 @@ class Step(NamedTuple):
     written_at: int
     shares_at: int
     everyone_at: int
+    # What the parts of a layer hand on.
     x_at: int
     normed_at: int
     first_at: int
@@ -92,6 +96,7 @@ class Step(NamedTuple):
     out_at: int
     shared_at: int
     routed_at: int
+    # What the threads share.
     counters_at: int
     floats_at: int  # eps of norms, eps of the latent's norm, factor of routed experts
     barrier_at: int  # a function that waits for all threads; 0: there is one thread

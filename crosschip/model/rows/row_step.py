@@ -46,6 +46,7 @@ class RowStep:
     def __call__(self, x_MD: Tensor, start_B: Tensor, slots_B: Tensor, cache: LatentCache) -> Tensor:
         """States before the final norm's weight, [M, D], from embeddings, which are overwritten."""
         num_rows, longest = len(x_MD), int(start_B.max()) + 1
+        start_B, slots_B = start_B.contiguous(), slots_B.contiguous()
         assert longest <= cache.rope_P2r.shape[0], (start_B, cache.max_len)  # the kernels look at no bounds
         heads = self._config.num_attention_heads
         everyone = np.arange(max(num_rows, heads))
