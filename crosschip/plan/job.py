@@ -26,6 +26,7 @@ class ThinLink:
     overlap_steps: int = 0
     fragments: int = 1
     averages_gradients: bool = False
+    computing_s_per_parameter: float = 0.0  # of a rank beside the chip, for an outer step
 
     @property
     def steps_between(self) -> float:
@@ -35,7 +36,8 @@ class ThinLink:
     def exchange_s(self, num_parameters: float, num_groups: int) -> float:
         """Seconds of one exchange of a model, of which it carries one fragment."""
         link = Link(self.bandwidth_bytes_s, self.latency_s)
-        return exchange(link, num_groups, num_parameters / self.fragments, self.bytes_per_parameter)[1]
+        sent = num_parameters / self.fragments
+        return exchange(link, num_groups, sent, self.bytes_per_parameter)[1] + sent * self.computing_s_per_parameter
 
 
 @dataclass(frozen=True)

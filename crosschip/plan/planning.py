@@ -18,7 +18,7 @@ from crosschip.plan.reading_architectures import architecture_from_directory, ar
 from crosschip.plan.search import Found, find_layouts
 from crosschip.plan.step import Layout, Plan
 from crosschip.recipe import Recipe, StageSettings
-from crosschip.thin_links import BYTES_PER_ELEMENT, choose, link_from
+from crosschip.thin_links import BYTES_PER_ELEMENT, COMPUTING_S_PER_ELEMENT, choose, link_from
 
 __all__ = [
     "EAGER_KEPT",
@@ -77,6 +77,7 @@ def thin_link_of(recipe: Recipe, num_elements: int, step_s: float, num_ranks: in
         choice.overlap_steps,
         choice.fragments,
         averages_gradients=choice.mode == "every-step",
+        computing_s_per_parameter=0.0 if choice.mode == "every-step" else COMPUTING_S_PER_ELEMENT / num_ranks,
     ), choice.reason
 
 

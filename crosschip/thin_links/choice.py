@@ -13,7 +13,7 @@ from typing import Literal
 
 from crosschip.recipe import GroupSettings
 
-__all__ = ["BYTES_PER_ELEMENT", "TARGET_UTILISATION", "Choice", "Link", "choose", "exchange"]
+__all__ = ["BYTES_PER_ELEMENT", "COMPUTING_S_PER_ELEMENT", "TARGET_UTILISATION", "Choice", "Link", "choose", "exchange"]
 
 TARGET_UTILISATION = 0.94
 """Share of the time in which chips compute, below which another way is looked for."""
@@ -23,9 +23,9 @@ Compression = Literal["none", "int8", "int4"]
 BYTES_PER_ELEMENT: dict[Compression, float] = {"none": 4.0, "int8": 1.0 + 4 / 128, "int4": 0.5 + 4 / 128}
 """On the wire: codes, and one fp32 scale for a block of 128."""
 
-# What a sidecar computes for an outer step beside sending (differences, encoding, decoding, the outer optimizer): 0.16
-# s for 4.2 million parameters, on one core of an AMD EPYC without AVX-512.
-_COMPUTING_S_PER_ELEMENT = 4e-8
+COMPUTING_S_PER_ELEMENT = 4e-8
+"""What a sidecar computes for an outer step beside sending (differences, encoding, decoding, the outer optimizer): 0.16
+s for 4.2 million parameters, on one core of an AMD EPYC without AVX-512."""
 
 # The scaling laws of DiLoCo were measured with H = 30 (Charles et al. 2025, arXiv 2503.09799); longer costs more.
 _INTERVALS = (30, 100, 300)
@@ -90,7 +90,7 @@ class _Job:
         """With `overlap_steps` None, as many as the sending takes, and at most what is known to do no harm."""
         interval = sync_every // fragments
         num_bytes, wire_s = self.exchange(self.num_elements / fragments, compression)
-        seconds = wire_s + self.num_elements / fragments / self.num_ranks * _COMPUTING_S_PER_ELEMENT
+        seconds = wire_s + self.num_elements / fragments / self.num_ranks * COMPUTING_S_PER_ELEMENT
         if overlap_steps is None:
             overlap_steps = min(math.ceil(seconds / self.step_s), interval - 1, _MOST_OVERLAP)
         stall_s = max(0.0, seconds - overlap_steps * self.step_s)

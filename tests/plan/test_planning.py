@@ -201,7 +201,7 @@ def recipe(text: str) -> Recipe:
 GROUPS = "[train]\nsteps = 100\n[links]\nbandwidth_mbit_s = 100\n[groups]\nnum_groups = 2\n"
 
 
-BIG, STEP_S = 35_000_000, 1.0
+BIG, STEP_S, RANKS = 35_000_000, 1.0, 2
 
 
 @pytest.mark.parametrize(
@@ -214,23 +214,25 @@ BIG, STEP_S = 35_000_000, 1.0
     ],
 )
 def test_what_groups_send_is_what_the_trainer_sends(more: str, expected: tuple[int, float, int, bool]) -> None:
-    link, _ = thin_link_of(recipe(GROUPS + more), BIG, STEP_S)
+    link, _ = thin_link_of(recipe(GROUPS + more), BIG, STEP_S, RANKS)
     assert (link.sync_every, link.bytes_per_parameter, link.fragments, link.averages_gradients) == expected
 
 
 def test_what_is_left_open_between_groups_is_what_the_trainer_chooses(tmp_path: Path) -> None:
     thin = recipe(GROUPS)
-    link, reason = thin_link_of(thin, BIG, STEP_S)
-    chosen = choose(thin.groups, Link(12.5e6, 0.0), BIG, STEP_S)
+    link, reason = thin_link_of(thin, BIG, STEP_S, RANKS)
+    chosen = choose(thin.groups, Link(12.5e6, 0.0), BIG, STEP_S, RANKS)
     assert (link.sync_every, link.overlap_steps, reason) == (chosen.sync_every, chosen.overlap_steps, chosen.reason)
     assert chosen.mode == "diloco"
-    assert thin_link_of(recipe(GROUPS.replace("= 100\n[groups", "= 1e6\n[groups")), BIG, STEP_S)[0].averages_gradients
+    assert thin_link_of(recipe(GROUPS.replace("= 100\n[groups", "= 1e6\n[groups")), BIG, STEP_S, RANKS)[
+        0
+    ].averages_gradients
     report = tmp_path / "links.json"
     report.write_text(json.dumps([{"check": "pairs", "bandwidth_gb_s": 0.0125, "latency_s": 0.0}]))
     told = recipe(GROUPS.replace("bandwidth_mbit_s = 100", f'report = "{report}"'))
-    assert thin_link_of(told, BIG, STEP_S)[0] == link
+    assert thin_link_of(told, BIG, STEP_S, RANKS)[0] == link
     with pytest.raises(RecipeError, match="nothing is known of the link") as caught:
-        thin_link_of(recipe(GROUPS.replace("[links]\nbandwidth_mbit_s = 100\n", "")), BIG, STEP_S)
+        thin_link_of(recipe(GROUPS.replace("[links]\nbandwidth_mbit_s = 100\n", "")), BIG, STEP_S, RANKS)
     assert "bandwidth_mbit_s" in caught.value.remedy
 
 

@@ -52,7 +52,7 @@ FAULTS: dict[str, DrillFault] = {
             ("straggler",),
             needs_groups=True,
             by_others=True,
-            alone_s=90.0,  # a straggler is watched for a minute before it is told
+            alone_s=60.0,  # 60 steps of three times the time
         ),
         DrillFault("full-disk", "the disk is full during a save", "order", ("checkpoint-failed",)),
         DrillFault("truncated", "the newest checkpoint has been cut", "file", ("damaged-checkpoint",)),

@@ -19,9 +19,10 @@ __all__ = ["STRAGGLER_LIMIT", "Straggler", "StragglerWatch"]
 # BLOOM's chronicles tell of one slow node that cost 6 %; a tenth is beyond what a passing burden explains.
 STRAGGLER_LIMIT = 1.1
 NUM_PARTS = 12
-# A part has so many steps and seconds at least: what passes within a minute is worth no line. (Two groups of 0.27 s a
-# step on two cores of a virtual machine: one was 1.32 times slower for 16 s in half an hour, with a core all the time.)
-STEPS_A_PART, PART_S = 5, 5.0
+# A part has so many steps, and seconds, unless one is far slower: else what passes within a minute is worth no line.
+# (Two groups of 0.27 s a step on two cores of a virtual machine: one was 1.32 times slower for 16 s in half an hour,
+# with a core all the time.)
+STEPS_A_PART, PART_S, _FAR = 5, 5.0, 2.0
 # By chance a rank is the slower one in a part as often as not: in 10 or more of 12 parts with a chance of 1.9 %, and
 # slower by more than the limit far more seldom.
 _PARTS_NEEDED = 10
@@ -51,8 +52,10 @@ class Straggler:
 
 
 class StragglerWatch:
-    """Keeps the times of the last 60 steps, or of a minute if these take less; tells of a straggler once until another
-    one or none is found."""
+    """Keeps the times of the last 60 steps, or of a minute if these take less and nobody takes twice the others' time.
+
+    A straggler is told once, until another one or none is found.
+    """
 
     def __init__(self) -> None:
         self._parts: deque[dict[str, _Times]] = deque(maxlen=NUM_PARTS)
@@ -74,13 +77,17 @@ class StragglerWatch:
             waited = 0.0 if waited_s is None else waited_s[name]
             self._filling[name].append(_Times(seconds, max(0.0, seconds - waited)))
         num_steps = min(map(len, self._filling.values()), default=0)
-        lasted_s = max((sum(each.whole_s for each in times) for times in self._filling.values()), default=0.0)
-        if num_steps < STEPS_A_PART or lasted_s < PART_S:
+        if num_steps < STEPS_A_PART or not self._is_long_enough():
             return None
         self._parts.append({name: _Times.median(times) for name, times in self._filling.items()})
         self._num_steps.append(num_steps)
         self._filling = {name: [] for name in compute_s}
         return self._news()
+
+    def _is_long_enough(self) -> bool:
+        """Whether the part that is being filled has its seconds, or one rank or group is far slower in it."""
+        *others, slowest = sorted(sum(each.whole_s for each in times) for times in self._filling.values())
+        return slowest >= PART_S or (bool(others) and slowest > _FAR * statistics.median(others))
 
     def _news(self) -> Straggler | None:
         if len(self._parts) < NUM_PARTS or len(self._filling) < 2:

@@ -65,6 +65,13 @@ def test_short_steps_are_watched_for_a_minute() -> None:
     assert straggler.num_steps > 120
 
 
+def test_who_is_far_slower_is_told_after_60_short_steps() -> None:
+    watch = StragglerWatch()
+    found = [watch.observe({"a": 0.25, "b": 0.75 if step >= 100 else 0.25}) for step in range(300)]
+    (at,) = [step for step, each in enumerate(found) if each is not None]
+    assert 100 + 45 <= at <= 100 + 80
+
+
 def test_whoever_joins_begins_the_watch_anew() -> None:
     watch = StragglerWatch()
     for _ in range(59):
