@@ -52,7 +52,7 @@ FAULTS: dict[str, DrillFault] = {
             ("straggler",),
             needs_groups=True,
             by_others=True,
-            alone_s=60.0,  # 60 steps of three times the time
+            alone_s=90.0,  # it is told after some 50 of its steps
         ),
         DrillFault("full-disk", "the disk is full during a save", "order", ("checkpoint-failed",)),
         DrillFault("truncated", "the newest checkpoint has been cut", "file", ("damaged-checkpoint",)),

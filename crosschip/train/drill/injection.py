@@ -103,7 +103,9 @@ class _Disturber:
             case "out-of-memory" if self._strike():
                 _use_up_memory()
             case "slow" if self._strike():
-                self._slow_steps, self._slow_s = _SLOW_STEPS, _SLOW_TIMES * self._step_s
+                if not self._slow_steps:  # else the step before was slow already
+                    self._slow_s = _SLOW_TIMES * self._step_s
+                self._slow_steps = _SLOW_STEPS
             case "save-hang" | "full-disk" | "wrong-save" as fault:
                 self._disturb_next_save(fault)
 
