@@ -83,7 +83,7 @@ class LatentAttention:
         if span.fresh:
             out_MHV = self._expanded(q_MHN, q_MHR, latent_ML, k_MR, span.shape_BT)
         else:
-            out_MHV = self.absorbed(q_MHN, q_MHR, rows_PX, span)
+            out_MHV = self._absorbed(q_MHN, q_MHR, rows_PX, span)
         return self.out(out_MHV.reshape(num_tokens, -1))
 
     def _project(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ class LatentAttention:
         q_BTHX = torch.cat((q_MHN, q_MHR), dim=-1).unflatten(0, shape_BT)
         return causal_attention(q_BTHX, torch.cat((k_BTHN, k_BTHR), dim=-1), v_BTHV, 1.0)
 
-    def absorbed(self, q_MHN: Tensor, q_MHR: Tensor, rows_PX: Tensor, span: Span) -> Tensor:
+    def _absorbed(self, q_MHN: Tensor, q_MHR: Tensor, rows_PX: Tensor, span: Span) -> Tensor:
         """[M, H, V]: what the queries, rotated where they turn, read from this layer's cache."""
         q_HML = torch.bmm(q_MHN.transpose(0, 1), self.key_up_HNL)
         q_MHX = torch.cat((q_HML.transpose(0, 1), q_MHR), dim=-1)

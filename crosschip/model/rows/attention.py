@@ -49,13 +49,13 @@ def keep(step: Step, layer: Layer, counter: int) -> None:
 def attend(step: Step, layer: Layer, counter: int) -> None:
     """Heads of rows over the cached positions up to their own, in the latent space."""
     own_heads = step.heads if step.num_rows > 1 else 1  # of one row each thread takes some
+    units_a_row = step.heads // own_heads
     scores = np.empty((own_heads, step.longest), np.float32)
     while True:
         unit = take_next(counter)
-        if unit >= step.num_rows * (step.heads // own_heads):
+        if unit >= step.num_rows * units_a_row:
             return
-        m, head = unit // (step.heads // own_heads), unit % (step.heads // own_heads) * own_heads
-        _attend_from(step, layer, m, head, own_heads, scores)
+        _attend_from(step, layer, unit // units_a_row, unit % units_a_row * own_heads, own_heads, scores)
 
 
 @kernel

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -147,8 +148,6 @@ class RowStep:
         config = self._config
         out, out_bias = attention.out.dense()
         by_head = out.unflatten(1, (config.num_attention_heads, -1))
-        filled = by_head.new_zeros((*by_head.shape[:2], _filled_up(config.v_head_dim)))
-        filled[..., : config.v_head_dim] = by_head
         first, first_bias = attention.first.dense()
         return {
             "first_at": self._panels([first]),
@@ -156,7 +155,7 @@ class RowStep:
             "q_up_at": 0 if attention.q_up is None else self._panels([attention.q_up.dense()[0]]),
             "key_up_at": self._panels(list(attention.key_up_HNL.transpose(1, 2))),
             "value_up_at": self._panels(list(attention.value_up_HLV.transpose(1, 2))),
-            "out_at": self._panels([filled.flatten(1)]),
+            "out_at": self._panels([_whole_rows(by_head).flatten(1)]),
             "out_bias_at": self._numbers(out_bias),
             "cache_at": 0,
         }
@@ -183,10 +182,8 @@ class RowStep:
         """The address of matrices [out, in], all alike, in panels of `LANES` outputs."""
         if not weights:
             return 0
-        stacked = torch.stack(list(weights))
-        filled = stacked.new_zeros((len(stacked), _filled_up(stacked.shape[1]), stacked.shape[2]))
-        filled[:, : stacked.shape[1]] = stacked
-        return self._numbers(filled.unflatten(1, (-1, LANES)).transpose(2, 3))
+        by_input = _whole_rows(torch.stack(list(weights)).transpose(1, 2))
+        return self._numbers(by_input.unflatten(2, (-1, LANES)).transpose(1, 2))
 
     def _numbers(self, values: Tensor | None) -> int:
         """The address of a copy, filled up to whole vectors."""
@@ -209,7 +206,9 @@ def _gate_and_up(network: DenseMLP) -> tuple[Tensor, Tensor]:
 
 def _down(network: DenseMLP) -> Tensor:
     """With as many inputs as the inner numbers are filled up to."""
-    weight = network.down.dense()[0]
-    filled = weight.new_zeros((len(weight), _filled_up(weight.shape[1])))
-    filled[:, : weight.shape[1]] = weight
-    return filled
+    return _whole_rows(network.down.dense()[0])
+
+
+def _whole_rows(weight: Tensor) -> Tensor:
+    """With zeros at the end of each row, to whole vectors."""
+    return F.pad(weight, (0, _filled_up(weight.shape[-1]) - weight.shape[-1]))

@@ -26,7 +26,7 @@ def rows_are_independent(decoder: Decoder, num_rows: int) -> bool:
     """Compute each of some rows at every place of a call of `num_rows`, in changing company; are its bits the same?
 
     Experts are computed by calls whose sizes depend on the other rows' choices, unless all of them are computed for
-    every row; then the answer is no.
+    every row, or each row alone; then the answer is no.
     """
     if not decoder.computes_all_alike(num_rows):
         return False

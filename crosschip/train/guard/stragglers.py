@@ -58,8 +58,7 @@ class StragglerWatch:
     """
 
     def __init__(self) -> None:
-        self._parts: deque[dict[str, _Times]] = deque(maxlen=NUM_PARTS)
-        self._num_steps: deque[int] = deque(maxlen=NUM_PARTS)  # in them
+        self._parts: deque[_Part] = deque(maxlen=NUM_PARTS)
         self._filling: dict[str, list[_Times]] = {}
         self._told: tuple[str, bool] | None = None
 
@@ -71,7 +70,6 @@ class StragglerWatch:
         """
         if compute_s.keys() != self._filling.keys():
             self._parts.clear()
-            self._num_steps.clear()
             self._filling = {name: [] for name in compute_s}
         for name, seconds in compute_s.items():
             waited = 0.0 if waited_s is None else waited_s[name]
@@ -79,8 +77,7 @@ class StragglerWatch:
         num_steps = min(map(len, self._filling.values()), default=0)
         if num_steps < STEPS_A_PART or not self._is_long_enough():
             return None
-        self._parts.append({name: _Times.median(times) for name, times in self._filling.items()})
-        self._num_steps.append(num_steps)
+        self._parts.append(_Part(num_steps, {name: _Times.median(times) for name, times in self._filling.items()}))
         self._filling = {name: [] for name in compute_s}
         return self._news()
 
@@ -98,12 +95,15 @@ class StragglerWatch:
         told, self._told = self._told, (name, is_busy) if is_one else None
         if not is_one or told == self._told:
             return None
-        waited = statistics.median(1.0 - part[name].on_core_s / max(1e-9, part[name].whole_s) for part in self._parts)
-        return Straggler(name, statistics.median(ratios), sum(self._num_steps), waited, is_busy)
+        own = [part.times[name] for part in self._parts]
+        waited = statistics.median(1.0 - each.on_core_s / max(1e-9, each.whole_s) for each in own)
+        num_steps = sum(part.num_steps for part in self._parts)
+        return Straggler(name, statistics.median(ratios), num_steps, waited, is_busy)
 
     def _ratios(self, name: str, which: Literal["whole_s", "on_core_s"] = "whole_s") -> list[float]:
-        own = [getattr(part[name], which) for part in self._parts]
-        others = [[getattr(part[other], which) for other in part if other != name] for part in self._parts]
+        times = [{each: getattr(part.times[each], which) for each in part.times} for part in self._parts]
+        own = [part.pop(name) for part in times]
+        others = [list(part.values()) for part in times]
         return [one / max(1e-9, statistics.median(seconds)) for one, seconds in zip(own, others, strict=True)]
 
 
@@ -116,6 +116,13 @@ class _Times(NamedTuple):
     @staticmethod
     def median(times: Sequence[_Times]) -> _Times:
         return _Times(*(statistics.median(each) for each in zip(*times, strict=True)))
+
+
+class _Part(NamedTuple):
+    """Some steps, and the median time of each rank or group in them."""
+
+    num_steps: int
+    times: dict[str, _Times]
 
 
 def _is_beyond(ratios: Sequence[float]) -> bool:
