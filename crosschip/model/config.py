@@ -215,6 +215,11 @@ def _check_relations(config: ModelConfig) -> None:
         wrong = f"num_experts_per_tok = {config.num_experts_per_tok} is more than n_routed_experts = {experts}"
     elif experts % groups:
         wrong = f"n_group = {groups} does not divide n_routed_experts = {experts}"
+    elif groups > 1 and experts < 2 * groups:
+        wrong = f"n_group = {groups} leaves one expert a group, and groups are ranked by their two best"
+    elif config.num_experts_per_tok > experts // groups * config.topk_group:
+        held = f"the {experts // groups * config.topk_group} experts of topk_group groups"
+        wrong = f"num_experts_per_tok = {config.num_experts_per_tok} is more than {held}"
     else:
         return
     raise BrokenConfigError(f"config field {wrong}", "mend config.json")

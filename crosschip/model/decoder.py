@@ -10,6 +10,7 @@ V = v_head_dim, L = kv_lora_rank, X = L + R, E experts, F expert intermediate si
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from crosschip.model.rows import RowStep
 
 __all__ = ["Decoder", "LatentCache", "generate"]
+
+logger = logging.getLogger("crosschip.model")
 
 # On CPUs long rows are read faster one by one (16 rows of 2048 tokens, fp32: 4.8 ms a layer against 9.7 in one product,
 # and 18.1 where their blocks are scattered and gathered first).
@@ -93,13 +96,16 @@ class Decoder:
         return self._draft is not None
 
     def _prepare_row_step(self, blocks: list[Block]) -> RowStep | None:
-        """None where products, and not calls, are what takes a step's time."""
+        """None where products, and not calls, are what takes a step's time, and where nothing can be compiled."""
         num_weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
         is_small = self.config.num_attention_heads * self.config.latent_dim <= _SMALL_ATTENTION
         if self.device.type != "cpu" or self.dtype != torch.float32 or not is_small or num_weights > _SMALL_LAYERS:
             return None
-        from crosschip.model.rows import RowStep  # numba, and the first time some 20 seconds of compiling
-
+        try:
+            from crosschip.model.rows import RowStep  # numba, and the first time some 20 seconds of compiling
+        except Exception as error:  # numba is missing, refuses this numpy or is switched off, or knows no such CPU
+            logger.warning("decode steps are not compiled, and slower (%s: %s)", type(error).__name__, error)
+            return None
         return RowStep(self._layers, self.config)
 
     def _feed_forward(self, block: Block) -> DenseMLP | Experts:

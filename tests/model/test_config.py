@@ -38,6 +38,18 @@ def test_a_value_that_makes_no_sense_is_refused_by_its_field(field: str, value: 
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_routed_experts": 4, "n_group": 4, "num_experts_per_tok": 1}, "n_group = 4 leaves one expert a group"),
+        ({"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 5}, "more than the 4 experts"),
+    ],
+)
+def test_groups_of_experts_that_no_choice_can_be_made_from_are_refused(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(BrokenConfigError, match=words):
+        ModelConfig.from_hf({**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
     "field", ["vocab_size", "num_attention_heads", "hidden_size", "v_head_dim", "n_routed_experts"]
 )
 def test_a_field_that_is_not_there_or_null_is_named(field: str) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numba import cfunc, njit, types
-from numba.core.caching import CacheImpl
+from numba.core.caching import CacheImpl, IndexDataCacheFile
 from numba.np.numpy_support import carray
 
 from crosschip.model import Decoder, ModelConfig
@@ -186,6 +190,16 @@ def test_gates_of_every_size_are_those_of_torch() -> None:
     assert (error <= 4e-7 * expected.abs() + 2e-36).all()
 
 
+def test_gates_need_no_fused_products() -> None:
+    """A CPU without them rounds each product: what is taken off in two steps must not become one."""
+    again = f"{__file__}::test_gates_of_every_size_are_those_of_torch"
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", again]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout
+    assert "1 passed" in made.stdout
+
+
 def test_other_dtypes_wide_attention_and_large_layers_go_another_way() -> None:
     assert Decoder(random_model(CONFIG), torch.bfloat16, by_kernels=True)._row_step is None
     wide = replace(CONFIG, num_attention_heads=64, kv_lora_rank=64)
@@ -194,8 +208,29 @@ def test_other_dtypes_wide_attention_and_large_layers_go_another_way() -> None:
     assert Decoder(random_model(large), by_kernels=True)._row_step is None
 
 
-def test_without_a_place_for_the_cache_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(IndexDataCacheFile, "save", save)
+
+
+def _cut_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(IndexDataCacheFile, "load", load)
+
+
+@pytest.mark.parametrize("trouble", [_no_place, _full_disk, _cut_file])
+def test_whatever_is_wrong_with_the_cache_kernels_are_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, trouble: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    trouble(monkeypatch)
 
     def add_one(numbers: Any) -> None:
         carray(numbers, 1, dtype=np.int64)[0] += 1
@@ -203,3 +238,43 @@ def test_without_a_place_for_the_cache_kernels_are_compiled_all_the_same(monkeyp
     number = np.array([41])
     thread_team.call_together(_kept(add_one).address, number.ctypes.data)
     assert number[0] > 41
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None  # it is not there, or refuses this numpy: an ImportError
+import torch
+from crosschip.model import Decoder, ModelConfig
+from tests.model.configs import random_model
+decoder = Decoder(random_model(ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)), by_kernels=True)
+zero = torch.tensor([0])
+print(decoder.extend(torch.tensor([[5]]), zero, zero, decoder.new_cache(1, 32)).shape)
+"""
+
+
+def test_where_nothing_can_be_compiled_torch_s_operators_compute() -> None:
+    made = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "decode steps are not compiled" in made.stderr
+    assert "[1, 1, 32]" in made.stdout
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    """transformers sets it for the whole process while it builds a model."""
+    decoder = Decoder(random_model(CONFIG), by_kernels=True)
+    expected = step(decoder, filled(decoder), [0, 1, 2, 3, 4])
+    cache = filled(decoder)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = step(decoder, cache, [0, 1, 2, 3, 4])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, expected)
+
+
+def test_a_position_beyond_the_cache_is_refused() -> None:
+    decoder = Decoder(random_model(CONFIG), by_kernels=True)
+    cache, zero = filled(decoder), torch.tensor([0])
+    with pytest.raises(IndexError, match="position 64 is beyond the 64 of the cache"):
+        decoder.extend(torch.tensor([[5]]), torch.tensor([64]), zero, cache)

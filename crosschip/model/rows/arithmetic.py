@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from crosschip.model.rows.intrinsics import float_of_bits
+from crosschip.model.rows.intrinsics import float_of_bits, less_product
 from crosschip.model.rows.numbers import Array, kernel
 
 __all__ = ["dot", "exp", "write_gated", "write_softmax", "write_turned", "write_unit_rms"]
@@ -24,10 +24,10 @@ _TAYLOR = tuple(np.float32(1 / math.factorial(power)) for power in range(8))
 
 def _exp(x: Any) -> Any:
     """e^x with an error of some 1e-7 of it; at least 1.6e-38, and infinite from e^88 on; NaN stays NaN. Without a
-    branch, so that a loop of it fills vectors; its own operations are done in the order that stands here."""
+    branch, so that a loop of it fills vectors."""
     inside = min(max(x, _LOWEST), _HIGHEST)
     n = np.int32(inside * _LOG2_E + np.float32(_BIAS) + np.float32(0.5)) - np.int32(_BIAS)
-    r = (inside - np.float32(n) * _LN2_HIGH) - np.float32(n) * _LN2_LOW
+    r = less_product(less_product(inside, np.float32(n), _LN2_HIGH), np.float32(n), _LN2_LOW)
     series = _TAYLOR[7]
     for power in range(6, -1, -1):
         series = series * r + _TAYLOR[power]

@@ -17,6 +17,7 @@ __all__ = [
     "dots_2",
     "dots_4",
     "float_of_bits",
+    "less_product",
     "memory_at",
     "take_next",
     "tile_1",
@@ -83,6 +84,19 @@ def _bits_as_float(context: Any, bits: Any) -> Any:
 
 
 float_of_bits: Any = intrinsic(_bits_as_float)
+
+
+def _less_product(context: Any, x: Any, factor: Any, step: Any) -> Any:
+    """x - factor * step in fp32, before whatever else is done to it: other sums may be taken in any order."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, factor, step = arguments
+        return builder.fsub(x, builder.fmul(factor, step, flags=("contract",)), flags=("contract",))
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+less_product: Any = intrinsic(_less_product)
 
 cgutils: Any = numba_cgutils  # without types
 _F32, _I64 = ir.FloatType(), ir.IntType(64)

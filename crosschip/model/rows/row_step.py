@@ -48,7 +48,8 @@ class RowStep:
         """States before the final norm's weight, [M, D], from embeddings, which are overwritten."""
         num_rows, longest = len(x_MD), int(start_B.max()) + 1
         start_B, slots_B = start_B.contiguous(), slots_B.contiguous()
-        assert longest <= cache.rope_P2r.shape[0], (start_B, cache.max_len)  # the kernels look at no bounds
+        if longest > cache.rope_P2r.shape[0]:  # the kernels look at no bounds
+            raise IndexError(f"position {longest - 1} is beyond the {cache.rope_P2r.shape[0]} of the cache")
         heads = self._config.num_attention_heads
         everyone = np.arange(max(num_rows, heads))
         written = np.empty(num_rows, np.int64)
@@ -90,7 +91,7 @@ class RowStep:
 
     def _memory(self, num_rows: int) -> tuple[Tensor, dict[str, int]]:
         """Room for what the parts of a step hand on; the normalised states come first."""
-        memory = torch.empty(num_rows * sum(self._widths.values()))
+        memory = torch.empty(num_rows * sum(self._widths.values()), dtype=torch.float32, device="cpu")
         places, end = {}, 0
         for name, width in self._widths.items():
             places[name] = memory.data_ptr() + 4 * end

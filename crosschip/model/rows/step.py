@@ -12,6 +12,7 @@ panels of `LANES` outputs, [out / LANES, in, LANES]; sizes of outputs are filled
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from crosschip.model.rows.numbers import (
 from crosschip.model.rows.products import every, multiply, multiply_by_head, wait
 
 __all__ = ["take_step"]
+
+logger = logging.getLogger("crosschip.model")
 
 
 @kernel
@@ -100,8 +103,10 @@ def _kept(function: Callable[[Any], None]) -> Any:
     signature = types.void(types.voidptr)
     try:
         return cfunc(signature, cache=True, **OPTIONS)(function)
-    except RuntimeError:  # there is no place for a cache
-        return cfunc(signature, **OPTIONS)(function)
+    except Exception as error:  # no place for a cache, a full disk, a file that was cut: numba raises what it meets
+        compiled = cfunc(signature, **OPTIONS)(function)  # what is wrong with the function comes again here
+        logger.warning("the compiled decode step is not kept, so each start compiles it (%r)", error)
+        return compiled
 
 
 _sources = sorted(Path(__file__).parent.glob("*.py"))

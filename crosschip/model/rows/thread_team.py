@@ -30,7 +30,7 @@ def _team() -> _Team | None:
     """Those of the OpenMP library that torch has loaded."""
     if not torch.backends.openmp.is_available():
         return None
-    for path in _loaded():
+    for path in (None, *_loaded()):  # first what every library of the process sees, as torch does
         try:
             library = ctypes.CDLL(path)
             parallel, barrier = library.GOMP_parallel, library.GOMP_barrier
@@ -47,12 +47,13 @@ def _team() -> _Team | None:
 def _loaded() -> list[str]:
     """OpenMP libraries of this process, torch's own first."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
         return []
     paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
     found = [path for path in paths if Path(path).name.startswith(_LIBRARIES)]
-    return sorted(found, key=lambda path: (not path.startswith(str(Path(torch.__file__).parent)), path))
+    own = str(Path(torch.__file__).resolve().parent)
+    return sorted(found, key=lambda path: (not path.startswith(own), path))
 
 
 def barrier_address() -> int:
