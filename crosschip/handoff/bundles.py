@@ -114,7 +114,8 @@ def _recordable(source: ModelSource, place: Path, tell: Tell) -> Iterator[Path]:
     tell("multiplying the 8-bit weights out, to record from them")
     place.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory(place.parent, "multiplied-out") as directory:
-        write_multiplied_out(Arrived(source.tensors, source.config, source.directory, False), directory)
+        arrived = Arrived(source.tensors, source.config, source.directory, source.quantised.kind)
+        write_multiplied_out(arrived, directory)
         for file in source.tokenizer_files:
             shutil.copyfile(file, directory / file.name)
         yield directory

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from crosschip.certificate import Certificate
 from crosschip.checkpoints import run_of
+from crosschip.errors import CrosschipError, HandoffError
 from crosschip.golden.bundle import Bundle
 from crosschip.golden.limits import QUANTISED
-from crosschip.handoff.export import HANDOFF_FILE
+from crosschip.golden.weights import compare_weights, tensor_record
+from crosschip.handoff.certificate.arrived import open_arrived
+from crosschip.handoff.conversion.declared import is_quantised_weight
+from crosschip.handoff.conversion.layout import TensorSource
+from crosschip.handoff.export import HANDOFF_FILE, HANDOFF_SCHEMA
 from crosschip.handoff.source import ModelSource
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.rundir import RunDirectory, read_json
@@ -48,15 +54,48 @@ def quantisation(of_target: str | None, dtype: str) -> str | None:
 def described_target(directory: Path, earlier: Certificate | None, bundle: Bundle, dtype: str | None) -> dict[str, Any]:
     """The target of files that lie there already."""
     if earlier is not None:
-        known = dict(earlier.document["target"])
+        known = {"quantised": None, **earlier.document["target"]}
         return {**known, "computed_in": dtype or known["computed_in"]}
     record = directory / HANDOFF_FILE
-    name, written = "hf", bundle.dtype
-    if record.is_file():
-        document = read_json(record)
-        name, written = str(document.get("target")), str(document.get("dtype"))
+    name, written = _recorded_target(record) if record.is_file() else _foreign_target(directory, bundle)
     quantised = quantisation(TARGETS[name].quantised if name in TARGETS else None, written)
     return {"name": name, "dtype": written, "computed_in": dtype or computed_in(written), "quantised": quantised}
+
+
+def _recorded_target(record: Path) -> tuple[str, str]:
+    """Name and dtype, as the export wrote them."""
+    document = read_json(record)
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if not isinstance(version, int):
+        raise HandoffError(f"{record} is no record of a handoff", "remove it, or hand the model off again")
+    if version > HANDOFF_SCHEMA:
+        raise HandoffError(
+            f"{record} has schema version {version}; this crosschip knows {HANDOFF_SCHEMA}", "use a newer crosschip"
+        )
+    return str(document.get("target")), str(document.get("dtype"))
+
+
+def _foreign_target(directory: Path, bundle: Bundle) -> tuple[str, str]:
+    """The target whose form the files of another program have, and their dtype.
+
+    Files in 8 bits from which the bundle itself was recorded are to be the same to the last bit, as of `hf`.
+    """
+    try:
+        arrived = open_arrived(directory)
+        in_8_bits = TARGETS[arrived.target].quantised is not None
+        target = "hf" if in_8_bits and _is_recorded(arrived.tensors, bundle) else arrived.target
+    except CrosschipError:  # the gates say what is wrong with it
+        target = "hf"
+    return target, "q8_0" if target == "gguf-q8_0" else bundle.dtype
+
+
+def _is_recorded(tensors: TensorSource, bundle: Bundle) -> bool:
+    """Whether the matrices that are kept in 8 bits are the recorded ones: rounding leaves hardly any as it was."""
+    names = [name for name in tensors.names() if is_quantised_weight(name) and name in bundle.weights]
+    for name in sorted(names, key=lambda each: math.prod(tensors.shape(each))):  # the first that differs is enough
+        if compare_weights({name: bundle.weights[name]}, {name: tensor_record(tensors.read(name))}):
+            return False
+    return bool(names)
 
 
 def described_source(source: Path, model: ModelSource, run: RunDirectory | None) -> dict[str, Any]:

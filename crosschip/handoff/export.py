@@ -17,7 +17,7 @@ from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
 from crosschip.rundir import COMPLETE, RunDirectory, atomic_directory, is_complete, read_json, sha256_of, write_json
 
-__all__ = ["HANDOFF_FILE", "check_place", "export_hf", "export_model", "with_a_name"]
+__all__ = ["HANDOFF_FILE", "HANDOFF_SCHEMA", "check_place", "export_hf", "export_model", "with_a_name"]
 
 HANDOFF_SCHEMA = 1
 HANDOFF_FILE = "handoff.json"  # beside the files of every export, and of nothing else

@@ -23,7 +23,7 @@ _ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BIASES = {"qwen2": ("q", "k", "v")}  # always; others have them where attention_bias says so
 _MAY_HAVE_BIASES = {"llama", "qwen3", "qwen3_moe"}
-_HEAD_DIM = {"qwen3": 128, "qwen3_moe": 128}  # where config.json is silent; else the width over the heads
+_HEAD_DIM = {"qwen3": 128}  # where config.json is silent; else the width over the heads
 
 
 def expected_tensors(config: dict[str, Any]) -> dict[str, Shape] | None:
@@ -139,8 +139,8 @@ def _latent_attention(config: dict[str, Any]) -> Named:
 
 def _mlp_or_experts(config: dict[str, Any], layer: int) -> Named:
     width, number = _number(config, "hidden_size"), _num_experts(config, layer)
+    has_bias = bool(config["model_type"] in ("llama", "deepseek_v2") and config.get("mlp_bias"))
     if not number:
-        has_bias = bool(config["model_type"] == "llama" and config.get("mlp_bias"))
         yield from _mlp("mlp", width, _number(config, "intermediate_size"), has_bias)
         return
     inner = _number(config, "moe_intermediate_size")
@@ -150,7 +150,7 @@ def _mlp_or_experts(config: dict[str, Any], layer: int) -> Named:
     for expert in range(number):
         yield from _mlp(f"mlp.experts.{expert}", width, inner)
     if config["model_type"] in _LATENT and (shared := _number(config, "n_shared_experts", least=0, silent=0)):
-        yield from _mlp("mlp.shared_experts", width, inner * shared)
+        yield from _mlp("mlp.shared_experts", width, inner * shared, has_bias)
 
 
 def _num_experts(config: dict[str, Any], layer: int) -> int:

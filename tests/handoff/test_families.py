@@ -63,7 +63,9 @@ def changed(directory: Path, how: Callable[[Tensors], object]) -> Path:
         ("Qwen3", {"attention_bias": True, "head_dim": 24}),
         ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0], "decoder_sparse_step": 1}),
         ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
+        ("Qwen3Moe", {key: value for key, value in EXPERTS.items() if key != "head_dim"}),  # the width over the heads
         ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
+        ("DeepseekV2", {**LATENT, "q_lora_rank": None, "mlp_bias": True}),
         ("DeepseekV2", {**LATENT, "q_lora_rank": 24, "n_shared_experts": 2, "attention_bias": True}),
         ("DeepseekV3", {**LATENT, **GROUPS, "q_lora_rank": 24, "n_shared_experts": 2}),
         ("DeepseekV3", {**LATENT, **GROUPS, "q_lora_rank": None, "n_shared_experts": 1, "attention_bias": True}),

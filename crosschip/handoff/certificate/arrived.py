@@ -17,12 +17,17 @@ __all__ = ["Arrived", "open_arrived", "write_multiplied_out"]
 
 @dataclass(frozen=True)
 class Arrived:
-    """What a directory holds. `is_as_published`: transformers and our model read it as it lies."""
+    """What a directory holds, and which target its form is that of."""
 
     tensors: TensorSource
     config: dict[str, Any]
     directory: Path
-    is_as_published: bool
+    target: str
+
+    @property
+    def is_as_published(self) -> bool:
+        """Whether transformers and our model read it as it lies."""
+        return self.target == "hf"
 
 
 def open_arrived(directory: Path, like: dict[str, Any] | None = None) -> Arrived:
@@ -39,20 +44,22 @@ def open_arrived(directory: Path, like: dict[str, Any] | None = None) -> Arrived
     files = sorted(directory.glob("*.gguf"))
     if not files:
         opened = open_source(directory)
-        plain = opened.quantised is None
+        target = "hf" if opened.quantised is None else opened.quantised.kind
         if like is None or like.get(FIELD) is not False or not lies_in_pairs(opened.config):
-            return Arrived(opened.tensors, opened.config, directory, plain)
+            return Arrived(opened.tensors, opened.config, directory, target)
         config = {**opened.config, FIELD: False}
-        return Arrived(in_halves(opened.tensors, config), config, directory, plain)
+        return Arrived(in_halves(opened.tensors, config), config, directory, target)
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise HandoffError(f"{directory} has {len(files)} GGUF files: {names}", "keep one in each directory")
-    from crosschip.handoff.gguf.reading import imported
+    from crosschip.handoff.gguf.reading import GgufSource, imported
 
+    file = GgufSource(files[0])
+    is_q8_0 = any(file.kind(name) == "Q8_0" for name in file.names())
     tensors, config = imported(files[0], like)
     if like is not None and FIELD in like and FIELD in config:
         config[FIELD] = like[FIELD]
-    return Arrived(tensors, config, directory, False)
+    return Arrived(tensors, config, directory, "gguf-q8_0" if is_q8_0 else "gguf")
 
 
 def write_multiplied_out(arrived: Arrived, directory: Path) -> None:

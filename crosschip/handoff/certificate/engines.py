@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 import crosschip
 from crosschip.chips import Chip
 from crosschip.engines import EngineCommand, RunningEngine, engine_command, engine_python, running_engine
-from crosschip.errors import GoldenError, HandoffError, ModelError
+from crosschip.errors import CrosschipError, GoldenError, HandoffError, ModelError
 from crosschip.golden.bundle import Bundle
 from crosschip.golden.comparison import Comparison
 from crosschip.golden.engine_replay import replay_over_http
@@ -148,8 +148,8 @@ def _in_process(trial: Trial, engine: str, tell: Tell) -> Replayed:
     with ExitStack() as stack:
         try:
             directory, form = stack.enter_context(_readable(trial))
-        except (OSError, HandoffError, SafetensorError) as error:  # the last is what the library makes of a full disk
-            why = error.problem if isinstance(error, HandoffError) else f"{type(error).__name__}: {error}"
+        except (OSError, CrosschipError, SafetensorError) as error:  # the last is what the library makes of a full disk
+            why = error.problem if isinstance(error, CrosschipError) else f"{type(error).__name__}: {error}"
             return Replayed(engine, _without_files(trial, engine, why), trial.chip, facts, _MULTIPLIED_OUT)
         settings: dict[str, Any] = {"dtype": trial.dtype, "quantised": trial.quantised, "tell": tell}
         settings["files"] = trial.check

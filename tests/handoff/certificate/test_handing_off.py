@@ -15,14 +15,19 @@ import pytest
 
 from crosschip.certificate import read_certificate, verify
 from crosschip.certificate.signing import make_key, read_public_key
+from crosschip.chips import find_chip
 from crosschip.errors import GoldenError, HandoffError
 from crosschip.golden.bundle import Bundle
+from crosschip.golden.record import record
 from crosschip.handoff.certificate.engines import check_runs
+from crosschip.handoff.certificate.gate import plain
 from crosschip.handoff.export import export_model
 from crosschip.handoff.handing_off import HandoffResult, certify_directory, hand_off
-from crosschip.handoff.source import open_source
+from crosschip.handoff.source import TOKENIZER_FILES, open_source
 from crosschip.handoff.targets import TARGETS
-from tests.handoff.certificate.conftest import Tensors, change_tensors
+from crosschip.model import ModelConfig, save_model
+from tests.handoff.certificate.conftest import PLAN, Tensors, change_tensors
+from tests.model.configs import random_model
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
@@ -306,6 +311,55 @@ def test_a_bundle_of_other_weights_is_refused(copied: Callable[[str], Path], bun
     with pytest.raises(HandoffError, match="recorded from other weights"):
         hand_off(directory, "hf", out=tmp_path / "out", golden=bundle_dir, chip="cpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def of_low_rank(model_dir: Path) -> Path:
+    """A model that GGUF can express, with its bundle beside it."""
+    config = ModelConfig.from_hf(json.loads((model_dir / "config.json").read_text()))
+    directory = model_dir.parent / "low-rank" / "model"
+    save_model(random_model(replace(config, q_lora_rank=32)), directory)
+    for file in TOKENIZER_FILES:
+        if (model_dir / file).is_file():
+            shutil.copyfile(model_dir / file, directory / file)
+    record(directory, find_chip("cpu"), directory.parent / "bundle", plan=PLAN)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("form", "quantised"), [("fp8", "fp8"), ("w8a8", "int8"), ("gguf-q8_0", "q8_0"), ("gguf", None), ("hf", None)]
+)
+def test_files_of_another_program_are_held_to_what_their_form_can_keep(
+    of_low_rank: Path, tmp_path: Path, form: str, quantised: str | None
+) -> None:
+    directory = export_model(open_source(of_low_rank), TARGETS[form], tmp_path / form, "float32")
+    for file in ("handoff.json", "COMPLETE"):
+        (directory / file).unlink()
+    result = certify_directory(directory, of_low_rank.parent / "bundle", engines=["model"], chip="cpu")
+    assert result.exit_code == 0, [each for each in result.certificate.document["gates"] if each["verdict"] == "FAIL"]
+    target = result.certificate.document["target"]
+    assert (target["name"], target["quantised"]) == (form, quantised)
+
+
+def test_files_in_eight_bits_are_to_be_as_they_were_recorded(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(exported("fp8"), tmp_path / "fp8")
+    (tmp_path / "fp8" / "handoff.json").unlink()
+    record(tmp_path / "fp8", find_chip("cpu"), tmp_path / "bundle", plan=PLAN)
+    result = certify_directory(tmp_path / "fp8", tmp_path / "bundle", engines=["model"], chip="cpu")
+    assert result.certificate.document["target"]["quantised"] is None
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("document", ["[]", "{}", '{"schema_version": 9, "target": "hf", "dtype": "float32"}'])
+def test_a_record_that_is_none_is_refused(copied: Callable[[str], Path], bundle_dir: Path, document: str) -> None:
+    directory = copied("hf")
+    (directory / "handoff.json").write_text(document)
+    with pytest.raises(HandoffError, match=r"handoff\.json"):
+        certify_directory(directory, bundle_dir, engines=["model"], chip="cpu")
+
+
+def test_half_a_character_of_an_engine_is_written_so_that_it_can_be_read() -> None:
+    assert plain({"a\ud83d": ["b\ud83d", {"c": "\U0001f600"}]}) == {"a?": ["b?", {"c": "\U0001f600"}]}
 
 
 @pytest.mark.parametrize("form", ["fp8", "w8a8"])
