@@ -57,10 +57,12 @@ class Verdict:
 
 
 def as_reward(value: object) -> float:
-    """What a checker returned as a float; True and False are 1 and 0.
+    """What a checker returned as a float; True and False, numpy's too, are 1 and 0.
 
     A `TypeError` for what is no number, a `ValueError` for NaN and infinities: each would spoil a whole group.
     """
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        value = bool(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"returned {value!r:.100} of type {type(value).__name__}; a reward is a number")
     reward = float(value)

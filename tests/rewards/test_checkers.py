@@ -99,11 +99,12 @@ def test_a_bad_name_is_refused_with_what_there_is(name: str, words: list[str]) -
 
 def test_only_finite_numbers_are_rewards() -> None:
     numpy = pytest.importorskip("numpy")
-    assert [as_reward(value) for value in (1, 0.5, True, numpy.float32(0.5), numpy.int64(2))] == [1, 0.5, 1, 0.5, 2]
+    given = (1, 0.5, True, numpy.float32(0.5), numpy.int64(2), numpy.isclose(1.0, 2.0), numpy.bool_(True))
+    assert [as_reward(value) for value in given] == [1, 0.5, 1, 0.5, 2, 0, 1]
     for value in (float("nan"), float("inf"), numpy.float64("nan")):
         with pytest.raises(ValueError, match="finite"):
             as_reward(value)
-    for value in (None, "1", [1.0], 1j, numpy.ones(2), numpy.bool_(True)):
+    for value in (None, "1", [1.0], 1j, numpy.ones(2), numpy.ones(2) > 0):
         with pytest.raises(TypeError, match="a reward is a number"):
             as_reward(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -10,6 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
 
 from crosschip.data import Message
 from crosschip.train.distill.engine import Client
@@ -50,6 +55,42 @@ def test_an_answer_that_drips_is_given_up_in_time() -> None:
     assert answer.failure is not None
     assert "still sending" in answer.failure
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("owner", ["vllm", "crosschip", "somebody", None, ["vllm"]])
+def test_answers_are_drawn_from_all_tokens_whatever_the_model_s_defaults_are(owner: object) -> None:
+    """Servers take `top_k` and others from generation_config.json where a request is silent."""
+    bodies: list[dict[str, Any]] = []
+
+    class Asked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer({"data": [{"id": "m", "owned_by": owner}]})
+
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self._answer({"choices": [{"message": {"content": "12"}, "finish_reason": "stop"}]})
+
+        def _answer(self, document: dict[str, Any]) -> None:
+            content = json.dumps(document).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client(f"http://127.0.0.1:{server.server_port}")
+        assert client.ask([Message("user", "5 + 7 =")], 8, 1.0, 3).content == "12"
+        client.close()
+        server.shutdown()
+    (body,) = bodies
+    assert (body["top_p"], body["presence_penalty"], body["frequency_penalty"]) == (1.0, 0.0, 0.0)
+    more = {name: body.get(name) for name in ("top_k", "min_p", "repetition_penalty")}
+    known = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert more == (known if owner in ("vllm", "crosschip") else dict.fromkeys(known))
 
 
 ASKS = """

@@ -14,6 +14,10 @@ from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, json_of
 __all__ = ["Client", "EngineAnswer"]
 
 _SHOWN = 200
+# The distribution itself, whatever the model's generation_config.json says; the second half only where it is known.
+_WHOLE = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_WHOLE_BEYOND_OPENAI = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_KNOWS_MORE = ("crosschip", "vllm", "sglang")  # as what `owned_by` says of the model
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Client:
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 300.0
     described: dict[str, Any] = field(default_factory=dict, init=False)
+    _takes_more: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._http = ScoringHttp(self.url, api_key=self.api_key, silence_s=self.timeout_s, total_s=self.timeout_s)
@@ -63,7 +68,9 @@ class Client:
         """The model's name, and what a crosschip engine says of itself."""
         try:
             listed = json_of(self._http.exchange("GET", "/v1/models")[1])
-            name, told = str(listed["data"][0]["id"]), listed.get("crosschip")
+            card = listed["data"][0]
+            name, told = str(card["id"]), listed.get("crosschip")
+            self._takes_more = card.get("owned_by") in _KNOWS_MORE
         except (EngineBrokeError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"{self.url} names no model ({type(error).__name__}: {error})"[:_SHOWN],
@@ -85,7 +92,8 @@ class Client:
             "messages": [{"role": message.role, "content": message.content} for message in messages],
             "max_tokens": max_tokens,
             "temperature": temperature,
-            "top_p": 1.0,  # the distribution itself, whatever the model's generation_config says
+            **_WHOLE,
+            **(_WHOLE_BEYOND_OPENAI if self._takes_more else {}),
             "seed": seed,
         }
         try:

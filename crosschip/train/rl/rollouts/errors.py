@@ -7,12 +7,14 @@ from typing import Literal
 from crosschip.errors import EXIT_FAIL, CrosschipError
 from crosschip.rewards.attempt import printable
 
-__all__ = ["BadAnswer", "Fault", "RolloutError"]
+__all__ = ["MAY_PASS", "BadAnswer", "Fault", "RolloutError"]
 
 # garbage: an answer that cannot be true. wrong version: of other weights than were published. unreachable: no
 # connection, or one that broke. slow: none in time. failed: the engine says so (5xx). refused: the engine says that the
 # request is wrong. busy: it has too much to do.
 Fault = Literal["garbage", "wrong version", "unreachable", "slow", "failed", "refused", "busy"]
+MAY_PASS: tuple[Fault, ...] = ("unreachable", "slow", "busy")
+"""After these an engine may be well again, and is looked for when new weights go out."""
 
 
 class RolloutError(CrosschipError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from crosschip.recipe.reinforcement import RlSettings
 from crosschip.train.rl.rollouts.answers import Answer, Ask
-from crosschip.train.rl.rollouts.errors import BadAnswer, RolloutError
+from crosschip.train.rl.rollouts.errors import MAY_PASS, BadAnswer, RolloutError
 from crosschip.train.rl.rollouts.local import LocalEngine
 from crosschip.train.rl.rollouts.member import Member, RemoteEngine, is_able, pick, samples_of
 from crosschip.train.rl.rollouts.standing import MOST_REFUSED_IN_A_ROW
@@ -156,7 +156,8 @@ class Fleet:
         member.said = str(bad)
         measure = member.standing.note_bad(bad.fault, has_new_weights)
         if measure == "give up":
-            self.upkeep.give_up(member, f"too many bad answers in a row, the last one {bad}")
+            why = f"too many bad answers in a row, the last one {bad}"
+            self.upkeep.give_up(member, why, may_return=bad.fault in MAY_PASS)
         elif measure == "probe":
             self.upkeep.probe(member, loses_weights=bad.fault == "unreachable")
         elif measure == "reload":

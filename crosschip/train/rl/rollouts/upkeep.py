@@ -15,7 +15,7 @@ from typing import Any
 
 from crosschip.recipe.reinforcement import RlSettings
 from crosschip.train.rl.rollouts.engine import HttpEngine
-from crosschip.train.rl.rollouts.errors import BadAnswer, Fault, RolloutError
+from crosschip.train.rl.rollouts.errors import MAY_PASS, BadAnswer, RolloutError
 from crosschip.train.rl.rollouts.local import LocalEngine
 from crosschip.train.rl.rollouts.member import MOST_RESTARTS, Member, RemoteEngine
 from crosschip.train.rl.rollouts.publishing import Publication
@@ -26,7 +26,6 @@ _PROBE_EVERY_S = 1.0
 _DEATH_S = 1.0
 _LOOK_EVERY_S = 5.0  # at an engine that loads weights, or answers
 MOST_SILENCE_S = 30.0  # of an engine that was asked a small question again and again
-_MAY_PASS: tuple[Fault, ...] = ("unreachable", "slow", "busy")
 
 Work = Callable[[Member], Coroutine[Any, Any, None]]
 
@@ -173,7 +172,7 @@ class Upkeep:
                 await self._load(member, member.client, target)
             except BadAnswer as bad:
                 why = f"weights of version {target.version}: {bad}{await _death_of(member)}"
-                self.give_up(member, why, bad.fault in _MAY_PASS)
+                self.give_up(member, why, bad.fault in MAY_PASS)
                 return
             member.confirmed, member.was_up = target, True
             if member.state == "down":

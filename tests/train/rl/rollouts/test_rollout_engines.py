@@ -362,6 +362,21 @@ def test_an_engine_that_was_slow_to_say_who_it_is_may_return(tmp_path: Path, mon
         wait_until(lambda: bool(rollouts.state()) and bool(told.of("engine back")), "it is back")
 
 
+def test_an_engine_whose_answers_were_slow_for_a_while_may_return(tmp_path: Path) -> None:
+    told = Told()
+    slow, good = ScriptedEngine(play=lambda number: "hang" if number < 12 else "good"), ScriptedEngine()
+    settings = settings_of(rollouts_timeout_s=0.3)
+    with served(slow, good) as urls, rollouts_of(settings, urls, tmp_path, told=told) as rollouts:
+        first = 0
+        while not told.of("ENGINE DROPPED") and first < 20:
+            take_all(rollouts, 1, first=first)
+            first += 1
+        assert "slow" in told.of("ENGINE DROPPED")[0]
+        slow.play = lambda number: "good"
+        take_all(rollouts, 1, first=first)
+        wait_until(lambda: bool(rollouts.state()) and bool(told.of("engine back")), "it is back")
+
+
 def test_a_request_that_all_refuse_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     engines = ScriptedEngine(play=lambda number: "400"), ScriptedEngine(play=lambda number: "400")
     with served(*engines) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
