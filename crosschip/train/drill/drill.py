@@ -23,6 +23,7 @@ from crosschip.train.drill.score import Planted, goodput, is_of, median_step_s, 
 from crosschip.train.drill.striking import (
     cut_newest_checkpoint,
     disturb_link,
+    disturbed_s,
     flip_byte_of_newest_checkpoint,
     process_running,
     send,
@@ -84,6 +85,7 @@ class _Drill:
     planted: list[Planted] = field(default_factory=list)
     not_planted: list[str] = field(default_factory=list)
     step_s: float = 0.0  # of a step without faults
+    links_as_usual_at: float = 0.0  # when the last disturbance of a link is over
 
     def look(self) -> None:
         for log in self.logs:
@@ -212,13 +214,20 @@ def _plant(drill: _Drill, number: int, strike: Strike) -> Planted | None:
 
 
 def _wait_until_settled(drill: _Drill, group: int, with_others: bool) -> bool:
-    """Leave a group that has begun anew the steps that tell the guard its rhythm; whether it has made them."""
+    """Leave a group that has begun anew the steps that tell the guard its rhythm; whether it has made them.
+
+    `with_others`: those in which other groups took part over a link that is as usual. A group that trains alone while
+    another comes back has no link that could be struck.
+    """
     log, deadline = drill.logs[group], time.monotonic() + _SETTLE_S
     needed = _SETTLED_EXCHANGES if with_others else _SETTLED_STEPS
     while time.monotonic() < deadline and not drill.is_over():
         drill.look()
         began = max((each.at for each in log.events if _begins_anew(each, with_others)), default=0.0)
-        if sum(step.at > began for step in log.steps[-needed:]) == needed:
+        if with_others:
+            began = max(began, drill.links_as_usual_at)
+        good = (step.at > began and (step.num_groups > 1 or not with_others) for step in log.steps[-needed:])
+        if sum(good) == needed:
             return True
         time.sleep(_POLL_S)
     return False
@@ -264,7 +273,10 @@ def _disturb_link(drill: _Drill, strike: Strike) -> Planted | None:
     victim = _victim(drill, strike)
     pid = victim and _sidecar(victim)
     at = time.monotonic()
-    return _planted(drill, strike, at) if pid and disturb_link(pid, strike.fault.name) else None
+    if not pid or not disturb_link(pid, strike.fault.name):
+        return None
+    drill.links_as_usual_at = at + disturbed_s(strike.fault.name)
+    return _planted(drill, strike, at)
 
 
 def _damage(drill: _Drill, strike: Strike) -> Planted | None:

@@ -12,7 +12,9 @@ import dataclasses
 import errno
 import os
 import resource
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,7 @@ __all__ = ["disturbed"]
 
 _FOR_EVER_S = 1e6
 _SLOW_STEPS, _SLOW_TIMES = 90, 2.0  # a step then takes three times as long
+_PACE_STEPS = 9  # whose median is how long a step takes: one with a save says nothing of the others
 _MEMORY_LEFT = 256 << 20  # bytes, of which a step may still get some
 _MOST_WRONG = 4  # saves in a row that are wrong, if none of them is read back
 _FULL = "/dev/full"  # takes no byte
@@ -71,8 +74,9 @@ class _Disturber:
     def __init__(self, job: StageJob, directory: Path, group: int) -> None:
         self._job, self._directory, self._group = job, directory, group
         self._order: Order | None = None
-        self._slow_steps = 0
-        self._began = self._step_s = self._slow_s = 0.0
+        self._slow_steps, self._slow_s = 0, 0.0
+        self._began, self._is_slow = 0.0, False  # of the step that goes on
+        self._steps_s: deque[float] = deque(maxlen=_PACE_STEPS)  # of those that were not made slow
         job.model.norm.register_forward_hook(self._forward_hook)
 
     @property
@@ -86,8 +90,7 @@ class _Disturber:
 
     def _begin(self) -> None:
         """Take an order; those that end a step at once are carried out."""
-        now = time.perf_counter()
-        self._step_s, self._began = now - self._began if self._began else 0.0, now
+        self._note_pace()
         if self._order is None:
             self._order = take_order(self._directory, self._group, self._job.world.rank)
         match self._pending():
@@ -103,11 +106,21 @@ class _Disturber:
             case "out-of-memory" if self._strike():
                 _use_up_memory()
             case "slow" if self._strike():
-                if not self._slow_steps:  # else the step before was slow already
-                    self._slow_s = _SLOW_TIMES * self._step_s
-                self._slow_steps = _SLOW_STEPS
+                self._slow_steps, self._slow_s = _SLOW_STEPS, _SLOW_TIMES * statistics.median(self._steps_s or [0.0])
             case "save-hang" | "full-disk" | "wrong-save" as fault:
                 self._disturb_next_save(fault)
+
+    def _note_pace(self) -> None:
+        now = time.perf_counter()
+        if self._began and not self._is_slow:
+            self._steps_s.append(now - self._began)
+        self._began, self._is_slow = now, False
+
+    def _slow_down(self) -> None:
+        """Once in each slow step, however many passes it has."""
+        if self._slow_steps and not self._is_slow:
+            self._slow_steps, self._is_slow = self._slow_steps - 1, True
+            time.sleep(self._slow_s)
 
     def _pending(self) -> str | None:
         return None if self._order is None else self._order.fault
@@ -129,9 +142,7 @@ class _Disturber:
         """What happens in the middle of a forward pass."""
         if not torch.is_grad_enabled():  # validation and samples are left alone
             return None
-        if self._slow_steps:
-            self._slow_steps -= 1
-            time.sleep(self._slow_s)
+        self._slow_down()
         match self._pending():
             case "operator-hang" if self._strike():
                 time.sleep(_FOR_EVER_S)

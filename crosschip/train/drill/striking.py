@@ -17,6 +17,7 @@ __all__ = [
     "cut_newest_checkpoint",
     "descendants",
     "disturb_link",
+    "disturbed_s",
     "flip_byte_of_newest_checkpoint",
     "process_running",
     "send",
@@ -54,6 +55,11 @@ def send(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def disturbed_s(fault: str) -> float:
+    """Seconds that a fault of a link lasts."""
+    return _CUT_S if fault == "link-cut" else _DISTURBED_S
 
 
 def disturb_link(pid: int, fault: str) -> bool:

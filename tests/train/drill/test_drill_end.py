@@ -74,9 +74,9 @@ def test_an_interrupted_drill_tells_what_it_has_seen(tmp_path: Path) -> None:
 def under_way(monkeypatch, num_steps: int, events: list[SeenEvent]) -> Any:
     """A drill of one group that made 49 steps before time 50 and `num_steps` after time 100; it waits for no more."""
     monkeypatch.setattr(drill, "_SETTLE_S", 0.2)
-    steps = [SimpleNamespace(at=float(at)) for at in (*range(1, 50), *range(101, 101 + num_steps))]
-    logs = [SimpleNamespace(steps=steps, events=events)]
-    return SimpleNamespace(logs=logs, look=lambda: None, is_over=lambda: False)
+    times = (*range(1, 50), *range(101, 101 + num_steps))
+    logs = [SimpleNamespace(steps=[SimpleNamespace(at=float(at), num_groups=2) for at in times], events=events)]
+    return SimpleNamespace(logs=logs, look=lambda: None, is_over=lambda: False, links_as_usual_at=0.0)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,23 @@ def test_a_link_is_struck_when_its_usual_time_is_known(monkeypatch, num_steps: i
     found = under_way(monkeypatch, num_steps, events)
     assert drill._wait_until_settled(found, 0, with_others=True) is is_settled
     assert drill._wait_until_settled(found, 0, with_others=False), "it has not begun anew itself"
+
+
+def test_a_link_is_not_struck_while_nobody_is_at_its_other_end(monkeypatch) -> None:
+    found = under_way(monkeypatch, 40, [SeenEvent(100.0, 0, 49, "groups-changed", "1 of 2 groups", "going on")])
+    found.logs[0].steps[-20].num_groups = 1
+    assert not drill._wait_until_settled(found, 0, with_others=True)
+    found.logs[0].steps[-20].num_groups = 2
+    assert drill._wait_until_settled(found, 0, with_others=True)
+
+
+def test_a_link_that_is_disturbed_still_is_not_struck(monkeypatch) -> None:
+    """The guard tells once of a link until it is as usual again."""
+    found = under_way(monkeypatch, 40, [])
+    found.links_as_usual_at = 125.0
+    assert not drill._wait_until_settled(found, 0, with_others=True)
+    found.links_as_usual_at = 119.0
+    assert drill._wait_until_settled(found, 0, with_others=True)
 
 
 FINE_TUNING = 'name = "x"\n[data]\nsource = "arithmetic"\n[sft]\nsteps = 100\n'
