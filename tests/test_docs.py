@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic_core import PydanticUndefined
 
 from crosschip import recipe
 from crosschip.recipe import load_recipe, parse_recipe
+from crosschip.train.guard.restarts import Kind
 
 ROOT = Path(__file__).parent.parent
 HEADINGS = {
@@ -113,3 +115,33 @@ def test_overrides_that_a_document_gives_to_a_shipped_recipe_fit_it(document: Pa
 def test_documents_give_overrides() -> None:
     text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
     assert len(re.findall(r"crosschip \w+ recipes/\S+ --set ", text)) > 2
+
+
+def _names_of(expression: ast.expr) -> set[str]:
+    if isinstance(expression, ast.IfExp):
+        return _names_of(expression.body) | _names_of(expression.orelse)
+    word = str(expression.value) if isinstance(expression, ast.Constant) else ""
+    return {word} if re.fullmatch(r"[A-Za-z]+(?:[- ][A-Za-z]+)*", word) else set()
+
+
+def _told(path: Path) -> set[str]:
+    """The names of events in a file: of calls that take event, detail and action, behind a step or not."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            first = {"Event": 1, "CheckpointEvent": 1, "GroupEvent": 0, "Suspicion": 0}.get(called)
+            if first is None and called in ("_tell", "tell", "put", "event") and len(node.args) in (3, 4):
+                first = len(node.args) - 3
+            found |= _names_of(node.args[first]) if first is not None and len(node.args) > first else set()
+        elif isinstance(node, ast.Tuple) and len(node.elts) == 3 and path.name == "resumption.py":
+            found |= _names_of(node.elts[0])
+    return found
+
+
+def test_every_event_is_in_the_documents() -> None:
+    files = (ROOT / "crosschip" / "train").rglob("*.py")
+    told = set().union(*(_told(file) for file in files)) | set(get_args(Kind))
+    assert len(told) > 50
+    written = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "events.md").read_text(encoding="utf-8")))
+    assert told - written == set()
