@@ -21,6 +21,7 @@ __all__ = [
     "unfinished_path",
 ]
 
+_SINCE_THE_SUM = "began_from"  # a key that `state.json` has had since the marker has held its sum
 REPLACED = ".old"  # ends the name of a checkpoint while another one of its step takes its place
 
 
@@ -91,6 +92,8 @@ def _damage_of_old_state(path: Path) -> str | None:
         return error.problem
     if not isinstance(document, dict) or document.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
         return f"{STATE_FILE} is of no version that has an empty {COMPLETE}"
+    if _SINCE_THE_SUM in document:
+        return f"{COMPLETE} is empty, and whoever writes such a {STATE_FILE} puts its SHA-256 there"
     if found := flaw(document):
         return f"{STATE_FILE} {found}"
     if step_of(path) not in (None, document["step"]):  # a copy may have any name

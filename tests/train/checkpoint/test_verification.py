@@ -21,6 +21,7 @@ from checkpoint_parts import STAGE, batch_of, state_of, train, trained
 
 import crosschip.train.checkpoint.staging
 from crosschip.errors import CheckpointError
+from crosschip.rundir import sha256_of
 from crosschip.train.checkpoint import Checkpointer, CheckpointEvent, find_newest, save_checkpoint, verify
 from crosschip.train.checkpoint.loss_check import LossAnswer, LossQuestion, answer_question
 from crosschip.train.checkpoint.readback import compare_tensors
@@ -309,7 +310,7 @@ def test_sums_that_do_not_fit_the_tensors_are_named(tmp_path) -> None:
     sums = json.loads((path / "checksums.json").read_text())
     del state["files"]["checksums.json"]
     (path / "state.json").write_text(json.dumps(state))
-    (path / "COMPLETE").write_text("")
+    (path / "COMPLETE").write_text(sha256_of(path / "state.json"))
     for changed, named in (
         (sums[1:], sums[0]["name"]),
         ([{**sums[0], "sums": [1, 2, 3]}, *sums[1:]], sums[0]["name"]),
