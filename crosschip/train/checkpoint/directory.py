@@ -117,16 +117,20 @@ def _damage_of_files(path: Path, files: dict[str, tuple[int, str]]) -> str | Non
     return None
 
 
-def find_newest(stage_directory: Path, warn: Callable[[str], None]) -> Path | None:
+def find_newest(stage_directory: Path, warn: Callable[[str], None], proven_step: int | None = None) -> Path | None:
     """The newest whole checkpoint of a stage; None when none was ever written. `warn` hears of each damaged one.
 
-    One that was read back and found wrong counts as damaged.
+    One that was read back and found wrong counts as damaged. With a `proven_step` those after it, with whose weights no
+    step was believed, come after all others.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     damages = []
-    for _, path in reversed(numbered_checkpoints(stage_directory)):
+    candidates = numbered_checkpoints(stage_directory)
+    if proven_step is not None:
+        candidates.sort(key=lambda each: (each[0] <= proven_step, each[0]))
+    for _, path in reversed(candidates):
         found = damage(path) or read_verdict(path)
         if not found:
             return path
