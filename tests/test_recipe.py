@@ -139,6 +139,13 @@ def test_groups_train_up_to_where_engines_answer_and_group_0_what_follows(tmp_pa
         load_text(tmp_path, only, "groups.num_groups=2")
 
 
+def test_a_latency_without_a_bandwidth_is_refused_whoever_trains(smallest: Path) -> None:
+    with pytest.raises(RecipeError, match=r"links: latency_ms=25 stands without bandwidth_mbit_s; give both"):
+        load_recipe(smallest, ["links.latency_ms=25"])
+    for beside in ("links.bandwidth_mbit_s=100", "links.report=links.json"):
+        assert load_recipe(smallest, ["links.latency_ms=25", beside]).links.latency_ms == 25
+
+
 def test_several_faults_are_told_at_once(smallest: Path) -> None:
     with pytest.raises(RecipeError, match=r"(?s)train\.steps.*model\.hidden_size"):
         load_recipe(smallest, ["train.steps=0", "model.hidden_size=-1"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crosschip.cli.options import OutOption, RecipeArgument, SetOption
 from crosschip.cli.reports import output_place
 from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from crosschip.recipe import Recipe
 
 __all__ = ["drill"]
 
@@ -48,11 +51,10 @@ def drill(
 ) -> None:
     """Plant faults into a running training, and see whether each is noticed and survived.
 
-    Exit codes: 0 all faults noticed and no false alarm, 1 not so or the training ended before the drill did, 3 no fault
-    was planted.
+    Exit codes: 0 all faults noticed and no false alarm, 1 not so or the training ended before the drill did, 2 a named
+    fault could not be noticed by such a training, 3 no fault was planted.
     """
     from crosschip.recipe import load_recipe
-    from crosschip.train.drill.catalogue import FAULTS, chosen
     from crosschip.train.drill.drill import DrillPlan, run_drill
 
     output_place(json_path, "the report", "--json", [recipe])
@@ -64,9 +66,7 @@ def drill(
         raise RunDirectoryError(
             f"{directory} is there already", "give another --out, or delete it: a drill begins anew"
         )
-    names = None if faults is None else [name for name in faults.split(",") if name not in ("", "none")]
-    if unknown := [name for name in names or [] if name not in FAULTS]:
-        raise RecipeError(f"--faults {unknown[0]!r} is no fault of the drill", f"choose among {', '.join(FAULTS)}")
+    names = _fault_names(faults, resolved)
     command = [sys.executable, "-m", "crosschip", "train", str(recipe), "--out", str(directory), "--nproc", str(nproc)]
     plan = DrillPlan(
         [*command, *(part for setting in settings for part in ("--set", setting))],
@@ -74,7 +74,7 @@ def drill(
         "pretrain",
         resolved.groups.num_groups,
         nproc,
-        chosen(names, resolved.groups.num_groups),
+        names,
         mtbf,
         60.0 * minutes,
         seed,
@@ -83,6 +83,31 @@ def drill(
     report = run_drill(plan, lambda line: print(f"crosschip: {line}", file=sys.stderr, flush=True))
     _tell(report, {"recipe": recipe.name, "settings": settings}, directory, json_path or directory / "drill.json")
     raise typer.Exit(_exit_code(report, names == []))
+
+
+def _fault_names(faults: str | None, recipe: Recipe) -> list[str] | None:
+    """The faults named on the command line; None for all that can be noticed.
+
+    Raises:
+        RecipeError: one is no fault, or could not be noticed whatever happens.
+    """
+    from crosschip.train.drill.catalogue import FAULTS, Layout, chosen
+
+    if faults is None:
+        return None
+    names = [name for name in faults.split(",") if name not in ("", "none")]
+    if unknown := [name for name in names if name not in FAULTS]:
+        raise RecipeError(f"--faults {unknown[0]!r} is no fault of the drill", f"choose among {', '.join(FAULTS)}")
+    chosen(names, Layout(recipe.groups.num_groups, _averages_each_step(recipe)))
+    return names
+
+
+def _averages_each_step(recipe: Recipe) -> bool | None:
+    """Whether the groups will; None where they choose by the link and the time of a step, once they train."""
+    from crosschip.thin_links import link_from
+
+    mode = recipe.groups.mode
+    return None if mode == "auto" and link_from(recipe.links) is not None else mode != "diloco"
 
 
 def _settings_of(recipe: Path, overrides: list[str]) -> list[str]:

@@ -148,3 +148,9 @@ class LinkSettings(Settings):
     bandwidth_mbit_s: Annotated[float, Field(gt=0.0)] | None = None
     latency_ms: Annotated[float, Field(ge=0.0)] | None = None
     report: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_bandwidth(self) -> LinkSettings:
+        if self.latency_ms is not None and self.bandwidth_mbit_s is None and self.report is None:
+            raise ValueError(f"latency_ms={self.latency_ms:g} stands without bandwidth_mbit_s; give both, or a report")
+        return self

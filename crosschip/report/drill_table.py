@@ -59,4 +59,5 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     ]
     if report["not_planted"]:
         lines.append(f"not planted: {', '.join(report['not_planted'])}")
+    lines += [f"left out: {', '.join(names)}: {why}" for why, names in report.get("left_out", {}).items()]
     return lines

@@ -7,20 +7,8 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-import torch
-
 from crosschip.errors import CheckpointError
-from crosschip.train.checkpoint import (
-    Checkpointer,
-    CheckpointState,
-    background_group,
-    find_newest,
-    library_versions,
-    load_optimizer,
-    load_weights,
-    read_state,
-    set_damaged_aside,
-)
+from crosschip.train.checkpoint import Checkpointer, background_group, find_newest, restore, set_damaged_aside
 from crosschip.train.flops import train_flops_per_token
 from crosschip.train.group.share import share_of_batch
 from crosschip.train.guard.checksum import parameter_checksum
@@ -83,6 +71,9 @@ class _Stage:
         self.first_step = job.position.step
         self.started = time.monotonic()
         self.agreed_step = self.first_step  # up to which the groups are known to have had equal weights
+        self.proven_step = self.first_step - 1  # whose weights are the last with which a step was believed
+        self.is_save_due = False
+        self.compute_alike = True  # the groups that average: same chips, software, dtype and threads
         self.arithmetic = arithmetic_of(job.chip, job.compute_dtype, job.world)
         self.watch = StageWatch(
             job.heartbeat,
@@ -124,12 +115,8 @@ class _Stage:
             self._look(last)
             if self._stopped_by():
                 break
-            if not last and position.step % settings.checkpoint_every == 0:
-                self._beat("save", self.saver.write_may_take_s())
-                self.log.sync()  # no checkpoint may hold a step that a power cut takes from the log
-                self.saver.save(self._state())
-                job.groups.save(job.directory, position.step)
-                job.hooks.after_save(position.step)
+            if not last:
+                self._save_if_due(result.updated)
             self._tell_of_the_background()
             self._look_at_writing()
         return self._end()
@@ -141,6 +128,19 @@ class _Stage:
     def _stopped_by(self) -> int:
         """The signal that some rank has got; 0 for none."""
         return self.job.world.largest(self.stop.received or 0)
+
+    def _save_if_due(self, is_believed: bool) -> None:
+        """Save where that is due, or was due in a step that was skipped: then the weights may be what was wrong."""
+        job, step = self.job, self.job.position.step
+        self.is_save_due |= step % job.settings.checkpoint_every == 0
+        if not (self.is_save_due and is_believed):
+            return
+        self.is_save_due = False
+        self._beat("save", self.saver.write_may_take_s())
+        self.log.sync()  # no checkpoint may hold a step that a power cut takes from the log
+        self.saver.save(job.state())
+        job.groups.save(job.directory, step)
+        job.hooks.after_save(step)
 
     def _look_at_writing(self) -> None:
         """Wait for a checkpoint that takes too long to write, so that the supervisor sees a save that hangs."""
@@ -234,15 +234,16 @@ class _Stage:
         averaged, reports = average_step(job.groups, sums, job.group, own)
         name, step = group_name(job.group), job.position.step + 1
         watch.end_exchange(step, reports, name)
-        self._compare_weights(reports)
+        self._compare(reports)
         return averaged
 
-    def _compare_weights(self, reports: GroupReports) -> None:
-        """Go back to where the groups had equal weights when they have not.
+    def _compare(self, reports: GroupReports) -> None:
+        """Whether the groups compute alike; and back to where they had equal weights when they have not.
 
         Raises:
-            RollBack, GuardError: they differ.
+            RollBack, GuardError: the weights differ.
         """
+        self.compute_alike = len({report.arithmetic for report in reports.reports.values()}) <= 1
         step, disagreement = self.job.position.step, reports.disagreement()
         if disagreement is None:
             self.agreed_step = step
@@ -285,35 +286,40 @@ class _Stage:
     def _observe(self, step: int, result: StepResult, taken: Slice) -> None:
         """Let the saver compare this loss with that of the checkpoint before the step; it needs the same sequences.
 
-        The loss of a step that was skipped says nothing about the checkpoint.
+        A step that is believed speaks for the weights before it. The loss of one that was skipped says nothing of them.
         """
-        first, count = self.job.groups.seen(self.job.position.sequences, taken)
-        parts = self.job.settings.gradient_accumulation
-        groups = count // taken.count
+        if result.updated:
+            self.proven_step = step - 1
+        job = self.job
+        first, count = job.groups.seen(job.position.sequences, taken)
+        parts, groups = job.settings.gradient_accumulation, count // taken.count
         loss = result.loss if result.updated else None
-        self.saver.observe(step, loss, lambda: self.job.train_stream.batch(first, count), parts, groups)
+        self.saver.observe(step, loss, lambda: job.train_stream.batch(first, count), parts, groups, self.compute_alike)
 
     def _roll_back(self, order: RollBack) -> None:
         """Go back to the last good checkpoint, or, between outer steps, to what the groups have in common."""
         job, position = self.job, self.job.position
         past = position.sequences + job.groups.place.slice(position.sequences, job.settings.batch_size).taken_by_all
         self._beat("start")
+        self.saver.forget_loss()  # the next one will be of other weights than those that were saved
         if job.groups.take_common():
             position.sequences = past if order.past_the_data else position.sequences
             return
         self._wait_for_save()
-        path = job.world.from_rank_zero(lambda: find_newest(job.directory, job.progress.say))
+        path = job.world.from_rank_zero(lambda: find_newest(job.directory, job.progress.say, self.proven_step))
         if path is None:
             raise GuardError(
                 f"step {order.step}: there is no checkpoint yet to go back to",
                 "lower the learning rate, or look at the data and the chip: it went wrong soon after the beginning",
             )
-        load_weights(path, job.model)
-        load_optimizer(path, job.model, job.optimizer)
-        state = read_state(path)
+        state = restore(path, job.model, job.optimizer)
         position.step, position.tokens = state.step, state.tokens_consumed
         position.sequences = past if order.past_the_data else state.sequences_consumed
+        self.proven_step, self.is_save_due = state.step - 1, False
         self.log.roll_back(state.step)
+        for aside in job.world.from_rank_zero(lambda: set_damaged_aside(job.directory, state.step)):
+            told = "renamed: it is later than what the training has gone back to"
+            self._tell_event(Event(order.step, "checkpoint-set-aside", str(aside), told))
         job.hooks.after_roll_back()
         job.progress.say(f"{job.name}: back after step {state.step}")
 
@@ -364,30 +370,12 @@ class _Stage:
         told = f"validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
         return {"validation_loss": found.loss, "bits_per_byte": found.bits_per_byte}, told
 
-    def _state(self) -> CheckpointState:
-        job = self.job
-        return CheckpointState(
-            stage=job.name,
-            step=job.position.step,
-            sequences_consumed=job.position.sequences,
-            tokens_consumed=job.position.tokens,
-            compute_dtype=str(job.compute_dtype).removeprefix("torch."),
-            device=str(job.chip.device),
-            num_threads=torch.get_num_threads(),
-            fingerprints=job.identity.fingerprints,
-            settings=job.identity.settings,
-            versions=library_versions(),
-            num_processes=job.world.size,
-            expert_parallel=job.expert_parallel,
-            began_from=job.identity.began_from,
-        )
-
     def _end(self) -> StageEnd:
         """The last checkpoint, and the last word."""
         job, step = self.job, self.job.position.step
         self._beat("save", self.saver.finish_may_take_s())
         self.log.sync()
-        checkpoint = self.saver.finish(self._state())
+        checkpoint = self.saver.finish(job.state())
         job.groups.save(job.directory, step)
         job.hooks.after_save(step)
         self._tell_of_the_background()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crosschip.recipe import GuardSettings, StageSettings
+from crosschip.train.checkpoint import CheckpointState, library_versions
 from crosschip.train.group.world import ALONE, World
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.identity import Identity
@@ -114,6 +115,24 @@ class StageJob:
     group: int = 0
     expert_parallel: int = 1
     on_drop: OnDrop = "smaller-batch"
+
+    def state(self) -> CheckpointState:
+        """What a checkpoint of the stage as it is now says about itself."""
+        return CheckpointState(
+            stage=self.name,
+            step=self.position.step,
+            sequences_consumed=self.position.sequences,
+            tokens_consumed=self.position.tokens,
+            compute_dtype=str(self.compute_dtype).removeprefix("torch."),
+            device=str(self.chip.device),
+            num_threads=torch.get_num_threads(),
+            fingerprints=self.identity.fingerprints,
+            settings=self.identity.settings,
+            versions=library_versions(),
+            num_processes=self.world.size,
+            expert_parallel=self.expert_parallel,
+            began_from=self.identity.began_from,
+        )
 
 
 @dataclass(frozen=True)

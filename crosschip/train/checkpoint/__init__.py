@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from crosschip.checkpoints import checkpoint_path, numbered_checkpoints
 from crosschip.train.checkpoint.directory import clear_leftovers, find_newest, give_name_back, set_damaged_aside
-from crosschip.train.checkpoint.loading import load_optimizer, load_weights
+from crosschip.train.checkpoint.loading import load_optimizer, load_weights, restore
 from crosschip.train.checkpoint.retention import delete_old
 from crosschip.train.checkpoint.saver import Checkpointer, CheckpointEvent, SaveReceipt, background_group
 from crosschip.train.checkpoint.state import CheckpointState, library_versions, read_state
@@ -35,6 +35,7 @@ __all__ = [
     "load_optimizer",
     "load_weights",
     "read_state",
+    "restore",
     "save_checkpoint",
     "set_damaged_aside",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "unfinished_path",
 ]
 
+_SINCE_THE_SUM = "began_from"  # a key that `state.json` has had since the marker has held its sum
 REPLACED = ".old"  # ends the name of a checkpoint while another one of its step takes its place
 
 
@@ -91,6 +92,8 @@ def _damage_of_old_state(path: Path) -> str | None:
         return error.problem
     if not isinstance(document, dict) or document.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
         return f"{STATE_FILE} is of no version that has an empty {COMPLETE}"
+    if _SINCE_THE_SUM in document:
+        return f"{COMPLETE} is empty, and whoever writes such a {STATE_FILE} puts its SHA-256 there"
     if found := flaw(document):
         return f"{STATE_FILE} {found}"
     if step_of(path) not in (None, document["step"]):  # a copy may have any name
@@ -114,16 +117,20 @@ def _damage_of_files(path: Path, files: dict[str, tuple[int, str]]) -> str | Non
     return None
 
 
-def find_newest(stage_directory: Path, warn: Callable[[str], None]) -> Path | None:
+def find_newest(stage_directory: Path, warn: Callable[[str], None], proven_step: int | None = None) -> Path | None:
     """The newest whole checkpoint of a stage; None when none was ever written. `warn` hears of each damaged one.
 
-    One that was read back and found wrong counts as damaged.
+    One that was read back and found wrong counts as damaged. With a `proven_step` those after it, with whose weights no
+    step was believed, come after all others.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     damages = []
-    for _, path in reversed(numbered_checkpoints(stage_directory)):
+    candidates = numbered_checkpoints(stage_directory)
+    if proven_step is not None:
+        candidates.sort(key=lambda each: (each[0] <= proven_step, each[0]))
+    for _, path in reversed(candidates):
         found = damage(path) or read_verdict(path)
         if not found:
             return path

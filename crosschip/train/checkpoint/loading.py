@@ -10,7 +10,13 @@ from torch import Tensor
 from crosschip.errors import CheckpointError, ModelError
 from crosschip.model.weights import MODEL_PREFIX, is_training_checkpoint, own_tensors
 from crosschip.train.checkpoint.staging import adapter_tensors
-from crosschip.train.checkpoint.state import ADAPTER_PREFIX, OLD_OPTIMIZER_FILE, OPTIMIZER_PREFIX
+from crosschip.train.checkpoint.state import (
+    ADAPTER_PREFIX,
+    OLD_OPTIMIZER_FILE,
+    OPTIMIZER_PREFIX,
+    CheckpointState,
+    read_state,
+)
 from crosschip.train.optimizer import empty_optimizer_tensors, load_optimizer_tensors
 
 if TYPE_CHECKING:
@@ -19,7 +25,18 @@ if TYPE_CHECKING:
     from crosschip.model import Transformer
     from crosschip.train.adapters import Adapters
 
-__all__ = ["load_optimizer", "load_weights"]
+__all__ = ["load_optimizer", "load_weights", "restore"]
+
+
+def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> CheckpointState:
+    """Weights and optimizer as in the checkpoint at `path`; returns what it says about itself.
+
+    Raises:
+        CheckpointError: see `load_weights` and `load_optimizer`.
+    """
+    load_weights(path, model)
+    load_optimizer(path, model, optimizer)
+    return read_state(path)
 
 
 def load_weights(path: Path, model: Transformer) -> None:

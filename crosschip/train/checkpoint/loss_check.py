@@ -34,7 +34,8 @@ class LossQuestion:
     """The loss of a batch as training found it, in nats per trained token, and how it was computed.
 
     `num_parts` are the parts of the batch that one process computed one after the other. Without an `expected` loss,
-    because training did not believe it, the loss has to be a finite number.
+    because training did not believe it, the loss has to be a finite number. Where groups whose mean the loss is do not
+    `compute_alike`, another one's dtype may be coarser than `compute_dtype`.
     """
 
     expected: float | None
@@ -43,6 +44,7 @@ class LossQuestion:
     num_threads: int
     num_processes: int
     device_type: str
+    compute_alike: bool = True
 
     @property
     def same_arithmetic(self) -> bool:
@@ -101,7 +103,7 @@ def _limit(model: Transformer, batch: Batch, question: LossQuestion) -> float:
         exact = float(model.loss(inputs, labels, torch.float32).loss_sum)
         coarse = float(model.loss(inputs, labels, torch.bfloat16).loss_sum)
         errors, losses = errors + abs(coarse - exact), losses + abs(exact)
-    unit = _BF16_UNIT
-    if question.compute_dtype == "float32":
+    unit = _BF16_UNIT  # the coarsest that a chip computes in
+    if question.compute_dtype == "float32" and question.compute_alike:
         unit = _FP32_UNIT if question.device_type == "cpu" else _TF32_UNIT
     return 2 * errors * unit / _BF16_UNIT + _SUM_ROUNDING * losses

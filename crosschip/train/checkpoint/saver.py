@@ -145,13 +145,20 @@ class Checkpointer:
         return SaveReceipt(path, time.perf_counter() - waited, waited - started)
 
     def observe(
-        self, step: int, loss: float | None, batch: Callable[[], Batch], num_parts: int, num_groups: int = 1
+        self,
+        step: int,
+        loss: float | None,
+        batch: Callable[[], Batch],
+        num_parts: int,
+        num_groups: int = 1,
+        compute_alike: bool = True,
     ) -> None:
         """Hear the loss of `step`, computed before its update, and how to get its whole batch, of `num_groups` groups.
 
         It is the loss of the checkpoint after `step - 1`, if there is one; then that is asked about. `num_parts` are
-        the parts in which one process computed its share of the batch. A step that was skipped has no `loss` that could
-        be believed. Cheap at every other step.
+        the parts in which one process computed its share of the batch; `compute_alike` is whether all groups did so on
+        the same chips, in the same dtype. A step that was skipped has no `loss` that could be believed. Cheap at every
+        other step.
         """
         state = self._awaits_loss
         self._awaits_loss = None
@@ -164,10 +171,15 @@ class Checkpointer:
             state.num_threads,
             state.num_processes * num_groups,
             state.device.split(":")[0],
+            compute_alike,
         )
         with self._lock:
             self._questions = {state.step: (question, _as_bytes(batch()))}
             self._ask()
+
+    def forget_loss(self) -> None:
+        """Ask nothing about the loss of the checkpoint saved last: the weights are no longer those that it holds."""
+        self._awaits_loss = None
 
     def events(self) -> list[CheckpointEvent]:
         """What has happened in the background since the last call; only the first process has anything to tell."""

@@ -20,7 +20,10 @@ _SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Verdict:
-    """`unknown` is no statement about the checkpoint: the reader failed. `loss`: expected, found and limit, in nats."""
+    """`unknown` is no statement about the checkpoint: the reader failed, or there is no loss to compare with.
+
+    `loss`: expected, found and limit, in nats.
+    """
 
     verdict: Literal["right", "wrong", "unknown"]
     detail: str
@@ -38,7 +41,7 @@ def verdict_of(problem: str | None, answer: LossAnswer | None) -> Verdict:
         return Verdict("right", f"{told}; its loss was not compared", None, 0.0)
     if answer.expected is None:
         told = f"{told}; its loss is {answer.found!r}, and training has skipped the step to compare it with"
-        return Verdict("right" if answer.is_reproduced else "wrong", told, loss, 0.0)
+        return Verdict("unknown" if answer.is_reproduced else "wrong", told, loss, 0.0)
     difference = abs(answer.found - answer.expected)
     if not answer.is_reproduced:
         allowed = f"at most {answer.limit:.3g} is honest" if answer.limit else "every bit should be the same"

@@ -74,6 +74,8 @@ def _answer(job: dict[str, Any], batch: bytes) -> Verdict:
             question = LossQuestion(**job["question"])
             answer = answer_question(path, question, Batch(tensors["input_ids_BT"], tensors["labels_BT"]))
         verdict = verdict_of(problem, answer)
+        if not path.is_dir():
+            verdict = Verdict("unknown", "it was set aside before it was read back", None, 0.0)
     except Exception as error:  # no memory, no such file: not a fault of the checkpoint, and to be told
         verdict = Verdict("unknown", f"it could not be read back: {error!r}", None, 0.0)
     return dataclasses.replace(verdict, seconds=round(time.monotonic() - started, 3))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FAULTS", "DrillFault", "Means", "chosen"]
+from crosschip.errors import RecipeError
+
+__all__ = ["FAULTS", "DrillFault", "Layout", "Means", "chosen"]
 
 # "signal": a signal to a rank's process. "order": the rank does it to itself, at a given point of its step.
 # "file": something is done to the newest checkpoint, and then the rank is killed so that it has to be read.
 # "lighthouse": that is killed. "link": the process that exchanges is held still again and again.
 Means = Literal["signal", "order", "file", "lighthouse", "link"]
+
+# What a training must have for a fault to be planted and noticed; "averaging": several groups that average each step.
+Needs = Literal["nothing", "groups", "averaging"]
 
 _DEATHS = ("killed", "crash", "exception", "out-of-memory")
 
@@ -27,7 +33,7 @@ class DrillFault:
     title: str
     means: Means
     noticed_by: tuple[str, ...]
-    needs_groups: bool = False
+    needs: Needs = "nothing"
     by_others: bool = False
     within_s: float = 120.0  # after which it counts as not noticed
     alone_s: float = 30.0  # left to be noticed in before the next fault may strike
@@ -42,7 +48,7 @@ FAULTS: dict[str, DrillFault] = {
         DrillFault("exception", "a step raises an exception", "order", ("exception",)),
         DrillFault("lock-held", "a C call holds the interpreter's lock and does not come back", "order", ("hang",)),
         DrillFault("operator-hang", "an operator does not come back", "order", ("hang",)),
-        DrillFault("collective-hang", "a collective does not come back", "signal", ("hang",), needs_groups=True),
+        DrillFault("collective-hang", "a collective does not come back", "signal", ("hang",), needs="groups"),
         # The first save after a start has the drill's start_allowance_s of 120 s.
         DrillFault("save-hang", "a save does not come back", "order", ("hang",), within_s=180.0),
         DrillFault(
@@ -50,7 +56,7 @@ FAULTS: dict[str, DrillFault] = {
             "a rank becomes three times slower",
             "order",
             ("straggler",),
-            needs_groups=True,
+            needs="averaging",
             by_others=True,
             alone_s=90.0,  # it is told after some 50 of its steps
         ),
@@ -81,24 +87,24 @@ FAULTS: dict[str, DrillFault] = {
             ("replicas-differ", "loss-spike", "gradient-spike", "non-finite", "checkpoint-wrong"),
         ),
         DrillFault("out-of-memory", "a step asks for more memory than there is", "order", _DEATHS),
-        DrillFault("data", "the data cannot be read for one step", "order", ("exception", "data-unreadable")),
+        DrillFault("data", "the data cannot be read for one step", "order", ("exception",)),
         DrillFault(
             "link-cut",
             "a link is cut for 2.5 seconds",
             "link",
             ("link-stall", "step-not-committed"),
-            needs_groups=True,
+            needs="averaging",
             by_others=True,
         ),
         DrillFault(
-            "slow-link", "a link is slow", "link", ("slow-link", "link-stall"), needs_groups=True, by_others=True
+            "slow-link", "a link is slow", "link", ("slow-link", "link-stall"), needs="averaging", by_others=True
         ),
         DrillFault(
             "lossy-link",
             "a link loses packets",
             "link",
             ("slow-link", "link-stall"),
-            needs_groups=True,
+            needs="averaging",
             by_others=True,
         ),
         DrillFault(
@@ -106,19 +112,46 @@ FAULTS: dict[str, DrillFault] = {
             "the lighthouse is killed",
             "lighthouse",
             ("lighthouse-lost",),
-            needs_groups=True,
+            needs="groups",
             by_others=True,
         ),
     )
 }
 
 
-def chosen(names: list[str] | None, num_groups: int) -> list[DrillFault]:
-    """The named faults, or all that a job of `num_groups` groups can have.
+@dataclass(frozen=True)
+class Layout:
+    """How a training is spread. `averages_each_step` is whether its groups do; None where nobody knows yet."""
+
+    num_groups: int
+    averages_each_step: bool | None
+
+    def lacks(self, fault: DrillFault) -> str | None:
+        """Why a fault could not be planted here, or not be noticed; None where it can."""
+        if fault.needs != "nothing" and self.num_groups == 1:
+            return "one group trains alone, and it needs several"
+        if fault.needs == "averaging" and self.averages_each_step is False:
+            return "the groups train by DiLoCo, and only groups that average each step are watched so closely"
+        return None
+
+
+def chosen(names: Sequence[str] | None, layout: Layout) -> tuple[list[DrillFault], dict[str, list[str]]]:
+    """The named faults, or all that can be noticed; and the names of those that were left out, by the reason.
 
     Raises:
         KeyError: a name that is no fault's.
+        RecipeError: a named one could not be noticed.
     """
-    if names is not None:
-        return [FAULTS[name] for name in names]
-    return [fault for fault in FAULTS.values() if num_groups > 1 or not fault.needs_groups]
+    found, left_out = [], dict[str, list[str]]()
+    for fault in FAULTS.values() if names is None else [FAULTS[name] for name in names]:
+        why = layout.lacks(fault)
+        if why is None:
+            found.append(fault)
+        elif names is None:
+            left_out.setdefault(why, []).append(fault.name)
+        else:
+            raise RecipeError(
+                f"--faults {fault.name!r} could not be noticed: {why}",
+                "leave it out, or set groups.num_groups=2 and groups.mode=every-step",
+            )
+    return found, left_out

@@ -15,8 +15,8 @@ from typing import Any
 
 from crosschip.errors import EXIT_FAIL, CrosschipError
 from crosschip.orphans import end_with_parent
-from crosschip.train.drill.catalogue import DrillFault
-from crosschip.train.drill.logs import GroupLog, SeenEvent, SeenStep, stage_logs
+from crosschip.train.drill.catalogue import DrillFault, Layout, chosen
+from crosschip.train.drill.logs import GroupLog, SeenEvent, SeenStep, average_each_step, stage_logs
 from crosschip.train.drill.orders import DIRECTORY, Order, give_order, taken, withdraw
 from crosschip.train.drill.schedule import Strike, strikes
 from crosschip.train.drill.score import Planted, goodput, is_of, median_step_s, score
@@ -54,14 +54,17 @@ class DrillError(CrosschipError):
 
 @dataclass(frozen=True)
 class DrillPlan:
-    """What is drilled. `command` starts the training, in `run_directory`, whose first stage is `stage`."""
+    """What is drilled. `command` starts the training, in `run_directory`, whose first stage is `stage`.
+
+    `names` are those of the faults; None for all that this training could notice.
+    """
 
     command: Sequence[str]
     run_directory: Path
     stage: str
     num_groups: int
     num_ranks: int
-    faults: Sequence[DrillFault]
+    names: Sequence[str] | None
     mean_between_s: float
     duration_s: float
     seed: int = 0
@@ -86,6 +89,8 @@ class _Drill:
     not_planted: list[str] = field(default_factory=list)
     step_s: float = 0.0  # of a step without faults
     links_as_usual_at: float = 0.0  # when the last disturbance of a link is over
+    faults: Sequence[DrillFault] = ()
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # names by the reason
 
     def look(self) -> None:
         for log in self.logs:
@@ -114,6 +119,7 @@ def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
 
     Raises:
         DrillError: the training ended before every group had made its first steps.
+        RecipeError: a fault that was named could not be noticed by groups that train as these do.
     """
     orders = plan.run_directory / "drill"
     orders.mkdir(parents=True, exist_ok=True)
@@ -132,6 +138,7 @@ def run_drill(plan: DrillPlan, tell: Tell) -> dict[str, Any]:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _wait_for_first_steps(drill)
+            _choose_faults(drill)
             began, drill.step_s = time.monotonic(), median_step_s(drill.steps)
             tell(f"a step takes {drill.step_s:.2f} s; faults strike every {plan.mean_between_s:.0f} s on average")
             interrupted = _strike_until(drill, began + plan.duration_s)
@@ -156,6 +163,13 @@ def _wait_for_first_steps(drill: _Drill) -> None:
         time.sleep(_POLL_S)
 
 
+def _choose_faults(drill: _Drill) -> None:
+    layout = Layout(drill.plan.num_groups, average_each_step(drill.steps))
+    drill.faults, drill.left_out = chosen(drill.plan.names, layout)
+    for why, names in drill.left_out.items():
+        drill.tell(f"left out: {', '.join(names)}: {why}")
+
+
 def _strike_until(drill: _Drill, deadline: float) -> bool:
     """Let faults strike until a time, the end of the training, or an interruption; whether it was that."""
     try:
@@ -168,10 +182,8 @@ def _strike_until(drill: _Drill, deadline: float) -> bool:
 
 def _strike_again_and_again(drill: _Drill, deadline: float) -> None:
     plan = drill.plan
-    coming = (
-        strikes(plan.faults, plan.num_groups, plan.num_ranks, plan.mean_between_s, plan.seed) if plan.faults else ()
-    )
-    for number, strike in enumerate(coming):
+    coming = strikes(drill.faults, plan.num_groups, plan.num_ranks, plan.mean_between_s, plan.seed)
+    for number, strike in enumerate(coming if drill.faults else ()):
         _follow(drill, min(deadline, time.monotonic() + strike.after_s))
         _wait_until_noticed(drill, deadline)
         if drill.is_over() or time.monotonic() >= deadline:
@@ -337,6 +349,7 @@ def _document(drill: _Drill, began: float, ended: float) -> dict[str, Any]:
         "goodput": goodput(steps, events, scores, drill.step_s, ended - began),
         "faults": [each.document() for each in scores],
         "not_planted": drill.not_planted,
+        "left_out": drill.left_out,
         "false_alarms": [
             {"group": each.group, "step": each.step, "event": each.event, "detail": each.detail, "action": each.action}
             for each in false_alarms

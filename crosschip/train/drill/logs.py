@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crosschip.train.launching import group_directory
 
-__all__ = ["FollowedFile", "GroupLog", "SeenEvent", "SeenStep", "stage_logs"]
+__all__ = ["FollowedFile", "GroupLog", "SeenEvent", "SeenStep", "average_each_step", "stage_logs"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,12 @@ class GroupLog:
 def stage_logs(run_directory: Path, stage: str, num_groups: int) -> list[GroupLog]:
     """The logs of a stage's groups, on a machine that holds all of them."""
     return [GroupLog(group_directory(run_directory, group) / "train" / stage, group) for group in range(num_groups)]
+
+
+def average_each_step(steps: Sequence[SeenStep]) -> bool:
+    """Whether groups average each step: then all log the mean loss of all, else each its own, of other data."""
+    losses: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    for step in steps:
+        losses[step.step].setdefault(step.group, step.loss)
+    common = [set(of_groups.values()) for of_groups in losses.values() if len(of_groups) > 1]
+    return any(len(different) == 1 for different in common)

@@ -55,6 +55,8 @@ class MemoryWatch:
 
     def observe(self, step: int, used: int, left: int | None, steps_left: int, step_s: float) -> MemoryGrowth | None:
         """Take a reading in bytes; returns a growth that is news. `step_s` is the usual time of a step."""
+        while self._readings and self._readings[-1][0] >= step:
+            self._readings.pop()  # training has gone back, and the step comes again
         if step % self._every:
             return None
         self._readings.append((step, used))

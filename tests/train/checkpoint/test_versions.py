@@ -34,7 +34,8 @@ def write_first_version(stage_directory: Path, step: int, model, optimizer) -> P
             if file.is_file()
         }
         state = dataclasses.asdict(state_of(step))
-        del state["num_processes"]
+        for newer in ("num_processes", "expert_parallel", "began_from"):
+            del state[newer]
         write_json(directory / "state.json", {"schema_version": 1, **state, "files": files})
     return path
 

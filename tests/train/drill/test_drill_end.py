@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from crosschip.cli.drilling import _exit_code, _settings_of
+from crosschip.cli.drilling import _exit_code, _fault_names, _settings_of
 from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError
 from crosschip.recipe import load_recipe
 from crosschip.train.checkpoint import writing
@@ -69,6 +69,52 @@ def test_an_interrupted_drill_tells_what_it_has_seen(tmp_path: Path) -> None:
     assert not report["ended_early"]
     assert report["exit_code"] == 143
     assert report["num_steps"] > 5
+
+
+def test_what_one_process_cannot_notice_is_left_out_and_told_or_refused(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    said: list[str] = []
+
+    def drilled(name: str, names: list[str] | None) -> dict[str, Any]:
+        run = tmp_path / name
+        command = [sys.executable, str(script), str(run), "100000"]
+        return run_drill(DrillPlan(command, run, "pretrain", 1, 1, names, 1e9, 0.3), said.append)
+
+    (names,) = drilled("all", None)["left_out"].values()
+    assert {"slow", "lighthouse", "collective-hang"} <= set(names)
+    assert said[0].startswith("left out: ")
+    with pytest.raises(RecipeError, match="'slow' could not be noticed: one group trains alone"):
+        drilled("named", ["kill", "slow"])
+
+
+TWO_GROUPS = ("groups.num_groups=2", "train.batch_size=8")
+LINKS = ("links.bandwidth_mbit_s=100", "links.latency_ms=25")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        ((), True),
+        (TWO_GROUPS, False),
+        ((*TWO_GROUPS, *LINKS), False),  # what is chosen is seen when the groups train
+        ((*TWO_GROUPS, "groups.mode=diloco"), True),
+        ((*TWO_GROUPS, "groups.mode=every-step", *LINKS), False),
+    ],
+)
+def test_a_named_fault_that_cannot_be_noticed_is_refused_before_anything_starts(
+    tmp_path: Path, overrides: tuple[str, ...], is_refused: bool
+) -> None:
+    recipe = tmp_path / "trained.toml"
+    recipe.write_text(FINE_TUNING.replace("sft", "train"))
+    loaded = load_recipe(recipe, list(overrides))
+    if is_refused:
+        with pytest.raises(RecipeError, match="--faults 'slow' could not be noticed"):
+            _fault_names("kill,slow", loaded)
+    else:
+        assert _fault_names("kill,slow", loaded) == ["kill", "slow"]
+    assert _fault_names("none", loaded) == []
+    assert _fault_names(None, loaded) is None
 
 
 def under_way(monkeypatch, num_steps: int, events: list[SeenEvent]) -> Any:

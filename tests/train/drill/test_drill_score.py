@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from crosschip.train.drill.catalogue import FAULTS, chosen
-from crosschip.train.drill.logs import FollowedFile, SeenEvent, SeenStep
+from crosschip.errors import RecipeError
+from crosschip.train.drill.catalogue import FAULTS, Layout, chosen
+from crosschip.train.drill.logs import FollowedFile, SeenEvent, SeenStep, average_each_step
 from crosschip.train.drill.orders import Order, give_order, note_taken, take_order, taken, withdraw
 from crosschip.train.drill.schedule import strikes
 from crosschip.train.drill.score import Planted, goodput, score
@@ -105,7 +106,7 @@ def test_steps_since_the_last_outer_step_die_with_a_group(action: str, lost: int
 
 
 def test_every_fault_strikes_once_before_any_strikes_again() -> None:
-    faults = chosen(None, 2)
+    faults, _ = chosen(None, Layout(2, averages_each_step=True))
     found = list(itertools.islice(strikes(faults, 2, 1, 60.0, seed=3), 2 * len(faults)))
     assert {each.fault.name for each in found[: len(faults)]} == set(FAULTS)
     assert {each.group for each in found} == {0, 1}
@@ -113,7 +114,8 @@ def test_every_fault_strikes_once_before_any_strikes_again() -> None:
 
 
 def test_times_between_strikes_are_exponential() -> None:
-    times = [each.after_s for each in itertools.islice(strikes(chosen(None, 1), 1, 1, 60.0, seed=0), 4000)]
+    faults, _ = chosen(None, Layout(1, averages_each_step=None))
+    times = [each.after_s for each in itertools.islice(strikes(faults, 1, 1, 60.0, seed=0), 4000)]
     mean = sum(times) / len(times)
     deviation = (sum((each - mean) ** 2 for each in times) / len(times)) ** 0.5
     # Both are 60; their standard errors are 0.95 and 1.3 with 4,000 draws.
@@ -121,11 +123,48 @@ def test_times_between_strikes_are_exponential() -> None:
     assert deviation == pytest.approx(60.0, abs=6.0)
 
 
-def test_faults_between_groups_need_groups() -> None:
-    assert "lighthouse" not in {each.name for each in chosen(None, 1)}
-    assert [each.name for each in chosen(["kill"], 1)] == ["kill"]
+NEED_AVERAGING = {"slow", "link-cut", "slow-link", "lossy-link"}
+NEED_GROUPS = {"collective-hang", "lighthouse"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "lacking"),
+    [
+        (Layout(1, None), NEED_AVERAGING | NEED_GROUPS),
+        (Layout(2, averages_each_step=False), NEED_AVERAGING),
+        (Layout(2, averages_each_step=True), set()),
+        (Layout(2, None), set()),
+    ],
+)
+def test_what_could_not_be_noticed_is_left_out_by_name_and_refused_when_it_is_named(
+    layout: Layout, lacking: set[str]
+) -> None:
+    found, left_out = chosen(None, layout)
+    assert {each.name for each in found} == FAULTS.keys() - lacking
+    assert {name for names in left_out.values() for name in names} == lacking
+    for name in FAULTS:
+        if name in lacking:
+            with pytest.raises(RecipeError, match=f"--faults '{name}' could not be noticed: .*group"):
+                chosen(["kill", name], layout)
+        else:
+            assert [each.name for each in chosen([name], layout)[0]] == [name]
+
+
+def test_a_name_that_is_no_faults_is_refused() -> None:
     with pytest.raises(KeyError):
-        chosen(["earthquake"], 1)
+        chosen(["earthquake"], Layout(1, None))
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_groups_that_average_each_step_are_known_by_their_losses(averages: bool) -> None:
+    alone = [step(1, 90.0, 4.0)]
+    both = [
+        step(number, 100.0 + number, 3.0 - 0.01 * group * (not averages), group)
+        for number in (2, 3)
+        for group in (0, 1)
+    ]
+    assert average_each_step(alone + both) is averages
+    assert not average_each_step(alone)
 
 
 def test_a_log_is_followed_over_a_cut_and_a_replacement(tmp_path: Path) -> None:

@@ -149,6 +149,17 @@ def test_it_is_told_again_when_half_of_the_time_is_gone() -> None:
     assert len(told) == 2
 
 
+def test_steps_that_come_again_after_a_roll_back_are_counted_once() -> None:
+    """Back from step 140 to 125, so that two neighbouring parts of the readings would be of the same steps."""
+    watch, told = MemoryWatch(1e9), []
+    for step in (*range(1, 141), *range(126, 301)):
+        growth = watch.observe(step, 1000 * MIB + (64 << 10) * step, 100 * MIB, 10**6, 1.0)
+        if growth is not None:
+            told.append(growth)
+    (found,) = told
+    assert found.bytes_per_step == pytest.approx(64 << 10, rel=0.01)
+
+
 def test_a_leak_that_does_not_matter_before_the_end_is_not_told() -> None:
     assert growths(leaking(3000, 1 << 10, 1 << 12), left=4000 * MIB, num_steps=100_000) == []
 
