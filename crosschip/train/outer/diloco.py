@@ -31,6 +31,7 @@ from crosschip.train.outer.under_way import Sent, outer_tensors, sent_with
 __all__ = ["DiLoCo", "Rhythm"]
 
 _MEET_AGAIN_S = 0.2
+_TAKEN = "took over the common parameters; the optimizer begins anew"
 _BEGUN_ANEW = "the outer optimizer begins anew, from another group's state or else from this checkpoint's weights"
 
 
@@ -73,6 +74,7 @@ class DiLoCo:
         self._step_s, self._computing_since = 0.0, time.monotonic()
         self._inner_steps = 0  # since the last outer step
         self._tokens_since = [0] * len(self.outer.fragments)  # since each fragment's last outer step
+        self._is_believed = True  # the guard let the newest step update the parameters
         self._under_way: Sent | None = None
         self._went_back_to: int | None = None  # outer steps of the common parameters taken over since it was sent
         self._revived = False
@@ -107,13 +109,15 @@ class DiLoCo:
         """Within an interval each group goes its own way."""
         return GroupSums(num_tokens, tuple(numbers))
 
-    def after_update(self, num_tokens: int) -> None:
+    def after_update(self, num_tokens: int, updated: bool = True) -> None:
         """Count the inner step; send the fragment that is due, or take it back."""
         self._inner_steps += 1
-        self._tokens_since = [tokens + num_tokens for tokens in self._tokens_since]
+        self._is_believed = updated
+        if updated:
+            self._tokens_since = [tokens + num_tokens for tokens in self._tokens_since]
         self._serve()
         if self._under_way is None and self._inner_steps >= self._rhythm.interval - self._rhythm.overlap_steps:
-            self._send(self._tokens_since[self.outer.due])
+            self._send_due()
         if self._inner_steps >= self._rhythm.interval:
             self._receive_or_give_up()
 
@@ -149,6 +153,7 @@ class DiLoCo:
         self._take_all()
         self._state.forget_optimizer()
         self._tokens_since = [0] * len(self._tokens_since)
+        self._is_believed = True
         return True
 
     def save(self, stage_directory: Path, step: int) -> None:
@@ -196,14 +201,26 @@ class DiLoCo:
         return found
 
     def finish(self) -> None:
-        """Outer steps for all fragments that were trained since their last; then the common parameters everywhere."""
+        """Outer steps for all fragments that were trained since their last; then the common parameters everywhere.
+
+        A group that has nothing to give takes part all the same: what the others have trained is to be everybody's.
+        """
         if self._under_way is not None:
             self._receive()
-        for _ in self.outer.fragments:
-            if self._tokens_since[self.outer.due]:
-                self._send(self._tokens_since[self.outer.due])
-                self._receive()
+        num_open = len(self.outer.fragments) - (self._inner_steps == 0)
+        for _ in range(num_open):
+            self._send_due()
+            self._receive()
         self._take_all()
+
+    def _send_due(self) -> None:
+        """Send the fragment that is due, or go back to what is common: a step that was skipped last may be the fault of
+        the parameters it was computed with, and a single wrong one would be everybody's.
+        """
+        if not self._is_believed:
+            self.take_common()
+            self._tell("excluded", "the newest step was not believed; this group's part was left out", _TAKEN)
+        self._send(self._tokens_since[self.outer.due])
 
     def _send(self, num_tokens: int) -> None:
         if num_tokens and self._inner_steps:
@@ -256,13 +273,12 @@ class DiLoCo:
             self._state.load(tensors, done.view.donation.position)
             self.handle.memory.forget_state()
             self._take_all()
-            self._tokens_since = [0] * len(self._tokens_since)
+            self._tokens_since, self._is_believed = [0] * len(self._tokens_since), True
             taken = f"took over step {self._state.position.step}; outer steps come every {self._rhythm.interval} steps"
             self._tell("healed", f"this group was at step {behind}", taken)
         elif done.excluded:
-            self._take_all()
-            self._state.forget_optimizer()
-            self._tell("excluded", done.excluded, "took over the common parameters; the optimizer begins anew")
+            self.take_common()
+            self._tell("excluded", done.excluded, _TAKEN)
         elif done.committed:
             self._take(done.fragment)
         if done.committed:

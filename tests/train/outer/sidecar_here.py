@@ -114,9 +114,9 @@ class Training:
     sidecar: SidecarHere
     groups: DiLoCo
 
-    def step(self, change: float = 1.0) -> None:
+    def step(self, change: float = 1.0, updated: bool = True) -> None:
         self.weights.train_by(change)
-        self.groups.after_update(10)
+        self.groups.after_update(10, updated)
 
 
 def begun(
