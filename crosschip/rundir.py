@@ -34,6 +34,7 @@ __all__ = [
     "sha256_of_opened",
     "sync",
     "write_json",
+    "write_json_once",
     "write_text",
 ]
 
@@ -66,6 +67,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document atomically, indented, keys in the order given."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_once(path: Path, document: Any) -> Any:
+    """Write a JSON document where there is none; returns the one that is there: of several writers the first counts."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.first")
+    write_json(temporary, document)
+    try:
+        os.link(temporary, path)  # appears whole or not at all, and in the place of no other
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink(missing_ok=True)
+    return read_json(path)
 
 
 def sha256_of(file: Path, beat: Callable[[], None] | None = None) -> str:

@@ -9,12 +9,21 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from crosschip.errors import RunDirectoryError
-from crosschip.rundir import RunDirectory, atomic_directory, is_complete, read_json, write_json, write_text
+from crosschip.rundir import (
+    RunDirectory,
+    atomic_directory,
+    is_complete,
+    read_json,
+    write_json,
+    write_json_once,
+    write_text,
+)
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -102,6 +111,14 @@ def test_a_document_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mo
         write_json(tmp_path / "document.json", {"new": True})
     assert read_json(tmp_path / "document.json") == {"old": True}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_of_several_writers_the_first_counts(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "document.json"
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: write_json_once(path, {"number": number}), range(32)))
+    assert found == [read_json(path)] * 32
+    assert [each.name for each in path.parent.iterdir()] == ["document.json"]
 
 
 def test_half_of_a_surrogate_pair_is_written_as_json_spells_it(tmp_path: Path) -> None:

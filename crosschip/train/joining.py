@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crosschip.chips import Chip, product_rate
-from crosschip.recipe import Recipe, StageSettings
-from crosschip.thin_links import choose, link_from
+from crosschip.recipe import GroupSettings, Recipe, StageSettings
+from crosschip.thin_links import Link, choose, link_from
 from crosschip.train.flops import train_flops_per_token
 from crosschip.train.group.world import World
 from crosschip.train.guard.replicas import Disagreement, find_disagreement
 from crosschip.train.identity import digest
+from crosschip.train.kept_estimate import kept_step_s
 from crosschip.train.outer.alone import AloneGroup
 from crosschip.train.outer.groups import Groups
 from crosschip.train.outer.messages import Member
@@ -38,6 +39,8 @@ __all__ = [
 
 _REPORTED = 6  # numbers in which a group reports
 
+_NOT_CHOSEN_BY = {"min_groups", "own_share", "outer_learning_rate", "outer_momentum", "on_drop", "lighthouse"}
+
 _EXPECTED_SHARE = 0.3  # of the rate of matrix products that a whole step reaches, for a first idea of its time
 
 
@@ -48,19 +51,22 @@ def join_groups(
     optimizer: torch.optim.Optimizer,
     position: Position,
     directory: Path,
+    shared: Path,
     group: int | None,
     world: World,
     step_s: Callable[[], float],
     say: Callable[[str], None],
     still_waiting: Callable[[], None],
 ) -> Groups:
-    """Meet the other groups; one that trains alone meets nobody. `directory` is the stage's.
+    """Meet the other groups; one that trains alone meets nobody. `directory` is the stage's, `shared` the run directory
+    of all groups of this machine: what `step_s` gives is kept there, and counts at each start.
 
     `still_waiting` is called now and then while this group honestly waits for others, now or later.
 
     Raises:
         GroupsError: the groups do not fit together, or nobody answers.
         RecipeError: `[links]` makes no sense.
+        RunDirectoryError: the time of a step that was kept is damaged.
     """
     planned = recipe.groups_in(directory.name)
     if group is None or planned.num_groups == 1:
@@ -71,8 +77,11 @@ def join_groups(
     assert planned.lighthouse is not None, "who starts the groups says where they meet"
     state = TrainingState(model, optimizer, position)
     link = link_from(recipe.links)
-    seconds = 1.0 if link is None else world.from_rank_zero(step_s)  # nothing is predicted without a link
     num_elements = sum(parameter.numel() for parameter in model.parameters())
+    seconds = 1.0  # nothing is predicted without a link
+    if link is not None:
+        measured_for = _chosen_by(planned, link, num_elements, settings, world.size)
+        seconds = world.from_rank_zero(lambda: kept_step_s(shared, directory.name, measured_for, step_s))
     choice = choose(planned, link, num_elements, seconds, world.size)
     say(choice.reason)
     groups = open_groups(
@@ -89,6 +98,18 @@ def join_groups(
     )
     groups.resume(directory, position.step)
     return groups
+
+
+def _chosen_by(
+    planned: GroupSettings, link: Link, num_elements: int, settings: StageSettings, num_ranks: int
+) -> dict[str, Any]:
+    """All that the choice of how to train together depends on, but for the time of a step."""
+    return {
+        "groups": planned.model_dump(mode="json", exclude=_NOT_CHOSEN_BY),
+        "link": {"bandwidth_bytes_s": link.bandwidth_bytes_s, "latency_s": link.latency_s},
+        "step": {"batch_size": settings.batch_size, "seq_len": settings.seq_len},
+        "model": {"num_elements": num_elements, "num_ranks": num_ranks},
+    }
 
 
 def estimate_step_s(

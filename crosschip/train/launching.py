@@ -30,6 +30,7 @@ from crosschip.train.guard.processes import process_state
 from crosschip.train.guard.restarts import INTERRUPTED, Ended, Restarts
 from crosschip.train.guard.run_files import EventLog, check_directory, committed_steps, logged_steps, newest_stage
 from crosschip.train.guard.supervisor import Launch, SupervisedRun, supervise
+from crosschip.train.kept_estimate import SHARED_DIRECTORY
 from crosschip.train.outer.lighthouse import Lighthouse
 
 __all__ = [
@@ -208,7 +209,7 @@ class _Groups:
         num_processes = self._settings.num_groups * command.num_ranks
         return subprocess.Popen(
             [sys.executable, "-m", "crosschip", *arguments],
-            env=share_of_cores(num_processes, command.environment()),
+            env=share_of_cores(num_processes, {**command.environment(), SHARED_DIRECTORY: str(command.run.path)}),
             start_new_session=True,  # a terminal's Ctrl-C comes here, and is handed on once
             preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )

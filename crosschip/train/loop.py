@@ -202,7 +202,7 @@ class _Stage:
         self.log.step(record | job.hooks.measured())
         self.watch.after_step(step, job.settings.steps - step, seconds)
         self._beat("outer")
-        job.groups.after_update(result.num_trained_tokens)
+        job.groups.after_update(result.num_trained_tokens, result.updated)
         job.hooks.after_update(step)
         return result, seconds
 

@@ -28,6 +28,7 @@ from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.identity import Identity
 from crosschip.train.joining import estimate_step_s, join_groups
+from crosschip.train.kept_estimate import SHARED_DIRECTORY
 from crosschip.train.optimizer import build_optimizer
 from crosschip.train.preparation import starting_model
 from crosschip.train.pretrain import StageData, TokensTold, pretraining_data
@@ -126,6 +127,7 @@ def make_job(run: StageRun, name: str, settings: StageSettings, start: Start) ->
         optimizer,
         start.position,
         directory,
+        Path(os.environ.get(SHARED_DIRECTORY, run.directory.path)),
         rank.group,
         rank.world,
         lambda: estimate_step_s(

@@ -23,6 +23,7 @@ from crosschip.train.guard.heartbeat import read_beats
 from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.observed import Event
 from crosschip.train.guard.restarts import Restarts
+from crosschip.train.kept_estimate import SHARED_DIRECTORY
 from crosschip.train.launching import (
     TrainCommand,
     TrainingFailedError,
@@ -291,6 +292,17 @@ def test_a_group_that_could_not_save_after_a_signal_decides_about_the_exit_code(
     interruption.received, interruption.is_urgent = signal.SIGTERM, is_urgent
     assert groups.exit_code(interruption) == code
     assert ("group 1 ended with exit code" in capsys.readouterr().err) is (code not in (143,))
+
+
+def test_all_groups_of_a_machine_are_told_of_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda arguments, env, **words: told.append(env))
+    groups = object.__new__(_Groups)
+    command = TrainCommand(load_recipe("recipes/first.toml"), RunDirectory(tmp_path), ["--out", ""], False, 1, None)
+    groups.__dict__ |= {"_command": command, "_settings": SimpleNamespace(num_groups=2), "_address": "http://x:1"}
+    for number in (0, 1):
+        groups._start(number, resume=False)
+    assert [environment[SHARED_DIRECTORY] for environment in told] == [str(tmp_path)] * 2
 
 
 def test_groups_that_are_too_few_save_before_they_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

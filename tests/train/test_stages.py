@@ -16,6 +16,7 @@ from crosschip.train.checkpoint import read_state
 from crosschip.train.group.world import Alone
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.guard.hook import GuardError
+from crosschip.train.outer.alone import AloneGroup
 from crosschip.train.progress import LineProgress
 from crosschip.train.stage_making import Rank
 
@@ -157,6 +158,17 @@ def test_divergence_stops_by_name_after_every_remedy_and_keeps_a_checkpoint(tiny
     assert str(events[-1]["action"]).startswith("stopped")
     assert any((stage / "checkpoints").iterdir())
     assert not (tmp_path / "diverged/lock.json").exists()
+
+
+def test_groups_are_told_which_steps_were_skipped(tiny, train, tmp_path, monkeypatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(AloneGroup, "after_update", lambda self, num_tokens, updated: told.append(updated))
+    recipe = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.checkpoint_every=1", "train.steps=40")
+    with pytest.raises(GuardError):
+        train(recipe, "skipped")
+    events = lines(tmp_path / "skipped/train/pretrain/events.jsonl")
+    assert told.count(False) == sum(str(event["action"]).startswith("skipped") for event in events) > 0
+    assert any(told)
 
 
 def test_the_loss_falls(tiny, train, tmp_path) -> None:

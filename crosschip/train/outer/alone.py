@@ -32,7 +32,7 @@ class AloneGroup:
         """They are the mean already."""
         return GroupSums(num_tokens, tuple(numbers))
 
-    def after_update(self, num_tokens: int) -> None:
+    def after_update(self, num_tokens: int, updated: bool = True) -> None:
         """Nobody is told."""
 
     def seen(self, sequences: int, taken: Slice) -> tuple[int, int]:

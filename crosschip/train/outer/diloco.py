@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +26,12 @@ from crosschip.train.outer.outer_files import load_outer_state, newest_outer_ste
 from crosschip.train.outer.outer_state import OuterState
 from crosschip.train.outer.placement import Place, Slice
 from crosschip.train.outer.training_state import FlatParameters, TrainingState
+from crosschip.train.outer.under_way import Sent, outer_tensors, sent_with
 
 __all__ = ["DiLoCo", "Rhythm"]
 
 _MEET_AGAIN_S = 0.2
+_TAKEN = "took over the common parameters; the optimizer begins anew"
 _BEGUN_ANEW = "the outer optimizer begins anew, from another group's state or else from this checkpoint's weights"
 
 
@@ -72,8 +74,9 @@ class DiLoCo:
         self._step_s, self._computing_since = 0.0, time.monotonic()
         self._inner_steps = 0  # since the last outer step
         self._tokens_since = [0] * len(self.outer.fragments)  # since each fragment's last outer step
-        self._under_way: OuterStep | None = None
-        self._commits_when_sent = 0
+        self._is_believed = True  # the guard let the newest step update the parameters
+        self._under_way: Sent | None = None
+        self._went_back_to: int | None = None  # outer steps of the common parameters taken over since it was sent
         self._revived = False
         flat.write(self.handle.memory.exchange)
         self.outer.begin(self.handle.memory.exchange)
@@ -106,13 +109,15 @@ class DiLoCo:
         """Within an interval each group goes its own way."""
         return GroupSums(num_tokens, tuple(numbers))
 
-    def after_update(self, num_tokens: int) -> None:
+    def after_update(self, num_tokens: int, updated: bool = True) -> None:
         """Count the inner step; send the fragment that is due, or take it back."""
         self._inner_steps += 1
-        self._tokens_since = [tokens + num_tokens for tokens in self._tokens_since]
+        self._is_believed = updated
+        if updated:
+            self._tokens_since = [tokens + num_tokens for tokens in self._tokens_since]
         self._serve()
         if self._under_way is None and self._inner_steps >= self._rhythm.interval - self._rhythm.overlap_steps:
-            self._send(self._tokens_since[self.outer.due])
+            self._send_due()
         if self._inner_steps >= self._rhythm.interval:
             self._receive_or_give_up()
 
@@ -135,17 +140,26 @@ class DiLoCo:
         """This group's own sequences."""
         return taken.start, taken.count
 
+    @property
+    def _commits(self) -> int:
+        """The outer steps that the parameters have followed: not one whose part has not been taken back yet."""
+        return self.outer.commits if self._under_way is None else self._under_way.commits
+
     def take_common(self) -> bool:
-        """Take over the common parameters and begin the optimizer anew; the place in the interval stays."""
+        """Take over the common parameters and begin the optimizer anew; the place in the interval stays.
+
+        While a part is under way they are those that it was sent with, on all ranks alike.
+        """
         self._take_all()
         self._state.forget_optimizer()
         self._tokens_since = [0] * len(self._tokens_since)
+        self._is_believed = True
         return True
 
     def save(self, stage_directory: Path, step: int) -> None:
         """Write the outer state of this rank. What cannot be written is told, and training goes on."""
-        tensors, counts = self.export()
         try:
+            tensors, counts = self.export()
             save_outer_state(stage_directory, self.handle.config.member.rank, step, tensors, counts)
         except CheckpointError as error:
             self._tell("outer-state-not-saved", error.problem, "training goes on; the next save tries again")
@@ -187,28 +201,42 @@ class DiLoCo:
         return found
 
     def finish(self) -> None:
-        """Outer steps for all fragments that were trained since their last; then the common parameters everywhere."""
+        """Outer steps for all fragments that were trained since their last; then the common parameters everywhere.
+
+        A group that has nothing to give takes part all the same: what the others have trained is to be everybody's.
+        """
         if self._under_way is not None:
             self._receive()
-        for _ in self.outer.fragments:
-            if self._tokens_since[self.outer.due]:
-                self._send(self._tokens_since[self.outer.due])
-                self._receive()
+        num_open = len(self.outer.fragments) - (self._inner_steps == 0)
+        for _ in range(num_open):
+            self._send_due()
+            self._receive()
         self._take_all()
+
+    def _send_due(self) -> None:
+        """Send the fragment that is due, or go back to what is common: a step that was skipped last may be the fault of
+        the parameters it was computed with, and a single wrong one would be everybody's.
+        """
+        if not self._is_believed:
+            self.take_common()
+            self._tell("excluded", "the newest step was not believed; this group's part was left out", _TAKEN)
+        self._send(self._tokens_since[self.outer.due])
 
     def _send(self, num_tokens: int) -> None:
         if num_tokens and self._inner_steps:
             self._step_s = (time.monotonic() - self._computing_since) / self._inner_steps
-        fragment = self.outer.fragments[self.outer.due]
-        self._flat.write(self.handle.memory.exchange, fragment.first, fragment.last)
-        self._under_way = OuterStep(num_tokens, tuple(self._state.buffers()))
-        self._commits_when_sent = self.outer.commits
+        memory, fragment = self.handle.memory, self.outer.fragments[self.outer.due]
+        self._flat.write(memory.exchange, fragment.first, fragment.last)
+        is_lossy = self.handle.config.rules.compression != "none"
+        command = OuterStep(num_tokens, tuple(self._state.buffers()))
+        self._under_way = sent_with(command, self.outer, memory, is_lossy and self._rhythm.overlap_steps > 0)
+        self._went_back_to = None
         self._hand_over()
 
     def _hand_over(self) -> None:
         assert self._under_way is not None
         try:
-            self.handle.send(self._under_way)
+            self.handle.send(self._under_way.command)
         except SidecarLost as error:
             self._revive(error)
 
@@ -245,13 +273,12 @@ class DiLoCo:
             self._state.load(tensors, done.view.donation.position)
             self.handle.memory.forget_state()
             self._take_all()
-            self._tokens_since = [0] * len(self._tokens_since)
+            self._tokens_since, self._is_believed = [0] * len(self._tokens_since), True
             taken = f"took over step {self._state.position.step}; outer steps come every {self._rhythm.interval} steps"
             self._tell("healed", f"this group was at step {behind}", taken)
         elif done.excluded:
-            self._take_all()
-            self._state.forget_optimizer()
-            self._tell("excluded", done.excluded, "took over the common parameters; the optimizer begins anew")
+            self.take_common()
+            self._tell("excluded", done.excluded, _TAKEN)
         elif done.committed:
             self._take(done.fragment)
         if done.committed:
@@ -269,16 +296,23 @@ class DiLoCo:
             self._events.append(event)
 
     def _take(self, number: int) -> None:
-        """Take over a fragment that came back; what was sent of it still lies in the exchange part."""
-        fragment, common, own_share = self.outer.fragments[number], self.outer.vector(number), self._rhythm.own_share
+        """Take over a fragment that came back, with what was trained on top since it was sent.
+
+        What was sent still lies in the exchange part; after a roll-back training went on from the common parameters.
+        """
+        fragment, own_share = self.outer.fragments[number], self._rhythm.own_share
+        common = self.outer.vector(number, self.outer.commits)
         if own_share is None and self._rhythm.overlap_steps:
-            self._flat.read_below(common, self.handle.memory.exchange, fragment.first, fragment.last)
+            back_at = self._went_back_to
+            base = self.handle.memory.exchange if back_at is None else self.outer.vector(number, back_at)
+            self._flat.read_below(common, base, fragment.first, fragment.last)
         else:
             self._flat.read(common, own_share or 0.0, fragment.first, fragment.last)
 
     def _take_all(self) -> None:
+        self._went_back_to = self._commits
         for number, fragment in enumerate(self.outer.fragments):
-            self._flat.read(self.outer.vector(number), 0.0, fragment.first, fragment.last)
+            self._flat.read(self.outer.vector(number, self._commits), 0.0, fragment.first, fragment.last)
 
     def _take_place(self, view: View) -> None:
         place = Place(view.rank, view.num_participants, self.handle.config.member.num_groups)
@@ -307,10 +341,15 @@ class DiLoCo:
         self._tell("sidecar-lost", error.problem, "a new one is started over the same outer state")
         self._revived = True
         self.handle.restart()
-        if self._under_way is not None:
-            if self.outer.commits != self._commits_when_sent:  # it was committed, and only the answer is lost
-                self._under_way = replace(self._under_way, num_tokens=0)
+        sent = self._under_way
+        if sent is None:
+            return
+        if self.outer.commits == sent.commits:
             self._hand_over()
+            return
+        self._take(sent.fragment)  # it was committed, and only the answer is lost
+        self._tokens_since[sent.fragment] = 0
+        self._send(num_tokens=0)
 
     def new_events(self) -> list[GroupEvent]:
         """What has happened since the last call."""
@@ -323,12 +362,15 @@ class DiLoCo:
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """The outer state for a checkpoint: tensors of this rank, and counts; `load` is the way back.
 
-        An outer step that is under way is not in it: it is sent again after a resume.
+        An outer step that is under way is not in it, also where it is committed: the parameters have not followed it.
+        It is sent again after a resume.
+
+        Raises:
+            CheckpointError: another group's state is being written over it.
         """
-        exported = self.outer.export()
-        tensors = {"parameters": exported[0], "momentum": exported[1], "residual": self.handle.memory.residual.clone()}
+        tensors = outer_tensors(self.outer, self.handle.memory, self._under_way)
         counts = {f"tokens_since_{number}": tokens for number, tokens in enumerate(self._tokens_since)}
-        return tensors, {"commits": self.outer.commits, "inner_steps": self._inner_steps, **counts, **self.layout()}
+        return tensors, {"commits": self._commits, "inner_steps": self._inner_steps, **counts, **self.layout()}
 
     def layout(self) -> dict[str, int]:
         """What the outer state belongs to: it cannot be taken up where a number differs."""

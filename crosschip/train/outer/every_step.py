@@ -129,7 +129,7 @@ class EveryStep:
         self._revived = True
         self.handle.restart()
 
-    def after_update(self, num_tokens: int) -> None:
+    def after_update(self, num_tokens: int, updated: bool = True) -> None:
         """Nothing is left to do but to look after the sidecar."""
         try:
             self.handle.serve()

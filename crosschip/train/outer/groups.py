@@ -5,7 +5,7 @@ place = groups.before_step()                   who takes part, and so which sequ
 ...forward and backward...
 sums = groups.average_gradients(tokens, ...)   may raise StepNotCommitted: do the step again
 ...clip, update, move the position...
-groups.after_update(tokens)
+groups.after_update(tokens, updated)
 groups.finish()                                after the last step: every group has the same parameters
 groups.close()
 """
@@ -101,8 +101,8 @@ class Groups(Protocol):
         """
         ...
 
-    def after_update(self, num_tokens: int) -> None:
-        """After the update, when the position has been moved.
+    def after_update(self, num_tokens: int, updated: bool = True) -> None:
+        """After the update, when the position has been moved; `updated` is false where the step was skipped.
 
         Raises:
             GroupsError: the groups do not belong together.

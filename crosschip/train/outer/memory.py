@@ -3,7 +3,7 @@
 Both map the same descriptor; the kernel takes the memory back when both are gone, however they ended. It lies in parts:
 
     counters      int64: outer steps committed, the trainer's sign of life, where a group stands that began anew, the
-                  sidecar's sign of life
+                  sidecar's sign of life, how often another group's state was taken over
     exchange      fp32 [n]: what is to be averaged, and the mean
     residual      fp32 [n]: what compression has lost so far
     outer         fp32 [2, 2, n]: DiLoCo's parameters and momentum, in two slots (see `outer_state`)
@@ -25,7 +25,7 @@ __all__ = ["Layout", "SharedMemory", "checksum_of", "open_descriptor"]
 
 _PAGE = 4096
 _NUM_COUNTERS = _PAGE // 8
-_COMMITS, _BEATS, _BEGUN, _SIDECAR_BEATS = 0, 1, 2, 3
+_COMMITS, _BEATS, _BEGUN, _SIDECAR_BEATS, _HEALINGS = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,17 @@ class SharedMemory:
     @begun.setter
     def begun(self, value: int) -> None:
         self._counters[_BEGUN] = value
+
+    @property
+    def healings(self) -> int:
+        """How often another group's state was written over this one's outer state. It is counted before the first
+        byte: a copy between two equal numbers is of one state.
+        """
+        return int(self._counters[_HEALINGS])
+
+    def count_healing(self) -> None:
+        """Another group's state is about to be written."""
+        self._counters[_HEALINGS] += 1
 
     @property
     def beats(self) -> int:

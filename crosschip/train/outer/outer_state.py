@@ -57,9 +57,12 @@ class OuterState:
         """The common parameters of a fragment, flat."""
         return self._part(_PARAMETERS, fragment, self.commits)
 
-    def vector(self, fragment: int) -> torch.Tensor:
-        """A vector of all parameters in which the common ones of this fragment stand in their places; no copy."""
-        return self._memory.outer[self._slot(fragment, self.commits), _PARAMETERS]
+    def vector(self, fragment: int, commits: int) -> torch.Tensor:
+        """A vector of all parameters in which the common ones of this fragment stand in their places; no copy.
+
+        `commits` is the present number of outer steps, or the one before.
+        """
+        return self._memory.outer[self._slot(fragment, commits), _PARAMETERS]
 
     def momentum(self, fragment: int) -> torch.Tensor:
         """The outer momentum of a fragment, flat."""
@@ -81,10 +84,13 @@ class OuterState:
         torch.sub(self._part(_PARAMETERS, due, commits), update, out=self._part(_PARAMETERS, due, commits + 1))
         self._memory.commits = commits + 1
 
-    def export(self) -> torch.Tensor:
-        """A copy of parameters and momentum, [2, n]."""
-        parts = [torch.stack((self.parameters(number), self.momentum(number))) for number in range(len(self.fragments))]
-        return torch.cat(parts, dim=1)
+    def export(self, commits: int) -> torch.Tensor:
+        """A copy of parameters and momentum, [2, n], as after `commits` outer steps: the present number or the one
+        before, whose slot stays whole while the next step is written.
+        """
+        numbers = range(len(self.fragments))
+        kinds = [torch.cat([self._part(kind, each, commits) for each in numbers]) for kind in (_PARAMETERS, _MOMENTUM)]
+        return torch.stack(kinds)
 
     def load(self, exported: torch.Tensor, commits: int) -> None:
         """Take over what `export` gave, and the count that belongs to it."""

@@ -151,7 +151,7 @@ class Sidecar:
         num_bytes = max((entry.start + entry.num_bytes for entry in donation.entries), default=0)
         state: dict[str, Any] = {"donation": donation, "bytes": self.memory.state(num_bytes)}
         if self.outer is not None:
-            state["outer"] = self.outer.export()
+            state["outer"] = self.outer.export(self.outer.commits)
             state["commits"], state["begun"] = self.outer.commits, self.memory.begun
         return state
 
@@ -159,6 +159,7 @@ class Sidecar:
         received: torch.Tensor = state["bytes"]
         self.memory.state(received.numel()).copy_(received)
         if self.outer is not None:
+            self.memory.count_healing()
             self.outer.load(state["outer"], state["commits"])
             self.memory.residual.zero_()  # it belongs to parameters that are given up
             self.memory.begun = state["begun"]  # last: a sidecar that is killed before is behind again

@@ -56,14 +56,24 @@ def test_fragments_take_turns_and_leave_the_others_alone(num_fragments: int) -> 
 def test_a_step_that_was_cut_off_leaves_the_state_before_it() -> None:
     state, memory, descriptor = new_state(2)
     state.step(gradient(state), 0.7, 0.9)
-    before = state.export()
+    before = state.export(state.commits)
     commits = state.commits
     state.step(gradient(state), 0.7, 0.9)
     memory.commits = commits  # as if the process had been killed before its last store
     again = OuterState(SharedMemory(os.dup(descriptor), memory.layout), state.fragments)  # another process's view
-    assert torch.equal(again.export(), before)
+    assert torch.equal(again.export(again.commits), before)
     state.step(gradient(state), 0.7, 0.9)
-    assert not torch.equal(again.export(), before)
+    assert not torch.equal(again.export(again.commits), before)
+
+
+@pytest.mark.parametrize("num_fragments", [1, 3])
+def test_the_state_before_the_last_step_is_still_there(num_fragments: int) -> None:
+    state, _, _ = new_state(num_fragments)
+    for commits in range(5):
+        before = state.export(commits)
+        state.step(gradient(state), 0.7, 0.9)
+        assert torch.equal(state.export(commits), before)
+        assert not torch.equal(state.export(commits + 1), before)
 
 
 @pytest.mark.parametrize("commits", [0, 1, 2, 5])
@@ -73,9 +83,9 @@ def test_what_was_exported_is_taken_over_at_any_count(commits: int) -> None:
         donor.step(gradient(donor), 0.7, 0.9)
     other, _, _ = new_state(3)
     other.step(gradient(other), 0.1, 0.9)
-    other.load(donor.export(), donor.commits)
+    other.load(donor.export(donor.commits), donor.commits)
     for _ in range(4):
-        assert torch.equal(other.export(), donor.export())
+        assert torch.equal(other.export(other.commits), donor.export(donor.commits))
         assert other.due == donor.due
         donor.step(gradient(donor), 0.7, 0.9)
         other.step(gradient(other), 0.7, 0.9)
