@@ -35,6 +35,7 @@ from crosschip.train.launching import (
 from crosschip.train.outer.lighthouse import Lighthouse
 from tests.train.launched import Training, children, is_running, lines, settings
 
+RECIPE = Path(__file__).parents[2] / "recipes/first.toml"
 LONG = ("train.steps=4000", "train.sample_every=4000", "train.validate_every=4000", "train.checkpoint_every=5")
 TWO_GROUPS = ("groups.num_groups=2", "train.gradient_accumulation=1")
 
@@ -298,7 +299,7 @@ def test_all_groups_of_a_machine_are_told_of_one_directory(tmp_path: Path, monke
     told: list[dict[str, str]] = []
     monkeypatch.setattr(subprocess, "Popen", lambda arguments, env, **words: told.append(env))
     groups = object.__new__(_Groups)
-    command = TrainCommand(load_recipe("recipes/first.toml"), RunDirectory(tmp_path), ["--out", ""], False, 1, None)
+    command = TrainCommand(load_recipe(RECIPE), RunDirectory(tmp_path), ["--out", ""], False, 1, None)
     groups.__dict__ |= {"_command": command, "_settings": SimpleNamespace(num_groups=2), "_address": "http://x:1"}
     for number in (0, 1):
         groups._start(number, resume=False)
