@@ -128,15 +128,20 @@ class ScriptedEngine:
             if self.play(number) == "hang":
                 while not await request.is_disconnected():
                     await asyncio.sleep(0.02)
-            return await self._played(self.play(number), self.bodies[number])
+            await self._take_time(self.play(number), request)
+            return self._played(self.play(number), self.bodies[number])
         finally:
             self.at_once -= 1
 
-    async def _played(self, play: Play, body: dict[str, Any]) -> Response:
+    async def _take_time(self, play: Play, request: Request) -> None:
+        """As an engine does, which computes no longer for a client that has left."""
+        until = time.monotonic() + (play if isinstance(play, int | float) else 0.0)
+        while (left_s := until - time.monotonic()) > 0 and not await request.is_disconnected():
+            await asyncio.sleep(min(0.02, left_s))
+
+    def _played(self, play: Play, body: dict[str, Any]) -> Response:
         if isinstance(play, bytes):
             return Response(play, media_type="application/json")
-        if isinstance(play, int | float):
-            await asyncio.sleep(play)
         document = self.document(body)
         choice = document["choices"][-1]
         if play == "500":
