@@ -236,8 +236,7 @@ def _wait_until_settled(drill: _Drill, group: int, with_others: bool) -> bool:
     while time.monotonic() < deadline and not drill.is_over():
         drill.look()
         began = max((each.at for each in log.events if _begins_anew(each, with_others)), default=0.0)
-        if with_others:
-            began = max(began, drill.links_as_usual_at)
+        began = max(began, drill.links_as_usual_at)  # a step over a disturbed link says nothing of the others
         good = (step.at > began and (step.num_groups > 1 or not with_others) for step in log.steps[-needed:])
         if sum(good) == needed:
             return True

@@ -157,10 +157,13 @@ def test_a_link_is_not_struck_while_nobody_is_at_its_other_end(monkeypatch) -> N
     assert drill._wait_until_settled(found, 0, with_others=True)
 
 
-def test_a_link_that_is_disturbed_still_is_not_struck(monkeypatch) -> None:
-    """The guard tells once of a link until it is as usual again."""
+def test_nothing_is_struck_while_a_link_is_disturbed_still(monkeypatch) -> None:
+    """The guard tells once of a link until it is as usual again, and of a slow rank by steps of the usual length."""
     found = under_way(monkeypatch, 40, [])
+    found.links_as_usual_at = 150.0
+    assert not drill._wait_until_settled(found, 0, with_others=False)
     found.links_as_usual_at = 125.0
+    assert drill._wait_until_settled(found, 0, with_others=False)
     assert not drill._wait_until_settled(found, 0, with_others=True)
     found.links_as_usual_at = 119.0
     assert drill._wait_until_settled(found, 0, with_others=True)
