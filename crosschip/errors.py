@@ -24,6 +24,7 @@ __all__ = [
     "RunDirectoryError",
     "ServeError",
     "UnfitChipError",
+    "printable",
 ]
 
 EXIT_OK = 0
@@ -96,3 +97,8 @@ class EngineError(CrosschipError):
 
 class HandoffError(CrosschipError):
     """A model that cannot be handed off as asked, or whose certificate or files are not what they say."""
+
+
+def printable(words: str) -> str:
+    """The words without lone surrogates, which no file and no terminal takes: what an engine says may hold them."""
+    return words.encode("utf-8", "replace").decode("utf-8")

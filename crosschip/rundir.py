@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,9 +74,8 @@ def write_json_once(path: Path, document: Any) -> Any:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.first")
     write_json(temporary, document)
     try:
-        os.link(temporary, path)  # appears whole or not at all, and in the place of no other
-    except FileExistsError:
-        pass
+        with suppress(FileExistsError):
+            os.link(temporary, path)  # appears whole or not at all, and in the place of no other
     finally:
         temporary.unlink(missing_ok=True)
     return read_json(path)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Attempt", "Checker", "RewardTerm", "Verdict", "as_reward", "printable", "what_was_raised"]
+from crosschip.errors import printable
+
+__all__ = ["Attempt", "Checker", "RewardTerm", "Verdict", "as_reward", "what_was_raised"]
 
 _MAX_REASON_CHARACTERS = 500
 
@@ -76,11 +78,6 @@ def what_was_raised(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return printable(f"{type(error).__name__}: {_message(error)}"[:_MAX_REASON_CHARACTERS] + place)
-
-
-def printable(words: str) -> str:
-    """The words without lone surrogates, which no file and no terminal takes."""
-    return words.encode("utf-8", "replace").decode("utf-8")
 
 
 def _message(error: BaseException) -> str:

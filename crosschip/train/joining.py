@@ -162,9 +162,13 @@ class GroupReports:
         """Seconds since the exchange before."""
         return {name: report.busy_s for name, report in self.reports.items()}
 
+    def compute_alike(self) -> bool:
+        """Whether equal weights stay equal: on the same chips, with the same software, dtype and threads."""
+        return len({report.arithmetic for report in self.reports.values()}) <= 1
+
     def disagreement(self) -> Disagreement | None:
         """Whose weights differ, among groups that compute alike; chips that round otherwise drift apart honestly."""
-        if len({report.arithmetic for report in self.reports.values()}) > 1:
+        if not self.compute_alike():
             return None
         return find_disagreement({name: report.checksum for name, report in self.reports.items()})
 

@@ -243,7 +243,7 @@ class _Stage:
         Raises:
             RollBack, GuardError: the weights differ.
         """
-        self.compute_alike = len({report.arithmetic for report in reports.reports.values()}) <= 1
+        self.compute_alike = reports.compute_alike()
         step, disagreement = self.job.position.step, reports.disagreement()
         if disagreement is None:
             self.agreed_step = step

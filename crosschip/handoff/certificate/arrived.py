@@ -52,11 +52,11 @@ def open_arrived(directory: Path, like: dict[str, Any] | None = None) -> Arrived
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise HandoffError(f"{directory} has {len(files)} GGUF files: {names}", "keep one in each directory")
-    from crosschip.handoff.gguf.reading import GgufSource, imported
+    from crosschip.handoff.gguf.reading import GgufSource, imported_from
 
     file = GgufSource(files[0])
     is_q8_0 = any(file.kind(name) == "Q8_0" for name in file.names())
-    tensors, config = imported(files[0], like)
+    tensors, config = imported_from(file, like)
     if like is not None and FIELD in like and FIELD in config:
         config[FIELD] = like[FIELD]
     return Arrived(tensors, config, directory, "gguf-q8_0" if is_q8_0 else "gguf")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from crosschip.certificate.document import NOT_COVERED
+from crosschip.errors import printable
 
 __all__ = ["GATES", "NOT_COVERED", "Gate", "Measure", "gate_of", "not_covered", "plain"]
 
@@ -74,14 +75,9 @@ def not_covered(name: str, why: str) -> Gate:
 def plain(value: Any) -> Any:
     """Numbers that are not finite as words, and no half of a character: JSON has neither, and others read it."""
     if isinstance(value, dict):
-        return {_whole(str(key)): plain(each) for key, each in value.items()}
+        return {printable(str(key)): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, str):
-        return _whole(value)
+        return printable(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole(text: str) -> str:
-    """An engine under test may answer with halves of surrogate pairs; no file takes them."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -16,7 +16,7 @@ from crosschip.handoff.gguf.architectures import architecture_named
 from crosschip.handoff.gguf.encoding import decoded
 from crosschip.handoff.gguf.metadata import Metadata
 
-__all__ = ["GgufSource", "imported"]
+__all__ = ["GgufSource", "imported", "imported_from"]
 
 _DTYPES = {GGMLQuantizationType.BF16: torch.bfloat16, GGMLQuantizationType.F16: torch.float16}
 
@@ -85,7 +85,15 @@ def imported(path: Path, like: dict[str, Any] | None = None) -> tuple[TensorSour
     Raises:
         HandoffError: the file cannot be read, its architecture is not known here, or tensors are missing or too many.
     """
-    source = GgufSource(path)
+    return imported_from(GgufSource(path), like)
+
+
+def imported_from(source: GgufSource, like: dict[str, Any] | None = None) -> tuple[TensorSource, dict[str, Any]]:
+    """The same of a file that is open.
+
+    Raises:
+        HandoffError: its architecture is not known here, or tensors are missing or too many.
+    """
     architecture = architecture_named(source.architecture)
     config = architecture.fields_of(source.metadata)
     names = {"lm_head.weight"} if "output.weight" in source.names() else set[str]()

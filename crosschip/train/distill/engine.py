@@ -10,14 +10,12 @@ from crosschip.data import Message, split_reasoning
 from crosschip.data.answers import THINK_CLOSE, THINK_OPEN
 from crosschip.errors import EngineError
 from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, json_of, words_of
+from crosschip.train.whole_distribution import OF_OPENAI, OF_VLLM
 
 __all__ = ["Client", "EngineAnswer"]
 
 _SHOWN = 200
-# The distribution itself, whatever the model's generation_config.json says; the second half only where it is known.
-_WHOLE = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-_WHOLE_BEYOND_OPENAI = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-_KNOWS_MORE = ("crosschip", "vllm", "sglang")  # as what `owned_by` says of the model
+_KNOWS_MORE = ("crosschip", "vllm", "sglang")  # than OpenAI's fields, by what `owned_by` says of the model
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ class Client:
             "messages": [{"role": message.role, "content": message.content} for message in messages],
             "max_tokens": max_tokens,
             "temperature": temperature,
-            **_WHOLE,
-            **(_WHOLE_BEYOND_OPENAI if self._takes_more else {}),
+            **OF_OPENAI,
+            **(OF_VLLM if self._takes_more else {}),
             "seed": seed,
         }
         try:

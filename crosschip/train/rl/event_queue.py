@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 
-from crosschip.rewards.attempt import printable
+from crosschip.errors import printable
 
 __all__ = ["EventQueue"]
 

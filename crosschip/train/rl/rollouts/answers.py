@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crosschip.rewards.attempt import printable
+from crosschip.errors import printable
 from crosschip.train.rl.rollouts.errors import BadAnswer
 from crosschip.train.rl.rollouts.publishing import ModelFacts
+from crosschip.train.whole_distribution import OF_OPENAI, OF_VLLM
 
 __all__ = ["Answer", "Ask", "answer_chip", "gap_of_likeliest", "most_bytes", "read_answers", "request_body"]
 
@@ -67,12 +68,8 @@ def request_body(ask: Ask, model: str, wants_routes: bool, own_mode: bool) -> di
         "n": ask.num_samples,
         "max_tokens": ask.max_new_tokens,
         "temperature": ask.temperature,
-        "top_p": 1.0,
-        "top_k": -1,  # all, in vLLM and here
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **OF_OPENAI,
+        **OF_VLLM,
         "logprobs": 0,  # of the chosen token alone
         "seed": ask.seed,
         "stop_token_ids": sorted(ask.stop_ids),

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosschip.errors import printable
 from crosschip.recipe.reinforcement import RlSettings
-from crosschip.rewards.attempt import printable
 from crosschip.train.rl.advantages import has_signal
 from crosschip.train.rl.rollouts.answers import Ask
 from crosschip.train.rl.rollouts.errors import RolloutError

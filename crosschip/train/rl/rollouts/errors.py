@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from crosschip.errors import EXIT_FAIL, CrosschipError
-from crosschip.rewards.attempt import printable
+from crosschip.errors import EXIT_FAIL, CrosschipError, printable
 
 __all__ = ["MAY_PASS", "BadAnswer", "Fault", "RolloutError"]
 
