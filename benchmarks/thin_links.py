@@ -114,12 +114,17 @@ def step_of_two(arguments: argparse.Namespace) -> tuple[float, int]:
     return sum(each["computing_s"] for each in found) / 12, int(found[0]["num_parameters"])
 
 
-def summary(found: Sequence[dict[str, Any]], num_steps: int) -> dict[str, Any]:
+def summary(found: Sequence[dict[str, Any]], num_steps: int, sync_every: int) -> dict[str, Any]:
     computing, wall = sum(each["computing_s"] for each in found), sum(each["wall_s"] for each in found)
+    # Groups that share a machine take turns at being the slower one, and who comes first waits whatever the link: what
+    # even the last to come has waited in an interval is what the exchange took.
+    waits = [[*each["waits_s"][:-2], sum(each["waits_s"][-2:])] for each in found]
+    last_waited_s = sum(
+        min(sum(each[first : first + sync_every]) for each in waits) for first in range(0, num_steps, sync_every)
+    )
     return {
         "utilisation": computing / wall,
-        # Cores of a virtual machine are not alike, and the faster group waits for the slower one whatever the link.
-        "utilisation_of_the_slower": max(each["computing_s"] / each["wall_s"] for each in found),
+        "utilisation_of_the_last": 1 - last_waited_s * len(found) / wall,
         "wire_bytes_per_step": max(each["wire_bytes"] or 0 for each in found) / num_steps,
         "sent_bytes_per_step": found[0]["sent_bytes"] / num_steps,
         "validation_loss": found[0]["validation_loss"],
@@ -149,7 +154,7 @@ def over_a_link(arguments: argparse.Namespace, rate_mbit: int, delay_ms: float, 
             finally:
                 beacon.kill()
                 beacon.wait()
-        result[name] = summary(found, num_steps)
+        result[name] = summary(found, num_steps, way.sync_every)
         print(f"  {name}: {json.dumps(result[name])}", flush=True)
     result["times_fewer_bytes"] = result["each_step"]["wire_bytes_per_step"] / result["chosen"]["wire_bytes_per_step"]
     return result
@@ -262,10 +267,11 @@ def tables(document: dict[str, Any]) -> str:
     if (links := document.get("links")) is not None:
         lines += [
             f'{links["num_parameters"]:,} parameters, {links["step_s"]:.2f} s a step. What `mode = "auto"` chooses, '
-            "beside averaging each step over the same link; *computing* is the share of the time, *slower* that of the "
-            "slower group: the faster one waits for it whatever the link. *Fewer*: bytes on the network interface.",
+            "beside averaging each step over the same link. *Computing* is the share of the time; *last* leaves out "
+            "what one group waits for the other, whatever the link: it counts what the last to come to an exchange "
+            "waits. *Fewer*: bytes on the network interface.",
             "",
-            "| link | chosen | computing | slower | kB a step | each step: computing | slower | kB a step | fewer |",
+            "| link | chosen | computing | last | kB a step | each step: computing | last | kB a step | fewer |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(_link_row(row) for row in links["rows"]),
             *_made_by(links),
@@ -291,8 +297,8 @@ def _link_row(row: dict[str, Any]) -> str:
     way += f", sent during {choice['overlap_steps']}" if choice["overlap_steps"] else ""
     return (
         f"| {row['rate_mbit_s']} Mbit/s, {row['delay_ms']:g} ms | {way} | {chosen['utilisation']:.1%} | "
-        f"{chosen['utilisation_of_the_slower']:.1%} | {chosen['wire_bytes_per_step'] / 1e3:,.0f} | "
-        f"{each['utilisation']:.1%} | {each['utilisation_of_the_slower']:.1%} | "
+        f"{chosen['utilisation_of_the_last']:.1%} | {chosen['wire_bytes_per_step'] / 1e3:,.0f} | "
+        f"{each['utilisation']:.1%} | {each['utilisation_of_the_last']:.1%} | "
         f"{each['wire_bytes_per_step'] / 1e3:,.0f} | {row['times_fewer_bytes']:.0f} times |"
     )
 

@@ -139,9 +139,15 @@ def main() -> None:
         groups.join()
     groups.before_step()
     first_byte, started, computing_s = wire_bytes(), time.perf_counter(), 0.0
+    waits_s: list[float] = []
     while position.step < options.num_steps:
-        computing_s += one_step(options, language, groups, model, optimizer, position)
+        began = time.perf_counter()
+        computed_s = one_step(options, language, groups, model, optimizer, position)
+        computing_s += computed_s
+        waits_s.append(time.perf_counter() - began - computed_s)
+    began = time.perf_counter()
     groups.finish()
+    waits_s.append(time.perf_counter() - began)
     wall_s, last_byte = time.perf_counter() - started, wire_bytes()
     groups.close()
     print(
@@ -149,6 +155,7 @@ def main() -> None:
             {
                 "computing_s": computing_s,
                 "wall_s": wall_s,
+                "waits_s": waits_s,  # of each step, and of the end
                 "wire_bytes": None if first_byte is None or last_byte is None else last_byte - first_byte,
                 "sent_bytes": groups.traffic.num_bytes_sent,
                 "waited_s": groups.traffic.waited_s,
