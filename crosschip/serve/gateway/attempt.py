@@ -72,6 +72,8 @@ class Attempt:
         self._upstreams, self._table, self._to_client = upstreams, table, send
         self._deadline: asyncio.Timeout | None = None
         self._phase: Phase = "engine"
+        self._asked_at_s = time.monotonic()
+        self.ran_out_of_time = False  # the engine was silent for too long; busy ones are, so that is no failure of it
         self.reader = StreamReader()
         self.first_token_at_s: float | None = None
         self.last_token_at_s: float | None = None
@@ -203,6 +205,7 @@ class Attempt:
         message = f"engine {self.engine.name}: {why}"
         if not self.call.begun:
             reason = "ended" if self._phase == "ended" else ("lost" if had_it else "unreachable")
+            reason = "timeout" if self.ran_out_of_time else reason
             raise AttemptFailed(reason, message, had_it=had_it)
         words = f"{message}, after a part of the answer; ask again"
         code = "gateway_ended" if self._phase == "ended" else "engine_lost"
@@ -219,10 +222,11 @@ class Attempt:
             raise SlowClient from None
         if self._phase == "ended":
             return "the gateway ends, and had no more time for it"
+        self.ran_out_of_time = True
         if self.call.begun:
             return f"nothing came from it for {self._table.stall_s:g} s"
-        waited_s = self._table.first_token_s if self.call.is_stream else self._table.answer_s
-        return f"no token came from it within {waited_s:g} s"
+        waited_s = time.monotonic() - self._asked_at_s
+        return f"no token came from it within {round(waited_s, 1):g} s"
 
     @property
     def certificate(self) -> Status:
@@ -262,8 +266,14 @@ class Attempt:
         self._wait_for("client", self._table.slow_client_s)
 
     def _expect_engine(self) -> None:
+        """Something came from it, a comment perhaps: it lives. Its first token may take as long as a whole answer."""
+        table = self._table
         if self.call.is_stream and self.call.begun:
-            self._wait_for("engine", self._table.stall_s)
+            self._wait_for("engine", table.stall_s)
+        elif self.call.is_stream:
+            waited_s = time.monotonic() - self._asked_at_s
+            left_s = max(table.first_token_s, table.answer_s) - waited_s
+            self._wait_for("engine", min(table.first_token_s, left_s))
 
     def _wait_for(self, phase: Phase, at_most_s: float) -> None:
         if self._phase != "ended" and self._deadline is not None:

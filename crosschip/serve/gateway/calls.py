@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from crosschip.serve.api.errors import ApiError
+from crosschip.serve.api.errors import ApiError, shown
 from crosschip.serve.gateway.fleet import Ask
 from crosschip.serve.gateway.settings import EngineTable
 
@@ -48,7 +48,7 @@ async def read_call(request: Request, models: Sequence[str]) -> Call:
     """Read a request for an answer.
 
     Raises:
-        ApiError: it is no JSON object, or names no model that is served here.
+        ApiError: it is no JSON object, names no model that is served here, or does not say whether it is to stream.
     """
     if not request.headers.get("content-type", "").lower().startswith("application/json"):
         raise ApiError(400, "send a JSON object with Content-Type: application/json")
@@ -68,8 +68,16 @@ async def read_call(request: Request, models: Sequence[str]) -> Call:
         document=document,
         ask=Ask.of(model, document),
         request_id=_request_id(request),
-        is_stream=document.get("stream") is True,
+        is_stream=_is_stream(document),
     )
+
+
+def _is_stream(document: dict[str, Any]) -> bool:
+    """What engines may read as true, the number 1 perhaps, is waited for in another way than what is true."""
+    stream = document.get("stream")
+    if stream is None or isinstance(stream, bool):
+        return bool(stream)
+    raise ApiError(400, f"stream = {shown(stream)} is neither true nor false", param="stream")
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Forwarder:
         self._note_certificate(attempt)
         if failure.reason == "unreachable":  # there is no doubt to be cleared by another check
             self._fleet.mark_failed(engine, failure.message, allowed=1)
-        elif failure.reason == "lost":
+        elif failure.reason == "lost":  # and not for a time-out: a busy engine answers its health checks
             self._fleet.mark_failed(engine, failure.message, self._health.failures)
         if failure.reason != "busy":
             logger.warning("%s: engine %s: %s", attempt.call.request_id, engine.name, failure.reason)
@@ -119,7 +119,7 @@ class Forwarder:
         engine, reader, metrics = attempt.engine, attempt.reader, self._metrics
         self._count(engine, outcome)
         self._note_certificate(attempt)
-        if outcome == "lost":
+        if outcome == "lost" and not attempt.ran_out_of_time:
             self._fleet.mark_failed(engine, "it was lost under a request", self._health.failures)
         if reader.weights_version is not None and reader.weights_version != engine.weights_version:
             engine.weights_version = reader.weights_version
@@ -155,6 +155,9 @@ class Forwarder:
             return Overloaded(429, "every engine is full; try again later", "engine_overloaded", after_s)
         if failure.reason == "ended":
             return Overloaded(503, "the gateway ends", "draining", 5)
+        if failure.reason == "timeout":
+            words = f"{failure.message}; try again later"
+            return Overloaded(504, words, "engine_timeout", self._admission.retry_after_s(call.ask.model))
         tried = ", ".join(sorted(call.ask.tried))
         return ApiError(502, f"no engine answered (tried {tried}): {failure.message}", code="engine_lost")
 

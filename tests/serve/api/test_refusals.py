@@ -45,6 +45,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": ["a", 1]}, "prompt", "prompt.0 = 'a'"),
         (TEXT, {"prompt": None}, "prompt", "prompt = None: "),
         (TEXT, {"stop": "x" * 1001}, "stop", "stop = 'xxx"),
+        (CHAT, {"stream": 1}, "stream", "boolean"),
+        (TEXT, {"stream": "true"}, "stream", "boolean"),
         (CHAT, {"top_p": 0}, "top_p", "greater than 0"),
         (CHAT, {"n": 0}, "n", "0"),
         (CHAT, {"max_tokens": 0}, "max_tokens", "at least one token"),

@@ -167,6 +167,15 @@ def ask(url: str, **more: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=QUESTION | more, timeout=60)
 
 
+def stream_of(url: str, **more: Any) -> tuple[int, bytes]:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=QUESTION | {"stream": True} | more) as response:
+        return response.status_code, b"".join(response.iter_raw())
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    return dict(response.json()["error"])
+
+
 @pytest.fixture(scope="session")
 def second_random_server(random_dir: Path) -> Iterator[RunningServer]:
     with running_server(random_dir, max_batch_size=8) as server:
