@@ -36,17 +36,25 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def first_of(work: Coroutine[Any, Any, Result], receive: Receive) -> Result | None:
-    """Run `work` unless the client goes away first; then it is cancelled and None comes back."""
+async def first_of(
+    work: Coroutine[Any, Any, Result], receive: Receive, beside: Coroutine[Any, Any, None] | None = None
+) -> Result | None:
+    """Run `work` unless the client goes away first; then it is cancelled and None comes back.
+
+    `beside` runs along until then. What it raises is raised here, and ends the work.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
+    others = [gone] if beside is None else [gone, asyncio.ensure_future(beside)]
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *others}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and not gone.done():
+            others[-1].result()
         return await task if task.done() else None
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for each in (task, *others):
+            each.cancel()
+        await asyncio.gather(task, *others, return_exceptions=True)
 
 
 async def finish_unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -66,7 +74,8 @@ class EventStream(Response):
     so does one that does not take an event within `SLOW_CLIENT_S`.
 
     The head goes out with the first chunk, when it is known which weights answer: `certificate` is asked then. Who has
-    to wait for it is told in comments that the server is there; the head of these says that the certificate is pending.
+    to wait, for that or in the middle of an answer, is told in comments that the server is there; a head that goes out
+    with the first of these says that the certificate is pending.
     An error before the head has a status of its own.
     """
 
@@ -81,11 +90,14 @@ class EventStream(Response):
         self._at_end = at_end  # called however the stream ends, even if it never began
         self._certificate = certificate
         self._begun = False
+        self._turn = asyncio.Lock()  # what is sent is whole, and in order
+        self._is_quiet = True  # whether nothing was sent since this was last set
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream (ASGI)."""
         try:
-            await first_of(self._send_all(_in_time(send)), receive)
+            send = _in_time(send)
+            await first_of(self._send_all(send), receive, self._give_signs(send))
         except _SlowClient:  # servers close the connection of an answer that is left unfinished
             logger.warning("%s: a client did not read for %g s, its answer is ended", scope["path"], SLOW_CLIENT_S)
         finally:
@@ -93,31 +105,37 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         try:
-            first = await self._first(send)
-            await self._begin(send, self._certificate())
+            first = await anext(self._chunks, None)
+            async with self._turn:
+                await self._begin(send, self._certificate())
             if first is not None:
-                await _send_event(send, _compact(first))
+                await self._send_event(send, _compact(first))
             async for chunk in self._chunks:
-                await _send_event(send, _compact(chunk))
-            await _send_event(send, "[DONE]")
+                await self._send_event(send, _compact(chunk))
+            await self._send_event(send, "[DONE]")
         except ApiError as error:
             if not self._begun:
                 raise
             # The status line is gone already; clients look for this event.
-            await _send_event(send, _compact(error_body(error.status, error.message, error.param, error.code)))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            body = error_body(error.status, error.message, error.param, error.code)
+            await self._send_event(send, _compact(body))
+        async with self._turn:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _first(self, send: Send) -> dict[str, Any] | None:
-        """The first chunk, and signs of life until it is there."""
-        due = asyncio.ensure_future(anext(self._chunks, None))
-        try:
-            while not (await asyncio.wait({due}, timeout=_SIGN_OF_LIFE_S))[0]:
-                await self._begin(send, _PENDING)
-                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
-            return due.result()
-        finally:
-            due.cancel()
-            await asyncio.gather(due, return_exceptions=True)
+    async def _send_event(self, send: Send, data: str) -> None:
+        self._is_quiet = False
+        async with self._turn:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+    async def _give_signs(self, send: Send) -> None:
+        """A comment after each time in which nothing was sent: an answer waits to be begun, or to go on."""
+        while True:
+            self._is_quiet = True
+            await asyncio.sleep(_SIGN_OF_LIFE_S)
+            if self._is_quiet and not self._turn.locked():
+                async with self._turn:
+                    await self._begin(send, _PENDING)
+                    await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
     async def _begin(self, send: Send, certificate: str | None) -> None:
         if self._begun:
@@ -129,12 +147,15 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
+_LINE_BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
 def _compact(document: dict[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-
-
-async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+    """On one line, whoever reads it: some clients split a stream wherever Unicode breaks lines."""
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    for character, escaped in _LINE_BREAKS.items():
+        text = text.replace(character, escaped)
+    return text
 
 
 def _in_time(send: Send) -> Send:
