@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -18,6 +19,8 @@ from typing import Any, TextIO
 import httpx
 
 from crosschip.errors import ServeError
+from crosschip.golden.scoring_http import authorization
+from crosschip.serve.api.listening import LOOPBACK
 
 __all__ = ["chat_terminal"]
 
@@ -39,6 +42,7 @@ def chat_terminal(
 
     Args:
         target: the URL of a running server, or a model directory, which is then loaded and served to this chat alone.
+            A server that wants an API key gets that of the variable CROSSCHIP_API_KEY.
         temperature: None takes the model's default.
         max_tokens: of each answer; None takes what fits.
         device: where a directory's model runs.
@@ -46,7 +50,9 @@ def chat_terminal(
         out: standard output unless given.
 
     Raises:
-        ServeError: nothing answers at the URL, the directory does not exist, or a piped turn was refused.
+        ServeError: nothing answers at the URL, it refuses the key, the directory does not exist, or a piped turn was
+            refused.
+        GoldenError: a key that no header can carry.
         ModelError: a directory this code cannot run.
     """
     lines, out = lines or sys.stdin, out or sys.stdout
@@ -54,11 +60,25 @@ def chat_terminal(
         url = target.rstrip("/").removesuffix("/v1")
         if not target.startswith(("http://", "https://")):
             url = stack.enter_context(_served_here(Path(target), device, out))
-        client = stack.enter_context(httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=None)))
+        client = stack.enter_context(_client(url))
         options = {"temperature": temperature, "max_tokens": max_tokens}
         chat = _Chat(client, {name: value for name, value in options.items() if value is not None}, out)
         chat.greet()
         _converse(chat, lines, out)
+
+
+def _client(url: str) -> httpx.Client:
+    """HTTP to the server, with the user's key. A proxy of the environment is for other machines than this one."""
+    headers = authorization(os.environ.get("CROSSCHIP_API_KEY"))
+    timeout = httpx.Timeout(10, read=None)
+    try:
+        if httpx.URL(url).host not in LOOPBACK:
+            return httpx.Client(base_url=url, headers=headers, timeout=timeout)
+    except httpx.InvalidURL as error:
+        raise ServeError(f"{url} is no address: {error}", "give http://HOST:PORT of `crosschip serve`") from None
+    # The environment's certificates (SSL_CERT_FILE) hold still; without it httpx would take its own alone.
+    certificates = ssl.create_default_context()
+    return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False, verify=certificates)
 
 
 def _served_here(directory: Path, device: str, out: TextIO) -> Any:
@@ -124,6 +144,7 @@ class _Chat:
         """Say what answers here, and in which state."""
         try:
             response = self.client.get("/v1/models")
+            _refuse_without_key(response)
             response.raise_for_status()
             card = response.json()["data"][0]
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
@@ -157,6 +178,7 @@ class _Chat:
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 response.read()
+                _refuse_without_key(response)
                 raise _refusal(response.text)
             for delta in _deltas(response):
                 if thought := delta.get("reasoning_content"):
@@ -187,8 +209,27 @@ def _shown(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """An event stream's lines. httpx's own would end at U+2028, too, which may stand in an answer."""
+    held = ""
+    for text in response.iter_text():
+        *whole, held = (held + text).split("\n")
+        yield from (line.removesuffix("\r") for line in whole)
+    yield held
+
+
+def _refuse_without_key(response: httpx.Response) -> None:
+    if response.status_code not in (401, 403):
+        return
+    has_sent = "authorization" in response.request.headers
+    raise ServeError(
+        f"the server at {response.request.url.host} refuses " + ("the API key" if has_sent else "who has no API key"),
+        "export CROSSCHIP_API_KEY=... with a key that it knows (`crosschip serve --new-key NAME` makes one)",
+    )
+
+
 def _deltas(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
+    for line in _lines(response):
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
         chunk = json.loads(line[len("data: ") :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
@@ -10,14 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from crosschip.errors import ServeError
 from crosschip.serve import chat_terminal
 from tests.serve.conftest import CONVERSATIONS, REASONING, RunningServer
+from tests.serve.gateway.conftest import in_thread
 
 
 def test_each_line_of_a_pipe_is_a_turn(taught_server: RunningServer) -> None:
@@ -41,6 +47,8 @@ def test_a_directory_is_served_to_this_chat_alone(taught_dir: Path) -> None:
 def test_what_is_not_there_is_told() -> None:
     with pytest.raises(ServeError, match="crosschip serve DIR"):
         chat_terminal("http://127.0.0.1:9", lines=io.StringIO(), out=io.StringIO())
+    with pytest.raises(ServeError, match="no address"):
+        chat_terminal("http://HOST:PORT", lines=io.StringIO(), out=io.StringIO())
     with pytest.raises(ServeError, match="neither a model directory nor a URL"):
         chat_terminal("/nowhere", lines=io.StringIO(), out=io.StringIO())
 
@@ -58,6 +66,48 @@ def test_talking_to_a_server_loads_no_torch(taught_server: RunningServer) -> Non
     done = subprocess.run([sys.executable, "-c", program], input="Say hello.\n", text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert CONVERSATIONS[1][2] in done.stdout
+
+
+ANSWER = {"choices": [{"delta": {"content": "one\u2028two"}}]}
+
+
+@pytest.fixture
+def keyed_url() -> Iterator[str]:
+    """A server that wants the key `secret`, and writes all characters as they are."""
+
+    def is_known(request: Request) -> bool:
+        return request.headers.get("authorization") == "Bearer secret"
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"data": [{"id": "m"}]} if is_known(request) else {}, 200 if is_known(request) else 401)
+
+    async def chat(request: Request) -> Response:
+        stream = f"data: {json.dumps(ANSWER, ensure_ascii=False)}\r\n\r\ndata: [DONE]\n\n"
+        return Response(stream if is_known(request) else "", 200 if is_known(request) else 403)
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])]
+    with in_thread(Starlette(routes=routes), lifespan=False) as url:
+        yield url
+
+
+def test_a_server_with_keys_is_given_that_of_the_environment(keyed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setenv("CROSSCHIP_API_KEY", "secret\n")
+    chat_terminal(keyed_url, lines=io.StringIO("Hi\n"), out=out)
+    assert "one\u2028two\n" in out.getvalue(), "a separator of lines in an answer ends no event"
+    for key, words in (("wrong", "refuses the API key"), (None, "who has no API key")):
+        monkeypatch.setenv("CROSSCHIP_API_KEY", key) if key else monkeypatch.delenv("CROSSCHIP_API_KEY")
+        with pytest.raises(ServeError, match=f"{words}.*\n.*CROSSCHIP_API_KEY"):
+            chat_terminal(keyed_url, lines=io.StringIO(), out=out)
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_no_proxy_is_asked_for_this_machine(keyed_url: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setenv("CROSSCHIP_API_KEY", "secret")
+    out = io.StringIO()
+    chat_terminal(keyed_url, lines=io.StringIO("Hi\n"), out=out)
+    assert "one" in out.getvalue()
 
 
 class Terminal:
