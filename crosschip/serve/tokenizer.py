@@ -82,6 +82,11 @@ class ServingTokenizer:
         """The ids that end an answer, as far as the tokenizer's own files say."""
         return self._chat.stop_ids if self._chat is not None else frozenset()
 
+    @property
+    def as_json(self) -> str:
+        """What a `tokenizer.json` of it says."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str) -> EncodedText:
         """Text to ids, with the beginning-of-text token where this tokenizer puts one."""
         # Alone in a batch: `encode` would hold the interpreter's lock, and with it every other answer.
@@ -133,7 +138,7 @@ class ServingTokenizer:
     @cached_property
     def byte_level(self) -> bool:
         """Whether every token is a fixed run of bytes, so that text can be put together byte by byte."""
-        decoder = json.loads(self._backend.to_str()).get("decoder") or {}
+        decoder = json.loads(self.as_json).get("decoder") or {}
         return bool(decoder.get("type") == "ByteLevel")
 
     @cached_property

@@ -84,7 +84,9 @@ class ChatCall:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
         self._tools = plan_tools(served, request)
         self._prompt_ids, prompt = _encode(served, request, self._tools)
-        in_reasoning, grammar = starts_in_reasoning(prompt), self._tools.grammar
+        grammar = self._tools.grammar
+        # A form that cannot wait for the end of a reasoning begins at once, whatever the prompt has opened.
+        in_reasoning = starts_in_reasoning(prompt) and (grammar is None or grammar.leaves_reasoning_free)
         num_choices = request.n or 1
         self._constraints = [grammar.constraint(in_reasoning) if grammar else None for _ in range(num_choices)]
         self._choices = [self._plan(tokenizer, index, in_reasoning) for index in range(num_choices)]

@@ -150,12 +150,7 @@ class CompletionCall:
             scores_as_drawn=request.logprobs_mode == "processed_logprobs",
         )
         if params.mixes_scores:
-            raise ApiError(
-                400,
-                "processed_logprobs are told of drawn tokens and a temperature alone; take raw_logprobs, or leave out "
-                "echo, top_p, top_k, min_p, penalties and logit_bias",
-                param="logprobs_mode",
-            )
+            raise _mixed_scores(self._served, request)
         tokenizer = self._served.tokenizer
         writer = AnswerWriter(tokenizer, request.stop_strings, splits_reasoning=False) if tokenizer else None
         return PlannedChoice(prompt.ids, params, writer)
@@ -211,6 +206,23 @@ class CompletionCall:
             self._told_prompts.add(index)
             ids["prompt_token_ids"] = self._prompts[index // self._per_prompt].ids
         return ids
+
+
+def _mixed_scores(served: ServedModel, request: CompletionRequest) -> ApiError:
+    """What to leave out, or to send, so that log-probs as drawn are those of a temperature alone."""
+    message = (
+        "processed_logprobs are told of drawn tokens and a temperature alone; take raw_logprobs, or leave out echo, "
+        "top_p, top_k, min_p, penalties and logit_bias"
+    )
+    default = served.sampling
+    to_send: list[str] = []
+    if request.top_p is None and default.top_p < 1:
+        to_send.append("top_p: 1")
+    if request.top_k is None and default.top_k > 0:
+        to_send.append("top_k: 0")
+    if to_send:
+        message += f"; the model's generation_config.json sets what was left out, so send {', '.join(to_send)}"
+    return ApiError(400, message, param="logprobs_mode")
 
 
 def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +43,11 @@ class Grammar:
         problem = self._matcher().get_error()
         if problem:
             raise ApiError(400, f"{param} cannot be held to: {_one_line(problem)}", param=param)
+
+    @property
+    def leaves_reasoning_free(self) -> bool:
+        """Whether an answer may end a reasoning and then begin: only one token can be seen to close it."""
+        return self._think_ids[1] is not None
 
     def constraint(self, in_reasoning: bool) -> AnswerConstraint:
         """For one choice. `in_reasoning`: the prompt has opened the reasoning already."""
@@ -157,10 +161,10 @@ def _prepared(served: ServedModel, param: str) -> LLTokenizer:
     except ImportError:
         message = f"{param} needs the package llguidance, which is not installed beside the server"
         raise ApiError(400, message, param=param, code="unsupported_parameter") from None
-    info = served.engine.info
+    assert served.tokenizer is not None
     try:
-        return _tokenizer(info.directory, info.vocab_size, tuple(sorted(served.stop_ids)))
-    except (OSError, ValueError) as error:
+        return _tokenizer(served.tokenizer, served.engine.info.vocab_size, tuple(sorted(served.stop_ids)))
+    except ValueError as error:
         message = f"{param} cannot be used with this model's tokenizer: {_one_line(str(error))}"
         raise ApiError(400, message, param=param, code="unsupported_parameter") from None
 
@@ -194,12 +198,12 @@ def schema_of(response_format: ResponseFormat | None) -> dict[str, Any] | None:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(directory: Path, vocab_size: int, stop_ids: tuple[int, ...]) -> LLTokenizer:
+def _tokenizer(tokenizer: ServingTokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> LLTokenizer:
+    """Of the tokenizer as it was read at the start: its files may be gone once other weights answer."""
     from llguidance import LLTokenizer
 
-    text = (directory / "tokenizer.json").read_text(encoding="utf-8")
     slices: list[str] = LLTokenizer.json_slices()
-    return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids), slices=slices)
+    return LLTokenizer(tokenizer.as_json, n_vocab=vocab_size, eos_token=list(stop_ids), slices=slices)
 
 
 @lru_cache(maxsize=4)

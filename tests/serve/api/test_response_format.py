@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +14,10 @@ import openai
 import pytest
 
 from crosschip.data import ChatTokenizer
+from crosschip.serve import load_engine
+from crosschip.serve.api import chat, constraints
 from crosschip.serve.api.constraints import AnswerConstraint
+from crosschip.serve.api.server import background_server
 from crosschip.serve.engine.request import SamplingParams
 from tests.serve.conftest import RunningServer
 
@@ -158,3 +163,36 @@ def test_a_form_that_cannot_be_held_to_is_refused(
     error = response.json()["error"]
     assert error["param"] == "response_format"
     assert words in error["message"]
+
+
+def answer_in_form(url: str) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": "A pet."}], "response_format": format_of(SCHEMA), "max_tokens": 9}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return dict(response.json()["choices"][0]["message"])
+
+
+@needs_engine
+def test_the_directory_of_new_weights_may_go(random_dir: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(random_dir, tmp_path / "other")
+    engine = load_engine(random_dir, max_batch_size=1)
+    with background_server(engine) as url:
+        answer_in_form(url)
+        num_made = constraints._tokenizer.cache_info().misses
+        engine.update_weights(other, version="other")
+        shutil.rmtree(other)
+        answer_in_form(url)
+        assert constraints._tokenizer.cache_info().misses == num_made, "the tokenizer is the same one"
+
+
+@needs_engine
+def test_a_form_that_cannot_see_a_reasoning_end_begins_at_once(
+    random_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt opens the reasoning, and what closes it is several tokens."""
+    monkeypatch.setattr(constraints, "_think_ids", lambda *_: (None, None))
+    monkeypatch.setattr(chat, "starts_in_reasoning", lambda _: True)
+    with background_server(load_engine(random_dir, max_batch_size=1)) as url:
+        message = answer_in_form(url)
+    assert message["content"].startswith("{")
+    assert message["reasoning_content"] is None

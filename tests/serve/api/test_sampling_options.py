@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 
+from crosschip.rundir import write_json
+from crosschip.serve import load_engine
+from crosschip.serve.api.server import background_server
 from tests.serve.conftest import CONVERSATIONS, RunningServer
 
 GREEDY = {"prompt": [5, 6, 7], "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -82,3 +87,17 @@ def test_figures_are_told_and_hold_no_words(taught_server: RunningServer) -> Non
     assert "crosschip_time_to_first_token_seconds_count" in text
     assert "zebra" not in text
     assert httpx.get(f"{taught_server.url}/ready").json() == {"ready": True}
+
+
+def test_filters_that_are_the_models_own_are_named(random_dir: Path, tmp_path: Path) -> None:
+    """They are not in the request, so leaving them out does not help."""
+    directory = shutil.copytree(random_dir, tmp_path / "filtering")
+    write_json(directory / "generation_config.json", {"do_sample": True, "top_p": 0.9, "top_k": 5})
+    body = {"prompt": [5, 6, 7], "max_tokens": 4, "logprobs": 0, "logprobs_mode": "processed_logprobs"}
+    with background_server(load_engine(directory, max_batch_size=1)) as url:
+        for given, to_send in (({}, "top_p: 1, top_k: 0"), ({"top_p": 1}, "top_k: 0")):
+            response = httpx.post(f"{url}/v1/completions", json=body | given, timeout=60)
+            assert response.status_code == 400
+            assert response.json()["error"]["message"].endswith(f"sets what was left out, so send {to_send}")
+        told = body | {"top_p": 1, "top_k": 0}
+        assert httpx.post(f"{url}/v1/completions", json=told, timeout=60).status_code == 200
