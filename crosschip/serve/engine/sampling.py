@@ -91,15 +91,24 @@ def choose_tokens(logits_NV: torch.Tensor, plan: SamplingPlan) -> tuple[torch.Te
         best_N, ids_N = logits_NV.max(dim=-1)
     for rows in plan.drawn:
         scaled_NV = (logits_NV[rows.index_N] - best_N[rows.index_N, None]) / rows.temperature_N1
-        uniform_N1 = torch.tensor([[r.uniform.random()] for r in rows.requests], device=logits_NV.device)
+        uniform = [[r.uniform.random()] for r in rows.requests]
+        uniform_N1 = torch.tensor(uniform, device=logits_NV.device, dtype=torch.float32)
         draw = _draw_filtered if rows.filtered else _draw
         ids_N[rows.index_N] = draw(torch.softmax(scaled_NV, dim=-1), uniform_N1, rows)
     return ids_N, greatest_N
 
 
+def _cumulative(probabilities_NV: torch.Tensor) -> torch.Tensor:
+    """Sums up to each token. CUDA leaves the order of their terms open: it may be another one for another number of
+    rows, and for one row in each call. In fp64 two such sums part
+    two tokens differently in less than one draw of 10^10."""
+    dtype = torch.float64 if probabilities_NV.is_cuda else None
+    return probabilities_NV.cumsum(dim=-1, dtype=dtype)
+
+
 def _draw(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, rows: _DrawnRows) -> torch.Tensor:
     """Inverse of the cumulative distribution at `uniform`: one number per row, whatever the vocabulary."""
-    cumulative_NV = probabilities_NV.cumsum(dim=-1)
+    cumulative_NV = _cumulative(probabilities_NV)
     total_N1 = cumulative_NV[:, -1:]
     # u * total may round up to the total; just below it lies the last token whose probability is not 0.
     target_N1 = torch.minimum(uniform_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
@@ -113,9 +122,10 @@ def _draw_filtered(probabilities_NV: torch.Tensor, uniform_N1: torch.Tensor, row
     dropped_NV = (rows.top_k_N1 > 0) & (rank_1V >= rows.top_k_N1)
     dropped_NV |= sorted_NV < rows.min_p_N1 * sorted_NV[:, :1]
     sorted_NV = sorted_NV.masked_fill(dropped_NV, 0.0)
-    sorted_NV = sorted_NV / sorted_NV.sum(dim=-1, keepdim=True)
-    before_NV = sorted_NV.cumsum(dim=-1) - sorted_NV
-    sorted_NV = sorted_NV.masked_fill((before_NV >= rows.top_p_N1) & (rank_1V > 0), 0.0)
+    # Not by `sum`: torch divides the sum of a single long row among its threads, and that of one among others not.
+    cumulative_NV = _cumulative(sorted_NV)
+    before_NV = cumulative_NV - sorted_NV
+    sorted_NV = sorted_NV.masked_fill((before_NV >= rows.top_p_N1 * cumulative_NV[:, -1:]) & (rank_1V > 0), 0.0)
     return order_NV.gather(1, _draw(sorted_NV, uniform_N1, rows)[:, None]).squeeze(1)
 
 

@@ -91,3 +91,43 @@ def test_logprobs_are_the_log_softmax() -> None:
     torch.testing.assert_close(own.double(), expected.gather(1, ids[:, None]).squeeze(1), atol=4e-6, rtol=0)
     assert top_ids.tolist() == expected.topk(5).indices.tolist()
     assert (top.diff(dim=-1) <= 0).all()
+
+
+def test_draws_do_not_depend_on_the_default_dtype() -> None:
+    """In bf16, where transformers builds models, 0.4999 is 0.5, and that is the second token."""
+    row = request()
+    row.uniform.random = lambda: 0.4999  # type: ignore[method-assign]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ids, _ = choose_tokens(torch.zeros(1, 2, dtype=torch.float32), plan_sampling([row], CPU))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ids.item() == 0
+
+
+LONG_KINDS: list[dict[str, object]] = [{}, {"top_p": 0.9}, {"top_k": 90_000}, {"min_p": 1e-4, "top_p": 0.99}]
+
+
+def drawn_alone_and_together(device: torch.device, count: int, **params: object) -> tuple[list[int], list[int]]:
+    """Many tokens that are about as likely: sums in another order, or of other parts, give others of them."""
+    logits = torch.randn(count, 120_000, generator=torch.Generator().manual_seed(6)).mul_(0.1).to(device)
+    rows = lambda: [request(seed=seed, **params) for seed in range(count)]  # noqa: E731
+    together, _ = choose_tokens(logits.clone(), plan_sampling(rows(), device))
+    alone = [choose_tokens(logits[n : n + 1].clone(), plan_sampling([row], device))[0] for n, row in enumerate(rows())]
+    return torch.cat(alone).tolist(), together.tolist()
+
+
+@pytest.mark.parametrize("params", LONG_KINDS)
+def test_long_rows_are_drawn_alike_in_any_company_by_several_threads(params: dict[str, object]) -> None:
+    torch.set_num_threads(2)
+    alone, together = drawn_alone_and_together(CPU, 24, **params)
+    assert alone == together
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("params", LONG_KINDS)
+def test_long_rows_are_drawn_alike_in_any_company_on_a_gpu(params: dict[str, object]) -> None:
+    """At temperature 1, where CUDA may add in another order from call to call."""
+    alone, together = drawn_alone_and_together(torch.device("cuda"), 1000, **params)
+    assert alone == together
