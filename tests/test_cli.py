@@ -180,3 +180,11 @@ def test_options_reach_the_voyage(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     settings = ["seed=3", "sft.steps=50", "data.skip_bad_rows=7", "sft.data.skip_bad_rows=7"]
     expected = {"out": Path("o"), "overrides": settings, "serve": True, "host": "127.0.0.1", "port": 0}
     assert calls == [(recipe, expected)]
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "86401"])
+def test_a_time_that_is_none_is_refused_before_a_model_is_loaded(seconds: str) -> None:
+    ended = CliRunner().invoke(app, ["serve", "/nowhere", "--port", "0", "--drain-s", seconds])
+    assert ended.exit_code == 2
+    assert "drain-s" in ended.output
+    assert "/nowhere" not in ended.output

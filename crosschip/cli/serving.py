@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["chat", "serve"]
 
-_FOR_GATEWAY = ("gateway", "host", "port", "require_certificate", "public_key", "tls_cert", "tls_key")
+_FOR_GATEWAY = ("gateway", "host", "port", "require_certificate", "public_key", "tls_cert", "tls_key", "allowed_host")
+
+
+def _number(value: float) -> float:
+    """An option's bounds do not hold for what is no number."""
+    if math.isnan(value):
+        raise typer.BadParameter(f"{value} is no number")
+    return value
 
 
 def serve(
@@ -118,8 +126,23 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.", show_default=False)
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another name by which it may be asked, as behind a proxy; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     drain_s: Annotated[
-        float, typer.Option(min=0, metavar="S", help="How long answers under way have after the signal to end.")
+        float,
+        typer.Option(
+            min=0,
+            max=86_400,
+            metavar="S",
+            help="How long answers under way have after the signal to end.",
+            callback=_number,
+        ),
     ] = 3.0,
 ) -> None:
     """Serve a model: an OpenAI-compatible API at /v1 and a chat page at /. Or be the gateway to several engines."""
@@ -138,7 +161,15 @@ def serve(
         _refuse_beside_gateway(context)
         from crosschip.serve.gateway.server import serve_gateway
 
-        serve_gateway(gateway, host, port, require_certificate=require_certificate, public_key=public_key, tls=tls)
+        serve_gateway(
+            gateway,
+            host,
+            port,
+            require_certificate=require_certificate,
+            public_key=public_key,
+            tls=tls,
+            allowed_hosts=allowed_host or (),
+        )
         return
     if directory is None:
         raise ServeError("nothing to serve was named", "give a model directory, or --gateway FILE")
@@ -161,6 +192,7 @@ def serve(
         engine_options=EngineOptions(cache_tokens, prefix_cache, deterministic, speculative, record_routes),
         drain_s=drain_s,
         tool_format=tool_format,
+        allowed_hosts=allowed_host or (),
     )
 
 
@@ -207,7 +239,13 @@ def _limits(values: Mapping[str, object]) -> Limits:
 
 
 def chat(
-    target: Annotated[str, typer.Argument(metavar="DIR_OR_URL", help="A model directory, or a server's address.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR_OR_URL",
+            help="A model directory, or a server's address; a key that it wants is taken from CROSSCHIP_API_KEY.",
+        ),
+    ],
 ) -> None:
     """Chat in the terminal with a model directory or with a running server."""
     from crosschip.serve import chat_terminal

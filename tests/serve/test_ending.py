@@ -27,8 +27,8 @@ def address_of(server: RunningServer) -> tuple[str, int]:
 def sent(server: RunningServer, body: bytes, length: int) -> socket.socket:
     """A connection with a request whose body is `length` bytes long, of which these have been sent."""
     client = socket.create_connection(address_of(server), timeout=60)
-    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}"]
-    client.sendall("\r\n".join([*head, "", ""]).encode() + body)
+    about = ["Host: localhost", "Content-Type: application/json", f"Content-Length: {length}"]
+    client.sendall("\r\n".join(["POST /v1/completions HTTP/1.1", *about, "", ""]).encode() + body)
     return client
 
 

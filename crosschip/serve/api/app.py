@@ -12,6 +12,7 @@ import crosschip
 from crosschip.serve.api.chat import ChatCall
 from crosschip.serve.api.completions import CompletionCall
 from crosschip.serve.api.errors import ApiError, install_error_handlers
+from crosschip.serve.api.hosts import HostLayer
 from crosschip.serve.api.metrics import ServerMetrics
 from crosschip.serve.api.schemas import ChatRequest, CompletionRequest
 from crosschip.serve.api.served import ServedModel, describe_served
@@ -32,6 +33,7 @@ def create_app(
     limits: Limits | None = None,
     find_certificate: CertificateFinder | None = None,
     tool_format: str | None = None,
+    allowed_hosts: frozenset[str] | None = None,
 ) -> FastAPI:
     """The API and the page over a running engine.
 
@@ -42,6 +44,7 @@ def create_app(
         limits: keys, rates, lengths and times.
         find_certificate: of new weights, while the server runs.
         tool_format: in which form the model writes tool calls (`crosschip.serve.tools.FORMATS`); None finds it.
+        allowed_hosts: the names by which the server may be asked (`hosts_to_allow`); None: any.
 
     Raises:
         ServeError: files beside the weights that cannot be read, a file of keys, or a format that is not known.
@@ -60,15 +63,19 @@ def create_app(
     _add_answers(app, served, metrics)
     add_weights(app, served, find_certificate)
     add_page(app)
-    _add_layers(app, engine, limits, metrics)
+    _add_layers(app, engine, limits, metrics, allowed_hosts)
     return app
 
 
-def _add_layers(app: FastAPI, engine: Engine, limits: Limits, metrics: ServerMetrics) -> None:
+def _add_layers(
+    app: FastAPI, engine: Engine, limits: Limits, metrics: ServerMetrics, allowed_hosts: frozenset[str] | None
+) -> None:
     """The last one added is the first one asked. The page is no secret: what it shows comes over the API."""
     paths = Paths(without_key=Paths.without_key | PAGE_PATHS)
     keys = load_keys(limits.api_keys) if limits.api_keys else None
     app.add_middleware(LimitsLayer, limits=limits, keys=keys, paths=paths, registry=metrics.registry)
+    if allowed_hosts is not None:
+        app.add_middleware(HostLayer, allowed=allowed_hosts)
     word = lambda: engine.info.certificate.word  # noqa: E731
     app.add_middleware(OuterLayer, certificate=word, max_body_bytes=limits.max_body_bytes)
 

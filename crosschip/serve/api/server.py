@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from crosschip.certificate import Status
 from crosschip.certificate.signing import read_public_key
 from crosschip.serve.api.app import create_app
 from crosschip.serve.api.ending import GRACE_S, EndingServer
+from crosschip.serve.api.hosts import hosts_to_allow
 from crosschip.serve.api.listening import (
     LOOPBACK,
     Tls,
@@ -69,11 +70,13 @@ def serve(
     engine_options: EngineOptions | None = None,
     drain_s: float = SHUTDOWN_GRACE_S,
     tool_format: str | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve a model directory until SIGTERM or SIGINT. Port 0 lets the system choose; the choice is printed.
 
     Answers under way at the signal have `drain_s` to end. `tool_format` is found from the chat template unless named.
     With `public_key`, a PEM file, only certificates that its owner signed are believed, those of later weights too.
+    `allowed_hosts` are names beside `host` and the loopback ones; see `hosts_to_allow`.
 
     Raises:
         ServeError: a certificate was required, the port is taken, the limits cannot be met, keys or TLS files cannot
@@ -114,6 +117,7 @@ def serve(
             limits=limits,
             find_certificate=find_certificate,
             tool_format=tool_format,
+            allowed_hosts=hosts_to_allow(host, limits.api_keys is not None, allowed_hosts),
         )
     except BaseException:
         engine.close()
@@ -133,6 +137,7 @@ def serve(
 def background_server(engine: Engine, **app_options: Any) -> Iterator[str]:
     """Serve an engine on a free local port from a thread while the block runs; yields the URL."""
     listener: socket.socket = bind("127.0.0.1", 0)
+    app_options = {"allowed_hosts": hosts_to_allow("127.0.0.1", asks_for_keys=False)} | app_options
     server = uvicorn.Server(uvicorn_config(create_app(engine, **app_options), grace_s=SHUTDOWN_GRACE_S + GRACE_S))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -17,6 +17,7 @@ from starlette.routing import Route
 import crosschip
 from crosschip.certificate import Status
 from crosschip.serve.api.errors import ApiError, error_body, install_error_handlers
+from crosschip.serve.api.hosts import HostLayer
 from crosschip.serve.api.transport import CERTIFICATE_HEADER, OuterLayer
 from crosschip.serve.gateway.admission import Admission, Overloaded
 from crosschip.serve.gateway.drift import bound_of
@@ -76,6 +77,7 @@ def create_gateway(
     certificates: dict[str, Status] | None = None,
     require_certificate: bool = False,
     public_key: bytes | None = None,
+    allowed_hosts: frozenset[str] | None = None,
 ) -> Gateway:
     """Put the gateway together; engines are asked once the app runs.
 
@@ -84,6 +86,7 @@ def create_gateway(
         certificates: what was found out about engines that do not tell it themselves, by name.
         require_certificate: send nothing to an engine that is UNCERTIFIED.
         public_key: the 32 bytes of the key that must have signed the certificates that bounds come from.
+        allowed_hosts: the names by which the gateway may be asked (`hosts_to_allow`); None: any.
 
     Raises:
         ServeError: keys or a certificate that cannot be read.
@@ -117,7 +120,7 @@ def create_gateway(
         title="crosschip gateway", version=crosschip.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
     gateway = Gateway(app, fleet, admission, forwarder, watches, metrics)
-    _add_layers(app, settings, metrics)
+    _add_layers(app, settings, metrics, allowed_hosts)
     for path in ("/v1/chat/completions", "/v1/completions"):
         app.router.routes.append(Route(path, forwarder, methods=["POST"]))
     _add_models(app, gateway)
@@ -127,7 +130,9 @@ def create_gateway(
     return gateway
 
 
-def _add_layers(app: FastAPI, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
+def _add_layers(
+    app: FastAPI, settings: GatewaySettings, metrics: GatewayMetrics, allowed_hosts: frozenset[str] | None
+) -> None:
     """The last one added is the first one asked."""
     install_error_handlers(app)
 
@@ -147,6 +152,8 @@ def _add_layers(app: FastAPI, settings: GatewaySettings, metrics: GatewayMetrics
             allow_headers=["*"],  # clients send headers of their own, and the origins are listed
             expose_headers=_EXPOSED_HEADERS,
         )
+    if allowed_hosts is not None:
+        app.add_middleware(HostLayer, allowed=allowed_hosts)
     app.add_middleware(OuterLayer, certificate=None, max_body_bytes=settings.limits.max_body_bytes)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from crosschip.certificate import Serving, Status, status_of
 from crosschip.certificate.signing import read_public_key
 from crosschip.serve.api.ending import GRACE_S, EndingServer
+from crosschip.serve.api.hosts import hosts_to_allow
 from crosschip.serve.api.listening import (
     LOOPBACK,
     Tls,
@@ -33,11 +35,13 @@ def serve_gateway(
     require_certificate: bool = False,
     public_key: Path | None = None,
     tls: Tls | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve what GATEWAY.toml describes until SIGTERM or SIGINT; then drain.
 
     With `public_key`, a PEM file, only certificates that its owner signed count, for engines that tell of none and for
     the bounds of parity watches; a native engine is told so itself, when it is started.
+    `allowed_hosts` are names beside `host` and the loopback ones; see `hosts_to_allow`.
 
     Raises:
         ServeError: a file that cannot be honoured, or a port that is taken.
@@ -49,7 +53,8 @@ def serve_gateway(
         tls.check()
     listener = bind(host, port)
     log_to_stderr(logger)
-    gateway = create_gateway(settings, _certificates(settings.engines, signer), require_certificate, signer)
+    hosts = hosts_to_allow(host, settings.limits.api_keys is not None, allowed_hosts)
+    gateway = create_gateway(settings, _certificates(settings.engines, signer), require_certificate, signer, hosts)
     is_open = host not in LOOPBACK and settings.limits.api_keys is None
     drain_s = settings.forwarding.drain_s
     config = uvicorn_config(gateway.app, grace_s=drain_s + GRACE_S, lifespan=True, tls=tls)

@@ -224,3 +224,12 @@ def test_a_hung_client_does_not_keep_the_gateway_from_ending(tmp_path: Path) -> 
         assert gateway.process.wait(30) == 0
         end.set()
         thread.join(10)
+
+
+def test_it_is_asked_by_this_machines_names_and_those_it_is_told(tmp_path: Path) -> None:
+    with scripted(ScriptedEngine()) as [engine_url]:
+        file = write(tmp_path / "g.toml", engine_url)
+        for options, expected in (((), [200, 400]), (("--allowed-host", "chat.example"), [200, 200])):
+            with gateway_process(file, *options) as (_, url):
+                hosts = ({"host": "localhost"}, {"host": "chat.example:443"})
+                assert [httpx.get(f"{url}/health", headers=host).status_code for host in hosts] == expected
