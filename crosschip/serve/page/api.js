@@ -6,6 +6,10 @@ export class Problem extends Error {
     this.status = status;
     this.retryAfterS = retryAfterS;
   }
+
+  get wantsKey() {
+    return this.status === 401 || this.status === 403;
+  }
 }
 
 const NO_ANSWER = "The server does not answer. Is it still running?";

@@ -117,7 +117,7 @@ async function answer(asked) {
   if (conversation === current) draw();
   else drawList();
   if (isNews(answering.turn.answeredBy ?? {})) lookForModels();
-  if (problem instanceof Problem && problem.status === 401) askForKey();
+  if (problem instanceof Problem && problem.wantsKey) askForKey();
 }
 
 // Whether an answer came from other weights than the head of the page says, or under another certificate.
@@ -228,7 +228,7 @@ async function lookForModels() {
     chooseModel(models.find((card) => card.id === model?.id) ?? models[0]);
   } catch (problem) {
     showNotice("server", problem.message);
-    if (problem.status === 401 && !model) askForKey();
+    if (problem.wantsKey && !model) askForKey();
   }
   showState();
 }

@@ -64,6 +64,7 @@ class ScriptedServer:
         self.models = ["scripted"]
         self.cards: dict[str, dict[str, Any]] = {}  # by a model's name: fields that its card has otherwise
         self.api_key: str | None = None
+        self.key_status = 401  # of who has not the right one
         self.num_ended = 0  # streams whose client is gone or served
 
     def app(self) -> FastAPI:
@@ -101,7 +102,8 @@ class ScriptedServer:
         self.keys.append(given)
         if self.api_key is None or given == f"Bearer {self.api_key}":
             return None
-        return JSONResponse(error_body(401, "no valid API key", code="invalid_api_key"), 401)
+        status = self.key_status
+        return JSONResponse(error_body(status, "no valid API key", code="invalid_api_key"), status)
 
     async def _stream(self, script: Script) -> AsyncGenerator[bytes]:
         num_tokens = 0

@@ -87,9 +87,10 @@ def test_a_server_that_hangs_is_waited_for_aloud_and_can_be_stopped(visit: Visit
     assert scripted.num_ended == 1, "the server is told to stop"
 
 
-def test_a_key_is_asked_for_sent_and_not_written_down(visit: Visit, scripted: ScriptedServer) -> None:
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_is_asked_for_sent_and_not_written_down(visit: Visit, scripted: ScriptedServer, status: int) -> None:
     visit.ask_and_wait("First?")
-    scripted.api_key = "a secret"
+    scripted.api_key, scripted.key_status = "a secret", status
     answer = visit.ask_and_wait("Second?")
     assert "wants an API key" in answer.locator(".problem").text_content()
     assert visit.page.locator("#api-key").is_visible()
