@@ -1,7 +1,7 @@
 """By which names a server may be asked (ASGI middleware).
 
-A page of any site can be asked for under a name that its owner then lets point to 127.0.0.1 (DNS rebinding): the browser
-takes the server on this machine for that site, and the page reads and uses it. What gives it away is the header Host.
+A page of any site can be asked for under a name that its owner then lets point to 127.0.0.1 (DNS rebinding). The
+browser takes the server on this machine for that site, so the page reads and uses it. The header Host gives it away.
 """
 
 from __future__ import annotations
