@@ -100,8 +100,9 @@ def choose_tokens(logits_NV: torch.Tensor, plan: SamplingPlan) -> tuple[torch.Te
 
 def _cumulative(probabilities_NV: torch.Tensor) -> torch.Tensor:
     """Sums up to each token. CUDA leaves the order of their terms open: it may be another one for another number of
-    rows, and for one row in each call. In fp64 two such sums part
-    two tokens differently in less than one draw of 10^10."""
+    rows, and for one row in each call. In fp64 two such sums part two tokens differently in less than one draw of
+    10^10.
+    """
     dtype = torch.float64 if probabilities_NV.is_cuda else None
     return probabilities_NV.cumsum(dim=-1, dtype=dtype)
 
