@@ -184,7 +184,7 @@ def test_the_gateway_believes_the_named_signer_alone(
     lines += ["[engines.certified]", *(f"{key} = {json.dumps(value)}" for key, value in certified.items())]
     file.write_text("\n".join(["[[engines]]", *lines]))
 
-    def stop(settings: Any, certificates: dict[str, Status], required: bool, signer: bytes) -> None:
+    def stop(settings: Any, certificates: dict[str, Status], required: bool, signer: bytes, hosts: Any) -> None:
         told.append(certificates["a"])
         raise ServeError("stopped by the test", "")
 
