@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from crosschip.plan.architecture import Architecture
 from crosschip.plan.counts import num_parameters, train_flops_per_token
-from crosschip.plan.hardware import Hardware, all_to_all_s, collective_s, spread_over
+from crosschip.plan.hardware import Hardware, Spread, all_to_all_s, collective_s, spread_over
 from crosschip.plan.job import Job
 from crosschip.plan.memory import memory_parts, parameters_per_chip
 from crosschip.plan.step import Layout, StepEstimate
@@ -66,7 +66,16 @@ def _tensor_s(job: Job, layout: Layout, hardware: Hardware) -> float:
     return collective_s(num_bytes, spread_over(layout.tensor, 1, hardware), hardware)
 
 
-def _expert_s(job: Job, layout: Layout, time: LayerTime, hardware: Hardware, beside: _Beside) -> float:
+def _expert_spreads(job: Job, layout: Layout, hardware: Hardware) -> tuple[Spread, ...]:
+    """How the chips that hold different experts may be used: as they sit, or those of one node as two halves, so that a
+    larger domain of fast links is not slower than two smaller ones."""
+    spread = spread_over(layout.expert_shards, 1, hardware)
+    if job.architecture.experts is None or spread.nodes > 1 or spread.size == 1:
+        return (spread,)
+    return spread, Spread(math.ceil(spread.size / 2), 2)
+
+
+def _expert_s(job: Job, layout: Layout, spread: Spread, time: LayerTime, hardware: Hardware, beside: _Beside) -> float:
     """What is waited for of a layer's all-to-alls: out and back, forward and backward.
 
     Inside a node they hide behind the shared experts alone (arXiv 2405.04434, section 3.1.3). Across nodes they are so
@@ -77,7 +86,6 @@ def _expert_s(job: Job, layout: Layout, time: LayerTime, hardware: Hardware, bes
         return 0.0
     tokens = layout.micro_batch * job.seq_len / layout.context / layout.tensor
     num_bytes = tokens * experts.per_token * job.imbalance * job.architecture.hidden_size * job.activation_bytes
-    spread = spread_over(layout.expert_shards, 1, hardware)
     if spread.nodes > 1:  # a token crosses to a node once, and is handed on inside (arXiv 2412.19437, section 3.2.2)
         met = spread.nodes * (1 - (1 - 1 / spread.nodes) ** experts.per_token)
         num_bytes *= min(1.0, met / experts.per_token)
@@ -100,7 +108,9 @@ def _layer_counts(architecture: Architecture) -> list[tuple[bool, float]]:
     return [(kind, count + (architecture.num_mtp if kind == is_moe else 0)) for kind, count in counts]
 
 
-def _micro_batch_parts(job: Job, layout: Layout, hardware: Hardware) -> tuple[dict[str, float], float]:
+def _micro_batch_parts(
+    job: Job, layout: Layout, expert_spread: Spread, hardware: Hardware
+) -> tuple[dict[str, float], float]:
     """Seconds of one micro-batch through all layers, as if one chip of each stage did all stages.
 
     And the seconds of its computation that hide no collective yet.
@@ -117,7 +127,7 @@ def _micro_batch_parts(job: Job, layout: Layout, hardware: Hardware) -> tuple[di
         beside = _Beside(time.forward + time.backward)
         tensor = 4 * both_ways * _tensor_s(job, layout, hardware) if layout.tensor > 1 else 0.0
         if is_moe:
-            parts["expert all-to-all"] += count * _expert_s(job, layout, time, hardware, beside)
+            parts["expert all-to-all"] += count * _expert_s(job, layout, expert_spread, time, hardware, beside)
         hidden = hardware.overlap if job.tensor_overlap else 0.0
         parts["tensor collectives"] += count * beside.visible(tensor, hidden)
         if layout.context > 1:
@@ -201,9 +211,14 @@ def _outer_s(job: Job, layout: Layout, inner_step_s: float) -> float:
 
 def estimate_step(job: Job, layout: Layout, hardware: Hardware) -> StepEstimate:
     """Time and memory of a step. The layout must divide the batch (`check_layout` says so beforehand)."""
+    ways = (_estimate(job, layout, spread, hardware) for spread in _expert_spreads(job, layout, hardware))
+    return min(ways, key=lambda each: each.step_s)
+
+
+def _estimate(job: Job, layout: Layout, expert_spread: Spread, hardware: Hardware) -> StepEstimate:
     sequences = job.batch_size / (layout.data * layout.groups)
     micro_batches = max(1, round(sequences / layout.micro_batch))
-    parts, left_s = _micro_batch_parts(job, layout, hardware)
+    parts, left_s = _micro_batch_parts(job, layout, expert_spread, hardware)
     stages, chunks = layout.pipeline, layout.interleave
     whole_s = sum(parts.values())
     stage_s = whole_s / stages * _uneven(job, layout)

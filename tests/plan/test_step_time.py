@@ -62,6 +62,26 @@ def test_no_faster_part_makes_a_step_slower(layout: Layout, rate: str, factor: f
     assert estimate_step(job(), layout, fast).step_s <= estimate_step(job(), layout, slow).step_s * (1 + 1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    expert=st.sampled_from([2, 4, 8, 16, 64]),
+    node_sizes=st.lists(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 384]), min_size=2, max_size=2, unique=True),
+    name=st.sampled_from(["DeepSeek-V3", "Qwen3 235B-A22B", "Mixtral 8x7B"]),
+    chip=st.sampled_from(["H100", "H800", "Ascend 910C", "TPU v5p"]),
+    overlap=st.floats(0.0, 1.0),
+)
+def test_a_larger_domain_of_fast_links_is_never_slower_for_experts(
+    expert: int, node_sizes: list[int], name: str, chip: str, overlap: float
+) -> None:
+    """Collectives over data have no bytes here: what is left beside the computation are the all-to-alls."""
+    case, layout = job(name, weight_bytes=0.0, gradient_bytes=0.0), Layout(data=64, expert=expert)
+    small, large = (
+        estimate_step(case, layout, replace(hardware(chip), node_size=each, overlap=overlap)).step_s
+        for each in sorted(node_sizes)
+    )
+    assert large <= small * (1 + 1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(layout=LAYOUTS)
 def test_more_overlap_is_never_slower(layout: Layout) -> None:
