@@ -51,6 +51,12 @@ def test_measured_rates_stand_in_the_place_of_the_datasheet(tmp_path: Path) -> N
     assert before.figures["product_share"].origin == "published"
 
 
+def test_a_measured_rate_above_the_datasheet_counts_as_measured(tmp_path: Path) -> None:
+    found, _ = with_report(cluster(), written(tmp_path / "r.json", {**PRODUCT, "flop_per_s": 1.2 * 989e12}))
+    assert found.hardware.efficiency == pytest.approx(1.2 * 0.8)
+    assert found.figures["product_share"].value == pytest.approx(1.2)
+
+
 def test_what_was_measured_is_what_serving_gets_too(tmp_path: Path) -> None:
     """Half of the products and 0.7 of the bandwidth are assumed of a datasheet's rates, not of measured ones."""
     plain = serving_chip(cluster().hardware)
@@ -135,9 +141,10 @@ LABELS = [
     ("HGX H100", "H100"), ("H100 NVLink", "H100"), ("8xB200", "B200"), ("DGXB200", "B200"), ("8xGB200", "GB200"),
     ("GB200 NVL72", "GB200"), ("8xH20", "H20"), ("NVIDIA A800-SXM4-80GB", "A800"), ("8xA800", "A800"),
     ("Huawei Ascend", "Ascend 910B"), ("Ascend NPU", "Ascend 910B"), ("Ascend 910B4", "Ascend 910B"),
-    ("Ascend 910 NPU", "Ascend 910B"), ("AMD Instinct MI300X", "MI300X"), ("8xMI300X", "MI300X"), ("MI355X", "MI355X"),
+    ("AMD Instinct MI300X", "MI300X"), ("8xMI300X", "MI300X"), ("MI355X", "MI355X"),
     ("GH200 96GB", "GH200"), ("H20 96GB", "H20"),
     ("40GB A100", "A100 40 GB"), ("A100_40GB", "A100 40 GB"), ("A100x8", "A100 80 GB"), ("8xA100", "A100 80 GB"),
+    ("TPU-v5p", "TPU v5p"), ("TPU_v4", "TPU v4"), ("TPUv6e", "TPU v6e"),
 ]  # fmt: skip
 
 
