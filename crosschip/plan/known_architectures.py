@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,13 @@ __all__ = ["architecture_for", "known_architecture", "known_architectures", "lik
 
 _TABLE = Path(__file__).parent / "data" / "architectures.toml"
 _USUALLY_CHOSEN = 2  # experts of the few that a name like 8x7B tells
+# Experts and how many of them are chosen, the usual ones first: Qwen3, Mixtral and Grok-1, Phi-3.5-MoE, DBRX,
+# DeepSeek-V2-Lite, Qwen2-57B-A14B and Pangu Pro MoE, DeepSeek-V3, Qwen3-Next.
+_USUAL_EXPERTS = ((128, 8), (8, 2), (16, 2), (16, 4), (64, 6), (64, 8), (256, 8), (512, 10))
+# All experts of a layer together over the width of a state: Pangu Pro MoE has 17, Mixtral 28, Qwen3 48, GPT-OSS 128.
+_EXPERTS_WIDTH, _USUAL_EXPERTS_WIDTH = (16, 130), 48
+_ROUNDING = 0.05  # of both published sizes together, within which the more usual shape counts
+_USUAL_ASPECT = 100  # width over depth
 _SAME_MODEL = 0.08  # relative distance of parameter totals up to which a name is believed
 
 
@@ -97,20 +107,30 @@ def likely_architecture(
 ) -> Architecture:
     """A usual shape with about `total` parameters (`active` of them for one token), marked as assumed.
 
-    Dense: width near 100 x depth, heads of 128, eight key heads, gated, a vocabulary of 128,000. With experts: 128, of
-    which 8 are chosen, unless told, and the width from the active parameters.
+    Dense: width near 100 x depth, heads of 128, eight key heads, gated, a vocabulary of 128,000. With experts: of the
+    usual numbers of them, chosen and shared, those that bring both sizes nearest, unless told; the rest as dense ones.
     """
     is_moe = active is not None and active < 0.95 * total
+    told = _USUAL_EXPERTS if num_experts is None or per_token is None else ((num_experts, per_token),)
     shapes = _dense_shapes()
     if active is not None and is_moe:
-        shapes = _moe_shapes(total, active, num_experts or 128, per_token or 8) or shapes
+        shapes = _moe_shapes(total, active, told) or shapes
     wanted = (total, active if active is not None and is_moe else total)
 
     def distance(shape: Architecture) -> float:
         return abs(num_parameters(shape) / wanted[0] - 1) + abs(active_parameters(shape) / wanted[1] - 1)
 
-    best = min(shapes, key=distance)
+    def unlikeness(shape: Architecture) -> tuple[float, float]:
+        if shape.experts is None:
+            return distance(shape), 0.0
+        aspect = shape.hidden_size / shape.num_layers / _USUAL_ASPECT
+        width = shape.experts.num_experts * shape.experts.intermediate_size / shape.hidden_size / _USUAL_EXPERTS_WIDTH
+        return max(_ROUNDING, distance(shape)), abs(math.log(aspect)) + abs(math.log(width))
+
+    best = min(shapes, key=unlikeness)
     words = f"no published widths for {name!r}: a usual shape with {num_parameters(best) / 1e9:.4g} B parameters"
+    if best.experts is not None:
+        words += f", {active_parameters(best) / 1e9:.4g} B of them active, {best.experts.num_experts} experts"
     return replace(best, name=name, assumed=words, source="assumed")
 
 
@@ -126,19 +146,23 @@ def _dense_shapes() -> tuple[Architecture, ...]:
     return tuple(shapes)
 
 
-def _moe_shapes(total: float, active: float, num_experts: int, per_token: int) -> tuple[Architecture, ...]:
-    """For each width and depth the experts as wide as the total wants them."""
+def _moe_shapes(total: float, active: float, usual: Iterable[tuple[int, int]]) -> tuple[Architecture, ...]:
+    """For each width, depth and number of experts the experts as wide as the total wants them, and as many
+    shared ones as the active parameters want. Tensor parallelism of 8 divides all heads."""
     shapes = []
-    for heads in range(8, 97, 4):
+    for heads, (num_experts, per_token) in itertools.product(range(8, 97, 8), usual):
         hidden = 128 * heads
         for layers in range(max(8, hidden // 160), hidden // 60 + 2, 2):
             each = (total - active) / ((num_experts - per_token) * 3 * hidden * (layers - 1))
             inner = max(64, round(each / 64) * 64)
-            if not hidden / 8 <= inner <= 3 * hidden:
+            if not _EXPERTS_WIDTH[0] <= num_experts * inner / hidden <= _EXPERTS_WIDTH[1]:
                 continue
             attention = GroupedQueryAttention(heads, min(8, heads), 128)
             experts = Experts(num_experts, per_token, inner, first_dense=1)
-            shapes.append(Architecture("", hidden, layers, 128_000, attention, 3 * hidden, experts=experts))
+            shape = Architecture("", hidden, layers, 128_000, attention, 3 * hidden, experts=experts)
+            missing = (active - active_parameters(shape)) / (3 * hidden * inner * (layers - 1))
+            num_shared = min(per_token, max(0, round(missing)))
+            shapes.append(replace(shape, experts=replace(experts, num_shared=num_shared)))
     return tuple(shapes)
 
 
