@@ -115,18 +115,36 @@ def _tables(document: dict[str, Any]) -> Iterator[Table]:
     yield losers
 
 
+def _validated(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row's cells under `_VALIDATED`."""
+    if "skipped" in row:
+        return (row["id"], row["quantity"] or "-", "skipped", "-", "-", "-", row["skipped"])
+    published = "-" if row["published"] is None else f"{row['published']:.5g}"
+    error = "-" if row["error"] is None else f"{row['error']:+.1%}"
+    mark = " (fitted on)" if row["calibration"] else ""
+    numbers = (f"{row['predicted']:.5g}", published, error, f"{row['num_chips']:,}")
+    return (row["id"] + mark, row["quantity"], *numbers, row["layout"])
+
+
+_VALIDATED = ("row", "quantity", "predicted", "published", "error", "chips", "layout")
+
+
+def _print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """A line for each row, and under it what was assumed, searched for or taken for something else."""
+    lines = [_VALIDATED, *map(_validated, rows)]
+    widths = [max(len(cells[column]) for cells in lines) for column in range(len(_VALIDATED) - 1)] + [0]
+    for cells, row in zip(lines, [{}, *rows], strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        console.print(line, markup=False, soft_wrap=True)
+        if notes := row.get("notes"):
+            console.print(f"    {'; '.join(notes)}", markup=False, soft_wrap=True)
+
+
 def print_validation(document: dict[str, Any], console: Console | None = None) -> None:
-    """Print every row, then every group against its threshold and every miss."""
+    """Print every row with what was assumed for it, then every group against its threshold and every miss."""
     console = console or Console(highlight=False)
-    rows = _table("row", "quantity", "predicted", "published", "error", "layout")
-    for row in document["rows"]:
-        mark = " (fitted on)" if row["calibration"] else ""
-        if "skipped" in row:
-            rows.add_row(row["id"], row["quantity"] or "-", "skipped", "-", "-", row["skipped"])
-            continue
-        published = "-" if row["published"] is None else f"{row['published']:.5g}"
-        error = "-" if row["error"] is None else f"{row['error']:+.1%}"
-        rows.add_row(row["id"] + mark, row["quantity"], f"{row['predicted']:.5g}", published, error, row["layout"])
+    _print_rows(document["rows"], console)
+    console.print()
     groups = _table("group, rows not fitted on", "rows", "mean error", "median", "worst", "threshold", "")
     for group in document["groups"]:
         most, met = group["threshold"], group["met"]
@@ -135,9 +153,8 @@ def print_validation(document: dict[str, Any], console: Console | None = None) -
             f"{group['worst_error']:.1%} {group['worst_row']}", "-" if most is None else f"{most:.0%}",
             "" if met is None else "met" if met else "MISSED",
         )  # fmt: skip
-    for table in (rows, groups):
-        console.print(table)
-        console.print()
+    console.print(groups)
+    console.print()
     for group in document["groups"]:
         if group["misses"]:
             console.print(
