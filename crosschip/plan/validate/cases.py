@@ -12,12 +12,13 @@ from typing import Any
 
 from crosschip.errors import CrosschipError
 from crosschip.plan.architecture import Architecture
-from crosschip.plan.counts import num_parameters
+from crosschip.plan.counts import active_parameters, num_parameters
 from crosschip.plan.hardware import Hardware, kind_named, kinds
 from crosschip.plan.job import Job, ThinLink
 from crosschip.plan.known_architectures import architecture_for, known_architecture
 from crosschip.plan.step import Layout
 from crosschip.plan.validate.batches import batch_words
+from crosschip.plan.validate.conventions import is_known, is_of_recomputed_layers
 from crosschip.plan.validate.parallelism import LayoutWords, layout_words
 from crosschip.plan.validate.rows import MOST_COUNT, QUANTITIES, Row
 
@@ -29,6 +30,8 @@ _DEFAULT_CHIPS = 2048
 _MICRO_BATCHES_PER_STAGE = 4
 _MOST_OFF = 0.25  # of a likely shape's parameters from those of a row
 _BEFORE_FUSED = 2206  # FlashAttention is arXiv 2205.14135: what was described before wrote its scores to memory
+_ARXIV = r"arxiv(?:\.org/(?:abs|pdf)/|[: ]\s*)(\d{4})\.\d"
+_OF_A_CONVENTION = ("tflops_per_chip_reported", "mfu_pct_reported")
 _PRECISIONS = ("bf16", "fp16", "fp8", "fp4")
 GOODPUT = (
     0.9  # of a whole run's chip-hours that train: Llama 3 reports more than 90 % (arXiv 2407.21783, section 3.3.4)
@@ -44,7 +47,7 @@ class Case:
     """A row, ready to be predicted.
 
     `fixed` are the fields of `Layout` that the row gives. `is_described`: it says its layout, batch, length and number
-    of chips; what its paper says does not count.
+    of chips; what its paper says does not count. `batch_scale`: the row's batch over the one that is computed.
     """
 
     row: Row
@@ -54,6 +57,7 @@ class Case:
     fixed: tuple[tuple[str, Any], ...]
     notes: tuple[str, ...]
     is_described: bool = True
+    batch_scale: float = 1.0
 
 
 def _architecture(row: Row, notes: list[str]) -> Architecture:
@@ -77,14 +81,18 @@ def _architecture(row: Row, notes: list[str]) -> Architecture:
 
 
 def _check_size(row: Row, found: Architecture) -> None:
-    """No usual shape is as small or as large as every number in the file."""
-    assert row.params_total is not None
-    if abs(num_parameters(found) / row.params_total - 1) > _MOST_OFF:
-        raise CannotPredict(
-            f"no shape with {row.params_total / 1e9:g} B parameters for {row.model!r}: the nearest has "
-            f"{num_parameters(found) / 1e9:.3g} B",
-            "mend params_total_b, or add the model's widths to crosschip/plan/data/architectures.toml",
-        )
+    """No usual shape is as small or as large as every number in the file, nor as sparse."""
+    sizes = [("params_total_b", "", row.params_total, num_parameters(found))]
+    if row.is_moe:
+        sizes.append(("params_active_b", "active ", row.params_active, active_parameters(found)))
+    for column, kind, wanted, reached in sizes:
+        assert wanted is not None
+        if abs(reached / wanted - 1) > _MOST_OFF:
+            raise CannotPredict(
+                f"no shape with {wanted / 1e9:g} B {kind}parameters for {row.model!r}: the nearest has "
+                f"{reached / 1e9:.3g} B",
+                f"mend {column}, or add the model's widths to crosschip/plan/data/architectures.toml",
+            )
 
 
 def _usual_batch(
@@ -108,7 +116,7 @@ def _is_fused(row: Row, architecture: Architecture) -> bool:
     """Whether attention's scores stay on the chip: not in a model's run from before, of whatever kind its row is."""
     if not architecture.fused_attention:
         return False
-    years = [int(found) for found in re.findall(r"arXiv[: ]\s*(\d{4})\.\d", row.source, re.I)]
+    years = [int(found) for found in re.findall(_ARXIV, row.source, re.I)]
     return not years or max(years) >= _BEFORE_FUSED
 
 
@@ -156,6 +164,8 @@ def _num_chips(row: Row, words: LayoutWords, fixed: dict[str, Any], notes: list[
     if row.num_chips is None:
         whence = "assumed" if words.num_chips is None else "taken, the product of the layout's widths"
         notes.append(f"number of chips not given: {num_chips} {whence}")
+    elif words.num_chips not in (None, num_chips):
+        notes.append(f"the widths of {row.parallelism!r} are of {words.num_chips} chips: n_chips = {num_chips} counts")
     widths = Layout(**{name: fixed.get(name, 1) for name in ("tensor", "pipeline", "context", "expert")})
     unit = widths.pipeline * math.lcm(widths.tensor * widths.context, widths.expert_shards)
     if num_chips % unit:
@@ -180,6 +190,15 @@ def _is_fp8(row: Row, architecture: Architecture, hardware: Hardware, notes: lis
     return wanted and hardware.fp8_flops is not None
 
 
+def _fix_what_goes_together(row: Row, is_fused: bool, fixed: dict[str, Any]) -> None:
+    """Selective recomputation and sequence parallelism are no older than fused attention (arXiv 2205.05198); operations
+    that are counted with the recomputed ones were recomputed."""
+    if not is_fused or is_of_recomputed_layers(row.convention):
+        fixed.setdefault("recompute", "full")
+    says_so = re.search(r"sequence[- ]parallel", row.parallelism, re.I) is not None
+    fixed.setdefault("sequence_parallel", is_fused or says_so)
+
+
 def case_of(row: Row) -> Case:
     """What a row says, with what it does not say assumed.
 
@@ -187,7 +206,7 @@ def case_of(row: Row) -> Case:
         CannotPredict: a cell cannot be read, the quantity is none of those known, or an input is missing that nothing
             can stand in for.
     """
-    notes: list[str] = []
+    notes = list(row.readings)
     _refuse_unpredictable(row)
     hardware, architecture = _hardware(row, notes), _architecture(row, notes)
     batch = batch_words(row.global_batch)
@@ -196,11 +215,12 @@ def case_of(row: Row) -> Case:
     if row.seq_len is None:
         notes.append(f"sequence length not given: {seq_len} taken")
     is_run = row.kind == "full_run"
-    if zero := re.search(r"\b(?:DP|H?FSDP|TP|PP|CP|EP|VPP?|micro-?batch|H)[\s=:_-]*0+\b", row.parallelism, re.I):
+    if row.quantity in _OF_A_CONVENTION and not is_known(row.convention):
+        notes.append(f"mfu_convention = {row.convention!r} is none that is known: attention's causal half is counted")
+    if zero := re.search(r"\b(?:DP|H?FSDP|[TMPCE]P|VPP?|micro[- ]?batch|MBS|H)[\s=:_-]*0+\b", row.parallelism, re.I):
         raise CannotPredict(f"{zero.group()!r} in parallelism = {row.parallelism!r}", "sizes of a layout begin at 1")
-    words = layout_words(
-        row.parallelism or (architecture.train_layout if is_run else ""), row.num_chips or _DEFAULT_CHIPS
-    )
+    told = row.parallelism or (architecture.train_layout if is_run else "")
+    words = layout_words(told, row.num_chips, architecture.num_layers)
     notes += words.notes
     fixed = dict(words.fixed)
     is_named = bool(row.parallelism) and words.is_named
@@ -213,7 +233,7 @@ def case_of(row: Row) -> Case:
     if link is not None:
         nodes = max(1, num_chips // hardware.node_size)
         fixed["groups"] = nodes if num_chips % nodes == 0 else 1
-    is_fused = _is_fused(row, architecture) and "selective recompute" not in row.parallelism
+    is_fused = _is_fused(row, architecture)
     if batch.size is not None:
         batch_size = batch.sequences(seq_len)
     else:
@@ -221,19 +241,19 @@ def case_of(row: Row) -> Case:
     job = Job(
         architecture, seq_len, batch_size,
         fp8=_is_fp8(row, architecture, hardware, notes), fused_attention=is_fused, tensor_overlap=words.tensor_overlap,
-        zero_bubble=is_run and architecture.zero_bubble,
+        zero_bubble=words.zero_bubble or (is_run and architecture.zero_bubble),
         imbalance=1.0 if row.balanced else Job.imbalance,
         gradient_bytes=2.0 if words.bf16_sums else Job.gradient_bytes, thin_link=link,
     )  # fmt: skip
-    # Selective recomputation and sequence parallelism are no older than fused attention (arXiv 2205.05198); operations
-    # that are counted with the recomputed ones were recomputed.
-    if not is_fused or "incl. recompute" in row.convention:
-        fixed.setdefault("recompute", "full")
-    fixed.setdefault("sequence_parallel", is_fused or "sequence-parallel" in row.parallelism)
+    _fix_what_goes_together(row, is_fused, fixed)
     return Case(row, job, hardware, num_chips, tuple(sorted(fixed.items())), tuple(notes), is_described)
 
 
 def with_batch(case: Case, batch_size: int) -> Case:
-    """The same case with another batch, which the notes say."""
+    """The same case with another batch, which the notes say; the time of a step is scaled back to the row's batch."""
     note = f"a batch of {case.job.batch_size} sequences does not divide: {batch_size} taken"
-    return replace(case, job=replace(case.job, batch_size=batch_size), notes=(*case.notes, note))
+    scale = case.batch_scale * case.job.batch_size / batch_size
+    if case.row.quantity == "step_time_s":
+        note += f", and the step's time times {scale:.4g}"
+    job = replace(case.job, batch_size=batch_size)
+    return replace(case, job=job, notes=(*case.notes, note), batch_scale=scale)

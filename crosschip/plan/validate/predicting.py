@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from crosschip.errors import RecipeError
-from crosschip.plan.counts import reported_flops_per_token, train_flops_per_token
 from crosschip.plan.hardware import Hardware
 from crosschip.plan.layout_check import check_layout
 from crosschip.plan.search import find_layouts, layouts
 from crosschip.plan.step import Layout, StepEstimate
 from crosschip.plan.step_time import estimate_step
 from crosschip.plan.validate.cases import GOODPUT, CannotPredict, Case, with_batch
+from crosschip.plan.validate.conventions import counted_flops_per_token, counts_recomputed
 
 __all__ = ["choose_layout", "predicted_value", "value_of"]
 
@@ -51,27 +51,22 @@ def choose_layout(case: Case, hardware: Hardware) -> tuple[Case, Layout]:
     return replace(case, notes=(*case.notes, note)), smallest.layout
 
 
-# PaLM's count (arXiv 2204.02311, appendix B), Megatron's (arXiv 2104.04473) and that of MosaicML's tables.
-_WHOLE_SQUARES = ("palm", "12lhqt", "megatron", "6n + attention", "non-causal", "full attention")
-
-
 def _reported_flops_per_s(case: Case, estimate: StepEstimate) -> float:
-    """Operations a second of a chip: attention's causal half, unless the row's convention names whole squares.
+    """Operations a second of a chip as the row's convention counts them.
 
     Recomputed ones count where the convention includes them and the layout recomputes whole layers: a fourth pass.
     """
     convention, job = case.row.convention, case.job
-    whole = any(word in convention for word in _WHOLE_SQUARES)
-    counted = reported_flops_per_token if whole else train_flops_per_token
-    again = 4 / 3 if "incl. recompute" in convention and estimate.layout.recompute == "full" else 1.0
-    return again * counted(job.architecture, job.seq_len) * estimate.tokens_per_s_per_chip
+    again = 4 / 3 if counts_recomputed(convention) and estimate.layout.recompute == "full" else 1.0
+    counted = counted_flops_per_token(convention, job.architecture, job.seq_len)
+    return again * counted * estimate.tokens_per_s_per_chip
 
 
 def value_of(case: Case, estimate: StepEstimate) -> float:
     """The row's quantity, from a step's estimate."""
     row, quantity = case.row, case.row.quantity
     if quantity == "step_time_s":
-        return estimate.step_s
+        return estimate.step_s * case.batch_scale
     if quantity == "tok_s_per_chip":
         return estimate.tokens_per_s_per_chip
     if quantity == "tflops_per_chip_reported":

@@ -24,7 +24,8 @@ _THRESHOLDS = Path(__file__).parent.parent / "data" / "thresholds.toml"
 def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
     """Fit on the rows for calibration, freeze, predict all rows; the JSON document.
 
-    A kind of chip that no row given calibrates is fitted on the shipped ones, less those that are among the rows given.
+    A kind of chip that no row given calibrates, or none that has a layout, is fitted on the shipped ones, less those
+    that are among the rows given.
 
     A prediction sees its own row's inputs and the fitted parameters, and no outcome.
     """
@@ -40,8 +41,9 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
         for row, outcome in rows
         if row.is_calibration and row.id in cases and outcome.value is not None
     ]
-    known += _shipped_beside({case.hardware.kind for case, _ in known}, [row for row, _ in rows])
     fitted = fit_kinds(known)
+    shipped = _shipped_beside(set(fitted), [row for row, _ in rows])
+    fitted, known = {**fitted, **fit_kinds(shipped)}, [*known, *shipped]
     shares = {case.hardware.kind: case.hardware.efficiency for case, _ in known}
     told = []
     for row, outcome in rows:

@@ -39,6 +39,12 @@ _IS_MIXTURE = 0.95  # active over all parameters, below which a token does not m
 MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
 # Between these a number is taken for one: no run is as small or as large, and products of them stay finite.
 _LEAST_NUMBER, _MOST_NUMBER = 1e-6, 1e12
+# A letter counts 1024, as in a batch: `8K` tokens of a sequence.
+_LETTERS = {"k": 1024, "m": 1024 * 1024}
+_ABOUT = re.compile(r"^(?:[~≈]|about|around|approx(?:imately|\.)?|circa|ca\.?)\s*(?=[\d.])", re.I)
+_LETTERED = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([km])\b", re.I)
+_RANGE = re.compile(r"([\d.]+)\s*[-–]\s*([\d.]+)")
+_PLAIN = re.compile(r"[\d.,_]+(?:e[+-]?\d+)?", re.I)
 _T = TypeVar("_T")
 _NEEDED = ("id", "quantity", "model", "chip")
 
@@ -67,6 +73,7 @@ class Row:
     source: str
     balanced: bool
     without_stops: bool  # its hours are what the run would have taken without a stop
+    readings: tuple[str, ...] = ()  # cells that are no plain number, each with what it is read as
     faults: tuple[tuple[str, str], ...] = ()  # cells that cannot be read, each with the remedy: no prediction
 
 
@@ -90,15 +97,22 @@ class _OutOfBounds(_Odd):
     """A number that no run can have."""
 
 
-def _number(cell: str, name: str) -> float | None:
-    text = cell.strip().replace(",", "").replace("_", "")
+def _value(text: str) -> float | None:
+    """The number that a cell says, nan where it says none, None where it is empty; of a range its middle."""
+    text = _ABOUT.sub("", text.strip()).replace(",", "").replace("_", "")
     if not text:
         return None
-    between = re.fullmatch(r"([\d.]+)\s*[-–]\s*([\d.]+)", text)  # a published range counts by its middle
     try:
-        value = (float(between.group(1)) + float(between.group(2))) / 2 if between else float(text)
+        if between := _RANGE.fullmatch(text):
+            return (float(between.group(1)) + float(between.group(2))) / 2
+        return float(text)
     except ValueError:
-        value = math.nan
+        return math.nan
+
+
+def _checked(value: float | None, cell: str, name: str) -> float | None:
+    if value is None:
+        return None
     if not math.isfinite(value) or value <= 0:
         raise _Odd(f"{name} = {cell!r} is not a positive number")
     if not _LEAST_NUMBER <= value <= _MOST_NUMBER:
@@ -106,8 +120,16 @@ def _number(cell: str, name: str) -> float | None:
     return value
 
 
+def _number(cell: str, name: str) -> float | None:
+    return _checked(_value(cell), cell, name)
+
+
+def _scaled(found: re.Match[str]) -> str:
+    return repr(float(found.group(1)) * _LETTERS[found.group(2).lower()])
+
+
 def _whole(cell: str, name: str) -> int | None:
-    value = _number(cell, name)
+    value = _checked(_value(_LETTERED.sub(_scaled, cell)), cell, name)
     if value is None:
         return None
     if value != round(value) or value > MOST_COUNT:
@@ -123,11 +145,13 @@ def _word(cell: str, name: str, words: tuple[str, ...]) -> str:
 
 
 class _Cells:
-    """A line's cells, stripped; `faults` collects those that cannot be read, and they count as empty."""
+    """A line's cells, stripped; `faults` collects those that cannot be read, and they count as empty. `readings` says
+    what is read of numbers that are not plain."""
 
     def __init__(self, cells: dict[str, str]) -> None:
         self._cells = cells
         self.faults: list[tuple[str, str]] = []
+        self.readings: list[str] = []
 
     def text(self, name: str) -> str:
         return self._cells.get(name, "").strip()
@@ -139,12 +163,20 @@ class _Cells:
             self.faults.append(odd.told)
             return None
 
+    def _said(self, name: str, value: float | None) -> None:
+        if value is not None and not _PLAIN.fullmatch(cell := self.text(name)):
+            middle = ", the middle of its range" if _RANGE.search(_LETTERED.sub(_scaled, cell)) else ""
+            self.readings.append(f"{name} = {cell!r} is read as {value:,.10g}{middle}")
+
     def number(self, name: str, scale: float) -> float | None:
         value = self._read(lambda: _number(self.text(name), name))
+        self._said(name, value)
         return None if value is None else value * scale
 
     def whole(self, name: str) -> int | None:
-        return self._read(lambda: _whole(self.text(name), name))
+        value = self._read(lambda: _whole(self.text(name), name))
+        self._said(name, value)
+        return value
 
     def word(self, name: str, *words: str) -> str:
         return self._read(lambda: _word(self.text(name), name, words)) or ""
@@ -219,6 +251,7 @@ def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
         source=text("source"),
         balanced="balanced routing" in text("notes").lower(),
         without_stops="ideal continuous time" in text("notes").lower(),
+        readings=tuple(cells.readings),
         faults=tuple(cells.faults),
     )
     return row, outcome

@@ -237,7 +237,6 @@ def test_a_layout_of_a_runs_paper_does_not_describe_its_row() -> None:
         ("8-way TP, 16-way PP", (8, 16, 1)),
         ("8-way tensor and 16 way pipeline parallelism", (8, 16, 1)),
         ("DP64 TP8 PP", (8, 16, 1)),
-        ("TP8 PP", (8, 1024, 1)),
         ("EP64, DP128", (1, 1, 64)),
     ],
 )
