@@ -141,6 +141,8 @@ LABELS = [
     ("HGX H100", "H100"), ("H100 NVLink", "H100"), ("8xB200", "B200"), ("DGXB200", "B200"), ("8xGB200", "GB200"),
     ("GB200 NVL72", "GB200"), ("8xH20", "H20"), ("NVIDIA A800-SXM4-80GB", "A800"), ("8xA800", "A800"),
     ("Huawei Ascend", "Ascend 910B"), ("Ascend NPU", "Ascend 910B"), ("Ascend 910B4", "Ascend 910B"),
+    ("Ascend 910", "Ascend 910A"), ("Ascend910", "Ascend 910A"), ("Ascend 910 NPU", "Ascend 910A"),
+    ("Ascend 910x8", "Ascend 910A"), ("Ascend 910A", "Ascend 910A"), ("Ascend 910C", "Ascend 910C"),
     ("AMD Instinct MI300X", "MI300X"), ("8xMI300X", "MI300X"), ("MI355X", "MI355X"),
     ("GH200 96GB", "GH200"), ("H20 96GB", "H20"),
     ("40GB A100", "A100 40 GB"), ("A100_40GB", "A100 40 GB"), ("A100x8", "A100 80 GB"), ("8xA100", "A100 80 GB"),

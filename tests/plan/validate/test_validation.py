@@ -179,7 +179,7 @@ def test_a_chip_is_one_kind_however_a_row_spells_it(tmp_path: Path, chip: str) -
 @pytest.mark.parametrize(
     "chip",
     ["RTX A1000", "A100X", "A800 PCIe", "H100 PCIe", "NVIDIA H100 NVL", "B300", "GB300", "H2000", "Ascend 950DT",
-     "Ascend 950DT NPU", "Ascend 910A", "Ascend 910", "Ascend910", "Ascend 910 NPU",
+     "Ascend 950DT NPU", "Ascend 910D",
      "Ascend 310P", "Ascend 310P NPU", "MI300A", "AMD Instinct MI300A", "MI350X",
      "H20-3e 141GB", "NVIDIA H20-3e", "H20 141GB", "GH200 144GB", "NVIDIA GH200 144G HBM3e"],
 )  # fmt: skip
