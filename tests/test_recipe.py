@@ -43,6 +43,14 @@ def test_a_resolved_recipe_is_read_back_equal(smallest: Path) -> None:
     assert parse_recipe(recipe.model_dump(mode="json"), "resolved.json") == recipe
 
 
+@pytest.mark.parametrize("stage", ["train", "sft", "rl"])
+def test_how_long_a_sequence_may_be_a_directory_of_the_model_says_itself(stage: str) -> None:
+    document: dict[str, object] = {"name": "x", "data": {}, stage: {"steps": 100, "seq_len": 2048}}
+    with pytest.raises(RecipeError, match=rf"{stage}.seq_len=2048 is more than model.max_position_embeddings=1024"):
+        parse_recipe(document, "here")
+    assert parse_recipe({**document, "model": {"directory": "/models/long"}}, "here").stages[0][1].seq_len == 2048
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem

@@ -104,7 +104,8 @@ class Recipe(Settings):
                     raise ValueError(f"{settings.name} has both distilled and data; remove one of the two")
 
     def _check_stage(self, name: str, stage: StageSettings, num_groups: int) -> None:
-        if stage.seq_len > self.model.max_position_embeddings:
+        of_directory = self.model.directory is not None  # its own config.json says how long; that is looked at with it
+        if not of_directory and stage.seq_len > self.model.max_position_embeddings:
             raise ValueError(
                 f"{name}.seq_len={stage.seq_len} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; raise it"
