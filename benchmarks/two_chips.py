@@ -31,7 +31,8 @@ SAME = "the trainer's chip"
 
 def ways(chip: str) -> dict[str, tuple[str, ...]]:
     """What each way sets in the recipe."""
-    here = ('rl.rollouts.dtype="bfloat16"',)
+    bf16 = ('rl.dtype="bfloat16"', 'rl.rollouts.dtype="bfloat16"')
+    here = (*bf16, 'chips.train="cpu"', 'chips.serve="cpu"')
     there = (*here, f'rl.rollouts.engines=["native@{chip}"]')
     return {SAME: here, f"{chip}, corrected": there, f"{chip}, not corrected": (*there, *UNCORRECTED)}
 
