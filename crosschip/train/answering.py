@@ -11,7 +11,7 @@ otherwise, so that an answer can differ where two tokens are almost equally like
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,17 +63,23 @@ class _Row:
         return self.prompt_length + len(self.ids) - 1
 
 
-def answer_all(decoder: Decoder, askings: Sequence[Asking], limits: Limits) -> Iterator[tuple[int, list[int]]]:
+def answer_all(
+    decoder: Decoder, askings: Sequence[Asking], limits: Limits, beat: Callable[[], None] | None = None
+) -> Iterator[tuple[int, list[int]]]:
     """Yield (number of the asking, its answer's tokens) as answers are finished; a stop token ends an answer.
 
-    A prompt that leaves the model no room is answered with nothing; so is an empty one.
+    A prompt that leaves the model no room is answered with nothing; so is an empty one. `beat` is called with each
+    token that the rows under way go on by: a long answer takes its time.
     """
     room = decoder.config.max_position_embeddings
     fits = [0 < len(asking.prompt_ids) < room for asking in askings]
     yield from ((number, []) for number, fitting in enumerate(fits) if not fitting)
     waiting = deque(number for number, fitting in enumerate(fits) if fitting)
     if waiting:
-        yield from _Answering(decoder, askings, waiting, limits).run()
+        for finished in _Answering(decoder, askings, waiting, limits).run():
+            if beat is not None:
+                beat()
+            yield from finished
 
 
 class _Answering:
@@ -95,14 +101,15 @@ class _Answering:
         self._blocks_a_slot = -(-self._max_len // BLOCK_TOKENS)
         self._rows: list[_Row] = []
 
-    def run(self) -> Iterator[tuple[int, list[int]]]:
+    def run(self) -> Iterator[list[tuple[int, list[int]]]]:
+        """What is finished after each token."""
         while self._waiting or self._rows:
             free = self._size - len(self._rows)
             if self._waiting and free >= min(max(1, self._size // _REFILL_SHARE), len(self._waiting)):
                 self._begin(free)
             else:
                 self._go_on()
-            yield from self._take_finished()
+            yield self._take_finished()
 
     def _begin(self, free: int) -> None:
         """Read waiting prompts in one call, and choose their first tokens."""
@@ -148,7 +155,7 @@ class _Answering:
         for row, token in zip(rows, ids_B.tolist(), strict=True):
             row.ids.append(token)
 
-    def _take_finished(self) -> Iterator[tuple[int, list[int]]]:
+    def _take_finished(self) -> list[tuple[int, list[int]]]:
         """Hand out what is finished; the rows at the end move into the gaps."""
         is_done = [row.ids[-1] in self._limits.stop_ids or len(row.ids) >= row.most for row in self._rows]
         done = [row for row, ended in zip(self._rows, is_done, strict=True) if ended]
@@ -158,7 +165,7 @@ class _Answering:
         for gap, mover in zip(gaps, movers, strict=True):
             self._move(mover, gap)
         del self._rows[num_left:]
-        yield from ((row.number, row.ids) for row in done)
+        return [(row.number, row.ids) for row in done]
 
     def _move(self, source: int, target: int) -> None:
         row = self._rows[target] = self._rows[source]

@@ -39,8 +39,11 @@ def distil_stage(
         raise RecipeError(f"{name} has no model to distil", "put a stage that trains before it")
     out = run.distilled(name)
 
-    def tell(line: str) -> None:
+    def beat() -> None:
         rank.heartbeat.beat(START, 0)
+
+    def tell(line: str) -> None:
+        beat()
         rank.progress.say(f"{name}: {line}")
 
     def make() -> bool:
@@ -61,7 +64,8 @@ def distil_stage(
             out,
             tell,
             seed=recipe.seed,
-            chip=recipe.chips.serve,
+            chip=rank.chip.name,  # a process that trains on one chip may not be able to open another beside it
+            beat=beat,
             force=True,
             checker_timeout_s=time_limit_s(recipe),
         )

@@ -41,6 +41,14 @@ def test_greedy_answers_are_those_of_each_prompt_alone(decoder: Decoder, batch_s
     assert found == expected
 
 
+def test_every_token_that_is_written_is_a_sign_of_life(decoder: Decoder) -> None:
+    beats: list[None] = []
+    limits = Limits(12, frozenset())
+    found = answer_all(decoder, [Asking(prompt) for prompt in prompts(3)], limits, lambda: beats.append(None))
+    next(found)
+    assert len(beats) == 12  # before the first answer is whole
+
+
 def test_a_row_that_is_not_moved_properly_is_seen(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above: without the copy of the cache the answers differ."""
     limits = Limits(40, frozenset({3, 17, 40, 80}), batch_size=7)

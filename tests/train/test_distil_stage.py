@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from crosschip.chips import find_chip
 from crosschip.errors import CheckpointError
 from crosschip.recipe import parse_recipe
 from crosschip.recipe.reinforcement import FurtherDistilling
@@ -45,13 +46,14 @@ def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]
     for module in (distil_stage_module, distilling):
         monkeypatch.setattr(module, "weights_sha256", lambda directory: "w")
     monkeypatch.setattr(distil_stage_module, "distill", partial(distill, answers=Right()))
-    rank = Rank(ALONE, NOTHING, LineProgress(None), Heartbeat(None, 0, 600.0), None)
+    chip = find_chip("cpu")
+    rank = Rank(ALONE, chip, LineProgress(None), Heartbeat(None, 0, 600.0), None)
 
     def taken(seed: int = 0, **changed: object) -> bool:
         settings = FurtherDistilling.model_validate(
             {"kind": "distill", "name": "own", "num_problems": 3, "samples": 2, **changed}
         )
-        recipe = parse_recipe({**DOCUMENT, "seed": seed}, "here")
+        recipe = parse_recipe({**DOCUMENT, "seed": seed, "chips": {"train": "cpu", "serve": "sim"}}, "here")
         return distil_stage("own", settings, tmp_path / "model", recipe, RunDirectory(tmp_path), NOTHING, rank)
 
     return taken
@@ -60,6 +62,17 @@ def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     return RunDirectory(tmp_path).distilled("own")
+
+
+def test_the_trainers_chip_answers_and_beats(
+    take: Callable[..., bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(distil_stage_module, "distill", lambda *arguments, **settings: asked.append(settings))
+    assert take()
+    (settings,) = asked
+    assert settings["chip"] == "cpu"  # whatever chips.serve says
+    assert callable(settings["beat"])
 
 
 def test_rows_are_written_once(take: Callable[..., bool]) -> None:

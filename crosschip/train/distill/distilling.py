@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def distill(
     seed: int = 0,
     answers: Answers | None = None,
     chip: str = "auto",
+    beat: Callable[[], None] | None = None,
     force: bool = False,
     checker_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> DistillReport:
@@ -76,7 +77,8 @@ def distill(
     not at all, the manifest last; an interrupted call goes on from its journal when it is made again.
 
     Args:
-        answers: what answers; None is the model of `model_directory` in this process, on `chip`.
+        answers: what answers; None is the model of `model_directory` in this process, on `chip`, which calls `beat`
+            with each token.
         force: replace what an earlier call wrote.
         checker_timeout_s: of one answer; a checker that takes longer has failed.
 
@@ -90,7 +92,7 @@ def distill(
         raise RunDirectoryError(f"{out} is there already", "give another --out, or --force to replace it")
     if out.suffix != ".jsonl":
         raise DataError(f"{out} does not end in .jsonl", "name it so: the rows are read by their ending")
-    answers = answers or Here(model_directory, tokenizer, chip)
+    answers = answers or Here(model_directory, tokenizer, chip, beat)
     identity = _identity(model_directory, answers, problems, settings, seed)
     with Journal(out.with_name(f".{out.name}.journal"), identity) as journal:
         _ask_all(journal, answers, problems, settings, seed, tell, checker_timeout_s)

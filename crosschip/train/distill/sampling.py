@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,11 +61,12 @@ def _key(problem: Question, sample: int, seed: int) -> tuple[int | str, ...]:
 
 @dataclass(frozen=True)
 class Here:
-    """The model of a directory, in fp32, on this machine's chip."""
+    """The model of a directory, in fp32, on this machine's chip. `beat` is called with each token of its answers."""
 
     directory: Path
     tokenizer: ChatTokenizer
     chip: str = "auto"
+    beat: Callable[[], None] | None = None
 
     @property
     def told(self) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class Here:
         prompts = {number: judge.prompt_of(problems[number]) for number in {number for number, _ in places}}
         askings = [Asking(prompts[number], _key(problems[number], sample, manner.seed)) for number, sample in places]
         limits = Limits(manner.max_new_tokens, judge.stop_ids, manner.temperature)
-        for index, token_ids in answer_all(Decoder(model, torch.float32, by_kernels=True), askings, limits):
+        decoder = Decoder(model, torch.float32, by_kernels=True)
+        for index, token_ids in answer_all(decoder, askings, limits, self.beat):
             number, sample = places[index]
             found = judge.judge(problems[number], token_ids, judge.opening_of(prompts[number]))
             how = (found.right, found.closed, found.finished, found.num_tokens, found.error)
