@@ -140,7 +140,7 @@ class EvaluateSettings(Settings):
     samples: PositiveInt = 1
     pass_at: Annotated[list[PositiveInt], Field(min_length=1)] = [1]  # noqa: RUF012  # pydantic copies it
     checker: str | None = None  # what judges an answer, as in [rl] rewards; None: the final answer is the expected one
-    data: DataSettings | None = None  # what to ask from; None: what fine-tuning was trained on, its other split
+    data: DataSettings | None = None  # what to ask from; None: the other split of what was trained on last
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluateSettings:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from crosschip.cli import app
 from crosschip.data import Message
 from crosschip.errors import CheckpointError, DataError, RecipeError, RunDirectoryError
-from crosschip.recipe import DataSettings, RlSettings
+from crosschip.recipe import DataSettings, RlSettings, parse_recipe
 from crosschip.rewards import Rewarder
 from crosschip.rundir import RunDirectory
 from crosschip.train.evaluate import (
@@ -23,6 +23,7 @@ from crosschip.train.evaluate import (
     weights_sha256,
 )
 from crosschip.train.evaluate.judging import Judge as EvaluationJudge
+from crosschip.train.evaluate.questions import asked_data
 from crosschip.train.evaluate.summary import pass_at_k
 from crosschip.train.progress import LineProgress
 from crosschip.train.rl.rollouts.judging import Judge as RolloutJudge
@@ -137,6 +138,32 @@ def test_file_data_is_asked_from_its_validation_split(tiny, tmp_path) -> None:
     assert len(questions) == 5
     for question in questions:
         assert question.expected == str(int(question.messages[0].content.removesuffix("?").split()[-1]) + 1)
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({}, [1]),
+        ({"sft": 2}, [2]),
+        ({"sft": 2, "rl": 3}, [3]),
+        ({"sft": 2, "rl": None}, [1]),
+        ({"rl": 3, "then": 4}, [4]),
+        ({"sft": 2, "rl": 3, "evaluate": 5}, [5]),
+    ],
+)
+def test_what_was_reinforced_last_is_asked_else_what_was_fine_tuned(
+    tables: dict[str, int | None], expected: list[int]
+) -> None:
+    def data(level: int | None) -> dict[str, object]:
+        return {} if level is None else {"data": {"source": "arithmetic", "levels": [level]}}
+
+    document: dict[str, object] = {"name": "x", "data": {"levels": [1]}, "train": {"steps": 100}, "evaluate": {}}
+    for table, level in tables.items():
+        made = data(level) if table == "evaluate" else {"steps": 100, **data(level)}
+        document[table] = [{"kind": "rl", "name": "again", **made}] if table == "then" else made
+    recipe = parse_recipe(document, "here")
+    assert recipe.evaluate is not None
+    assert asked_data(recipe, recipe.evaluate).levels == expected
 
 
 def test_plain_text_cannot_be_evaluated(tiny, tmp_path) -> None:

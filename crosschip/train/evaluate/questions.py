@@ -11,7 +11,7 @@ from crosschip.data.answers import final_answer
 from crosschip.data.files import find_files
 from crosschip.data.readers import BadRow, RowForm, read_file
 from crosschip.errors import DataError
-from crosschip.recipe import DataSettings, EvaluateSettings, Recipe
+from crosschip.recipe import DataSettings, EvaluateSettings, Recipe, RlSettings
 
 __all__ = [
     "Question",
@@ -51,9 +51,13 @@ def questions_of(recipe: Recipe, settings: EvaluateSettings) -> list[Question]:
 
 
 def asked_data(recipe: Recipe, settings: EvaluateSettings) -> DataSettings:
-    """Where held-out problems come from: `[evaluate] data`, else what fine-tuning or the last stages are trained on."""
-    of_stages = [stage.data for stage in (recipe.sft, recipe.rl) if stage is not None]
-    return settings.data or next(filter(None, of_stages), recipe.data)
+    """Where held-out problems come from: `[evaluate] data`, else what is reinforced last, else what is fine-tuned on,
+    else the recipe's data."""
+    if settings.data is not None:
+        return settings.data
+    reinforced = [stage for _, stage in recipe.stages if isinstance(stage, RlSettings)]
+    asked = reinforced[-1] if reinforced else recipe.sft
+    return (asked.data if asked is not None else None) or recipe.data
 
 
 def made_questions(level: int, count: int, seed: int) -> list[Question]:
