@@ -34,6 +34,7 @@ KEY_VARIABLE = "CROSSCHIP_API_KEY"
 _CONNECT_S = 10.0
 _ASK_WHO_S = 5.0
 _BUSY_S = 1.0
+_LONGEST_LOAD_S = 86_400.0  # that our engine takes for a limit
 _MOST_BYTES = 1 << 20  # of any response but one with answers
 _MOST_BATCH_SIZE = 2**20  # of what an engine may say of itself
 _TEMPERED = 0.75  # at temperature 2 two log-probs are half as far apart as at 1, however likely the first is
@@ -121,7 +122,7 @@ class HttpEngine:
             "path": str(publication.path),
             "version": publication.name,
             "in_flight": "finish",
-            "timeout_s": timeout_s,
+            "timeout_s": min(timeout_s, _LONGEST_LOAD_S),
         }
         response = await post("/v1/weights", body, {})
         ends = time.monotonic() + timeout_s

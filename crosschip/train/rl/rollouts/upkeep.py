@@ -187,7 +187,8 @@ class Upkeep:
                     await self.wait()
             member.loading = target
             member.offered.append(target)
-            limit_s = self._settings.rollouts.start_timeout_s
+            rollouts = self._settings.rollouts
+            limit_s = rollouts.start_timeout_s + rollouts.timeout_s  # it finishes its answers before it loads
             await _unless_silent(client, client.load(target, limit_s))
         finally:
             member.loading, member.gated = None, False
