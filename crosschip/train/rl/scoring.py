@@ -13,7 +13,7 @@ from crosschip.recipe import RlSettings
 from crosschip.train.answering import Asking, Limits, answer_all
 from crosschip.train.evaluate.checking import opened_checker
 from crosschip.train.evaluate.judging import Judge
-from crosschip.train.evaluate.questions import Question
+from crosschip.train.evaluate.questions import Question, question_of_row
 
 if TYPE_CHECKING:
     from crosschip.data import ChatTokenizer, Source
@@ -50,16 +50,19 @@ class HeldOutProblems:
         self._questions: list[Question] = []
         longest = settings.seq_len - settings.max_new_tokens
         for row in source.rows("validation"):
-            messages = row.as_messages()
-            prompt_ids = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)
+            question = question_of_row(row)
+            if question is None:  # it ends with the user, or is plain text
+                continue
+            prompt_ids = tokenizer.encode_chat(question.messages, add_generation_prompt=True)
             if len(prompt_ids) <= longest:
                 self._askings.append(Asking(tuple(prompt_ids)))
-                self._questions.append(Question(tuple(messages[:-1]), messages[-1].content))
+                self._questions.append(Question(question.messages, row.as_messages()[-1].content))  # as in training
             if len(self._askings) == settings.validation_sequences:
                 break
         if not self._askings:
             raise DataError(
-                f"no held-out prompt has at most {longest} tokens, which seq_len leaves beside max_new_tokens",
+                f"no held-out question with an answer has at most {longest} tokens, which seq_len leaves beside "
+                "max_new_tokens",
                 "raise rl.seq_len or lower rl.max_new_tokens, or leave out rl.validate_every",
             )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from crosschip.data import ChatTokenizer, open_source, train_tokenizer
+from crosschip.data import ChatTokenizer, Message, Row, open_source, train_tokenizer
 from crosschip.errors import DataError
 from crosschip.model import ModelConfig, Transformer, init_weights
 from crosschip.recipe import DataSettings, RlSettings
@@ -44,8 +47,24 @@ def test_as_many_as_asked_for_are_answered(tokenizer: ChatTokenizer) -> None:
 
 
 def test_no_room_for_any_prompt_is_told(tokenizer: ChatTokenizer) -> None:
-    with pytest.raises(DataError, match="no held-out prompt has at most 2 tokens"):
+    with pytest.raises(DataError, match="no held-out question with an answer has at most 2 tokens"):
         HeldOutProblems(SOURCE, tokenizer, settings_of(seq_len=18))
+
+
+def test_a_row_that_ends_with_the_user_has_no_answer_to_score_by(tokenizer: ChatTokenizer) -> None:
+    user = Message("user", "What is 2 + 3?")
+    rows = [Row(messages=(user, Message("assistant", "5"), user)), Row(messages=(user, Message("assistant", "5")))]
+    source: Any = SimpleNamespace(rows=lambda split: rows)
+    held_out = HeldOutProblems(source, tokenizer, settings_of())
+    assert [(question.text, question.expected) for question in held_out._questions] == [("What is 2 + 3?", "5")]
+
+
+def test_the_expected_answer_is_the_whole_one_as_in_training(tokenizer: ChatTokenizer) -> None:
+    answer = "Two and three are five.\n#### 5"
+    row = Row(messages=(Message("user", "What is 2 + 3?"), Message("assistant", answer)))
+    source: Any = SimpleNamespace(rows=lambda split: [row])
+    (question,) = HeldOutProblems(source, tokenizer, settings_of())._questions
+    assert question.expected == answer
 
 
 def writes(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> None:
