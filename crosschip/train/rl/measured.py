@@ -38,9 +38,11 @@ def measured_rollouts(taken: TakenBatch) -> dict[str, float]:
         "reward_errors": taken.num_errors,
         "garbage": taken.num_garbage,
         "retried": taken.num_retried,
+        "groups_given_back": taken.num_given_back,
         "sampled_tokens": sum(taken.tokens_by_engine.values()),
         "waited_share": shares.waited_s / wall_s,
         "engines_work_share": shares.engines_s / wall_s,
         "both_work_share": shares.both_s / wall_s,
     }
-    return numbers if taken.mean_reward is None else {"reward": taken.mean_reward} | numbers
+    rewards = {"reward": taken.mean_reward, "judged_reward": taken.mean_judged_reward}
+    return {name: reward for name, reward in rewards.items() if reward is not None} | numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from crosschip.train.group.world import ALONE, World
 from crosschip.train.rl.objective import Agreement
+from crosschip.train.rl.sample import Group
 
-__all__ = ["EngineAgreement", "over_all", "panel"]
+__all__ = ["EngineAgreement", "older_shares", "over_all", "panel"]
 
 _NUM_COLUMNS = 6  # of `Agreement.sums_B6`
 _LARGEST = 2  # the column that holds no sum
@@ -61,6 +63,17 @@ def panel(
     all_E6[:, _LARGEST] = of_ranks_RE6[:, :, _LARGEST].amax(0)
     rows = zip(engines.items(), all_E6.tolist(), strict=True)
     return [_agreement(engine, chip, row) for (engine, chip), row in rows if row[0]]
+
+
+def older_shares(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """The share of each engine's tokens that are of weights older than `version`."""
+    num_tokens: Counter[str] = Counter()
+    num_older: Counter[str] = Counter()
+    for group in groups:
+        for sample in group.samples:
+            num_tokens[sample.engine] += len(sample.versions)
+            num_older[sample.engine] += sum(of_token < version for of_token in sample.versions)
+    return {engine: num_older[engine] / num for engine, num in num_tokens.items() if num}
 
 
 def over_all(found: Sequence[EngineAgreement]) -> EngineAgreement:

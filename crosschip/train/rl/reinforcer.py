@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,10 @@ from crosschip.errors import EXIT_FAIL, CrosschipError, RunDirectoryError
 from crosschip.model import save_model
 from crosschip.recipe import RlSettings
 from crosschip.train.group.full_model import gather_model
+from crosschip.train.group.waiting import made_by_rank_zero
 from crosschip.train.group.world import World
+from crosschip.train.guard.allowances import START
+from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.identity import differing_fields
 from crosschip.train.outer.errors import StepNotCommitted
 from crosschip.train.rl.batch import RlBatch, batch_of_groups
@@ -24,7 +26,7 @@ from crosschip.train.rl.event_queue import EventQueue
 from crosschip.train.rl.kept import Kept, read_kept, remove_kept, sampled_with, without_answers, write_kept
 from crosschip.train.rl.measured import measured_agreement, measured_rollouts
 from crosschip.train.rl.objective import Agreement, GrpoObjective, score_batch
-from crosschip.train.rl.panel import EngineAgreement, over_all, panel
+from crosschip.train.rl.panel import EngineAgreement, older_shares, over_all, panel
 from crosschip.train.rl.rollouts import RolloutError, Rollouts, TakenBatch
 from crosschip.train.rl.sample import Group
 from crosschip.train.rl.stream import RolloutStream
@@ -32,11 +34,10 @@ from crosschip.train.rl.stream import RolloutStream
 if TYPE_CHECKING:
     from crosschip.data import ChatTokenizer
     from crosschip.model import Transformer
+    from crosschip.train.stage_job import StagePosition
     from crosschip.train.step import StepSums
 
 __all__ = ["MismatchError", "Reinforcer"]
-
-_BEAT_EVERY_S = 1.0
 
 
 class MismatchError(CrosschipError):
@@ -49,8 +50,8 @@ class MismatchError(CrosschipError):
 class Reinforcer:
     """One stage's. `rollouts` is there on rank 0 alone, which speaks with the engines and tells the others.
 
-    `reference` are the weights that the stage began with, where the objective pulls towards them. `beat` says that the
-    rank waits and does not hang.
+    `reference` are the weights that the stage began with, where the objective pulls towards them. `heartbeat` says that
+    a rank waits for engines and does not hang.
     """
 
     settings: RlSettings
@@ -61,13 +62,15 @@ class Reinforcer:
     world: World
     rollouts: Rollouts | None
     seed: int
-    beat: Callable[[], None]
+    heartbeat: Heartbeat
+    position: StagePosition
     events: EventQueue
     reference: Transformer | None = None
     version: int = 0
     stream: RolloutStream = field(init=False)
     objective: GrpoObjective = field(init=False)
     _engines: dict[str, str] = field(default_factory=dict, init=False)  # of the batch: names and chips
+    _older_shares: dict[str, float] = field(default_factory=dict, init=False)  # of an engine's tokens in the batch
     _updates_left: int = field(default=0, init=False)  # with the batch of rollouts that is being trained
     _kept_step: int | None = field(default=None, init=False)
     _heard: list[Agreement] = field(default_factory=list, init=False)
@@ -87,7 +90,7 @@ class Reinforcer:
         if kept is not None:
             self.version, self._engines = kept.version, kept.engines
             self._go_on_with(kept)
-        self._publish()
+        self._publish(START, 0)
 
     def _restored(self, step: int) -> Kept | None:
         """On rank 0: what was kept, with the engines' side of it given back to them."""
@@ -139,7 +142,7 @@ class Reinforcer:
         self._updates_left -= 1
         if not self._updates_left and step < self.settings.steps:
             self.version += 1
-            self._publish()
+            self._publish("publish", step)
         if step % self.settings.checkpoint_every == 0:
             self._keep(step)
 
@@ -161,24 +164,30 @@ class Reinforcer:
         self._updates_left = 0
         self._kept_step = None
         self.version += 1
-        self._publish()
+        self._publish("publish", self.position.step)
 
-    def _publish(self) -> None:
+    def _publish(self, phase: str, step: int) -> None:
+        """Bring the weights to the engines; the other ranks wait, and whoever waits for engines is not silent."""
         whole = gather_model(self.model, self.world)
-        if self.rollouts is None:
-            return
-        assert whole is not None
 
         def write(directory: Path) -> None:
+            assert whole is not None
             save_model(whole, directory)
             self.tokenizer.save(directory)
 
-        self.rollouts.publish(self.version, write)
+        def publish() -> None:
+            assert self.rollouts is not None
+            self.rollouts.publish(self.version, write, self.heartbeat.renew)
+
+        made_by_rank_zero(self.world, self.heartbeat, publish, phase, step)
 
     def _collect(self) -> RlBatch:
         """A batch of rollouts on every rank, scored by the trainer where the objective needs it."""
-        taken: TakenBatch = self.world.from_rank_zero(self._take)
+        step = self.position.step + 1
+        taken: TakenBatch = made_by_rank_zero(self.world, self.heartbeat, self._take, "rollouts", step)
+        self.heartbeat.beat("scoring", step)
         self._engines = {sample.engine: sample.chip for group in taken.groups for sample in group.samples}
+        self._older_shares = older_shares(taken.groups, self.version)
         self._updates_left = self.settings.updates_per_batch
         self._numbers |= measured_rollouts(taken)
         batch = batch_of_groups(taken.groups, list(self._engines), self.settings, self.tokenizer.pad_id)
@@ -192,16 +201,9 @@ class Reinforcer:
         return batch
 
     def _take(self) -> TakenBatch:
-        """Wait for the rollouts, and say every second that this is waiting and no hang."""
+        """Wait for the rollouts, and say again and again that this is waiting and no hang."""
         assert self.rollouts is not None
-        with concurrent.futures.ThreadPoolExecutor(1, "rollouts") as thread:
-            waiting = thread.submit(self.rollouts.take, self.version)
-            while True:
-                self.beat()
-                try:
-                    return waiting.result(_BEAT_EVERY_S)
-                except concurrent.futures.TimeoutError:
-                    continue
+        return self.rollouts.take(self.version, self.heartbeat.renew)
 
     def _scored(self, model: Transformer, batch: RlBatch) -> torch.Tensor:
         """Log-probs of a batch by a model, each rank's share of the answers computed there."""
@@ -225,22 +227,33 @@ class Reinforcer:
         if found:
             self._numbers |= measured_agreement(over_all(found))
         for agreement in found:
-            self._numbers |= measured_agreement(agreement, f"{agreement.engine} ")
+            self._numbers |= measured_agreement(agreement, f"{agreement.engine} ({agreement.chip}) ")
         beyond = [agreement for agreement in found if agreement.k3 > self.settings.rollouts.mismatch_limit]
         for agreement in beyond:
             self._answer(agreement)
         if beyond and self.settings.rollouts.on_mismatch == "drop":
+            self._give_back()
             self.renew()
             raise StepNotCommitted
         return sums
 
+    def _give_back(self) -> None:
+        """The batch is not trained, since an engine was dropped that answered in it."""
+        if self.rollouts is not None:
+            num = self.rollouts.give_back()
+            self.events.put("rollouts lost", "the batch has answers of that engine", f"{num} problems are asked again")
+
     def _answer(self, agreement: EngineAgreement) -> None:
         settings = self.settings.rollouts
         detail = f"{agreement.line()}; the bound is a KL of {settings.mismatch_limit}"
+        older_share = self._older_shares.get(agreement.engine, 0.0)
+        if older_share:
+            detail += f"; {older_share:.0%} of its tokens are of older weights, and what was trained since is in the KL"
         if settings.on_mismatch == "stop":
+            slower = "lower rl.learning_rate, or set rl.rollouts.max_staleness = 0; " if older_share else ""
             raise MismatchError(
-                f"the engine does not compute what the trainer computes: {detail}",
-                "examine its chip (`crosschip qualify --role serve`) or its weights; "
+                f"the engine's log-probs are too far from the trainer's: {detail}",
+                f"{slower}examine its chip (`crosschip qualify --role serve`) or its weights; "
                 "rl.rollouts.on_mismatch = 'drop' goes on without it",
             )
         self.events.put("mismatch", detail, "went on" if settings.on_mismatch == "warn" else "dropped the engine")

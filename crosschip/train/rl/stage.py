@@ -78,7 +78,8 @@ def open_reinforcer(
         world=around.world,
         rollouts=rollouts,
         seed=around.recipe.seed,
-        beat=lambda: around.heartbeat.beat("rollouts", around.position.step),
+        heartbeat=around.heartbeat,
+        position=around.position,
         events=events,
         reference=starting_weights().requires_grad_(False) if settings.kl_weight else None,
     )
@@ -137,7 +138,11 @@ def _score(
         assert model is not None
         found = held_out().score(model)
         told = f"{found.num_right} of {found.num_problems} held-out problems right, {found.mean_tokens:.0f} tokens each"
-        told += f"; the checker failed on {found.num_errors} of them" if found.num_errors else ""
-        return {"score": found.num_right / found.num_problems, "answer_tokens": found.mean_tokens}, told
+        if found.num_errors:
+            failed = f"the checker failed on {found.num_errors} of {found.num_problems} held-out answers"
+            told += f"; {failed}"
+            reinforcer.events.put("checker failed", failed, "they count as not right; the score is too low")
+        numbers = {"score": found.num_right / found.num_problems, "answer_tokens": found.mean_tokens}
+        return {**numbers, "num_checker_errors": found.num_errors}, told
 
     return world.from_rank_zero(measure)

@@ -41,7 +41,8 @@ def beat_of(directory: Path) -> Beat:
 
 
 def rank_of(heartbeat: Heartbeat) -> stage_making.Rank:
-    return stage_making.Rank(ALONE, NOTHING, LineProgress(None), heartbeat, None)
+    chip: Any = SimpleNamespace(name="cpu")
+    return stage_making.Rank(ALONE, chip, LineProgress(None), heartbeat, None)
 
 
 def test_who_waits_for_rank_zero_may_be_silent_for_longer_than_rank_zero(tmp_path: Path, heartbeat: Heartbeat) -> None:
@@ -54,12 +55,12 @@ def test_who_waits_for_rank_zero_may_be_silent_for_longer_than_rank_zero(tmp_pat
             assert beat_of(tmp_path).allowance_s == ALLOWED_S, "it has been waited for"
 
 
-def test_rejection_sampling_beats_with_every_line_it_tells(tmp_path: Path, heartbeat: Heartbeat, monkeypatch) -> None:
+def test_rejection_sampling_beats_with_every_line_and_token(tmp_path: Path, heartbeat: Heartbeat, monkeypatch) -> None:
     seen: list[Beat] = []
 
     def distill(*arguments: Any, **settings: Any) -> None:
-        for _ in range(3):
-            arguments[5]("some answers")
+        for beat in (lambda: arguments[5]("some answers"), settings["beat"], settings["beat"]):
+            beat()
             seen.append(beat_of(tmp_path))
 
     monkeypatch.setattr(distil_stage, "distill", distill)

@@ -12,8 +12,9 @@ import torch
 from crosschip.train.group.world import join_world
 from crosschip.train.rl.measured import measured_agreement
 from crosschip.train.rl.objective import Agreement
-from crosschip.train.rl.panel import EngineAgreement, over_all, panel
+from crosschip.train.rl.panel import EngineAgreement, older_shares, over_all, panel
 from tests.train.group.conftest import run_together
+from tests.train.rl.made import group
 
 ENGINES = {"native": "cpu", "far": "npu"}
 
@@ -39,6 +40,15 @@ def test_a_divergence_without_bound_is_told_in_words_and_left_out_of_the_log() -
     assert "KL inf nats" in far.line()
     assert "far mismatch_k3" not in measured_agreement(far, "far ")
     assert measured_agreement(over_all([far]))["mismatch_mean_dp"] == pytest.approx(0.1)
+
+
+def test_the_share_of_tokens_of_older_weights_is_told_for_each_engine() -> None:
+    groups = [
+        group(1.0, 0.0, number=0, engine="native", version=3),
+        group(1.0, number=1, engine="native", version=4),
+        group(1.0, number=2, engine="far", version=4),
+    ]
+    assert older_shares(groups, 4) == {"native": pytest.approx(2 / 3), "far": 0.0}
 
 
 def test_an_engine_without_a_token_is_not_on_the_panel() -> None:

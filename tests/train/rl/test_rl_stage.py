@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import MagicMock
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from crosschip.train.group.world import ALONE
 from crosschip.train.rl import stage
 from crosschip.train.rl.event_queue import EventQueue
+from crosschip.train.rl.scoring import HeldOutScore
 from tests.train.rl.made import settings
 
 
@@ -33,6 +36,20 @@ def test_checkers_run_in_as_many_processes_as_asked_for(
 def test_times_and_numbers_that_cannot_be_are_refused(fault: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fault))):
         settings(**fault)
+
+
+@pytest.mark.parametrize("num_errors", [0, 3])
+def test_held_out_answers_that_the_checker_could_not_tell_are_counted_and_told(
+    monkeypatch: pytest.MonkeyPatch, num_errors: int
+) -> None:
+    monkeypatch.setattr(stage, "gather_model", lambda model, world: object())
+    reinforcer = cast(Any, SimpleNamespace(model=None, events=EventQueue()))
+    held_out = cast(Any, SimpleNamespace(score=lambda model: HeldOutScore(4, 10, 7.0, num_errors)))
+    numbers, told = stage._score(reinforcer, ALONE, lambda: held_out)
+    assert numbers == {"score": 0.4, "answer_tokens": 7.0, "num_checker_errors": num_errors}
+    events = reinforcer.events.taken()
+    assert [event for event, _, _ in events] == ["checker failed"] * bool(num_errors)
+    assert ("the checker failed on 3 of 10" in told) == bool(num_errors)
 
 
 def test_events_can_be_written_down() -> None:

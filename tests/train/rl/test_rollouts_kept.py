@@ -13,6 +13,7 @@ from crosschip.data import NOT_TRAINED
 from crosschip.errors import RunDirectoryError
 from crosschip.recipe import RlSettings
 from crosschip.train.group.world import ALONE
+from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.rl import reinforcer as reinforcer_module
 from crosschip.train.rl.batch import RlBatch
 from crosschip.train.rl.event_queue import EventQueue
@@ -23,6 +24,7 @@ from crosschip.train.rl.rollouts.ledger import Ledger
 from crosschip.train.rl.rollouts.saved import group_of, saved_group
 from crosschip.train.rl.rollouts.taken import TakenBatch, Window, WorkClock
 from crosschip.train.rl.sample import Group
+from crosschip.train.stage_job import StagePosition
 from tests.train.rl.made import problem, sample, settings
 
 BATCH = 4  # answers that a step trains
@@ -36,15 +38,16 @@ class InstantRollouts:
     most_finished: int = 1_000_000  # answers with a higher number are cut off
     published: list[int] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.settings.prompts, 0, 8, drop_without_signal=False, has_signal=lambda group: True)
 
-    def publish(self, version: int, write: Any) -> None:
+    def publish(self, version: int, write: Any, beat: Any) -> None:
         self.published.append(version)
         self.ledger.set_due(version)
 
-    def take(self, version: int) -> TakenBatch:
+    def take(self, version: int, beat: Any) -> TakenBatch:
         assert version == self.ledger.due == self.published[-1]
         self.taken.append(version)
         while self.ledger.may_begin(version):
@@ -55,6 +58,12 @@ class InstantRollouts:
             ]
             self.ledger.finish(Group(problem(number), tuple(answers)))
         return Window().batch(self.ledger.take(), True, WorkClock(0.0).cut(1.0))
+
+    def drop_engine(self, name: str, reason: str) -> None:
+        self.dropped.append(name)
+
+    def give_back(self) -> int:
+        return len(self.ledger.give_back())
 
     def state(self) -> dict[str, Any]:
         finished = [saved_group(group) for group in self.ledger.finished]
@@ -92,7 +101,8 @@ class Stage:
             world=ALONE,
             rollouts=cast(Rollouts, self.rollouts),
             seed=3,
-            beat=lambda: None,
+            heartbeat=Heartbeat(None, 0, 600.0),
+            position=StagePosition(),
             events=self.events,
         )
 

@@ -127,12 +127,20 @@ class Driver:
         self._failure = None
 
     def drop_engine(self, name: str, reason: str) -> None:
-        """Give an engine no more requests, and use none of its answers that were not taken yet."""
-        member = next(member for member in self._fleet.upkeep.members if member.name == name)
-        if member.state != "dropped":
+        """Give an engine no more requests, and use none of its answers that were not taken yet. One of an earlier run
+        that is none of this run's has no requests."""
+        member = next((member for member in self._fleet.upkeep.members if member.name == name), None)
+        if member is not None and member.state != "dropped":
             self._fleet.upkeep.drop(member, reason, may_return=False)
         self._ledger.ask_again_of(name)
         self._pump()
+
+    def give_back(self) -> int:
+        """The batch taken last is not trained: its problems are asked again. Returns how many they are."""
+        numbers = self._ledger.give_back()
+        self._window.num_given_back += len(numbers)
+        self._pump()
+        return len(numbers)
 
     @property
     def paths_in_use(self) -> set[Path]:

@@ -53,6 +53,7 @@ class Ledger:
         self._finished: dict[int, Group] = {}
         self._reserve: dict[int, Group] = {}  # without signal: the first ones, in case the batch cannot be filled
         self._num_without_signal = 0  # since the last batch
+        self._taken: list[int] = []  # the last batch
 
     @property
     def under_way(self) -> list[int]:
@@ -153,7 +154,15 @@ class Ledger:
         self._reserve.clear()
         self._num_without_signal = 0
         self.due += 1
+        self._taken = sorted(group.problem.number for group in groups)
         return sorted(groups, key=lambda group: group.problem.number)
+
+    def give_back(self) -> list[int]:
+        """The batch taken last is not trained after all: its problems are asked again. Returns their numbers."""
+        numbers, self._taken = self._taken, []
+        for number in numbers:
+            self._ask_again(number)
+        return numbers
 
     def restore(
         self, next_number: int, to_ask_again: list[int], finished: list[Group], least_due: int | None = None

@@ -29,6 +29,10 @@ _NATIVE = "native"
 Result = TypeVar("Result")
 
 
+def _nothing() -> None:
+    """Nobody looks whether this waits or hangs."""
+
+
 def engines_of(
     settings: RlSettings, chip: str, dtype: str, directory: Path, deterministic: bool = False
 ) -> list[LocalEngine | RemoteEngine]:
@@ -66,7 +70,8 @@ class Rollouts:
 
     `publish(version)` and `take(version)` alternate, with versions that count up. With `max_staleness = 0` an answer's
     every token is of the weights that are trained. `tell(event, detail, action)` is called in the thread that calls
-    these methods, from within them.
+    these methods, from within them. Both call `beat` again and again while they wait for engines, which have limits of
+    their own.
 
     Args:
         settings: the table `[rl]`.
@@ -105,7 +110,7 @@ class Rollouts:
 
         self._driver = asyncio.run_coroutine_threadsafe(make(), self._loop).result()
 
-    def publish(self, version: int, write: Callable[[Path], None]) -> None:
+    def publish(self, version: int, write: Callable[[Path], None], beat: Callable[[], None] = _nothing) -> None:
         """Write weights (`write` puts a model into a directory) and have the engines answer with them.
 
         Blocks until they do with `max_staleness = 0`, and the first time; else until they have been told, and each
@@ -116,15 +121,15 @@ class Rollouts:
         """
         in_use = self._call(self._paths_in_use())
         publication = self._publisher.publish(version, write, in_use)
-        self._call(self._driver.publish(publication))
+        self._call(self._driver.publish(publication), beat)
 
-    def take(self, version: int) -> TakenBatch:
+    def take(self, version: int, beat: Callable[[], None] = _nothing) -> TakenBatch:
         """The batch for the weights of `version`, the one published last. Blocks until it is there.
 
         Raises:
             RolloutError: no engine is left, all refuse a problem, or too many rewards failed.
         """
-        return self._call(self._driver.take(version))
+        return self._call(self._driver.take(version), beat)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON. Problems under way are asked again there."""
@@ -150,6 +155,14 @@ class Rollouts:
 
         self._call(drop())
 
+    def give_back(self) -> int:
+        """The batch taken last is not trained: its problems are asked again. Returns how many they are."""
+
+        async def give() -> int:
+            return self._driver.give_back()
+
+        return self._call(give())
+
     def close(self) -> None:
         """End requests, connections, own engines and the thread. To be called however the stage ended; does nothing
         the second time."""
@@ -172,14 +185,15 @@ class Rollouts:
         finally:
             self._loop.close()
 
-    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run in the loop's thread and wait; meanwhile tell what is to be told."""
+    def _call(self, work: Coroutine[Any, Any, Result], beat: Callable[[], None] = _nothing) -> Result:
+        """Run in the loop's thread and wait; meanwhile beat, and tell what is to be told."""
         future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not future.done():
                 try:
                     future.exception(_LISTEN_EVERY_S)
                 except TimeoutError:
+                    beat()
                     self._tell_all()
         except BaseException:  # Ctrl-C while waiting
             future.cancel()

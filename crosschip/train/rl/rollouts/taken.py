@@ -29,10 +29,12 @@ class TakenBatch:
 
     `num_asked` are groups that were begun; `num_stale` and `num_without_signal` those that were dropped as too old, or
     as all answers had one reward. `num_errors` are rewards that failed, `num_garbage` answers of engines that could not
-    be true, `num_retried` requests that were asked again, for whatever reason. `tokens_by_engine` counts all tokens
-    that were sampled, used or not. `is_full` is False where groups without signal fill it up, or nothing does.
+    be true, `num_retried` requests that were asked again, for whatever reason, `num_given_back` groups of a batch that
+    was not trained, because an engine was dropped. `tokens_by_engine` counts all tokens that were sampled, used or not.
+    `mean_judged_reward` is over everything that was judged. `is_full` is False where groups without signal fill it up,
+    or nothing does.
     `mean_answer_tokens`, `share_finished` (ended by themselves), `share_closed` (no reasoning was left open) and
-    `mean_reward` are over the answers in the batch; `mean_reward` is None where none has one.
+    `mean_reward` are over the answers in the batch. A mean of rewards is None where no answer has one.
     """
 
     groups: tuple[Group, ...]
@@ -43,12 +45,14 @@ class TakenBatch:
     num_errors: int
     num_garbage: int
     num_retried: int
+    num_given_back: int
     tokens_by_engine: dict[str, int]
     shares: WorkShares
     mean_answer_tokens: float
     share_finished: float
     share_closed: float
     mean_reward: float | None
+    mean_judged_reward: float | None
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Window:
     num_failed_groups: int = 0  # with at least one reward that failed
     num_garbage: int = 0
     num_retried: int = 0
+    num_given_back: int = 0
+    sum_rewards: float = 0.0  # of all that were judged
     tokens_by_engine: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)  # the first ones of checkers that failed
 
@@ -76,6 +82,8 @@ class Window:
                 self.num_errors += 1
                 if len(self.messages) < NUM_MESSAGES:
                     self.messages.append(sample.error or "no reward and no reason")
+            else:
+                self.sum_rewards += sample.reward
 
     def has_too_many_errors(self, most_share: float, num_enough: int) -> bool:
         """Whether more rewards failed than may; `num_enough` answers are enough to tell."""
@@ -86,7 +94,7 @@ class Window:
         samples = [sample for group in groups for sample in group.samples]
         texts = [group.problem.opening + sample.text for group in groups for sample in group.samples]
         rewards = [sample.reward for sample in samples if sample.reward is not None]
-        num = max(1, len(samples))
+        num, num_rewards = max(1, len(samples)), self.num_judged - self.num_errors
         return TakenBatch(
             tuple(groups),
             is_full,
@@ -96,12 +104,14 @@ class Window:
             self.num_errors,
             self.num_garbage,
             self.num_retried,
+            self.num_given_back,
             dict(sorted(self.tokens_by_engine.items())),
             shares,
             mean_answer_tokens=sum(len(sample.token_ids) for sample in samples) / num,
             share_finished=sum(sample.finished for sample in samples) / num,
             share_closed=sum(split_reasoning(text)[2] for text in texts) / num,
             mean_reward=sum(rewards) / len(rewards) if rewards else None,
+            mean_judged_reward=self.sum_rewards / num_rewards if num_rewards else None,
         )
 
 

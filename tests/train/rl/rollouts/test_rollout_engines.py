@@ -517,6 +517,32 @@ def test_a_dropped_engine_gets_nothing_and_its_answers_are_not_used(tmp_path: Pa
         assert {sample.engine for group in batch.groups for sample in group.samples} == {"engine-1"}
 
 
+def test_an_engine_of_an_earlier_run_can_be_dropped_and_its_answers_are_not_used(tmp_path: Path) -> None:
+    with served(ScriptedEngine()) as urls:
+        with rollouts_of(settings_of(1), urls, tmp_path / "a") as rollouts:
+            take_all(rollouts, 1)
+            wait_until(lambda: len(rollouts.state()["finished"]) == 4, "the next batch is there")
+            state = rollouts.state()
+        for group in state["finished"]:
+            for sample in group["samples"]:
+                sample["engine"] = "engine-of-then"
+        with rollouts_of(settings_of(1), urls, tmp_path / "b") as rollouts:
+            rollouts.restore(state)
+            rollouts.drop_engine("engine-of-then", "its log-probs are not those of the trainer")
+            (batch,) = take_all(rollouts, 1, first=1)
+    assert len(batch.groups) == 4
+    assert {sample.engine for group in batch.groups for sample in group.samples} == {"engine-0"}
+
+
+def test_the_problems_of_a_batch_that_is_given_back_are_asked_again_and_counted(tmp_path: Path) -> None:
+    with served(ScriptedEngine()) as urls, rollouts_of(settings_of(), urls, tmp_path) as rollouts:
+        (before,) = take_all(rollouts, 1)
+        assert rollouts.give_back() == len(before.groups) == 4
+        assert set(numbers_of(before)) <= set(rollouts.state()["ask_again"])
+        (after,) = take_all(rollouts, 1, first=1)
+    assert (before.num_given_back, after.num_given_back) == (0, 4)
+
+
 def test_an_engine_that_comes_back_is_taken_back_at_the_next_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,6 +248,18 @@ def test_answers_of_an_engine_that_is_not_believed_are_asked_again_first() -> No
     assert begin_all(ledger, 0) == [1]
 
 
+def test_a_batch_that_is_given_back_is_asked_again() -> None:
+    ledger = ledger_of(prompts=2, max_staleness=0)
+    ledger.set_due(0)
+    for number in begin_all(ledger, 0):
+        ledger.finish(group_of_rewards(number, 0))
+    assert [group.problem.number for group in ledger.take()] == [0, 1]
+    assert ledger.give_back() == [0, 1]
+    assert ledger.give_back() == []
+    ledger.set_due(1)
+    assert begin_all(ledger, 1) == [0, 1]
+
+
 def test_another_ledger_goes_on_where_one_was() -> None:
     first = ledger_of(prompts=2, max_staleness=1)
     first.set_due(4)

@@ -108,7 +108,11 @@ def test_a_window_counts_rewards_that_failed_and_keeps_three_messages() -> None:
     assert not window.has_too_many_errors(0.5, 1)
     batch = window.batch([group_of_rewards(0, 0, (1.0, 0.0))], True, WorkClock(0.0).cut(1.0))
     assert (batch.mean_reward, batch.mean_answer_tokens, batch.share_finished, batch.share_closed) == (0.5, 2, 1, 1)
-    assert Window().batch([], False, WorkClock(0.0).cut(1.0)).mean_reward is None
+    assert batch.mean_judged_reward == 1.0  # of those that were judged, not of those that are trained
+    window.note_judged(group_of_rewards(9, 0, (0.0, 0.0, 0.0, 0.0)))
+    assert window.batch([], False, WorkClock(0.0).cut(1.0)).mean_judged_reward == 0.5
+    empty = Window().batch([], False, WorkClock(0.0).cut(1.0))
+    assert (empty.mean_reward, empty.mean_judged_reward) == (None, None)
 
 
 def test_an_engine_is_given_up_after_bad_answers_in_a_row() -> None:
