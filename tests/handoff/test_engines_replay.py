@@ -25,6 +25,8 @@ from crosschip.golden.engine_replay import replay_over_http
 from crosschip.golden.judge import Judgement, judge
 from crosschip.golden.record import RecordPlan, record
 from crosschip.golden.training_curve import CurvePlan
+from crosschip.handoff.certificate.engine_codec import EngineCodec
+from crosschip.handoff.certificate.tokenizers import tokenizer_gate
 from crosschip.handoff.source import open_source
 from crosschip.handoff.targets.gguf import GGUF, GGUF_Q8_0
 from crosschip.handoff.targets.target import Target
@@ -236,6 +238,27 @@ def test_the_tokenizer_in_the_file_is_the_same(moe: Recorded, tmp_path: Path) ->
         template = (directory / "chat_template.jinja").read_text()
         props = httpx.get(f"{running.url}/props", trust_env=False).json()
         assert props["chat_template"].strip() == template.strip()
+
+
+@pytest.mark.parametrize("how", ["as it is", "NFC", "begin", "begin and end"])
+def test_the_tokenizers_gate_passes_what_llamacpp_reads(tokenizer_512: Path, tmp_path: Path, how: str) -> None:
+    directory = with_tokenizer(save_dense(tmp_path / "llama", "llama", **DENSE), tokenizer_512)
+    document = json.loads((directory / "tokenizer.json").read_text())
+    if how == "NFC":
+        document["normalizer"] = {"type": "NFC"}
+    elif how != "as it is":
+        begin, end = ({"SpecialToken": {"id": f"<|{name}|>", "type_id": 0}} for name in ("bos", "eos"))
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        single = [begin, text, end] if how == "begin and end" else [begin, text]
+        special = {t: {"id": t, "ids": [number], "tokens": [t]} for number, t in enumerate(("<|bos|>", "<|eos|>"))}
+        pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        document["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair}
+        document["post_processor"]["special_tokens"] = special
+    (directory / "tokenizer.json").write_text(json.dumps(document))
+    files = open_source(directory).tokenizer_files
+    with serving("llamacpp", exported(GGUF, directory, tmp_path / "gguf"), tmp_path / "log") as running:
+        gate = tokenizer_gate(files, tmp_path, EngineCodec(running.url))
+    assert gate.verdict == "PASS", gate.message
 
 
 def test_engines_answer_to_the_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:

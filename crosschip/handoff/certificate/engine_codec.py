@@ -16,7 +16,7 @@ _SILENCE_S = 60.0
 
 
 class EngineCodec:
-    """llama.cpp's `/tokenize`, `/detokenize` and `/apply-template`.
+    """llama.cpp's `/tokenize`, `/detokenize`, `/apply-template` and `/props`.
 
     Raises:
         EngineError: by each method, when the engine does not answer as llama.cpp does.
@@ -35,16 +35,39 @@ class EngineCodec:
         return str(self._ask("detokenize", {"tokens": list(ids)}, "content"))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """A chat as the engine's template writes it."""
+        """A chat as the engine's template writes it, without what the engine adds by itself."""
         listed = [{"role": each.role, "content": each.content} for each in messages]
         body = {"messages": listed, "add_generation_prompt": add_generation_prompt}
         return str(self._ask("apply-template", body, "prompt"))
 
-    def _ask(self, path: str, body: dict[str, Any], field: str) -> Any:
+    def added(self) -> tuple[str, str]:
+        """The begin and the end token, as text, that the engine puts around what it is given; "" for none.
+
+        Where it adds one, llama.cpp cuts the template's own off.
+        """
+        body = {"content": "a", "parse_special": True}
+        plain, full = (self._ask("tokenize", {**body, "add_special": each}, "tokens") for each in (False, True))
+        if not plain or len(full) == len(plain):
+            return "", ""
+        begin, end = (str(self._ask("props", None, name)) for name in ("bos_token", "eos_token"))
+        return begin if full[0] != plain[0] else "", end if full[-1] != plain[-1] else ""
+
+    def _ask(self, path: str, body: dict[str, Any] | None, field: str) -> Any:
         try:
-            response = httpx.post(f"{self._url}/{path}", json=body, timeout=_SILENCE_S, trust_env=False)
+            response = self._sent(path, body)
             return response.raise_for_status().json()[field]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise EngineError(
                 f"{self._url}/{path} gives no {field}: {type(error).__name__}: {error}", "see the engine's log"
             ) from None
+
+    def _sent(self, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """The answer; a connection that was dropped without one, as just after the start, is made once more."""
+        url, settings = f"{self._url}/{path}", {"timeout": _SILENCE_S, "trust_env": False}
+        for is_last in (False, True):
+            try:
+                return httpx.get(url, **settings) if body is None else httpx.post(url, json=body, **settings)
+            except (httpx.RemoteProtocolError, httpx.ConnectError):
+                if is_last:
+                    raise
+        raise AssertionError("the loop returns or raises")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ def _swap_tokens(file: Path) -> None:
 
 
 class _Other:
-    """A reader of another format, honest or not."""
+    """A reader of another format, honest or not; `around` is what it adds to a chat by itself."""
 
-    def __init__(self, directory: Path, offset: int = 0) -> None:
-        self._tokenizer, self._offset = load_tokenizer(directory), offset
+    def __init__(self, directory: Path, offset: int = 0, around: tuple[str, str] = ("", "")) -> None:
+        self._tokenizer, self._offset, self.around = load_tokenizer(directory), offset, around
 
     def encode(self, text: str) -> list[int]:
         return [each + self._offset for each in self._tokenizer.encode_with_controls(text)]
@@ -68,7 +69,11 @@ class _Other:
         return self._tokenizer.decode([each - self._offset for each in ids])
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return self._tokenizer.render(messages, add_generation_prompt)
+        begin, end = self.around
+        return self._tokenizer.render(messages, add_generation_prompt).removeprefix(begin).removesuffix(end)
+
+    def added(self) -> tuple[str, str]:
+        return self.around
 
 
 def test_another_format_is_compared_by_what_it_does(model_dir: Path, tmp_path: Path) -> None:
@@ -80,6 +85,29 @@ def test_another_format_is_compared_by_what_it_does(model_dir: Path, tmp_path: P
     wrong = tokenizer_gate(files, tmp_path, _Other(model_dir, offset=1))
     assert wrong.verdict == "FAIL"
     assert "the source's" in wrong.message
+
+
+def test_a_reader_that_does_not_normalise_passes_on_texts_that_are_in_the_form(model_dir: Path, tmp_path: Path) -> None:
+    """As llama.cpp reads Qwen3's tokenizer: there is no place for NFC in a GGUF file."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in open_source(model_dir).tokenizer_files:
+        shutil.copyfile(file, source / file.name)
+    document = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps({**document, "normalizer": {"type": "NFC"}}))
+    gate = tokenizer_gate([source / "tokenizer.json"], tmp_path, _Other(model_dir))
+    assert (gate.verdict, any("not in NFC" in words for words in gate.not_covered)) == ("PASS", True), gate.message
+    assert tokenizer_gate([source / "tokenizer.json"], tmp_path, _Other(model_dir, offset=1)).verdict == "FAIL"
+
+
+def test_a_begin_that_the_reader_adds_by_itself_is_no_difference(model_dir: Path, tmp_path: Path) -> None:
+    """llama.cpp cuts the template's begin token off where the tokenizer adds one."""
+    files = open_source(model_dir).tokenizer_files
+    gate = tokenizer_gate(files, tmp_path, _Other(model_dir, around=("<|bos|>", "")))
+    assert (gate.verdict, any("<|bos|> around" in words for words in gate.not_covered)) == ("PASS", True), gate.message
+    unsaid = _Other(model_dir, around=("<|bos|>", ""))
+    unsaid.added = lambda: ("", "")  # type: ignore[method-assign]
+    assert "a chat becomes" in tokenizer_gate(files, tmp_path, unsaid).message
 
 
 def test_without_a_tokenizer_it_is_not_covered(tmp_path: Path) -> None:
