@@ -12,7 +12,7 @@ from crosschip.errors import CrosschipError, HandoffError
 from crosschip.golden.bundle import Bundle
 from crosschip.golden.limits import QUANTISED
 from crosschip.golden.weights import compare_weights, tensor_record
-from crosschip.handoff.certificate.arrived import open_arrived
+from crosschip.handoff.certificate.arrived import open_arrived, recorded_form
 from crosschip.handoff.conversion.declared import is_quantised_weight
 from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.export import HANDOFF_FILE, HANDOFF_SCHEMA
@@ -81,7 +81,7 @@ def _foreign_target(directory: Path, bundle: Bundle) -> tuple[str, str]:
     Files in 8 bits from which the bundle itself was recorded are to be the same to the last bit, as of `hf`.
     """
     try:
-        arrived = open_arrived(directory)
+        arrived = open_arrived(directory, recorded_form(bundle))
         in_8_bits = TARGETS[arrived.target].quantised is not None
         target = "hf" if in_8_bits and _is_recorded(arrived.tensors, bundle) else arrived.target
     except CrosschipError:  # the gates say what is wrong with it

@@ -19,7 +19,7 @@ from crosschip.golden.config_fields import TIED
 from crosschip.golden.files import FileCheck
 from crosschip.golden.weights import WeightDifference
 from crosschip.handoff.bundles import check_numbers, choose_bundle, removed_if_refused
-from crosschip.handoff.certificate.arrived import Arrived, open_arrived
+from crosschip.handoff.certificate.arrived import Arrived, open_arrived, recorded_form
 from crosschip.handoff.certificate.endings import tokenizer_and_endings_gate
 from crosschip.handoff.certificate.engines import Trial, check_engine, check_runs, default_engines, make_replays
 from crosschip.handoff.certificate.fields import fields_gate
@@ -32,7 +32,6 @@ from crosschip.handoff.certificate.reproducer import Evidence, write_reproducers
 from crosschip.handoff.certificate.taken_over import answer_gates, bound_answer_gates, write_read_gate
 from crosschip.handoff.certificate.tensors import manifest_gate, unreadable
 from crosschip.handoff.certificate.tokenizers import both
-from crosschip.handoff.conversion.rotary_pairs import FIELD
 from crosschip.handoff.describing import (
     chosen_dtype,
     computed_in,
@@ -269,7 +268,7 @@ def _file_gates(
     """The gates that need no engine, how the files differ for the replays to know, and the files as they are read."""
     tokenizer = tokenizer_and_endings_gate(directory, source, bundle)
     try:
-        arrived = open_arrived(directory, _recorded_form(bundle) if source is None else source.config)
+        arrived = open_arrived(directory, recorded_form(bundle) if source is None else source.config)
     except CrosschipError as error:
         return [unreadable(error), tokenizer], FileCheck([], [], None), None
     is_gguf = _is_gguf(directory)
@@ -308,12 +307,6 @@ def _known_manifest(earlier: Certificate, bundle: Bundle) -> Gate | None:
     gate = gates_before(earlier).get("tensor manifest")
     same = earlier.document["golden"].get("seal") == bundle.manifest["seal"]
     return gate if gate is not None and same and gate.verdict == "PASS" else None
-
-
-def _recorded_form(bundle: Bundle) -> dict[str, Any]:
-    """The fields of the recorded configuration that say how tensors lie, and not what is computed."""
-    recorded = bundle.manifest["config"]
-    return {FIELD: recorded[FIELD]} if FIELD in recorded else {}
 
 
 def _without_a_place(bundle: Bundle) -> list[str]:

@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from crosschip.errors import HandoffError
+from crosschip.golden.bundle import Bundle
 from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.conversion.rotary_pairs import FIELD, in_halves, lies_in_pairs
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS
 
-__all__ = ["Arrived", "open_arrived", "write_multiplied_out"]
+__all__ = ["Arrived", "open_arrived", "recorded_form", "write_multiplied_out"]
+
+
+# Of the recorded configuration: what says how tensors lie, and what a GGUF file of llama.cpp's own has no key for.
+_OF_FORM = (FIELD, "rope_theta", "rope_scaling", "rope_parameters")
+
+
+def recorded_form(bundle: Bundle) -> dict[str, Any]:
+    """The fields of the recorded configuration that files are read by; what a file says itself is not among them."""
+    recorded = bundle.manifest["config"]
+    return {field: recorded[field] for field in _OF_FORM if field in recorded}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from crosschip.handoff.conversion.operators import (
     Transpose,
 )
 from crosschip.handoff.conversion.rotary_pairs import latent_in_pairs, query_in_pairs
-from crosschip.handoff.gguf.metadata import Metadata, as_float32, shortest, unknown_fields
+from crosschip.handoff.gguf.metadata import Metadata, as_float32, fraction, unknown_fields, whole
 from crosschip.handoff.gguf.rotary import rope_of
 
 __all__ = ["MODEL_TYPES", "NAME", "fields_of", "left_out", "metadata_of", "operators_of", "reasons_against"]
@@ -141,18 +141,17 @@ def _given(config: dict[str, Any], field: str) -> Any:
 def fields_of(metadata: Metadata) -> dict[str, Any]:
     """The fields of config.json that a file's keys mean: `metadata_of` read backwards."""
     own = {key.removeprefix(f"{NAME}."): value for key, value in metadata.items()}
-    found: dict[str, Any] = {field: own[key] for field, key in _ONE_TO_ONE.items() if key in own}
-    rotated = own["rope.dimension_count"]
-    assert isinstance(rotated, int)
+    found: dict[str, Any] = {field: whole(own, key) for field, key in _ONE_TO_ONE.items() if key in own}
+    rotated = whole(own, "rope.dimension_count")
     return {
         "model_type": MODEL_TYPES[0],
         "architectures": ["DeepseekV3ForCausalLM"],
         **found,
         "q_lora_rank": own.get("attention.q_lora_rank"),
-        "qk_nope_head_dim": int(own["attention.key_length_mla"]) - rotated,  # type: ignore[arg-type]
-        "num_key_value_heads": own["attention.head_count"],
-        "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
-        "routed_scaling_factor": shortest(own["expert_weights_scale"]),
+        "qk_nope_head_dim": whole(own, "attention.key_length_mla") - rotated,
+        "num_key_value_heads": whole(own, "attention.head_count"),
+        "rms_norm_eps": fraction(own, "attention.layer_norm_rms_epsilon"),
+        "routed_scaling_factor": fraction(own, "expert_weights_scale"),
         "norm_topk_prob": own["expert_weights_norm"],
         "rope_interleave": True,
         "attention_bias": False,

@@ -15,13 +15,17 @@ import torch
 
 from crosschip.errors import HandoffError
 from crosschip.handoff.conversion.operators import Interleave, Operator, Rename, Tensors
-from crosschip.handoff.gguf.metadata import Metadata, as_float32, shortest, unknown_fields
+from crosschip.handoff.gguf.metadata import Metadata, as_float32, fraction, unknown_fields, whole
 from crosschip.handoff.gguf.rotary import Rope, rope_of
 
-__all__ = ["MODEL_TYPES", "fields_of", "left_out", "metadata_of", "operators_of", "reasons_against"]
+__all__ = ["FACTORS", "MODEL_TYPES", "fields_of", "left_out", "metadata_of", "operators_of", "reasons_against"]
 
 MODEL_TYPES = ("llama", "qwen3")  # llama.cpp's names of the architectures are the same
+FACTORS = "rope_freqs.weight"  # what the frequencies of Llama 3's scaling are divided by
 _ROPE_SCALING = "general.crosschip_rope_scaling"  # a key of ours
+# llama.cpp's converter computes the factors in fp32: a frequency is off by ln(theta) units in the last place, and a
+# factor of the ramp by `factor` times that, which is below 1e-5. Another scaling is off by more than a thousandth.
+_OF_FACTORS = 1e-4
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 _ONE_TO_ONE = {
@@ -76,8 +80,10 @@ class RopeFactors:
         Raises:
             HandoffError: the file's factors are not those of the configuration.
         """
-        found = tensors[self.target]
-        if not found.is_meta and not torch.equal(found, self.rope.factors(self.width)):
+        found, expected = tensors[self.target], self.rope.factors(self.width)
+        if found.is_meta:
+            return {}
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=_OF_FACTORS, atol=0.0):
             raise HandoffError(f"{self.target} is not what rope_scaling means", "convert the model again")
         return {}
 
@@ -131,17 +137,29 @@ def fields_of(metadata: Metadata) -> dict[str, Any]:
     """The fields of config.json that a file's keys mean: `metadata_of` read backwards."""
     kind = str(metadata["general.architecture"])
     own = {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}
-    given = {"rope_scaling": json.loads(str(own[_ROPE_SCALING]))} if _ROPE_SCALING in own else {}
+    given = {"rope_scaling": _scaling_of(str(own[_ROPE_SCALING]))} if _ROPE_SCALING in own else {}
+    found = {field: whole(own, key) for field, key in _ONE_TO_ONE.items()}
+    width = "attention.key_length"  # which llama.cpp's own converter leaves out where the heads divide the model
     return {
         **given,
         "model_type": kind,
         "architectures": [_CLASSES[kind]],
-        **{field: own[key] for field, key in _ONE_TO_ONE.items()},
-        "head_dim": own["attention.key_length"],
-        "rms_norm_eps": shortest(own["attention.layer_norm_rms_epsilon"]),
+        **found,
+        "head_dim": whole(own, width) if width in own else found["hidden_size"] // found["num_attention_heads"],
+        "rms_norm_eps": fraction(own, "attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "attention_bias": False,
     }
+
+
+def _scaling_of(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise HandoffError(f"the file's key {_ROPE_SCALING} is {text!r}, no JSON object", "convert the model again")
+    return found
 
 
 def left_out(config: dict[str, Any], names: Collection[str]) -> tuple[list[str], list[str]]:
@@ -165,7 +183,7 @@ def operators_of(config: dict[str, Any], names: Collection[str]) -> tuple[Operat
             found.append(Interleave(source, target, blocks=blocks) if is_llama else Rename(source, target))
     rope = rope_of(config)
     if rope.kind == "llama3":
-        found.append(RopeFactors("rope_freqs.weight", rope, _head_dim(config)))
+        found.append(RopeFactors(FACTORS, rope, _head_dim(config)))
     found.append(Rename("model.norm.weight", "output_norm.weight"))
     if "lm_head.weight" in names and not config.get("tie_word_embeddings"):
         found.append(Rename("lm_head.weight", "output.weight"))

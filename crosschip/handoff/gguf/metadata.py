@@ -6,13 +6,14 @@ float32, as llama.cpp reads them.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from crosschip.errors import HandoffError
 
-__all__ = ["Metadata", "Value", "as_float32", "refuse", "shortest", "unknown_fields"]
+__all__ = ["Metadata", "Value", "as_float32", "fraction", "refuse", "shortest", "unknown_fields", "whole"]
 
 Value = bool | int | float | str | list[str] | list[int]
 Metadata = dict[str, Value]
@@ -41,6 +42,32 @@ def shortest(value: Value) -> float:
     assert isinstance(value, float | int)
     digits = range(1, 10)
     return next(near for each in digits if as_float32(near := float(f"{value:.{each}g}")) == as_float32(value))
+
+
+def fraction(own: Metadata, key: str) -> float:
+    """The value of a file's key as `shortest` gives it.
+
+    Raises:
+        HandoffError: it is no finite number.
+        KeyError: there is no such key.
+    """
+    value = own[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise HandoffError(f"the file's key {key} is {value!r}, which is no number", "convert the model again")
+    return shortest(value)
+
+
+def whole(own: Metadata, key: str) -> int:
+    """The value of a file's key that is a whole number.
+
+    Raises:
+        HandoffError: it is none.
+        KeyError: there is no such key.
+    """
+    value = own[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise HandoffError(f"the file's key {key} is {value!r}, which is no whole number", "convert the model again")
+    return value
 
 
 def unknown_fields(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:

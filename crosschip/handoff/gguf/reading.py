@@ -14,7 +14,9 @@ from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.conversion.sources import LayoutSource
 from crosschip.handoff.gguf.architectures import architecture_named
 from crosschip.handoff.gguf.encoding import decoded
+from crosschip.handoff.gguf.llama import FACTORS, MODEL_TYPES
 from crosschip.handoff.gguf.metadata import Metadata
+from crosschip.handoff.gguf.rotary import ROPE_FIELDS, rope_of
 
 __all__ = ["GgufSource", "imported", "imported_from"]
 
@@ -80,7 +82,8 @@ def imported(path: Path, like: dict[str, Any] | None = None) -> tuple[TensorSour
     """The file's tensors under the published names, and the config.json that its keys mean.
 
     What the export left out (multi-token prediction) is not there. With `like`, fields of the config.json of the model
-    that was exported, tensors lie as that one says (rotary parts in halves or in pairs); else as the file has them.
+    that was exported, tensors lie as that one says (rotary parts in halves or in pairs), and factors of rotary
+    positions have the scaling that it names, if they are that one's; else as the file has them.
 
     Raises:
         HandoffError: the file cannot be read, its architecture is not known here, or tensors are missing or too many.
@@ -98,5 +101,29 @@ def imported_from(source: GgufSource, like: dict[str, Any] | None = None) -> tup
     config = architecture.fields_of(source.metadata)
     names = {"lm_head.weight"} if "output.weight" in source.names() else set[str]()
     config["tie_word_embeddings"] = not names
-    layout = architecture.layout({**config, **(like or {})}, names)
-    return LayoutSource(source, layout.inverse), config
+    config |= _scaling_of_factors(source, config, like or {})
+    like = {key: value for key, value in (like or {}).items() if key not in ROPE_FIELDS}  # what is read counts
+    layout = architecture.layout({**config, **like}, names)
+    read_back = LayoutSource(source, layout.inverse)
+    for operator in layout.operators:
+        if not operator.inputs:  # it makes nothing on the way back, so nobody would read what it looks at
+            operator.backward({name: source.read(name) for name in operator.outputs})
+    return read_back, config
+
+
+def _scaling_of_factors(source: GgufSource, config: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """The scaling of rotary positions that `like` knows, where the file has its factors alone, as llama.cpp writes it.
+
+    Raises:
+        HandoffError: it knows one, and the file has none.
+    """
+    if config.get("rope_scaling") or config["model_type"] not in MODEL_TYPES:
+        return {}
+    rope = rope_of({key: like[key] for key in ROPE_FIELDS if key in like})
+    if rope.kind != "llama3":
+        return {}
+    if FACTORS not in source.names():
+        raise HandoffError(
+            f"{FACTORS} is missing, and rope_scaling of the model is of the kind llama3", "convert the model again"
+        )
+    return {"rope_scaling": {"rope_type": rope.kind, **rope.scaling}}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from crosschip.errors import HandoffError
-from crosschip.handoff.gguf.metadata import Metadata, as_float32, shortest
+from crosschip.handoff.gguf.metadata import Metadata, as_float32, fraction, whole
 
 __all__ = ["ROPE_FIELDS", "Rope", "fields_of_rope", "rope_of"]
 
@@ -108,18 +108,18 @@ def _pop_theta(table: dict[str, Any]) -> float | None:
 
 def fields_of_rope(own: Metadata, log_multiplier: bool = False) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` from keys without the architecture's name."""
-    found: dict[str, Any] = {"rope_theta": shortest(own["rope.freq_base"]), "rope_scaling": None}
+    found: dict[str, Any] = {"rope_theta": fraction(own, "rope.freq_base"), "rope_scaling": None}
     if own.get("rope.scaling.type") == "yarn":
         scaling: dict[str, Any] = {
             "type": "yarn",
             "rope_type": "yarn",
-            "factor": shortest(own["rope.scaling.factor"]),
-            "original_max_position_embeddings": own["rope.scaling.original_context_length"],
-            "beta_fast": shortest(own["rope.scaling.yarn_beta_fast"]),
-            "beta_slow": shortest(own["rope.scaling.yarn_beta_slow"]),
+            "factor": fraction(own, "rope.scaling.factor"),
+            "original_max_position_embeddings": whole(own, "rope.scaling.original_context_length"),
+            "beta_fast": fraction(own, "rope.scaling.yarn_beta_fast"),
+            "beta_slow": fraction(own, "rope.scaling.yarn_beta_slow"),
         }
         if log_multiplier:
-            tenth = shortest(own["rope.scaling.yarn_log_multiplier"])
+            tenth = fraction(own, "rope.scaling.yarn_log_multiplier")
             scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), float(f"{10 * tenth:.7g}"))
         found["rope_scaling"] = scaling
     return found

@@ -16,7 +16,8 @@ from crosschip.handoff.certificate.inside import gguf_tokenizer_gate, tokenizer_
 from crosschip.handoff.certificate.tokenizers import both
 from crosschip.handoff.handing_off import certify_directory, hand_off
 from crosschip.handoff.source import ModelSource, open_source
-from tests.handoff.gguf.conftest import TEXT, VOCAB, save_dense, with_tokenizer
+from tests.handoff.gguf.conftest import LLAMA_3_ROPE, TEXT, VOCAB, save_dense, with_tokenizer
+from tests.handoff.gguf.test_round_trip import as_llama_cpp_writes
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,17 @@ def test_where_the_keys_cannot_be_held_against_anything_nothing_is_covered(direc
     (directory / "tokenizer.json").unlink()
     gate = gguf_tokenizer_gate(file, None)
     assert (gate.verdict, "tokenizer.json is missing" in gate.message) == ("NOT COVERED", True)
+
+
+def test_llama_cpps_own_file_of_llama_3_is_certified(source: ModelSource, tmp_path: Path) -> None:
+    directory = save_dense(tmp_path / "llama3", "llama", rope_parameters=LLAMA_3_ROPE)
+    with_tokenizer(directory, source.directory.with_name("tokenizer"))
+    out = hand_off(directory, "gguf", out=tmp_path / "out", engines=["transformers"], chip="cpu").directory
+    for name in ("certificate.json", "handoff.json", "COMPLETE"):
+        (out / name).unlink()
+    as_llama_cpp_writes(out / "model.gguf").replace(out / "model.gguf")
+    result = certify_directory(out, tmp_path / "out-golden", engines=["transformers"], chip="cpu")
+    assert result.exit_code == 0, [each["message"] for each in result.certificate.document["gates"]]
 
 
 def test_the_files_beside_the_model_stand_for_a_source_that_is_not_at_hand(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -62,6 +63,35 @@ def test_every_tensor_of_deepseek_comes_back(deepseek: Made, fields: dict[str, A
 def test_every_tensor_of_dense_models_comes_back(dense: Made, kind: str, fields: dict[str, Any]) -> None:
     directory = dense(kind, **fields)
     assert_same(read_back(written(directory)), originals(directory))
+
+
+def as_llama_cpp_writes(path: Path, factor: float = 8.0) -> Path:
+    """The file without our key and the width of a head, its factors computed in fp32."""
+    data = path.read_bytes()
+    for key in (b"general.crosschip_rope_scaling", b"llama.attention.key_length"):
+        assert data.count(key) == 1
+        data = data.replace(key, key[:-1] + b"X")
+    other = path.with_name("theirs.gguf")
+    other.write_bytes(data)
+    turns = 24.0 / (2 * torch.pi * 10000.0 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16))
+    smooth = ((turns - 1.0) / 3.0).clamp(0, 1)
+    tensor = next(each for each in GGUFReader(other, "r+").tensors if each.name == "rope_freqs.weight")
+    tensor.data[:] = (1 / ((1 - smooth) / factor + smooth)).numpy()
+    return other
+
+
+def test_llama_cpps_own_file_of_llama_3_is_read_by_the_scaling_of_the_model(dense: Made) -> None:
+    directory = dense("llama", rope_parameters=LLAMA_3_ROPE)
+    ours = written(directory)
+    config = open_source(directory).config
+    like = {"rope_parameters": config["rope_parameters"]}
+    theirs = as_llama_cpp_writes(ours)
+    assert_same(read_back(theirs, like), originals(directory))
+    assert imported(theirs, like)[1]["rope_scaling"]["factor"] == 8.0
+    with pytest.raises(HandoffError, match="is not what rope_scaling means"):
+        imported(as_llama_cpp_writes(ours, factor=4.0), like)
+    with pytest.raises(HandoffError, match="is missing, and rope_scaling"):
+        imported(written(dense("llama")), like)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
