@@ -7,6 +7,7 @@ a transposed expert, a factor. Histograms and checksums of a transfer show none 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ _SAME = 1e-9
 # Of rounding noise, which is a sum of many small independent parts: one in a billion honest tensors is further away.
 _DEVIATIONS = 6.0
 _NUM_PROJECTIONS = 6
+_AT_ONCE = 1 << 22  # numbers of a tensor: 32 MiB in fp64
 
 
 @dataclass(frozen=True)
@@ -179,23 +181,42 @@ def _quantised_record(name: str, codes: Tensor, scale: Tensor, block: tuple[int,
 
 def tensor_record(tensor: Tensor, steps: Tensor | None = None) -> TensorRecord:
     """The record of one tensor. `steps`, of its shape, is how far its format's neighbouring numbers lie apart."""
-    floats = tensor.double() if tensor.dtype.is_floating_point else tensor.to(torch.float64)
-    matrix = floats.reshape(floats.shape[0], -1) if floats.dim() > 1 else floats.reshape(-1, 1)
-    row_norms, column_norms = matrix.norm(dim=1), matrix.norm(dim=0)
+    matrix = tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    row_squares, column_squares = _squares(matrix)
+    row_norms, column_norms = row_squares.sqrt(), column_squares.sqrt()
     return TensorRecord(
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),
-        sha256=_hash(tensor),
-        sha256_bf16=_hash(tensor.to(torch.bfloat16)) if tensor.dtype.is_floating_point else "",
-        sum_squares=float(matrix.square().sum()),
+        sha256=_hash(matrix),
+        sha256_bf16=_hash(matrix, torch.bfloat16) if tensor.dtype.is_floating_point else "",
+        sum_squares=float(row_squares.sum()),
         rows=_weighed(row_norms),
         columns=_weighed(column_norms),
         sorted_rows=_weighed(row_norms.sort().values),
         sorted_columns=_weighed(column_norms.sort().values),
         projections=tuple(_rounded(one) for one in _projections(matrix)),
-        rounding=None if steps is None else _rounding(matrix, steps.double().reshape(matrix.shape)),
-        sha256_fp16=_hash_in_fp16(tensor),
+        rounding=None if steps is None else _rounding(matrix.double(), steps.double().reshape(matrix.shape)),
+        sha256_fp16=_hash_in_fp16(matrix),
     )
+
+
+def _blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after the other, with their place, so that what is made of them stays small beside a large tensor."""
+    step = max(1, _AT_ONCE // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        part = slice(start, min(start + step, len(matrix)))
+        yield part, matrix[part]
+
+
+def _squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of squares of each row, and of each column, in fp64."""
+    rows = torch.empty(matrix.shape[0], dtype=torch.float64)
+    columns = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for part, block in _blocks(matrix):
+        squares = block.double().square_() if block.dtype != torch.float64 else block.square()
+        rows[part] = squares.sum(dim=1)
+        columns += squares.sum(dim=0)
+    return rows, columns
 
 
 def _rounding(matrix: Tensor, steps: Tensor) -> Rounding:
@@ -236,7 +257,11 @@ def _projections(matrix: Tensor, power: int = 1) -> list[float]:
     rows_PR = torch.stack([_signs(matrix.shape[0], pace) for pace in paces])
     # Columns go at another pace: else a transposed matrix would have the same sum.
     columns_PC = torch.stack([_signs(matrix.shape[1], 0.7071 * pace) for pace in paces])
-    return ((rows_PR**power @ matrix) * columns_PC**power).sum(dim=1).tolist()
+    rows_PR, columns_PC = rows_PR**power, columns_PC**power
+    found = torch.zeros(_NUM_PROJECTIONS, dtype=torch.float64)
+    for part, block in _blocks(matrix):
+        found += ((rows_PR[:, part] @ block.double()) * columns_PC).sum(dim=1)
+    return found.tolist()
 
 
 def _rounded(value: float) -> float:
@@ -258,14 +283,21 @@ def _weighed(values: Tensor) -> float:
     return float((values * _places(len(values))).sum())
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+def _hash(matrix: Tensor, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over the bytes, row by row, of the matrix in `dtype`; None leaves it as it is."""
+    found = hashlib.sha256()
+    for _, block in _blocks(matrix):
+        found.update(block.to(dtype or block.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
-def _hash_in_fp16(tensor: Tensor) -> str:
-    """Of a tensor in fp32 whose numbers fp16 all holds; "" for any other."""
-    halves = tensor.half() if tensor.dtype == torch.float32 else None
-    return "" if halves is None or not torch.equal(halves.float(), tensor) else _hash(halves)
+def _hash_in_fp16(matrix: Tensor) -> str:
+    """Of a matrix in fp32 whose numbers fp16 all holds; "" for any other."""
+    if matrix.dtype != torch.float32:
+        return ""
+    if not all(torch.equal(block.half().float(), block) for _, block in _blocks(matrix)):
+        return ""
+    return _hash(matrix, torch.float16)
 
 
 def compare_weights(recorded: dict[str, TensorRecord], found: dict[str, TensorRecord]) -> list[WeightDifference]:
