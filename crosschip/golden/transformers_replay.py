@@ -68,7 +68,7 @@ def replay_through_transformers(
     comparison.not_covered += [*left_out(bundle), "router choices and the training curve: transformers shows neither"]
     try:
         _run_ways(bundle, model_directory, chip, comparison, has_time, tell)
-    except (GoldenError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (GoldenError, RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         comparison.broke = f"{type(error).__name__}: {getattr(error, 'problem', error)}"
     return comparison
 

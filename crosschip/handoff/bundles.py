@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from crosschip.chips import Chip
 from crosschip.errors import CrosschipError, GoldenError, HandoffError
 from crosschip.golden.bundle import Bundle, load_bundle
+from crosschip.golden.files import field_differences
 from crosschip.golden.limits import target_of
 from crosschip.golden.record import record
 from crosschip.handoff.certificate.arrived import Arrived, write_multiplied_out
@@ -42,8 +43,9 @@ def choose_bundle(
     Args:
         source: the model.
         given: the bundle that the user named; it is taken or refused.
-        beside: where the usual bundle is: a run's `golden`. One that is of other weights, or was recorded in a dtype
-            that says nothing about this one, is left alone, and another is recorded beside it.
+        beside: where the usual bundle is: a run's `golden`. One that is of other weights, was recorded in a dtype that
+            says nothing about this one, or by an earlier handoff of a source with other fields, is left alone, and
+            another is recorded beside it.
         chip: where it is recorded, if it must be.
         dtype: of the handed-off model's arithmetic.
         quantised: its kind of quantisation.
@@ -136,6 +138,13 @@ def check_numbers(bundle: Bundle) -> None:
         )
 
 
+def _other_fields(bundle: Bundle, source: ModelSource) -> str | None:
+    """Fields of a source that was corrected since a handoff recorded it; who trained, and recorded, is not doubted."""
+    if not bundle.manifest.get("for_handoff"):
+        return None
+    return "; ".join(each.words for each in field_differences(bundle, source.config)) or None
+
+
 def _fitting(path: Path, source: ModelSource, dtype: str, quantised: str | None, tell: Tell) -> Bundle | None:
     """The bundle at `path` if it is whole, of these weights, and says something about this dtype."""
     if not path.is_dir():
@@ -143,7 +152,7 @@ def _fitting(path: Path, source: ModelSource, dtype: str, quantised: str | None,
     try:
         bundle = load_bundle(path)
         target_of(bundle.dtype, dtype, quantised)
-        wrong = differs_from_source(bundle, source.tensors, tell)
+        wrong = _other_fields(bundle, source) or differs_from_source(bundle, source.tensors, tell)
     except CrosschipError as error:
         wrong = error.problem
     if wrong is None:

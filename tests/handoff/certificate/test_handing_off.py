@@ -154,6 +154,23 @@ def test_a_changed_field_fails_by_its_name(copied: Callable[[str], Path], bundle
     assert (ended.returncode, "rms_norm_eps: expected 1e-06, got 1e-05" in ended.stdout) == (1, True)
 
 
+@pytest.mark.parametrize("engine", ["model", "transformers"])
+def test_a_vocabulary_that_was_trimmed_on_the_way_fails_by_its_tensor(
+    copied: Callable[[str], Path], bundle_dir: Path, engine: str
+) -> None:
+    """A row of the bundle asks for ids that the embedding no longer has."""
+    directory = copied("hf")
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    change_tensors(directory, lambda tensors: tensors.update({name: tensors[name][:64] for name in names}))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    result = certified(directory, bundle_dir, engines=[engine])
+    assert (result.exit_code, gate(result, "tensor manifest")["verdict"]) == (1, "FAIL")
+    assert gate(result, "tensor manifest")["subject"] in names
+    (replay,) = result.certificate.replays
+    assert (replay["verdict"], replay["blame"], "IndexError" in replay["broke"]) == ("FAIL", "files", True)
+
+
 def test_a_cut_shard_fails_and_is_not_replayed(copied: Callable[[str], Path], bundle_dir: Path) -> None:
     directory = copied("hf")
     file = directory / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,18 @@ def test_a_checkpoint_by_its_path_leaves_its_files_where_the_run_has_those_it_ha
     assert not run.handoff("hf").exists(), "that is the run's own"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
     assert open_source(run.path).directory.name == "step-00000003"
+
+
+def test_a_source_that_was_corrected_is_not_held_against_what_an_earlier_handoff_recorded(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    settings: dict[str, Any] = {"out": tmp_path / "hf", "engines": ["model"], "chip": "cpu"}
+    assert hand_off(tmp_path / "model", "hf", **settings).exit_code == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    told: list[str] = []
+    again = hand_off(tmp_path / "model", "hf", **settings, tell=told.append)
+    fields = next(each for each in again.certificate.document["gates"] if each["name"] == "configuration fields")
+    assert (again.exit_code, fields["verdict"]) == (0, "PASS")
+    assert any("is not used: rms_norm_eps" in line for line in told)
