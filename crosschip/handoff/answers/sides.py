@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crosschip.engines import EngineCommand, engine_command, running_engine
-from crosschip.errors import HandoffError
+from crosschip.errors import HandoffError, ModelError, RunDirectoryError
 from crosschip.handoff.answers.engine import Engine, Fault
+from crosschip.model import read_config
+from crosschip.model.weights import has_weights
 
 __all__ = ["Side", "opened", "side_of"]
 
@@ -38,7 +40,7 @@ def side_of(target: str, *, chip: str = "auto", api_key: str | None = None) -> S
     """The side that `target` names.
 
     Raises:
-        HandoffError: it is neither an address nor a model directory.
+        HandoffError: it is neither an address nor a directory that `crosschip serve` loads.
     """
     side = Side(target, chip, api_key)
     directory = Path(target)
@@ -47,7 +49,25 @@ def side_of(target: str, *, chip: str = "auto", api_key: str | None = None) -> S
         raise HandoffError(
             f"{target} is {what}, and no address", "give http://HOST:PORT, or a directory that a handoff wrote"
         )
+    if not side.is_url:
+        _check_serves(directory)
     return side
+
+
+def _check_serves(directory: Path) -> None:
+    """Refuse what cannot be served here before the other side is asked for hours.
+
+    Raises:
+        HandoffError: it is a GGUF file, holds no weights, or another architecture than our own model's.
+    """
+    remedy = "start an engine that reads it (docs/engines.md) and give its address, http://HOST:PORT"
+    if not has_weights(directory):
+        what = "a GGUF file" if any(directory.glob("*.gguf")) else "no weights"
+        raise HandoffError(f"{directory} holds {what}, which crosschip serve does not load", remedy)
+    try:
+        read_config(directory)
+    except (ModelError, RunDirectoryError) as error:
+        raise HandoffError(f"crosschip serve does not load {directory}: {error.problem}", remedy) from None
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from crosschip.data import train_tokenizer
 from crosschip.engines import EngineCommand
+from crosschip.errors import HandoffError
 from crosschip.handoff.answers import Side, answers_lines, compare_answers
 from crosschip.model import ModelConfig, save_model
 from tests.model.configs import random_model
@@ -51,6 +54,25 @@ def test_a_directory_against_itself_gives_the_same_answers_and_no_power(director
     assert report.a["health"] == report.b["health"]
     assert report.a["health"]["num_replies"] == 24
     assert any("no power" in line for line in answers_lines(report.document()))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"config.json": {"model_type": "llama"}, "model.safetensors": None}, "does not load .*llama"),
+        ({"config.json": {"model_type": "deepseek_v3"}, "model.gguf": None}, "holds a GGUF file"),
+        ({"config.json": {"model_type": "deepseek_v3"}}, "holds no weights"),
+        ({"config.json": [], "model.safetensors": None}, "does not load"),
+    ],
+)
+def test_what_cannot_be_served_here_is_refused_before_the_other_side_is_asked(
+    directory: Path, tmp_path: Path, files: dict[str, Any], words: str
+) -> None:
+    for name, document in files.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    for sides in ((directory, tmp_path), (tmp_path, directory)):
+        with pytest.raises(HandoffError, match=words):
+            compare_answers(*map(str, sides), num_problems=2, tasks="answers")
 
 
 def test_a_directory_that_no_engine_loads_is_told_with_its_last_words(directory: Path, tmp_path: Path) -> None:
