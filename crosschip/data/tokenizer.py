@@ -322,9 +322,16 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _find_template(directory: Path, config: dict[str, Any]) -> str | None:
     path = directory / _TEMPLATE_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8: {error}", "fetch or make the file again") from None
     template = config.get("chat_template") or _read_object(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several named ones
+        strange = next((entry for entry in template if not isinstance(entry, dict)), None)
+        if strange is not None:
+            problem = f"chat_template in {directory} is a list that holds {strange!r}"
+            raise DataError(problem, "each entry is an object with name and template; fetch the file again")
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None

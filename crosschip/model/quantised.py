@@ -200,7 +200,12 @@ def quantisation_of(document: dict[str, Any]) -> Quantisation | None:
     settings = document.get("quantization_config") or document.get("compression_config")
     if not settings:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if not isinstance(settings, dict):
+        raise ModelError(
+            f"quantization_config of config.json is {settings!r}",
+            "it is an object with quant_method: copy the model's own config.json",
+        )
+    method = settings.get("quant_method")
     if method == "fp8":
         return Quantisation("fp8", _block(settings.get("weight_block_size") or (128, 128)))
     if method == "compressed-tensors":

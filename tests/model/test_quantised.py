@@ -125,7 +125,10 @@ def test_the_factor_of_2_between_the_dialects_is_why_it_matters() -> None:
         ({**W8A8, "format": "pack-quantized"}, "format is 'pack-quantized'"),
         ({**W8A8, "config_groups": {}}, "config_groups is {}"),
         ({**W8A8, "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}}}, "group_0.weights is"),
-        ("gptq", "quant_method is 'gptq'"),
+        ("gptq", "quantization_config of config.json is 'gptq'"),
+        ("fp8", "quantization_config of config.json is 'fp8'"),
+        ("compressed-tensors", "quantization_config of config.json is 'compressed-tensors'"),
+        (["fp8"], "quantization_config of config.json is"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(settings_: object, words: str) -> None:

@@ -61,10 +61,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _template(by_name: dict[str, Path], config: dict[str, Any]) -> str | None:
-    if "chat_template.jinja" in by_name:
-        return by_name["chat_template.jinja"].read_text(encoding="utf-8")
+    path = by_name.get("chat_template.jinja")
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HandoffError(f"{path} cannot be read: {error}", "copy or download it again") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
+        strange = next((each for each in template if not isinstance(each, dict)), None)
+        if strange is not None:
+            raise HandoffError(
+                f"{by_name['tokenizer_config.json']}: chat_template is a list that holds {strange!r}",
+                "each entry is an object with name and template; copy or download the file again",
+            )
         template = next((each.get("template") for each in template if each.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
@@ -143,8 +153,18 @@ def _vocabulary(document: TokenizerDocument, vocab_size: int) -> tuple[list[str]
     return tokens, [kinds.get(number, TokenType.UNUSED) for number in range(vocab_size)]
 
 
-def _ids_of(value: Any) -> list[int]:
-    return [int(each) for each in value] if isinstance(value, list | tuple) else [] if value is None else [int(value)]
+def _ids_of(config: dict[str, Any], field: str) -> list[int]:
+    """The token ids of a field of config.json: none, one, or a list.
+
+    Raises:
+        HandoffError: one is no whole number.
+    """
+    value = config.get(field)
+    ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    strange = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int)), None)
+    if strange is not None:
+        raise HandoffError(f"{field} of config.json is {value!r}, which is no token id", "write the token's number")
+    return ids
 
 
 def _named_id(tokens: list[str], tokenizer_config: dict[str, Any], name: str) -> list[int]:
@@ -159,12 +179,12 @@ def _special_ids(
     """bos, eos and pad; a second and third end become the ends of a turn and of a message, which stop as well."""
     found: Metadata = {}
     for name in ("bos", "pad"):
-        ids = _ids_of(config.get(f"{name}_token_id")) or _named_id(tokens, tokenizer_config, f"{name}_token")
+        ids = _ids_of(config, f"{name}_token_id") or _named_id(tokens, tokenizer_config, f"{name}_token")
         if ids and name == "pad":
             found["tokenizer.ggml.padding_token_id"] = ids[0]
         elif ids:
             found["tokenizer.ggml.bos_token_id"] = ids[0]
-    ends = _ids_of(config.get("eos_token_id")) or _named_id(tokens, tokenizer_config, "eos_token")
+    ends = _ids_of(config, "eos_token_id") or _named_id(tokens, tokenizer_config, "eos_token")
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     found |= dict(zip(keys, ends, strict=False))
     for key, number in found.items():
@@ -187,7 +207,7 @@ def _adds(path: Path, tokens: list[str], config: dict[str, Any], tokenizer_confi
     plain, full = (tokenizer.encode("a", add_special_tokens=each).ids for each in (False, True))
     before = full[: len(full) - len(plain)] if full[len(full) - len(plain) :] == plain else full[:1]
     after = full[len(before) + len(plain) :]
-    bos = _ids_of(config.get("bos_token_id")) or _named_id(tokens, tokenizer_config, "bos_token")
+    bos = _ids_of(config, "bos_token_id") or _named_id(tokens, tokenizer_config, "bos_token")
     for added in (before, after):
         if len(added) > 1 or (added is before and added and bos and added != bos[:1]):
             raise HandoffError(f"{path} puts the tokens {added} around a text", "GGUF has a place for bos and eos only")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from crosschip.errors import HandoffError
 from crosschip.handoff.gguf import GgufSource, differing_keys, export_gguf, imported
-from crosschip.handoff.gguf.architectures import architecture_of
+from crosschip.handoff.gguf.architectures import architecture_named, architecture_of
 from crosschip.handoff.gguf.deepseek2 import reasons_against
 from crosschip.handoff.source import open_source
 from crosschip.model import ModelConfig, save_model
@@ -63,6 +63,26 @@ def test_every_tensor_of_deepseek_comes_back(deepseek: Made, fields: dict[str, A
 def test_every_tensor_of_dense_models_comes_back(dense: Made, kind: str, fields: dict[str, Any]) -> None:
     directory = dense(kind, **fields)
     assert_same(read_back(written(directory)), originals(directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llama", "rope.freq_base", "text"),
+        ("llama", "attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama", "embedding_length", [64, 64]),
+        ("llama", "general.crosschip_rope_scaling", "{"),
+        ("deepseek2", "rope.dimension_count", "text"),
+        ("deepseek2", "expert_weights_scale", float("inf")),
+    ],
+)
+def test_a_key_of_a_file_that_is_no_number_is_refused_by_its_name(
+    deepseek: Made, dense: Made, name: str, key: str, value: Any
+) -> None:
+    file = GgufSource(written(dense("llama") if name == "llama" else deepseek()))
+    whole = key if key.startswith("general.") else f"{name}.{key}"
+    with pytest.raises(HandoffError, match=f"key {key} is "):
+        architecture_named(name).fields_of({**file.metadata, whole: value})
 
 
 def as_llama_cpp_writes(path: Path, factor: float = 8.0) -> Path:

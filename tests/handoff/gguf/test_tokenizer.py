@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import TokenType
 
-from crosschip.errors import HandoffError
+from crosschip.data import load_tokenizer
+from crosschip.errors import DataError, HandoffError
 from crosschip.handoff.gguf.tokenizer import TokenizerDocument, tokenizer_metadata
 from crosschip.handoff.gguf.words import pre_tokenizer_name
 from tests.handoff.gguf.conftest import VOCAB
@@ -86,6 +88,26 @@ def test_several_ends_stop_as_well(tokenizer_dir: Path) -> None:
     assert notes == ["eos_token_id: [4], a file holds three ends"]
     with pytest.raises(HandoffError, match="would be 9999"):
         tokenizer_metadata(document, {**CONFIG, "bos_token_id": 9999})
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "</s>"], 1.5, True, {"id": 1}])
+def test_an_end_that_is_no_id_is_refused_by_its_field(tokenizer_dir: Path, value: object) -> None:
+    with pytest.raises(HandoffError, match=r"eos_token_id of config\.json is .* no token id"):
+        tokenizer_metadata(TokenizerDocument.read(tokenizer_dir.iterdir()), {**CONFIG, "eos_token_id": value})
+
+
+def test_a_chat_template_that_cannot_be_read_is_refused_by_its_file(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tokenizer_dir / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ["a"]}))
+    with pytest.raises(HandoffError, match=r"tokenizer_config\.json: chat_template is a list that holds 'a'"):
+        TokenizerDocument.read(tmp_path.iterdir())
+    with pytest.raises(DataError, match="is a list that holds 'a'"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(HandoffError, match=r"chat_template\.jinja cannot be read"):
+        TokenizerDocument.read(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"chat_template\.jinja is not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 def test_ids_come_from_the_tokenizer_where_the_model_names_none(tokenizer_dir: Path) -> None:
