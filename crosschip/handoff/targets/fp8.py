@@ -10,7 +10,7 @@ from crosschip.handoff.conversion.declared import quantised_layout
 from crosschip.handoff.conversion.rotary_pairs import in_pairs
 from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell
 from crosschip.handoff.source import ModelSource
-from crosschip.handoff.targets.target import Target, write_hugging_face
+from crosschip.handoff.targets.target import Target, kept_modules, write_hugging_face
 from crosschip.model.quantised import Quantisation
 
 __all__ = ["FP8"]
@@ -26,6 +26,7 @@ def _export(source: ModelSource, directory: Path, dtype: str, tell: Tell, shard_
         "fmt": "e4m3",
         "weight_block_size": list(_HOW.block),
         "activation_scheme": "dynamic",
+        "modules_to_not_convert": kept_modules(source.tensors),  # a router, say: vLLM would look for its scales
     }
     write_hugging_face(source, layout, directory, dtype, tell, shard_bytes, settings)
 

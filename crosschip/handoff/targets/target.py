@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from crosschip.handoff.conversion.layout import Layout
+from crosschip.handoff.conversion.declared import is_quantised_weight
+from crosschip.handoff.conversion.layout import Layout, TensorSource
 from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell, write_shards
 from crosschip.handoff.source import ModelSource
 from crosschip.rundir import write_json
 
-__all__ = ["Export", "Target", "write_hugging_face", "written_config"]
+__all__ = ["Export", "Target", "kept_modules", "write_hugging_face", "written_config"]
 
 
 class Export(Protocol):
@@ -64,6 +65,13 @@ def write_hugging_face(
         write_json(directory / "generation_config.json", source.generation_config)
     for file in source.tokenizer_files:
         shutil.copyfile(file, directory / file.name)
+
+
+def kept_modules(tensors: TensorSource) -> list[str]:
+    """The modules with a matrix that is not quantised, and the output even where it is tied to the embedding."""
+    matrices = [name for name in tensors.names() if name.endswith(".weight") and len(tensors.shape(name)) == 2]
+    modules = [name.removesuffix(".weight") for name in matrices if not is_quantised_weight(name)]
+    return sorted({"lm_head", *(name for name in modules if not name.endswith("embed_tokens"))})
 
 
 def written_config(source: ModelSource, dtype: str | None) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from crosschip.handoff.conversion.declared import is_quantised_weight, quantised_layout
+from crosschip.handoff.conversion.declared import quantised_layout
 from crosschip.handoff.conversion.rotary_pairs import in_pairs
 from crosschip.handoff.conversion.shards import SHARD_BYTES, Tell
 from crosschip.handoff.source import ModelSource, TensorSource
-from crosschip.handoff.targets.target import Target, write_hugging_face
+from crosschip.handoff.targets.target import Target, kept_modules, write_hugging_face
 from crosschip.model.quantised import Quantisation
 
 __all__ = ["W8A8"]
@@ -43,17 +43,10 @@ def _settings(tensors: TensorSource) -> dict[str, Any]:
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": _ignored(tensors),
+        "ignore": kept_modules(tensors),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-def _ignored(tensors: TensorSource) -> list[str]:
-    """The modules with a matrix that is not quantised, and the output even where it is tied to the embedding."""
-    matrices = [name for name in tensors.names() if name.endswith(".weight") and len(tensors.shape(name)) == 2]
-    modules = [name.removesuffix(".weight") for name in matrices if not is_quantised_weight(name)]
-    return sorted({"lm_head", *(name for name in modules if not name.endswith("embed_tokens"))})
 
 
 W8A8 = Target("w8a8", ("bfloat16", "float32"), _export, "int8", "int8 weights and activations, compressed-tensors")

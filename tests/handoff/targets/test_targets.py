@@ -27,7 +27,7 @@ from crosschip.handoff.export import export_model
 from crosschip.handoff.source import open_source
 from crosschip.handoff.targets import TARGETS
 from crosschip.model import save_model
-from tests.handoff.conversion.models import SQUARE, save_family
+from tests.handoff.conversion.models import FAMILY, SQUARE, save_family
 from tests.model.configs import random_model
 
 PLAN = RecordPlan(max_tokens=700, reorderings=1, curve=CurvePlan(num_steps=0))
@@ -51,7 +51,10 @@ def dtypes_of(directory: Path) -> dict[str, str]:
 
 def test_fp8_is_written_as_deepseek_publishes(published: Path, tmp_path: Path) -> None:
     out = export_model(open_source(published), TARGETS["fp8"], tmp_path / "out")
-    assert config_of(out)["quantization_config"] == {
+    settings = config_of(out)["quantization_config"]
+    kept = settings.pop("modules_to_not_convert")
+    assert {"lm_head", "model.layers.1.mlp.gate", "model.layers.2.eh_proj"} <= set(kept)
+    assert settings == {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "weight_block_size": [128, 128],
@@ -90,8 +93,31 @@ def test_other_families_are_quantised_alike(family: str, kind: str, tmp_path: Pa
     out = export_model(source, TARGETS[kind], tmp_path / "out")
     stored = [name for name, dtype in dtypes_of(out).items() if dtype in ("F8_E4M3", "I8")]
     assert len(stored) == 3 * 7
-    if kind == "w8a8":
-        assert config_of(out)["quantization_config"]["ignore"] == ["lm_head"]
+    settings = config_of(out)["quantization_config"]
+    assert settings["ignore" if kind == "w8a8" else "modules_to_not_convert"] == ["lm_head"]
+
+
+def test_the_routers_of_qwen3_are_named_as_not_quantised_and_transformers_leaves_them(tmp_path: Path) -> None:
+    import transformers
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    fields = {**FAMILY, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = transformers.Qwen3MoeConfig(**fields)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    kept = [f"model.layers.{layer}.mlp.gate" for layer in range(config.num_hidden_layers)]
+    names = {}
+    for kind, field in (("w8a8", "ignore"), ("fp8", "modules_to_not_convert")):
+        out = export_model(open_source(tmp_path / "model"), TARGETS[kind], tmp_path / kind)
+        names[kind] = config_of(out)["quantization_config"][field]
+        assert open_source(out).quantised is not None
+    assert names["fp8"] == names["w8a8"] == ["lm_head", *kept]
+    settings = transformers.FineGrainedFP8Config(**config_of(tmp_path / "fp8")["quantization_config"])
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(config)
+    replaced = replace_with_fp8_linear(model, settings.modules_to_not_convert, settings, pre_quantized=True)
+    kinds = {name: type(module).__name__ for name, module in replaced.named_modules()}
+    assert {kinds[name] for name in ("lm_head", *kept)}.isdisjoint({"FP8Linear"})
+    assert kinds["model.layers.0.self_attn.q_proj"] == "FP8Linear"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
