@@ -10,9 +10,28 @@ import httpx
 from crosschip.data import Message
 from crosschip.errors import EngineError
 
-__all__ = ["EngineCodec"]
+__all__ = ["EngineCodec", "told_by"]
 
 _SILENCE_S = 60.0
+_ASKED_S = 5.0
+_LONGEST = 200  # characters of a version
+_VERSIONS = (("version", "version"), ("props", "build_info"))  # of vLLM and SGLang, and of llama.cpp
+
+
+def told_by(url: str, api_key: str | None = None) -> dict[str, str]:
+    """The `version` that an engine at an address tells of itself; nothing where it tells none."""
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    for path, field in _VERSIONS:
+        try:
+            response = httpx.get(
+                f"{url.rstrip('/')}/{path}", headers=headers, timeout=_ASKED_S, trust_env=False
+            ).raise_for_status()
+            found = response.json()[field]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(found, str) and found:
+            return {"version": found[:_LONGEST]}
+    return {}
 
 
 class EngineCodec:

@@ -24,7 +24,7 @@ from crosschip.golden.limits import limit_for, target_of
 from crosschip.golden.replay import replay
 from crosschip.golden.transformers_replay import replay_through_transformers
 from crosschip.handoff.certificate.arrived import Arrived, write_multiplied_out
-from crosschip.handoff.certificate.engine_codec import EngineCodec
+from crosschip.handoff.certificate.engine_codec import EngineCodec, told_by
 from crosschip.handoff.certificate.replays import Replayed
 from crosschip.handoff.certificate.tokenizers import tokenizer_gate
 from crosschip.handoff.scratch import scratch_directory
@@ -135,7 +135,11 @@ def _replay(trial: Trial, engine: str, tell: Tell) -> Replayed:
         return _started(trial, engine, tell)
     if engine.startswith(("http://", "https://")):
         key = os.environ.get("CROSSCHIP_API_KEY")
-        return Replayed(engine, _over_http(trial, engine, tell, key), None, {"url": engine})
+        facts = {"url": engine, **told_by(engine, key)}
+        comparison = _over_http(trial, engine, tell, key)
+        unknown = "flags" if "version" in facts else "version and flags"
+        comparison.not_covered.append(f"the engine's {unknown}: what answers at an address does not tell")
+        return Replayed(engine, comparison, None, facts)
     raise _unknown(engine)
 
 
