@@ -21,6 +21,7 @@ __all__ = [
     "VERDICTS",
     "Certificate",
     "canonical_bytes",
+    "check_readable",
     "read_certificate",
     "seal_of",
     "worst_verdict",
@@ -114,10 +115,33 @@ def worst_verdict(verdicts: list[str]) -> str:
 
 
 def write_certificate(directory: Path, document: dict[str, Any]) -> Path:
-    """Write a sealed (and perhaps signed) document beside the files, whole or not at all."""
+    """Write a sealed (and perhaps signed) document beside the files, whole or not at all.
+
+    Raises:
+        HandoffError: nobody could read it again.
+    """
     path = directory / CERTIFICATE_FILE
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, check_readable(document, str(path)))
     return path
+
+
+def check_readable(document: dict[str, Any], what: str) -> str:
+    """The text of a certificate, or of what is to stand in one, if `read_certificate` will read it again.
+
+    Raises:
+        HandoffError: it is too large or too deep; `what` is its name in the message.
+    """
+    try:
+        _check_writable(document)
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (ValueError, RecursionError) as error:
+        raise HandoffError(f"{what} cannot stand in a certificate: {error}", "make it again") from None
+    size = len(text.encode(errors="backslashreplace"))
+    if size > _LARGEST_BYTES:
+        raise HandoffError(
+            f"{what} would have {size} B, a certificate has {_LARGEST_BYTES} B at most", "make it shorter"
+        )
+    return text
 
 
 def read_certificate(directory: Path) -> Certificate:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from crosschip.certificate.document import Certificate
+from crosschip.certificate.document import PASSED, Certificate
 
-__all__ = ["certificate_lines"]
+__all__ = ["certificate_lines", "serving_lines"]
 
 _MOST_NOT_COVERED = 12
+_NO_SERVERS = ("model", "transformers")  # engines that run in the process that certifies
 
 
 def certificate_lines(certificate: Certificate) -> Iterator[str]:
@@ -31,6 +33,23 @@ def certificate_lines(certificate: Certificate) -> Iterator[str]:
         yield f"not covered: {words}"
     if len(left_out) > _MOST_NOT_COVERED:
         yield f"... and {len(left_out) - _MOST_NOT_COVERED} more, in {certificate.path}"
+
+
+def serving_lines(certificate: Certificate) -> Iterator[str]:
+    """What serves files that passed, by the replays that say so: an engine that nobody asked is not promised."""
+    directory = shlex.quote(str(certificate.path.parent))
+    passed = [str(each["engine"]["name"]) for each in certificate.replays if each["verdict"] in PASSED]
+    others = [name for name in dict.fromkeys(passed) if name not in ("native", *_NO_SERVERS)]
+    if "native" in passed:
+        yield f"serve it with: crosschip serve {directory}"
+    if others:
+        yield f"certified with: {', '.join(others)}"
+    if "native" not in passed and not others:
+        is_gguf = str(certificate.document["target"].get("name")).startswith("gguf")
+        is_ours = certificate.document["golden"].get("route") == "model"
+        fitting = "llamacpp or an address" if is_gguf else f"{'native, ' if is_ours else ''}vllm or an address"
+        command = f"crosschip handoff certify {directory} --golden BUNDLE --engine ENGINE"
+        yield f"no engine that serves was asked; where it is served ({fitting}): {command}"
 
 
 def _of_replay(replay: dict[str, Any]) -> Iterator[str]:

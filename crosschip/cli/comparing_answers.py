@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from crosschip.cli.options import ExaminedChipOption
-from crosschip.cli.reports import tell
+from crosschip.cli.reports import output_place, tell
 from crosschip.errors import HandoffError
 
 __all__ = ["compare_sides"]
@@ -72,6 +73,7 @@ def compare_sides(
     from crosschip.qualify.finding import EXIT_CODES
     from crosschip.rundir import write_json
 
+    output_place(json_path, "the report", "--json", [problems] if problems is not None else [])
     report = compare_answers(
         a,
         b,
@@ -92,10 +94,11 @@ def compare_sides(
         tell=tell,
     )
     document = report.document()
-    if json_path is not None:
-        write_json(json_path, document)
     for line in answers_lines(document):
         print(line)
+    sys.stdout.flush()
+    if json_path is not None:
+        write_json(json_path, document)
     raise typer.Exit(EXIT_CODES[report.verdict])
 
 

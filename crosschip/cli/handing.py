@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from crosschip.cli.default_command import DefaultCommandGroup
 from crosschip.cli.guard import guarded
 from crosschip.cli.options import ExaminedChipOption
 from crosschip.cli.overwriting import overwrite
-from crosschip.cli.reports import tell
+from crosschip.cli.reports import output_place, tell
 from crosschip.errors import HandoffError
 
 if TYPE_CHECKING:
@@ -102,8 +102,12 @@ def make(
     Exit codes: 0 PASS or PASS WITH LIMITS, 1 FAIL (the files stay, with a certificate that says so), 3 INCONCLUSIVE, 2
     when nothing could be made.
     """
-    from crosschip.handoff.handing_off import hand_off
+    from crosschip.handoff.export import check_kept
+    from crosschip.handoff.handing_off import hand_off, output_directory
 
+    directory = output_directory(source, to, out)
+    check_kept(directory, {"--answers": answers})
+    _check_json(json_path, directory, answers)
     result = hand_off(
         source,
         to,
@@ -140,6 +144,7 @@ def certify(
     """
     from crosschip.handoff.handing_off import certify_directory
 
+    _check_json(json_path, directory, answers)
     result = certify_directory(
         directory,
         golden,
@@ -198,17 +203,33 @@ def _answers(path: Path | None) -> dict[str, Any] | None:
     return document
 
 
+def _check_json(json_path: Path | None, directory: Path, answers: Path | None) -> None:
+    """Before anything is done: `--json` can be written, and is not a file more among the certified ones.
+
+    Raises:
+        CrosschipError: it cannot, or it is.
+    """
+    output_place(json_path, "the certificate", "--json", [answers] if answers is not None else [])
+    if json_path is not None and json_path.resolve().is_relative_to(directory.resolve()):
+        raise HandoffError(
+            f"--json {json_path} lies in {directory}: a file more there, and its certificate no longer holds",
+            "name another place; the certificate itself lies there as certificate.json",
+        )
+
+
 def _end(result: HandoffResult, json_path: Path | None) -> None:
-    from crosschip.certificate.words import certificate_lines
+    from crosschip.certificate.words import certificate_lines, serving_lines
     from crosschip.rundir import write_json
 
     for line in certificate_lines(result.certificate):
         print(line)
-    if json_path is not None:
-        write_json(json_path, result.certificate.document)
     print(f"\nfiles:       {result.directory}\ncertificate: {result.certificate.path}")
     if result.exit_code == 0:
-        print(f"serve it with: crosschip serve {shlex.quote(str(result.directory))}")
+        for line in serving_lines(result.certificate):
+            print(line)
+    sys.stdout.flush()
+    if json_path is not None:
+        write_json(json_path, result.certificate.document)
     raise typer.Exit(result.exit_code)
 
 

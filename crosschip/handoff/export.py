@@ -17,7 +17,7 @@ from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
 from crosschip.rundir import COMPLETE, RunDirectory, atomic_directory, is_complete, read_json, sha256_of, write_json
 
-__all__ = ["HANDOFF_FILE", "HANDOFF_SCHEMA", "check_place", "export_hf", "export_model", "with_a_name"]
+__all__ = ["HANDOFF_FILE", "HANDOFF_SCHEMA", "check_kept", "check_place", "export_hf", "export_model", "with_a_name"]
 
 HANDOFF_SCHEMA = 1
 HANDOFF_FILE = "handoff.json"  # beside the files of every export, and of nothing else
@@ -102,6 +102,22 @@ def check_place(source: ModelSource, path: Path) -> None:
             "other, and would be replaced whole",
             "give another directory",
         )
+
+
+def check_kept(path: Path, given: dict[str, Path | None]) -> None:
+    """Refuse an output directory that holds what the same command is given: it is replaced whole.
+
+    Raises:
+        HandoffError: one of the paths of `given`, by the option that it was given with, lies in `path`.
+    """
+    whole = path.resolve()
+    for option, each in given.items():
+        places = () if each is None else (each.resolve(), Path(os.path.abspath(each)))
+        if any(place.is_relative_to(whole) for place in places):
+            raise HandoffError(
+                f"{option} {each} lies in {path}, which is replaced whole: writing there would take it away",
+                "move it elsewhere, or give another directory with --out",
+            )
 
 
 def with_a_name(path: Path) -> Path:

@@ -29,7 +29,7 @@ from crosschip.handoff.certificate.making import GoldenUsed, Made, certify, earl
 from crosschip.handoff.certificate.overwriting import overwrite_gate
 from crosschip.handoff.certificate.replays import Replayed
 from crosschip.handoff.certificate.reproducer import Evidence, write_reproducers
-from crosschip.handoff.certificate.taken_over import answer_gates, bound_answer_gates, write_read_gate
+from crosschip.handoff.certificate.taken_over import answer_gates, bound_answer_gates, summarised, write_read_gate
 from crosschip.handoff.certificate.tensors import manifest_gate, unreadable
 from crosschip.handoff.certificate.tokenizers import both
 from crosschip.handoff.describing import (
@@ -40,12 +40,12 @@ from crosschip.handoff.describing import (
     earlier_source,
     quantisation,
 )
-from crosschip.handoff.export import check_place, export_model, with_a_name
+from crosschip.handoff.export import check_kept, check_place, export_model, with_a_name
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.rundir import RunDirectory
 
-__all__ = ["HandoffResult", "certify_directory", "hand_off"]
+__all__ = ["HandoffResult", "certify_directory", "hand_off", "output_directory"]
 
 Tell = Callable[[str], None]
 
@@ -108,6 +108,8 @@ def hand_off(
         CrosschipError: what was asked for makes no sense, cannot be read, or cannot be written.
     """
     target = _target(to)
+    directory = output_directory(source, to, out)
+    check_kept(directory, {"--golden": golden, "--key": key})
     run, source = _run_and_path(source)
     model = open_source(source)
     written = dtype or chosen_dtype(target, model, run)
@@ -115,7 +117,7 @@ def hand_off(
         raise HandoffError(f"{target.name} is not written in {written}", f"choose among {', '.join(target.dtypes)}")
     wishes = _Wishes(_named(engines), find_chip(chip), key, engine_python, answers, tell)
     _check_beforehand(wishes, is_gguf=target.name.startswith("gguf"))
-    directory, beside = _places(source, run, to, out)
+    _, beside = _places(source, run, to, out)
     described = {
         "name": target.name,
         "dtype": written,
@@ -126,6 +128,12 @@ def hand_off(
         used = _exported(model, target, described, directory, golden, beside, run, wishes)
         made = _examine(directory, described, model, described_source(source, model, run), used, wishes, None)
     return HandoffResult(directory, made.certificate, made.exit_code, used.recorded_now)
+
+
+def output_directory(source: Path | RunDirectory, to: str, out: Path | None = None) -> Path:
+    """Where `hand_off` of the same arguments leaves its files."""
+    run, path = _run_and_path(source)
+    return _places(path, run, to, out)[0]
 
 
 def _places(source: Path, run: RunDirectory | None, to: str, out: Path | None) -> tuple[Path, Path]:
@@ -182,9 +190,12 @@ def certify_directory(
     certificate that lies there, if its files are unchanged and it speaks about the same bundle.
 
     Raises:
-        CrosschipError: the bundle or a key cannot be read, an engine is not known or refuses, nothing can be written.
+        CrosschipError: there is no directory, the bundle or a key cannot be read, an engine is not known or refuses,
+            nothing can be written.
     """
     directory = with_a_name(directory)
+    if not directory.is_dir():
+        raise HandoffError(f"there is no directory {directory}", "give the directory with the files that are certified")
     used = GoldenUsed(load_bundle(golden))
     check_numbers(used.bundle)
     wishes = _Wishes(_named(engines), find_chip(chip), key, engine_python, answers, tell)
@@ -250,7 +261,7 @@ def _examine(
         replays=replays,
         chip=wishes.chip,
         earlier=earlier,
-        answers=wishes.answers if any(each.verdict != NOT_COVERED for each in answered) else None,
+        answers=_in_certificate(wishes.answers, answered),
         not_covered_too=left_out,
         key=wishes.key,
         tell=tell,
@@ -340,6 +351,12 @@ def _named(engines: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(engines)) if engines else None
 
 
+def _in_certificate(answers: dict[str, Any] | None, gates: Sequence[Gate]) -> dict[str, Any] | None:
+    """The report of answers, if a gate says that it is about these files."""
+    is_theirs = answers is not None and any(gate.verdict != NOT_COVERED for gate in gates)
+    return summarised(answers) if answers is not None and is_theirs else None
+
+
 def _check_beforehand(wishes: _Wishes, is_gguf: bool) -> None:
     """What would end hours of work is told before them.
 
@@ -348,5 +365,7 @@ def _check_beforehand(wishes: _Wishes, is_gguf: bool) -> None:
     if wishes.key is not None:
         sign({}, wishes.key)
     answer_gates(wishes.answers)
+    if wishes.answers is not None:
+        summarised(wishes.answers)
     for engine in wishes.engines or ():
         check_engine(engine, wishes.engine_python, is_gguf)

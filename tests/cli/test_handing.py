@@ -7,13 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from crosschip.certificate import Certificate
+from crosschip.certificate.words import serving_lines
 from crosschip.cli import app
+from crosschip.handoff import answers
 from crosschip.model import save_model
 from tests.golden.conftest import CONFIG
+from tests.handoff.answers.spoken import chat, speaking
 from tests.model.configs import random_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,7 +39,8 @@ def test_a_model_is_handed_off_signed_verified_and_a_changed_byte_found(tmp_path
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith("PASS: hf, float32, ")
     assert "golden bundle: recorded by the handoff, on cpu" in made.stdout
-    assert f"serve it with: crosschip serve {out}" in made.stdout
+    assert "serve it with" not in made.stdout, "nothing that serves was asked"
+    assert f"crosschip handoff certify {out} --golden BUNDLE --engine ENGINE" in made.stdout
     assert json.loads(document.read_text()) == json.loads((out / "certificate.json").read_text())
     verified = handoff("verify", out, "--public-key", tmp_path / "key.pub")
     assert (verified.returncode, verified.stdout.split(":")[0]) == (0, "VERIFIED")
@@ -47,6 +53,39 @@ def test_a_model_is_handed_off_signed_verified_and_a_changed_byte_found(tmp_path
     assert "model.safetensors holds other bytes than the certified ones" in found.stdout
 
 
+def test_a_place_for_the_report_that_goes_away_takes_no_answers_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = answers.compare_answers
+
+    def late(*sides: str, **settings: Any) -> object:
+        (tmp_path / "report.json").mkdir()
+        return real(*sides, **settings)
+
+    monkeypatch.setattr(answers, "compare_answers", late)
+    options = ("--json", str(tmp_path / "report.json"), "--num-problems", "2", "--tasks", "answers")
+    with speaking(lambda body: chat("4")) as engine:
+        ended = CliRunner().invoke(app, ["handoff", "compare", engine.url, engine.url, *options])
+    assert ended.exit_code == 2
+    assert "B against A on the same" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("engines", "name", "route", "words"),
+    [
+        (["native", "model"], "hf", "model", "serve it with: crosschip serve 'a b'"),
+        (["vllm"], "hf", "transformers", "certified with: vllm"),
+        (["transformers"], "hf", "transformers", "(vllm or an address)"),
+        (["model"], "gguf", "model", "(llamacpp or an address)"),
+    ],
+)
+def test_what_serves_is_told_where_a_replay_says_so(engines: list[str], name: str, route: str, words: str) -> None:
+    replays = [{"engine": {"name": each}, "verdict": "PASS"} for each in engines]
+    document = {"target": {"name": name}, "golden": {"route": route}, "replays": replays}
+    (line,) = serving_lines(Certificate(Path("a b") / "certificate.json", document))
+    assert words in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -55,7 +94,16 @@ def test_a_model_is_handed_off_signed_verified_and_a_changed_byte_found(tmp_path
         (["--to", "hf", "nowhere"], "there is no directory nowhere"),
         (["make", "nowhere", "--to", "onnx"], "'onnx' is not a target"),
         (["nowhere"], "Missing option"),
-        (["certify", "nowhere", "--golden", "nothing"], "there is no golden bundle at nothing"),
+        (["certify", ".", "--golden", "nothing"], "there is no golden bundle at nothing"),
+        (["certify", "nowhere", "--golden", "."], "there is no directory nowhere"),
+        (["certify", ".", "--golden", ".", "--json", "sub/x.json"], "its certificate no longer holds"),
+        (["certify", "x", "--golden", ".", "--json", "."], "it is a directory"),
+        (["make", "x", "--to", "hf", "--out", "y", "--json", "y/x.json"], "its certificate no longer holds"),
+        (["make", "x", "--to", "hf", "--json", "x/handoff/hf/x.json"], "its certificate no longer holds"),
+        (["make", "x", "--to", "hf", "--out", "y", "--golden", "y/golden"], "--golden y/golden lies in y"),
+        (["make", "x", "--to", "hf", "--out", "y", "--key", "y/sub/../key"], "--key y/sub/../key lies in y"),
+        (["make", "x", "--to", "hf", "--out", "y", "--answers", "y/a.json"], "--answers y/a.json lies in y"),
+        (["compare", "x", "y", "--json", "."], "the report cannot be written to .: it is a directory"),
         (["verify", ".", "--public-key", "nothing"], "the key nothing cannot be read"),
     ],
 )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crosschip.certificate.document import VERDICTS
+from crosschip.certificate.document import VERDICTS, check_readable
 from crosschip.checkpoints import VERDICT_FILE
 from crosschip.errors import HandoffError, RunDirectoryError
 from crosschip.handoff.answers.identity import weights_hash
-from crosschip.handoff.certificate.gate import Gate, Measure, not_covered
+from crosschip.handoff.certificate.gate import Gate, Measure, not_covered, plain
 from crosschip.rundir import read_json
 
-__all__ = ["answer_gates", "bound_answer_gates", "write_read_gate"]
+__all__ = ["answer_gates", "bound_answer_gates", "summarised", "write_read_gate"]
 
 _ANSWERS, _HEALTH, _WRITE_READ = "answer-level scores", "generation health", "write-read"
 _TASKS_OF_HEALTH = ("format", "length")
@@ -41,11 +43,26 @@ def answer_gates(report: dict[str, Any] | None) -> list[Gate]:
         verdict = str(report["verdict"])
         gates = [_scores(verdict, scores, [str(words) for words in report["not_covered"]])]
         return [*gates, _health(report["a"]["health"], report["b"]["health"], health)]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last: 1e999 is no count
         raise HandoffError(
             f"the report of answers has another form: {type(error).__name__}: {error}",
             "make it again with `crosschip handoff compare A B --json FILE`",
         ) from None
+
+
+def summarised(report: dict[str, Any]) -> dict[str, Any]:
+    """A report of answers as it stands in a certificate: without each single outcome, with the hash of the whole.
+
+    Raises:
+        HandoffError: what is left is too large or too deep for a certificate.
+    """
+    kept = {key: value for key, value in report.items() if key != "outcomes"}
+    try:
+        check_readable(plain(kept), "the report of answers")
+        as_written = json.dumps(report, indent=2, ensure_ascii=False) + "\n"  # as `handoff compare --json` does
+    except RecursionError:
+        raise HandoffError("the report of answers is nested too deep for a certificate", "make it again") from None
+    return {**kept, "report_sha256": hashlib.sha256(as_written.encode(errors="backslashreplace")).hexdigest()}
 
 
 def bound_answer_gates(

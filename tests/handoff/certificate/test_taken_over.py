@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from crosschip.certificate.document import write_certificate
 from crosschip.checkpoints import VERDICT_FILE
+from crosschip.errors import HandoffError
 from crosschip.handoff.answers.identity import weights_hash
-from crosschip.handoff.certificate.taken_over import bound_answer_gates, write_read_gate
-from crosschip.rundir import write_json
+from crosschip.handoff.certificate.taken_over import answer_gates, bound_answer_gates, summarised, write_read_gate
+from crosschip.rundir import read_json, sha256_of, write_json
 
 COUNTS = ("num_reasoning_open", "num_without_one_answer", "num_loops", "num_not_utf8")
 
@@ -82,6 +84,46 @@ def test_what_it_was_compared_with_is_told_where_it_is_not_the_source(
     )
     assert gate.verdict == "PASS"
     assert words in gate.not_covered[0]
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), "many", None])
+def test_a_count_that_is_none_is_refused(models: list[Path], number: object) -> None:
+    source, served, _ = models
+    document = report(of_directory(source), of_directory(served))
+    document["b"]["health"]["num_replies"] = number
+    with pytest.raises(HandoffError, match="has another form"):
+        answer_gates(document)
+
+
+def test_single_outcomes_stay_out_of_the_certificate_and_the_whole_reports_hash_is_in_it(
+    models: list[Path], tmp_path: Path
+) -> None:
+    source, served, _ = models
+    document = report(of_directory(source), of_directory(served))
+    document["outcomes"] = [["answers", f"problem {number}", None, True, True] for number in range(1000)]
+    write_json(tmp_path / "report.json", document)
+    found = summarised(read_json(tmp_path / "report.json"))
+    assert found.pop("report_sha256") == sha256_of(tmp_path / "report.json")
+    assert {**found, "outcomes": document["outcomes"]} == document
+
+
+def test_what_would_make_a_certificate_that_nobody_can_read_is_refused(models: list[Path]) -> None:
+    source, served, _ = models
+    document = report(of_directory(source), of_directory(served))
+    deep: list[Any] = []
+    for _ in range(80):
+        deep = [deep]
+    for more, words in (({"examples": deep}, "more than 64 deep"), ({"examples": "x" * (65 << 20)}, "B at most")):
+        with pytest.raises(HandoffError, match=words):
+            summarised({**document, **more})
+        with pytest.raises(HandoffError, match=words):
+            write_certificate(served, {**document, **more})
+    for _ in range(800):
+        deep = [deep]
+    for name in ("examples", "outcomes"):
+        with pytest.raises(HandoffError, match="too deep"):
+            summarised({**document, name: deep})
+    assert not (served / "certificate.json").exists()
 
 
 def test_without_a_report_there_are_no_gates(models: list[Path]) -> None:
