@@ -287,7 +287,7 @@ def _hash(matrix: Tensor, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over the bytes, row by row, of the matrix in `dtype`; None leaves it as it is."""
     found = hashlib.sha256()
     for _, block in _blocks(matrix):
-        found.update(block.to(dtype or block.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(block.to(dtype or block.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -82,10 +82,10 @@ class EngineCodec:
 
     def _sent(self, path: str, body: dict[str, Any] | None) -> httpx.Response:
         """The answer; a connection that was dropped without one, as just after the start, is made once more."""
-        url, settings = f"{self._url}/{path}", {"timeout": _SILENCE_S, "trust_env": False}
+        method, url = "GET" if body is None else "POST", f"{self._url}/{path}"
         for is_last in (False, True):
             try:
-                return httpx.get(url, **settings) if body is None else httpx.post(url, json=body, **settings)
+                return httpx.request(method, url, json=body, timeout=_SILENCE_S, trust_env=False)
             except (httpx.RemoteProtocolError, httpx.ConnectError):
                 if is_last:
                     raise

@@ -180,7 +180,7 @@ def _works(directory: Path, measures: list[Measure], num_files: int) -> Gate:
 
 def _by_behaviour(source: Path, arrived: Codec) -> Gate:
     left_out = ["the tokenizer's bytes: it has another format here, so what it does was compared"]
-    texts = TEXTS
+    texts: tuple[str, ...] = TEXTS
     try:
         if _normalises_to_nfc(source):
             texts = tuple(unicodedata.normalize("NFC", text) for text in TEXTS)
