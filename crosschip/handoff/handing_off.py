@@ -108,16 +108,15 @@ def hand_off(
         CrosschipError: what was asked for makes no sense, cannot be read, or cannot be written.
     """
     target = _target(to)
-    directory = output_directory(source, to, out)
-    check_kept(directory, {"--golden": golden, "--key": key})
     run, source = _run_and_path(source)
+    directory, beside = _places(source, run, to, out)
+    check_kept(directory, {"--golden": golden, "--key": key})
     model = open_source(source)
     written = dtype or chosen_dtype(target, model, run)
     if written not in target.dtypes:
         raise HandoffError(f"{target.name} is not written in {written}", f"choose among {', '.join(target.dtypes)}")
     wishes = _Wishes(_named(engines), find_chip(chip), key, engine_python, answers, tell)
     _check_beforehand(wishes, is_gguf=target.name.startswith("gguf"))
-    _, beside = _places(source, run, to, out)
     described = {
         "name": target.name,
         "dtype": written,
@@ -353,8 +352,9 @@ def _named(engines: Sequence[str] | None) -> tuple[str, ...] | None:
 
 def _in_certificate(answers: dict[str, Any] | None, gates: Sequence[Gate]) -> dict[str, Any] | None:
     """The report of answers, if a gate says that it is about these files."""
-    is_theirs = answers is not None and any(gate.verdict != NOT_COVERED for gate in gates)
-    return summarised(answers) if answers is not None and is_theirs else None
+    if answers is None or all(gate.verdict == NOT_COVERED for gate in gates):
+        return None
+    return summarised(answers)
 
 
 def _check_beforehand(wishes: _Wishes, is_gguf: bool) -> None:

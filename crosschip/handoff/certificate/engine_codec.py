@@ -83,10 +83,11 @@ class EngineCodec:
     def _sent(self, path: str, body: dict[str, Any] | None) -> httpx.Response:
         """The answer; a connection that was dropped without one, as just after the start, is made once more."""
         method, url = "GET" if body is None else "POST", f"{self._url}/{path}"
-        for is_last in (False, True):
-            try:
-                return httpx.request(method, url, json=body, timeout=_SILENCE_S, trust_env=False)
-            except (httpx.RemoteProtocolError, httpx.ConnectError):
-                if is_last:
-                    raise
-        raise AssertionError("the loop returns or raises")
+
+        def send() -> httpx.Response:
+            return httpx.request(method, url, json=body, timeout=_SILENCE_S, trust_env=False)
+
+        try:
+            return send()
+        except (httpx.RemoteProtocolError, httpx.ConnectError):
+            return send()

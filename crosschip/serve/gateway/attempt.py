@@ -73,6 +73,7 @@ class Attempt:
         self._deadline: asyncio.Timeout | None = None
         self._phase: Phase = "engine"
         self._asked_at_s = time.monotonic()
+        self._first_token_limit_s = table.first_token_s if call.is_stream else table.answer_s
         self.ran_out_of_time = False  # the engine was silent for too long; busy ones are, so that is no failure of it
         self.reader = StreamReader()
         self.first_token_at_s: float | None = None
@@ -91,14 +92,14 @@ class Attempt:
             AttemptFailed: before the first token.
             SlowClient: the client does not read.
         """
-        table, call = self._table, self.call
+        call = self.call
         body = self.watched.body if self.watched else call.body_for(self.engine.table)
         response: httpx.Response | None = None
         why, had_it = "", True
         if self._phase == "ended":
             raise AttemptFailed("ended", "the gateway ends", had_it=False)
         try:
-            async with asyncio.timeout(table.first_token_s if call.is_stream else table.answer_s) as self._deadline:
+            async with asyncio.timeout(self._first_token_limit_s) as self._deadline:
                 response = await self._upstreams.begin(self.engine.name, call.path, body, call.request_id)
                 return await self._pass_on(response)
         except TimeoutError:
@@ -225,8 +226,7 @@ class Attempt:
         self.ran_out_of_time = True
         if self.call.begun:
             return f"nothing came from it for {self._table.stall_s:g} s"
-        waited_s = time.monotonic() - self._asked_at_s
-        return f"no token came from it within {round(waited_s, 1):g} s"
+        return f"no token came from it within {self._first_token_limit_s:g} s"
 
     @property
     def certificate(self) -> Status:
@@ -272,8 +272,10 @@ class Attempt:
             self._wait_for("engine", table.stall_s)
         elif self.call.is_stream:
             waited_s = time.monotonic() - self._asked_at_s
-            left_s = max(table.first_token_s, table.answer_s) - waited_s
-            self._wait_for("engine", min(table.first_token_s, left_s))
+            longest_s = max(table.first_token_s, table.answer_s)
+            if longest_s - waited_s < table.first_token_s:
+                self._first_token_limit_s = longest_s
+            self._wait_for("engine", min(table.first_token_s, longest_s - waited_s))
 
     def _wait_for(self, phase: Phase, at_most_s: float) -> None:
         if self._phase != "ended" and self._deadline is not None:

@@ -88,6 +88,7 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 HEAD = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+TOKEN = event(delta("one"))
 LAST = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
 DONE = b"data: [DONE]\n\n"
 

@@ -19,6 +19,7 @@ from tests.serve.gateway.conftest import (
     HEAD,
     LAST,
     QUESTION,
+    TOKEN,
     Broken,
     ScriptedEngine,
     ask,
@@ -32,8 +33,6 @@ from tests.serve.gateway.conftest import (
     table,
     wait_until,
 )
-
-TOKEN = event(delta("one"))
 
 
 def test_bytes_come_through_as_they_are() -> None:

@@ -8,11 +8,10 @@ from tests.serve.gateway.conftest import (
     HEAD,
     LAST,
     QUESTION,
+    TOKEN,
     ScriptedEngine,
     ask,
-    delta,
     error_of,
-    event,
     running_gateway,
     scripted,
     settings_of,
@@ -20,8 +19,6 @@ from tests.serve.gateway.conftest import (
     table,
     wait_until,
 )
-
-TOKEN = event(delta("one"))
 
 
 def test_an_engine_that_stalls_is_given_up() -> None:

@@ -19,9 +19,18 @@ from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.serve.limits import new_key
 from tests.certificate.conftest import CHIP, document_of, replay_of
 from tests.serve.conftest import RunningServer, logged_process
-from tests.serve.gateway.conftest import DONE, HEAD, LAST, QUESTION, ScriptedEngine, delta, event, scripted, wait_until
-
-TOKEN = event(delta("one"))
+from tests.serve.gateway.conftest import (
+    DONE,
+    HEAD,
+    LAST,
+    QUESTION,
+    TOKEN,
+    ScriptedEngine,
+    delta,
+    event,
+    scripted,
+    wait_until,
+)
 
 
 @contextmanager
