@@ -138,7 +138,7 @@ def divide_on_demand(descriptor: int) -> list[str]:
                 content, descriptors, _, _ = socket.recv_fds(parent, _MESSAGE_BYTES, 2)
                 if not content:
                     sys.exit(0)
-                pid = os.fork()
+                pid = _divide()
                 if pid == 0:
                     selector.close()
                     parent.close()
@@ -156,9 +156,21 @@ def divide_on_demand(descriptor: int) -> list[str]:
                 parent.send(json.dumps(message).encode())
 
 
+def _divide() -> int:
+    """As `os.fork`; the child leads a session of its own before its id is known to anyone, who may end its group."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+    os.close(writes)
+    if pid != 0:
+        os.read(reads, 1)  # nothing comes: the child's copy is closed, too
+    os.close(reads)
+    return pid
+
+
 def _begin(arguments: list[str], stdin: int, log: int) -> list[str]:
-    """Be a process of its own: a session, a log, and a job that comes from elsewhere."""
-    os.setsid()
+    """Be a process of its own: a log, and a job that comes from elsewhere."""
     for taken, place in ((stdin, 0), (log, 1), (log, 2)):
         os.dup2(taken, place)
     os.close(stdin)

@@ -168,6 +168,21 @@ def test_children_of_a_stem_are_processes_of_their_own(tmp_path: Path, one_stem:
             child.end()
 
 
+def test_a_child_can_be_ended_as_soon_as_its_id_is_known(tmp_path: Path) -> None:
+    """Its group is what is ended, which it leads only after a call of its own; here that call is a slow one."""
+    slow = "import os, time\nsetsid = os.setsid\nos.setsid = lambda: (time.sleep(0.5), setsid())\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    stem = Stem({**examination_environment(os.environ), "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"})
+    try:
+        child = start_child(tmp_path, stem=stem)
+        while child.process.poll() is None and child.process.pid is None:
+            time.sleep(0.001)
+        os.killpg(child.process.pid or 0, signal.SIGKILL)
+        assert child.process.wait(60) == -signal.SIGKILL
+    finally:
+        stem.close()
+
+
 def test_without_its_stem_a_child_is_started_anew(tmp_path: Path) -> None:
     stem = Stem(examination_environment(os.environ))
     waiting = start_child(tmp_path, stem=stem)
