@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def distil_stage(
         is_there = out.exists() and manifest_path(out).exists()
         manifest = read_json(manifest_path(out)) if is_there else {}
         if is_there:
-            _check_rows(name, out, model, manifest)
+            _check_rows(name, out, model, manifest, beat)
         problems = training_problems(settings, (recipe.rl.data if recipe.rl else None) or recipe.data, recipe.seed)
         if is_there:
             _check_settings(name, out, settings, asked_for(problems, settings, recipe.seed), manifest)
@@ -74,13 +75,13 @@ def distil_stage(
     return made_by_rank_zero(rank.world, rank.heartbeat, make)
 
 
-def _check_rows(name: str, out: Path, model: Path, manifest: Any) -> None:
+def _check_rows(name: str, out: Path, model: Path, manifest: Any, beat: Callable[[], None]) -> None:
     """Refuse rows that are not those that were written, or that another model wrote than would write them now."""
     if not isinstance(manifest, dict) or (manifest.get("rows") or {}).get("sha256") != sha256_of(out):
         problem = f"{name}: the rows in {out} are not those that {manifest_path(out).name} speaks of"
         raise CheckpointError(problem, _again(out))
     wrote = manifest.get("model") or {}
-    if wrote.get("weights_sha256") not in (None, weights_sha256(model)):
+    if wrote.get("weights_sha256") not in (None, weights_sha256(model, beat)):
         raise CheckpointError(
             f"{name}: the rows in {out} were written by {wrote.get('directory')}, with other weights than {model} has",
             f"{_again(out)}; or set the stages before back to go on as it was",

@@ -44,7 +44,7 @@ class Right:
 def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """`take(seed=0, samples=2, ...)`: take the stage in the run at `tmp_path`."""
     for module in (distil_stage_module, distilling):
-        monkeypatch.setattr(module, "weights_sha256", lambda directory: "w")
+        monkeypatch.setattr(module, "weights_sha256", lambda directory, beat: "w")
     monkeypatch.setattr(distil_stage_module, "distill", partial(distill, answers=Right()))
     chip = find_chip("cpu")
     rank = Rank(ALONE, chip, LineProgress(None), Heartbeat(None, 0, 600.0), None)

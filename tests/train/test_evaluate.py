@@ -209,6 +209,14 @@ def test_any_checkpoint_of_a_run_is_found(uninterrupted) -> None:
         find_subject(newest.directory, "sft")
 
 
+def test_weights_that_were_never_measured_are_read_file_by_file_with_a_sign_of_life_each(tmp_path: Path) -> None:
+    for name in ("model-1", "model-2", "model-3"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    beats: list[None] = []
+    assert weights_sha256(tmp_path, lambda: beats.append(None)) == weights_sha256(tmp_path)
+    assert len(beats) == 3
+
+
 def test_every_row_of_a_file_can_be_asked(tmp_path) -> None:
     path = tmp_path / "gsm.jsonl"
     rows = [{"question": f"How many is {i} + 1?", "answer": f"{i} and one.\n#### {i + 1}"} for i in range(20)]

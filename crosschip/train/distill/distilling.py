@@ -78,7 +78,7 @@ def distill(
 
     Args:
         answers: what answers; None is the model of `model_directory` in this process, on `chip`, which calls `beat`
-            with each token.
+            with each token. It is called with each file of weights that is read for its sum, too.
         force: replace what an earlier call wrote.
         checker_timeout_s: of one answer; a checker that takes longer has failed.
 
@@ -93,7 +93,8 @@ def distill(
     if out.suffix != ".jsonl":
         raise DataError(f"{out} does not end in .jsonl", "name it so: the rows are read by their ending")
     answers = answers or Here(model_directory, tokenizer, chip, beat)
-    identity = _identity(model_directory, answers, problems, settings, seed)
+    model = {"directory": str(model_directory), "weights_sha256": weights_sha256(model_directory, beat)}
+    identity = {"model": model, "answers": answers.told, **asked_for(problems, settings, seed)}
     with Journal(out.with_name(f".{out.name}.journal"), identity) as journal:
         _ask_all(journal, answers, problems, settings, seed, tell, checker_timeout_s)
         rows, report = _chosen(journal.answered, problems, settings, out, seed)
@@ -111,19 +112,9 @@ def distill(
     return report
 
 
-def _identity(
-    directory: Path, answers: Answers, problems: Sequence[Question], settings: DistillSettings, seed: int
-) -> dict[str, Any]:
-    """What the answers follow from. `keep` and `choose` are not among it: they choose from the same answers."""
-    return {
-        "model": {"directory": str(directory), "weights_sha256": weights_sha256(directory)},
-        "answers": answers.told,
-        **asked_for(problems, settings, seed),
-    }
-
-
 def asked_for(problems: Sequence[Question], settings: DistillSettings, seed: int) -> dict[str, Any]:
-    """What is asked, and how, as the manifest has it."""
+    """What is asked, and how, as the manifest has it. `keep` and `choose` are not among it: they choose from the same
+    answers."""
     asked = [(problem.expected, *(message.content for message in problem.messages)) for problem in problems]
     return {
         "problems_sha256": digest_of(asked),

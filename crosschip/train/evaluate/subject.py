@@ -116,16 +116,21 @@ def _recipe_of(run: RunDirectory) -> Recipe | None:
     return parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe))
 
 
-def weights_sha256(directory: Path) -> str:
+def weights_sha256(directory: Path, beat: Callable[[], None] | None = None) -> str:
     """One SHA-256 over the names and sums of the files that hold a directory's weights.
 
-    A checkpoint has measured its files already, and `find_newest` has compared them.
+    `beat` is called with each file that is read. A checkpoint has measured its files already, and `find_newest` has
+    compared them.
     """
     if (directory / STATE_FILE).is_file():
         measured = read_json(directory / STATE_FILE)["files"]
         sums = {name: str(entry["sha256"]) for name, entry in measured.items()}
         sums = {name: digest for name, digest in sums.items() if not name.endswith(".json")}
     else:
-        sums = {file.name: sha256_of(file) for file in directory.glob("*.safetensors")}
+        sums = {}
+        for file in directory.glob("*.safetensors"):
+            if beat is not None:
+                beat()
+            sums[file.name] = sha256_of(file)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

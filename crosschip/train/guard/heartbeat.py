@@ -116,11 +116,12 @@ class Heartbeat:
         self._num_beats += 1
         self._write(step, now, allowance_s, phase)
 
-    def renew(self) -> None:
-        """The phase goes on, because another process that is seen to live is waited for: it has the same time again."""
+    def renew(self, more_s: float = 0.0) -> None:
+        """The phase goes on, with the same time again and `more_s` seconds: something is seen to live, be it another
+        process that is waited for."""
         step, _, _, allowance_s, _, _, phase, _ = _BODY.unpack_from(self._map, _BODY_AT)
         self._num_beats += 1
-        self._write(step, time.monotonic(), allowance_s, _text(phase))
+        self._write(step, time.monotonic(), allowance_s + more_s, _text(phase))
 
     def leave(self, exit_code: int, allowance_s: float = 60.0) -> None:
         """Say that the process ends with this exit code, for which it has `allowance_s` seconds."""

@@ -51,9 +51,11 @@ def sampled_with(settings: RlSettings) -> dict[str, Any]:
 
 
 def without_answers(kept: Kept) -> Kept:
-    """The same without any answer; the problems of finished groups are to be asked again."""
+    """The same without any answer; the problems of finished groups are to be asked again, and so are those of the batch
+    that is being trained."""
     answered = {group["problem"]["number"] for group in kept.rollouts["finished"]}
-    ask_again = sorted(answered | set(kept.rollouts["ask_again"]))
+    in_training = set() if kept.rest is None else set(kept.rollouts.get("taken", ()))
+    ask_again = sorted(answered | in_training | set(kept.rollouts["ask_again"]))
     return replace(kept, rollouts={**kept.rollouts, "finished": [], "ask_again": ask_again}, rest=None)
 
 

@@ -122,7 +122,7 @@ class Reinforcer:
             return
         if kept.rest is not None:
             detail = f"{len(kept.rest)} answers of a batch were left to train, no multiple of the new batch_size={size}"
-            self.events.put("rollouts lost", detail, "they are not trained")
+            self._give_back(detail)
         self.version = max(self.version, kept.rollouts.get("due") or 0)  # the batch of the saved version is trained
 
     def after_save(self, step: int) -> None:
@@ -232,16 +232,16 @@ class Reinforcer:
         for agreement in beyond:
             self._answer(agreement)
         if beyond and self.settings.rollouts.on_mismatch == "drop":
-            self._give_back()
+            self._give_back("the batch has answers of an engine that was dropped")
             self.renew()
             raise StepNotCommitted
         return sums
 
-    def _give_back(self) -> None:
-        """The batch is not trained, since an engine was dropped that answered in it."""
+    def _give_back(self, why: str) -> None:
+        """The batch, or what is left of it, is not trained."""
         if self.rollouts is not None:
             num = self.rollouts.give_back()
-            self.events.put("rollouts lost", "the batch has answers of that engine", f"{num} problems are asked again")
+            self.events.put("rollouts lost", why, f"they are not trained, and {num} problems are asked again")
 
     def _answer(self, agreement: EngineAgreement) -> None:
         settings = self.settings.rollouts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,13 +67,13 @@ class HeldOutProblems:
                 "raise rl.seq_len or lower rl.max_new_tokens, or leave out rl.validate_every",
             )
 
-    def score(self, model: Transformer) -> HeldOutScore:
-        """Answer them all in fp32."""
+    def score(self, model: Transformer, beat: Callable[[], None] | None = None) -> HeldOutScore:
+        """Answer them all in fp32; `beat` is called with each token of the answers."""
         num_right = num_tokens = num_errors = 0
         decoder = Decoder(model, torch.float32, by_kernels=True)
         with opened_checker(self._checker_name, self._timeout_s) as checker:
             judge = Judge(self._tokenizer, checker)
-            for number, answer in answer_all(decoder, self._askings, self._limits):
+            for number, answer in answer_all(decoder, self._askings, self._limits, beat):
                 opening = judge.opening_of(self._askings[number].prompt_ids)
                 found = judge.judge(self._questions[number], answer, opening)
                 num_tokens += len(answer)

@@ -15,7 +15,7 @@ from crosschip.recipe import Recipe, RlSettings
 from crosschip.rewards import Rewarder
 from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.waiting import rank_zero_begins
-from crosschip.train.group.world import World
+from crosschip.train.group.world import PATIENCE, World
 from crosschip.train.guard.allowances import START
 from crosschip.train.guard.heartbeat import Heartbeat
 from crosschip.train.progress import StageProgress
@@ -120,7 +120,7 @@ def loop_hooks(reinforcer: Reinforcer, around: Surroundings) -> LoopHooks:
         step=StepHooks(after_backward=reinforcer.after_backward),
         after_update=reinforcer.after_update,
         measured=reinforcer.measured,
-        validate=lambda step: _score(reinforcer, around.world, held_out),
+        validate=lambda step: _score(reinforcer, around, held_out),
         after_save=reinforcer.after_save,
         after_roll_back=reinforcer.renew,
         new_events=reinforcer.events.taken,
@@ -129,14 +129,17 @@ def loop_hooks(reinforcer: Reinforcer, around: Surroundings) -> LoopHooks:
 
 
 def _score(
-    reinforcer: Reinforcer, world: World, held_out: Callable[[], HeldOutProblems]
+    reinforcer: Reinforcer, around: Surroundings, held_out: Callable[[], HeldOutProblems]
 ) -> tuple[dict[str, float], str]:
     """The share of held-out problems that the model answers right, greedily, in fp32; rank 0 has the problems."""
+    world, heartbeat = around.world, around.heartbeat
     model = gather_model(reinforcer.model, world)
+    if world.rank != 0:
+        heartbeat.renew(PATIENCE.total_seconds())  # answers may take long, and only rank 0 sees them come
 
     def measure() -> tuple[dict[str, float], str]:
         assert model is not None
-        found = held_out().score(model)
+        found = held_out().score(model, heartbeat.renew)
         told = f"{found.num_right} of {found.num_problems} held-out problems right, {found.mean_tokens:.0f} tokens each"
         if found.num_errors:
             failed = f"the checker failed on {found.num_errors} of {found.num_problems} held-out answers"

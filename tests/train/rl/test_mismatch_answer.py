@@ -58,7 +58,7 @@ def test_the_problems_of_a_batch_with_a_dropped_engine_are_asked_again(tmp_path:
     assert stage.rollouts.dropped == ["a"]
     assert stage.rollouts.ledger.to_ask_again == [0, 1]
     lost = [action for event, _, action in stage.events.taken() if event == "rollouts lost"]
-    assert lost == ["2 problems are asked again"]
+    assert lost == ["they are not trained, and 2 problems are asked again"]
 
 
 def test_the_panel_names_engine_and_chip(tmp_path: Path) -> None:

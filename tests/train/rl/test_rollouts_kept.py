@@ -70,13 +70,14 @@ class InstantRollouts:
         return {
             "due": self.ledger.due,
             "next_number": self.ledger.next_number,
-            "ask_again": [],
+            "ask_again": self.ledger.to_ask_again,
+            "taken": self.ledger.taken,
             "finished": finished,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         finished = [group_of(each) for each in state["finished"]]
-        self.ledger.restore(state["next_number"], state["ask_again"], finished, state["due"])
+        self.ledger.restore(state["next_number"], state["ask_again"], finished, state["due"], state["taken"])
 
 
 @dataclass
@@ -230,8 +231,9 @@ def test_answers_of_other_settings_are_not_trained_and_their_problems_asked_agai
     before.reinforcer.begin(0)
     for step in range(1, 4):
         before.step(step)
-    number = before.rollouts.ledger.next_number
-    before.rollouts.ledger.restore(number + 1, [], [Group(problem(number), (sample(1.0),))], before.rollouts.ledger.due)
+    ledger = before.rollouts.ledger
+    number, in_training = ledger.next_number, ledger.taken
+    ledger.restore(number + 1, [], [Group(problem(number), (sample(1.0),))], ledger.due, in_training)
     before.reinforcer._keep(3)
     after = Stage(tmp_path, two_updates(**changed))
     after.reinforcer.begin(3)
@@ -239,10 +241,30 @@ def test_answers_of_other_settings_are_not_trained_and_their_problems_asked_agai
     assert event == "rollouts lost"
     assert told in detail
     assert after.rollouts.ledger.finished == []
-    assert after.rollouts.ledger.to_ask_again == [number]
+    assert after.rollouts.ledger.to_ask_again == [*in_training, number]
     after.step(4)
-    assert not set(after.trained) & set(before.trained)
     assert after.rollouts.taken == [2]  # the rest of batch 1 is not trained
+
+
+def test_what_is_left_of_a_batch_is_given_back_where_it_cannot_be_dealt_out(tmp_path: Path) -> None:
+    before = Stage(tmp_path, two_updates())
+    before.go(0, 3)
+    after = Stage(tmp_path, settings(updates_per_batch=1, steps=8, checkpoint_every=3))
+    after.reinforcer.begin(3)
+    ((event, detail, action),) = after.events.taken()
+    assert event == "rollouts lost"
+    assert "no multiple of the new batch_size=8" in detail
+    assert action == f"they are not trained, and {len(before.rollouts.ledger.taken)} problems are asked again"
+    assert after.rollouts.ledger.to_ask_again == before.rollouts.ledger.taken != []
+
+
+def test_after_a_resume_the_batch_in_training_can_still_be_given_back(tmp_path: Path) -> None:
+    before = Stage(tmp_path, two_updates())
+    before.go(0, 3)
+    after = Stage(tmp_path, two_updates())
+    after.reinforcer.begin(3)
+    assert after.rollouts.give_back() == len(before.rollouts.ledger.taken) > 0
+    assert after.rollouts.ledger.to_ask_again == before.rollouts.ledger.taken
 
 
 def test_a_damaged_rest_is_not_trained(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ class Driver:
             "due": self._ledger.due,
             "next_number": self._ledger.next_number,
             "ask_again": sorted(again | {*self._ledger.under_way, *self._ledger.to_ask_again}),
+            "taken": self._ledger.taken,
             "finished": [saved_group(group) for group in kept],
         }
 
@@ -121,7 +122,8 @@ class Driver:
         assert state["schema_version"] == 1
         await self._cancel_groups()
         finished = [group_of(each) for each in state["finished"]]
-        self._ledger.restore(state["next_number"], state["ask_again"], finished, state.get("due"))
+        again, taken = state["ask_again"], state.get("taken", ())  # not there: of an older crosschip
+        self._ledger.restore(state["next_number"], again, finished, state.get("due"), taken)
         self._window = Window()
         self._clock.cut(time.monotonic())
         self._failure = None

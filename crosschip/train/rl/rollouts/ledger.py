@@ -13,7 +13,7 @@ are asked in order until exactly `prompts` of them gave a signal, and those are 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from crosschip.train.rl.sample import Group
@@ -64,6 +64,11 @@ class Ledger:
     def to_ask_again(self) -> list[int]:
         """The numbers of problems that were begun and not answered."""
         return list(self._to_ask_again)
+
+    @property
+    def taken(self) -> list[int]:
+        """The numbers of the problems of the last batch."""
+        return list(self._taken)
 
     @property
     def finished(self) -> list[Group]:
@@ -165,15 +170,21 @@ class Ledger:
         return numbers
 
     def restore(
-        self, next_number: int, to_ask_again: list[int], finished: list[Group], least_due: int | None = None
+        self,
+        next_number: int,
+        to_ask_again: list[int],
+        finished: list[Group],
+        least_due: int | None = None,
+        taken: Sequence[int] = (),
     ) -> None:
-        """Go on where another ledger was: `to_ask_again` holds what was under way there, and batches before that of
-        version `least_due` were taken."""
+        """Go on where another ledger was: `to_ask_again` holds what was under way there, batches before that of
+        version `least_due` were taken, and `taken` was the last of them."""
         self._least_due = least_due or 0
         assert not self._under_way
         assert not self._finished
         self.next_number = next_number
         self._to_ask_again = sorted(to_ask_again)
+        self._taken = list(taken)
         self._finished = {group.problem.number: group for group in finished}
 
     def _drop_stale(self) -> int:
