@@ -44,6 +44,9 @@ def diagnose(comparison: Comparison) -> Diagnosis:
         return Diagnosis(
             "operator", "training step", "the forward pass agrees and the training curve does not: look at the backward"
         )
+    if comparison.broke is not None and comparison.transformers is not None:
+        other = comparison.transformers
+        return _beside_transformers(comparison, other, f"it broke: {comparison.broke}; ", comparison.is_drowned(other))
     return found[0] if found else Diagnosis("none", comparison.engine, "nothing differs by more than its limit")
 
 
@@ -99,7 +102,7 @@ def _first_diverging(comparison: Comparison, view: View) -> PointDistance | None
 
 def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
     """Only answers were seen to differ: the files are the recorded ones, as far as they were compared."""
-    engine, other, limit = comparison.engine, comparison.transformers, comparison.limit.mean_kl
+    engine, other = comparison.engine, comparison.transformers
     differ = _how_answers_differ(comparison, view)
     if comparison.limit.target in QUANTISED and comparison.files_checked and other is None:
         return _of_quantised(comparison, f"{engine}, {view.name}: {differ}")
@@ -108,9 +111,14 @@ def _without_layers(comparison: Comparison, view: View) -> Diagnosis:
     if other is None:
         unknown = "" if comparison.files_checked else "; its files were not given, so they may be the cause as well"
         return Diagnosis("engine", engine, f"{engine}, {view.name}: {differ}{unknown}")
-    is_drowned = comparison.is_drowned(view)  # then the mean tells nothing of the same files elsewhere, either
+    is_drowned = comparison.is_drowned(view)
+    return _beside_transformers(comparison, other, f"{differ}; " if is_drowned else "", is_drowned)
+
+
+def _beside_transformers(comparison: Comparison, other: View, what: str, is_drowned: bool) -> Diagnosis:
+    """The engine's `what`, beside the same files in transformers; `is_drowned`: the mean tells nothing of them."""
+    engine, limit = comparison.engine, comparison.limit.mean_kl
     is_right = not comparison.is_logprob_beyond(other) if is_drowned else other.kl.mean <= limit
-    what = f"{differ}; " if is_drowned else ""
     if is_right:
         words = f"{what}the same files in transformers agree (mean KL {other.kl.mean:.1e}): {engine} computes otherwise"
         return Diagnosis("engine", engine, words)

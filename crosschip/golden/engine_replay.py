@@ -70,7 +70,8 @@ def replay_over_http(
         comparison.broke = str(error)
     finally:
         engine.close()
-    if files is not None and any(not view.kl.upper_95 < comparison.limit.mean_kl for view in comparison.views):
+    is_right = all(view.kl.upper_95 < comparison.limit.mean_kl for view in comparison.views)
+    if files is not None and (comparison.broke is not None or not is_right):
         _place_the_blame(bundle, files, comparison, has_time, tell)
     return comparison
 

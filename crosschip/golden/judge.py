@@ -50,7 +50,8 @@ def judge(comparison: Comparison) -> Judgement:
     checks = ["tensor manifest", "configuration fields"] if comparison.files_checked else []
     seen = ("mean KL", "log-probs", "activations", "router choices")[: _NUM_SEEN[comparison.route]]
     if comparison.broke is not None:
-        found.append(_finding("FAIL", comparison.engine, "golden replay runs", comparison.broke, "raises", "runs", ""))
+        words = cause.words if comparison.broke in cause.words else comparison.broke
+        found.append(_finding("FAIL", comparison.engine, "golden replay runs", words, "raises", "runs", ""))
     if comparison.weights:
         number = len(comparison.weights)
         found.append(_finding("FAIL", cause.subject, "tensor manifest", cause.words, number, 0, "every tensor once"))

@@ -150,6 +150,29 @@ def test_rows_that_there_is_no_time_for_are_left_out(bundle: Bundle, honest_url:
     assert judge(comparison).verdict == "INCONCLUSIVE"
 
 
+@pytest.mark.parametrize(("way", "told"), [("nan", "its log-probs are not numbers"), ("fails", "out of memory")])
+def test_an_engine_that_breaks_on_files_that_agree_elsewhere_is_to_blame(
+    bundle: Bundle, odd_url: str, model_dir: Path, way: str, told: str
+) -> None:
+    comparison = replay_over_http(bundle, f"{odd_url}/{way}", files=model_dir)
+    judgement = judge(comparison)
+    assert (judgement.verdict, judgement.diagnosis.cause) == ("FAIL", "engine")
+    assert told in judgement.diagnosis.words
+    assert "the same files in transformers agree" in judgement.diagnosis.words
+    (finding,) = judgement.findings
+    assert (finding["check"], finding["message"]) == ("golden replay runs", judgement.diagnosis.words)
+
+
+def test_an_engine_that_breaks_on_files_that_differ_is_not_to_blame_alone(
+    bundle: Bundle, odd_url: str, changed_model: Changed
+) -> None:
+    directory = changed_model(lambda tensors: tensors["model.layers.1.self_attn.kv_b_proj.weight"].neg_())
+    judgement = judged(bundle, f"{odd_url}/nan", files=directory, quantised="int8")  # other numbers are expected then
+    assert (judgement.verdict, judgement.diagnosis.cause) == ("FAIL", "conversion")
+    assert "it broke: its log-probs are not numbers" in judgement.diagnosis.words
+    assert "in transformers differ as well" in judgement.diagnosis.words
+
+
 def test_no_time_is_left_to_place_the_blame(bundle: Bundle, odd_url: str, model_dir: Path) -> None:
     comparison = replay_over_http(bundle, f"{odd_url}/constant", files=model_dir, has_time=lambda share: share < 1)
     assert comparison.transformers is None
@@ -184,6 +207,8 @@ class _Odd(BaseHTTPRequestHandler):
             self._send(400, {"error": {"message": "echo is not supported"}})
         elif way == "fails":
             self._send(500, {"error": {"message": "out of memory"}})
+        elif way == "nan":
+            self._send(400, {"error": {"message": "Out of range float values are not JSON compliant"}})
         elif way == "trickles":
             self.send_response(200)
             self.send_header("Content-Length", "100000")
