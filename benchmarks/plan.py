@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peer import arguments
+from torch.distributed.fsdp import fully_shard
 
 from crosschip.chips import choose_compute_dtype, find_chip, fingerprint, keep_freed_memory
 from crosschip.plan.hardware import EAGER_CALLS, Hardware
@@ -30,12 +32,13 @@ from crosschip.plan.planning import plan_run
 from crosschip.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "first.toml"
-STEPS = 10
+STEPS = 40
 # Rows, columns and depth of the recipe's commonest product, not of a cube: small products are slow on a CPU.
 PRODUCT = (4096, 384, 128)
 STATES = (4096, 128)
 NUM_STATES = 64
-COLLECTIVE_BYTES = 1 << 20  # about what a layer of the recipe has
+COLLECTIVE_BYTES, SHORT_BYTES = 1 << 20, 1 << 12  # the first is about what a layer of the recipe has
+ROW = 128
 
 
 def shortest_s(work: Any, repeats: int = 20) -> float:
@@ -63,41 +66,56 @@ def passes_bytes_s(dtype: torch.dtype) -> float:
     return 1.0 / sum(share * shortest_s(work, 5) / (num_bytes * each) for share, work, num_bytes in passes)
 
 
-def _time_gathers(rank: int, directory: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    found = []
-    for size in (1024, COLLECTIVE_BYTES):
-        mine = torch.zeros(size // 8)
-        whole = torch.empty(2 * mine.numel())
-        found.append(shortest_s(lambda mine=mine, whole=whole: dist.all_gather_into_tensor(whole, mine)))
+def _measure(rank: int, num_processes: int, dtype: torch.dtype, directory: str) -> None:
+    """All processes measure the same at the same time: they share caches and memory, as in training."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=num_processes)
+    keep_freed_memory()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
+    m, n, k = PRODUCT
+    left, right, grad = (torch.randn(shape).to(dtype) for shape in ((m, k), (k, n), (m, n)))
+    small = torch.randn(16)
+    # The three products of a layer's matrix: its output, and both gradients.
+    products = (lambda: left @ right, lambda: grad @ right.T, lambda: left.T @ grad)
+    measured: dict[str, Callable[[], float]] = {
+        "product_flops": lambda: 3 * 2.0 * m * n * k / sum(map(shortest_s, products)),
+        "passes_bytes_s": lambda: passes_bytes_s(dtype),
+        "call_s": lambda: shortest_s(lambda: [small * small for _ in range(100)]) / 100,
+    }
+    if num_processes > 1:
+        measured |= {"short_s": lambda: sharded_s(SHORT_BYTES), "long_s": lambda: sharded_s(COLLECTIVE_BYTES)}
+    found = {}
+    for name, work in measured.items():
+        dist.barrier()
+        found[name] = work()
+    dist.barrier()  # neither leaves while the other has a collective to end
     if rank == 0:
         Path(directory, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def gloo_link() -> tuple[float, float]:
-    """Bytes a second and latency in seconds of an all-gather between two processes of this machine."""
-    with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_time_gathers, (directory,), nprocs=2)
-        short, long = json.loads(Path(directory, "found.json").read_text())
-    return COLLECTIVE_BYTES / 2 / max(long - short, 1e-9), short
+def sharded_s(num_bytes: int) -> float:
+    """Seconds of a collective of the trainer's sharding (FSDP2), its copies included: what a matrix of this size takes
+    longer when it is sharded. Forward and backward there are two gathers and a sum."""
+    row = torch.randn(1, ROW)
+    plain, sharded = (torch.nn.Linear(ROW, num_bytes // (4 * ROW), bias=False) for _ in range(2))
+    fully_shard(sharded)
+    whole_s, parts_s = (shortest_s(lambda each=each: each(row).sum().backward(), 200) for each in (plain, sharded))
+    return (parts_s - whole_s) / 3
 
 
 def measured_hardware(hardware: Hardware, dtype: torch.dtype, num_processes: int) -> Hardware:
-    """This machine as one of `num_processes` sees it: rates of torch on its share of the cores."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
-    m, n, k = PRODUCT
-    left, right, grad = (torch.randn(shape).to(dtype) for shape in ((m, k), (k, n), (m, n)))
-    # The three products of a layer's matrix: its output, and both gradients.
-    three_s = sum(map(shortest_s, (lambda: left @ right, lambda: grad @ right.T, lambda: left.T @ grad)))
-    product = 3 * 2.0 * m * n * k / three_s
-    small = torch.randn(16)
-    launch = shortest_s(lambda: [small * small for _ in range(100)]) / 100
-    link, latency = gloo_link() if num_processes > 1 else (hardware.link_bytes_s, hardware.link_latency_s)
+    """This machine as each of `num_processes` processes sees it beside the others: rates of torch and of gloo."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(_measure, (num_processes, dtype, directory), nprocs=num_processes)
+        found = json.loads(Path(directory, "found.json").read_text())
+    link, latency = hardware.link_bytes_s, hardware.link_latency_s
+    if num_processes > 1:
+        latency = found["short_s"]
+        link = (COLLECTIVE_BYTES - SHORT_BYTES) / 2 / max(found["long_s"] - latency, 1e-9)
     return replace(
-        hardware, bf16_flops=product, efficiency=1.0, memory_bytes_s=passes_bytes_s(dtype), memory_share=1.0,
-        launch_s=EAGER_CALLS * launch, tile=1, node_size=num_processes, link_bytes_s=link, link_latency_s=latency,
+        hardware, bf16_flops=found["product_flops"], efficiency=1.0, memory_bytes_s=found["passes_bytes_s"],
+        memory_share=1.0, launch_s=EAGER_CALLS * found["call_s"], tile=1, node_size=num_processes, link_bytes_s=link,
+        link_latency_s=latency,
     )  # fmt: skip
 
 
@@ -116,18 +134,17 @@ def children_peak_bytes(command: list[str]) -> int:
 def trained(num_processes: int, **more: int) -> tuple[float, int]:
     """Median seconds of a step without the first ones, and the peak memory of a process."""
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "run"
+        out, recipe = Path(directory) / "run", Path(directory) / "recipe.toml"
+        recipe.write_text(RECIPE.read_text().split("\n[sft]")[0])  # what follows has other steps, and engines beside it
         settings = {
             "train.steps": STEPS, "train.warmup_steps": 2, "train.validate_every": 1000, "train.sample_every": 1000,
-            "train.checkpoint_every": 1000, "train.verify_checkpoints": "off", "sft.steps": 1, "sft.warmup_steps": 0,
+            "train.checkpoint_every": 1000, "train.verify_checkpoints": "off",
         } | {f"train.{key}": value for key, value in more.items()}  # fmt: skip
-        command = [sys.executable, "-m", "crosschip", "train", str(RECIPE), "--out", str(out)]
+        command = [sys.executable, "-m", "crosschip", "train", str(recipe), "--out", str(out)]
         command += ["--nproc", str(num_processes)]
         command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         peak = children_peak_bytes(command)
-        metrics = next(out.glob("train/*/metrics.jsonl")).parent.parent
-        lines = [*metrics.glob("pretrain*/metrics.jsonl"), *metrics.glob("train*/metrics.jsonl")]
-        path = lines[0] if lines else next(out.glob("train/*/metrics.jsonl"))
+        (path,) = out.glob("train/*/metrics.jsonl")
         seconds = [json.loads(line).get("seconds") for line in path.read_text().splitlines()]
         return statistics.median([each for each in seconds if each is not None][4:]), peak
 
