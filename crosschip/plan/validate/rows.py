@@ -12,26 +12,19 @@ from typing import TypeVar
 
 from crosschip.errors import RecipeError
 
-__all__ = ["MOST_COUNT", "OUTCOMES", "QUANTITIES", "SHIPPED_ROWS", "Outcome", "Row", "read_rows"]
+__all__ = ["MOST_COUNT", "OUTCOMES", "SHIPPED_ROWS", "TIME_SHARE", "Outcome", "Row", "read_rows"]
 
 SHIPPED_ROWS = Path(__file__).parent.parent / "data" / "published_runs.csv"
 
-# Columns that hold results. A `Row` has none of them; `Outcome` holds the one that its row names.
+TIME_SHARE = "effective_time_or_goodput_pct"
+# Columns that hold results. A `Row` has none of them; `Outcome` holds the one that its row names as its quantity.
 OUTCOMES = (
     "chip_hours",
     "wall_days",
     "tok_s_per_chip",
     "tflops_per_chip_reported",
     "mfu_pct_reported",
-    "effective_time_or_goodput_pct",
-    "step_time_s",
-)
-QUANTITIES = (
-    "chip_hours",
-    "wall_days",
-    "tok_s_per_chip",
-    "tflops_per_chip_reported",
-    "mfu_pct_reported",
+    TIME_SHARE,
     "step_time_s",
 )
 _ROUNDED = 1.02  # active over all parameters that are the same but for rounding, at most
@@ -41,10 +34,16 @@ MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
 _LEAST_NUMBER, _MOST_NUMBER = 1e-6, 1e12
 # A letter counts 1024, as in a batch: `8K` tokens of a sequence.
 _LETTERS = {"k": 1024, "m": 1024 * 1024}
-_ABOUT = re.compile(r"^(?:[~≈]|about|around|approx(?:imately|\.)?|circa|ca\.?)\s*(?=[\d.])", re.I)
+_ABOUT = re.compile(
+    r"^(?:[~≈]|about|around|approx(?:imately|\.)?|circa|ca\.?|[<>]=?|[≤≥]|(?:more|less|fewer) than|at (?:least|most)"
+    r"|over|under|up to)\s*(?=[\d.])|(?<=\d)\+$",
+    re.I,
+)
 _LETTERED = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([km])\b", re.I)
-_RANGE = re.compile(r"([\d.]+)\s*[-–]\s*([\d.]+)")
+_RANGE = re.compile(r"([\d.]+)\s*(?:[-–]|to)\s*([\d.]+)")
 _PLAIN = re.compile(r"[\d.,_]+(?:e[+-]?\d+)?", re.I)
+# Beside a share of time: `83-96 compute utilisation`, `97 (Gemini 1.0)`; `to` stands between two numbers.
+_WORDS = re.compile(r"\([^)]*\)|\b(?!to\b)[a-z][a-z-]*(?![\w.])", re.I)
 _T = TypeVar("_T")
 _NEEDED = ("id", "quantity", "model", "chip")
 
@@ -124,6 +123,14 @@ def _number(cell: str, name: str) -> float | None:
     return _checked(_value(cell), cell, name)
 
 
+def _percentage(cell: str, name: str) -> float | None:
+    """A share of time in percent, whatever words stand beside it; up to 1 it is a part of one."""
+    value = _checked(_value(_WORDS.sub(" ", cell)), cell, name)
+    if value is not None and value > 100.0:
+        raise _Odd(f"{name} = {cell!r} is more than 100 %")
+    return value if value is None or value > 1.0 else 100.0 * value
+
+
 def _scaled(found: re.Match[str]) -> str:
     return repr(float(found.group(1)) * _LETTERS[found.group(2).lower()])
 
@@ -163,10 +170,17 @@ class _Cells:
             self.faults.append(odd.told)
             return None
 
+    def reading(self, name: str, value: float | None) -> str:
+        """What a number that is not plain is read as; nothing of a plain one."""
+        cell = self.text(name)
+        if value is None or (_PLAIN.fullmatch(cell) and _value(cell) == value):
+            return ""
+        middle = ", the middle of its range" if _RANGE.search(_LETTERED.sub(_scaled, cell.replace("%", ""))) else ""
+        return f"{name} = {cell!r} is read as {value:,.10g}{middle}"
+
     def _said(self, name: str, value: float | None) -> None:
-        if value is not None and not _PLAIN.fullmatch(cell := self.text(name)):
-            middle = ", the middle of its range" if _RANGE.search(_LETTERED.sub(_scaled, cell)) else ""
-            self.readings.append(f"{name} = {cell!r} is read as {value:,.10g}{middle}")
+        if said := self.reading(name, value):
+            self.readings.append(said)
 
     def number(self, name: str, scale: float) -> float | None:
         value = self._read(lambda: _number(self.text(name), name))
@@ -197,10 +211,14 @@ def _outcome(cells: _Cells, quantity: str) -> Outcome:
     """An outcome that is no number is none, whether or not its row is predicted; one that is none a run can have makes
     the row faulty: its error would be no number.
     """
-    if quantity not in QUANTITIES:
+    if quantity not in OUTCOMES:
         return Outcome(None)
+    cell = cells.text(quantity)
+    if "_pct" in quantity:
+        cell = cell.replace("%", "")
     try:
-        return Outcome(_number(cells.text(quantity), quantity))
+        value = (_percentage if quantity == TIME_SHARE else _number)(cell, quantity)
+        return Outcome(value, cells.reading(quantity, value))
     except _OutOfBounds as odd:
         cells.faults.append(odd.told)
         return Outcome(None)
@@ -222,6 +240,14 @@ def _is_mixture(cells: _Cells, arch: str, total: float | None, active: float | N
     return arch == "moe" or by_size
 
 
+def _is_for_calibration(cells: _Cells, quantity: str) -> bool:
+    is_marked = cells.word("calibration", "yes", "no") == "yes"
+    if is_marked and quantity == TIME_SHARE:
+        cells.readings.append("calibration = 'yes' of a share of time: nothing is fitted on it")
+        return False
+    return is_marked
+
+
 def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
     cells = _Cells(raw)
     text = cells.text
@@ -233,7 +259,7 @@ def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
     row = Row(
         id=text("id") or f"line {line}",
         kind=text("kind"),
-        is_calibration=cells.word("calibration", "yes", "no") == "yes",
+        is_calibration=_is_for_calibration(cells, quantity),
         quantity=quantity,
         model=text("model"),
         arch=arch,
