@@ -19,8 +19,9 @@ from crosschip.plan.known_architectures import architecture_for, known_architect
 from crosschip.plan.step import Layout
 from crosschip.plan.validate.batches import batch_words
 from crosschip.plan.validate.conventions import is_known, is_of_recomputed_layers
+from crosschip.plan.validate.numbers import MOST_COUNT
 from crosschip.plan.validate.parallelism import LayoutWords, layout_words
-from crosschip.plan.validate.rows import MOST_COUNT, OUTCOMES, TIME_SHARE, Row
+from crosschip.plan.validate.rows import OUTCOMES, TIME_SHARE, Row
 
 __all__ = ["CannotPredict", "Case", "case_of", "refuse_unpredictable"]
 
@@ -33,6 +34,9 @@ _SPARSE_BYTES = 64 / 4096 * 14 / 8
 _MOST_OFF = 0.25  # of a likely shape's parameters from those of a row
 _BEFORE_FUSED = 2206  # FlashAttention is arXiv 2205.14135: what was described before wrote its scores to memory
 _ARXIV = r"arxiv(?:\.org/(?:abs|pdf)/|[: ]\s*)(\d{4})\.\d"
+_SIZE_OF_NOTHING = (
+    r"\b(?:DP|H?FSDP|[TMPCE]P|VPP?|virtual[- ]pipeline|micro[- ]?batch|MBS|H)[\s=:_-]*0+\b"  # `TP0`, `H=0`
+)
 _OF_A_CONVENTION = ("tflops_per_chip_reported", "mfu_pct_reported")
 _PRECISIONS = ("bf16", "fp16", "fp8", "fp4")
 GOODPUT = (
@@ -222,7 +226,7 @@ def _fix_what_goes_together(row: Row, is_fused: bool, fixed: dict[str, Any]) -> 
     that are counted with the recomputed ones were recomputed."""
     if not is_fused or is_of_recomputed_layers(row.convention):
         fixed.setdefault("recompute", "full")
-    says_so = re.search(r"sequence[- ]parallel", row.parallelism, re.I) is not None
+    says_so = re.search(r"sequence[- ]parallel|\bSP\b(?![\s=:_-]*\d)", row.parallelism, re.I) is not None
     fixed.setdefault("sequence_parallel", is_fused or says_so)
 
 
@@ -244,7 +248,7 @@ def case_of(row: Row) -> Case:
     is_run = row.kind == "full_run"
     if row.quantity in _OF_A_CONVENTION and not is_known(row.convention):
         notes.append(f"mfu_convention = {row.convention!r} is none that is known: attention's causal half is counted")
-    if zero := re.search(r"\b(?:DP|H?FSDP|[TMPCE]P|VPP?|micro[- ]?batch|MBS|H)[\s=:_-]*0+\b", row.parallelism, re.I):
+    if zero := re.search(_SIZE_OF_NOTHING, row.parallelism, re.I):
         raise CannotPredict(f"{zero.group()!r} in parallelism = {row.parallelism!r}", "sizes of a layout begin at 1")
     told = row.parallelism or (architecture.train_layout if is_run else "")
     words = layout_words(told, row.num_chips, architecture.num_layers)

@@ -14,8 +14,9 @@ from crosschip.plan.failures import published_rates, simulate, usual_recovery
 from crosschip.plan.failures.published import facts
 from crosschip.plan.hardware import kind_named, usual_host
 from crosschip.plan.validate.cases import CannotPredict, refuse_unpredictable
+from crosschip.plan.validate.numbers import MOST_COUNT
 from crosschip.plan.validate.parallelism import layout_words
-from crosschip.plan.validate.rows import MOST_COUNT, TIME_SHARE, Row
+from crosschip.plan.validate.rows import TIME_SHARE, Row
 
 __all__ = ["StoppedRun", "is_of_stops", "stopped_run", "training_shares"]
 
