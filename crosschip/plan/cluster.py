@@ -21,6 +21,7 @@ from crosschip.plan.hardware import (
     CHIP_FIGURES,
     EAGER_CALL_S,
     EAGER_CALLS,
+    POD_FIGURES,
     Hardware,
     kind_named,
     names_of_kind,
@@ -39,6 +40,7 @@ _FIELDS = {
     "network_gb_s": ("network_bytes_s", 1e9),
     "product_share": ("efficiency", 1.0),
 }
+_UNITS = {**CHIP_FIGURES, **POD_FIGURES}
 _OPTIONAL = {"fp8_tflops", "product_share", "host_chips"}
 # Kernels other than one large product, and everything around them: about what published runs reach of their largest
 # product. Assumed, and rounded.
@@ -136,9 +138,9 @@ def parse_cluster(document: dict[str, Any], origin: str) -> Cluster:
         faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in error.errors()]
         keys = ", ".join(ClusterFile.model_fields)
         raise RecipeError(f"{origin}: {'; '.join(faults)}", f"the keys are {keys}; see clusters/*.toml") from None
-    unknown = [key for key in file.figures if key not in CHIP_FIGURES]
+    unknown = [key for key in file.figures if key not in _UNITS]
     if unknown:
-        raise RecipeError(f"{origin}: figures.{unknown[0]} is no figure", f"these are: {', '.join(CHIP_FIGURES)}")
+        raise RecipeError(f"{origin}: figures.{unknown[0]} is no figure", f"these are: {', '.join(_UNITS)}")
     if "product_share" in file.figures and (share := file.figures["product_share"].value) > 1.0:
         raise RecipeError(
             f"{origin}: figures.product_share = {share:g} is no share of the datasheet's rate", "give 0 to 1, as 0.8"
@@ -165,7 +167,7 @@ def _refuse_spares_beyond_hosts(file: ClusterFile, hardware: Hardware, origin: s
 
 def _hardware(file: ClusterFile, origin: str) -> Hardware:
     base = kind_named(file.chip)
-    given = {key: Figure(each.value, CHIP_FIGURES[key], each.origin, each.source) for key, each in file.figures.items()}
+    given = {key: Figure(each.value, _UNITS[key], each.origin, each.source) for key, each in file.figures.items()}
     figures = {**(dict(base.sources) if base is not None else {}), **given}
     missing = [key for key in CHIP_FIGURES if key not in figures and key not in _OPTIONAL]
     if missing:
@@ -187,12 +189,39 @@ def _hardware(file: ClusterFile, origin: str) -> Hardware:
     }
     values["host_size"] = round(figures["host_chips"].value)
     values["efficiency"] *= KERNELS_SHARE
-    sources = tuple((key, figures[key]) for key in CHIP_FIGURES if key in figures)
+    values |= _pods(figures, node_size, origin)
+    sources = tuple((key, figures[key]) for key in _UNITS if key in figures)
     if base is None:
         assert file.node_size is not None
         values.setdefault("fp8_flops", None)
         return Hardware(kind=file.chip, node_size=file.node_size, sources=sources, **values)
     return replace(base, node_size=node_size, sources=sources, **values)
+
+
+def _pods(figures: dict[str, Figure], node_size: int, origin: str) -> dict[str, Any]:
+    """The third level of the network: both of its figures, or neither."""
+    given = [key for key in POD_FIGURES if key in figures]
+    if not given:
+        return {}
+    if len(given) == 1:
+        (other,) = (key for key in POD_FIGURES if key not in figures)
+        raise RecipeError(
+            f"{origin}: figures.{given[0]} is given and figures.{other} is not",
+            f"give `[figures.{other}]` as well ({POD_FIGURES[other]}), or neither",
+        )
+    size, spine, network = (figures[key].value for key in ("pod_chips", "spine_gb_s", "network_gb_s"))
+    if size % node_size:
+        nearest = max(1, round(size / node_size)) * node_size
+        raise RecipeError(
+            f"{origin}: figures.pod_chips = {size:g} is no multiple of a node of {node_size} chips",
+            f"give whole nodes, for example {nearest}",
+        )
+    if spine > network:
+        raise RecipeError(
+            f"{origin}: figures.spine_gb_s = {spine:g} is more than figures.network_gb_s = {network:g}",
+            "give what of the network each chip has between pods, or leave both figures of pods out",
+        )
+    return {"pod_size": round(size), "spine_bytes_s": spine * 1e9}
 
 
 def _host(file: ClusterFile, known: Figure | None, node_size: int, origin: str) -> Figure:

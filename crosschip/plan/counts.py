@@ -15,6 +15,7 @@ __all__ = [
     "active_parameters",
     "attended_tokens",
     "cache_bytes_per_token",
+    "end_parameters",
     "forward_flops_per_token",
     "layer_forward_flops",
     "layer_kinds",
@@ -103,14 +104,19 @@ def mtp_parameters(architecture: Architecture) -> int:
     return 2 * hidden * hidden + 3 * _norm(architecture) + block.total
 
 
+def end_parameters(architecture: Architecture) -> int:
+    """Parameters before the first layer and behind the last one, without embedding and output matrix: learned
+    positions and norms."""
+    norms = _norm(architecture) * (2 if architecture.embedding_norm else 1)
+    return norms + architecture.hidden_size * architecture.learned_positions
+
+
 def num_parameters(architecture: Architecture, with_mtp: bool = True) -> int:
     """All trained parameters. Published totals and other libraries leave the prediction modules out."""
     layers = sum(count * layer_parameters(architecture, layer).total for layer, count in layer_kinds(architecture))
     embeddings = architecture.hidden_size * architecture.vocab_size * (1 if architecture.tied else 2)
-    embeddings += architecture.hidden_size * architecture.learned_positions
-    norms = _norm(architecture) * (2 if architecture.embedding_norm else 1)
     mtp = architecture.num_mtp * mtp_parameters(architecture) if with_mtp else 0
-    return layers + embeddings + norms + mtp
+    return layers + embeddings + end_parameters(architecture) + mtp
 
 
 def active_parameters(architecture: Architecture, with_mtp: bool = False) -> int:

@@ -6,7 +6,7 @@ from crosschip.plan.cluster import KERNELS_SHARE, Cluster
 from crosschip.plan.figures import Figure
 from crosschip.plan.hardware import EAGER_CALLS
 from crosschip.plan.job import Job
-from crosschip.plan.planning import EAGER_KEPT, EAGER_STREAM, STATE_BYTES, TRAINED_BYTES
+from crosschip.plan.planning import CAST_BYTES, EAGER_KEPT, EAGER_STREAM, STATE_BYTES, TRAINED_BYTES
 from crosschip.plan.step_time import STATE_PASSES_BYTES
 from crosschip.plan.whole_run import SAVED_BYTES
 from crosschip.plan.work import FP8_SHARE, FUSED_BACKWARD, FUSED_FORWARD
@@ -76,6 +76,7 @@ def _assumed_memory(cluster: Cluster) -> dict[str, Figure]:
         "runtime_gb": _assumed(cluster.fixed_bytes / 1e9, "GB", "the chip's runtime, buffers, fragmentation"),
         "weight_bytes": _assumed(TRAINED_BYTES, "bytes a parameter", _TRAINER),
         "gradient_bytes": _assumed(TRAINED_BYTES, "bytes a parameter", _TRAINER),
+        "cast_bytes": _assumed(CAST_BYTES, "bytes a parameter", "bf16, kept by autograd; 0 if in float32"),
         "state_bytes": _assumed(STATE_BYTES, "bytes a parameter", _TRAINER),
         "saved_bytes": _assumed(SAVED_BYTES, "bytes a parameter", "of a checkpoint: fp32 weights and two moments"),
     }

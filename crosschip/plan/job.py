@@ -45,7 +45,8 @@ class Job:
     """One optimizer step: `batch_size` sequences of `seq_len` tokens.
 
     `weight_bytes`, `gradient_bytes` and `state_bytes` are per parameter: by default bf16 weights, fp32 gradients, and
-    fp32 master weights with two moments. `imbalance` is the rows of the fullest chip's experts over the mean.
+    fp32 master weights with two moments. `cast_bytes` are those of a weight's copy in the dtype of the products, where
+    a trainer casts each where it is used. `imbalance` is the rows of the fullest chip's experts over the mean.
     """
 
     architecture: Architecture
@@ -59,6 +60,7 @@ class Job:
     weight_bytes: float = 2.0
     gradient_bytes: float = 4.0
     state_bytes: float = 12.0
+    cast_bytes: float = 0.0
     activation_bytes: float = 2.0
     stream_factor: float = 1.0  # bytes that element-wise work passes over those of fused operators
     kept_factor: float = 1.0  # activations that are kept over those that are counted

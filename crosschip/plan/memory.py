@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 
 from crosschip.plan.architecture import Architecture, LatentAttention
-from crosschip.plan.counts import layer_parameters, mtp_parameters
+from crosschip.plan.counts import end_parameters, layer_parameters, mtp_parameters
 from crosschip.plan.job import Job
 from crosschip.plan.step import Layout
 
@@ -34,6 +34,7 @@ def parameters_per_chip(architecture: Architecture, layout: Layout) -> tuple[flo
             routed += share * count * found.routed / layout.expert_shards
     edge = architecture.hidden_size * architecture.vocab_size / layout.tensor
     common += edge if layout.pipeline > 1 or architecture.tied else 2 * edge
+    common += end_parameters(architecture)
     if architecture.num_mtp:
         block = layer_parameters(architecture, layers)
         mtp = architecture.num_mtp / layout.pipeline
@@ -97,6 +98,20 @@ def _logits(job: Job, layout: Layout) -> float:
     return 6.0 * tokens * job.architecture.vocab_size / layout.tensor * job.kept_factor
 
 
+def _cast_weights(job: Job, layout: Layout, held: float) -> float:
+    """Weights in the dtype of the products: autograd keeps each until its backward pass, sharded over data or not.
+
+    A lookup in the embedding casts none, each further token that is predicted uses the output matrix once more, and a
+    layer that is computed again casts again.
+    """
+    if layout.recompute == "full":
+        return 0.0
+    architecture = job.architecture
+    is_lookup_apart = layout.pipeline == 1 and not architecture.tied
+    edge = architecture.hidden_size * architecture.vocab_size / layout.tensor
+    return (held + (architecture.num_mtp - is_lookup_apart) * edge) * job.cast_bytes
+
+
 def memory_parts(job: Job, layout: Layout) -> dict[str, int]:
     """Bytes of the fullest chip by kind."""
     common, routed = parameters_per_chip(job.architecture, layout)
@@ -114,6 +129,7 @@ def memory_parts(job: Job, layout: Layout) -> dict[str, int]:
     outer = 8.0 * cut if has_outer else 0.0  # the outer step's copy and momentum, on the host or here
     return {
         "weights": round((cut if layout.zero == 3 else held) * job.weight_bytes + gathered),
+        "cast weights": round(_cast_weights(job, layout, held)),
         "gradients": round((cut if layout.zero >= 2 else held) * job.gradient_bytes),
         "optimizer states": round((cut if layout.zero >= 1 else held) * job.state_bytes),
         "activations": round(_activations(job, layout, micro_batches)),

@@ -21,6 +21,7 @@ from crosschip.recipe import Recipe, StageSettings
 from crosschip.thin_links import BYTES_PER_ELEMENT, COMPUTING_S_PER_ELEMENT, choose, link_from
 
 __all__ = [
+    "CAST_BYTES",
     "EAGER_KEPT",
     "EAGER_STREAM",
     "STATE_BYTES",
@@ -33,6 +34,7 @@ __all__ = [
 
 TRAINED_BYTES = 4.0  # of a weight and of a gradient: fp32
 STATE_BYTES = 8.0  # two moments in fp32
+CAST_BYTES = 2.0  # of a weight cast to bf16, which autograd keeps until the layer's backward pass
 # `crosschip train` is eager: each pass of an element-wise formula is one of its own, many in fp32. Counted by tracing a
 # step of recipes/first.toml and gsm8k.toml: 5.0 and 4.8 times the bytes that the planner counts for fused operators,
 # and 1.26 and 1.18 times the activations kept (docs/log.md).
@@ -101,6 +103,7 @@ def job_of(recipe: Recipe, stage: StageSettings, cluster: Cluster) -> Job:
         weight_bytes=TRAINED_BYTES,
         gradient_bytes=TRAINED_BYTES,
         state_bytes=STATE_BYTES,
+        cast_bytes=0.0 if stage.dtype == "float32" else CAST_BYTES,
         activation_bytes=4.0 if stage.dtype == "float32" else 2.0,
         stream_factor=EAGER_STREAM,
         kept_factor=EAGER_KEPT * cluster.allocator_factor,

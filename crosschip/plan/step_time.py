@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from crosschip.plan.architecture import Architecture
 from crosschip.plan.counts import num_parameters, train_flops_per_token
-from crosschip.plan.hardware import Hardware, Spread, all_to_all_s, collective_s, spread_over
+from crosschip.plan.hardware import Hardware, Spread, all_to_all_s, between_stages_bytes_s, collective_s, spread_over
 from crosschip.plan.job import Job
 from crosschip.plan.memory import memory_parts, parameters_per_chip
 from crosschip.plan.step import Layout, StepEstimate
@@ -63,13 +63,13 @@ def _recomputed(time: LayerTime, layout: Layout) -> float:
 def _tensor_s(job: Job, layout: Layout, hardware: Hardware) -> float:
     """One gather or scatter of a micro-batch's states over the tensor-parallel chips; a layer needs four each way."""
     num_bytes = layout.micro_batch * job.seq_len / layout.context * job.architecture.hidden_size * job.activation_bytes
-    return collective_s(num_bytes, spread_over(layout.tensor, 1, hardware), hardware)
+    return collective_s(num_bytes, spread_over(layout.tensor, 1, hardware, layout.num_chips), hardware)
 
 
 def _expert_spreads(job: Job, layout: Layout, hardware: Hardware) -> tuple[Spread, ...]:
     """How the chips that hold different experts may be used: as they sit, or those of one node as two halves, so that a
     larger domain of fast links is not slower than two smaller ones."""
-    spread = spread_over(layout.expert_shards, 1, hardware)
+    spread = spread_over(layout.expert_shards, 1, hardware, layout.num_chips)
     if job.architecture.experts is None or spread.nodes > 1 or spread.size == 1:
         return (spread,)
     return spread, Spread(math.ceil(spread.size / 2), 2)
@@ -99,7 +99,8 @@ def _context_s(job: Job, layout: Layout, hardware: Hardware) -> float:
     attention = job.architecture.attention
     width = attention.num_kv_heads * (attention.qk_head_dim + attention.v_head_dim) / layout.tensor
     num_bytes = layout.micro_batch * job.seq_len * width * job.activation_bytes
-    return collective_s(num_bytes, spread_over(layout.context, layout.tensor, hardware), hardware)
+    spread = spread_over(layout.context, layout.tensor, hardware, layout.num_chips)
+    return collective_s(num_bytes, spread, hardware)
 
 
 def _layer_counts(architecture: Architecture) -> list[tuple[bool, float]]:
@@ -172,8 +173,8 @@ def _data_s(job: Job, layout: Layout, hardware: Hardware, micro_batches: int) ->
     """Gathers of parameters and sums of gradients over data-parallel chips, in one step."""
     common, routed = parameters_per_chip(job.architecture, layout)
     members, stride = layout.data * layout.context, layout.tensor
-    spread = spread_over(layout.shard or members, stride, hardware)
-    routed_spread = spread_over(_copies(layout), layout.expert_shards, hardware)
+    spread = spread_over(layout.shard or members, stride, hardware, layout.num_chips)
+    routed_spread = spread_over(_copies(layout), layout.expert_shards, hardware, layout.num_chips)
     layers = max(1, math.ceil(job.architecture.num_layers / layout.pipeline)) if layout.zero == 3 else 1
 
     def of(bytes_per_parameter: float) -> float:
@@ -185,7 +186,7 @@ def _data_s(job: Job, layout: Layout, hardware: Hardware, micro_batches: int) ->
         across = members // layout.shard if layout.shard else 1
         copies = 2 * collective_s(
             (common + routed) * 4 / (layout.shard or 1),
-            spread_over(across, stride * (layout.shard or 1), hardware),
+            spread_over(across, stride * (layout.shard or 1), hardware, layout.num_chips),
             hardware,
         )
         return micro_batches * gathers + copies
@@ -230,8 +231,9 @@ def _estimate(job: Job, layout: Layout, expert_spread: Spread, hardware: Hardwar
     if stages > 1:
         rows = layout.micro_batch * job.seq_len / layout.context / layout.tensor
         num_bytes = rows * job.architecture.hidden_size * job.activation_bytes
-        across = layout.tensor * layout.data * layout.context >= hardware.node_size
-        link = hardware.network_bytes_s if across else hardware.link_bytes_s
+        link = between_stages_bytes_s(
+            layout.chips_per_group // stages, layout.chips_per_group, hardware, layout.num_chips
+        )
         sent = 2 * micro_batches * chunks * (num_bytes / (link * hardware.link_share) + hardware.network_latency_s)
         parts["stage to stage"] = beside.visible(sent, hardware.overlap)
     data = _data_s(job, layout, hardware, micro_batches)

@@ -19,18 +19,24 @@ from crosschip.plan.known_architectures import architecture_for, known_architect
 from crosschip.plan.step import Layout
 from crosschip.plan.validate.batches import batch_words
 from crosschip.plan.validate.conventions import is_known, is_of_recomputed_layers
+from crosschip.plan.validate.numbers import MOST_COUNT
 from crosschip.plan.validate.parallelism import LayoutWords, layout_words
-from crosschip.plan.validate.rows import MOST_COUNT, QUANTITIES, Row
+from crosschip.plan.validate.rows import OUTCOMES, TIME_SHARE, Row
 
-__all__ = ["CannotPredict", "Case", "case_of"]
+__all__ = ["CannotPredict", "Case", "case_of", "refuse_unpredictable"]
 
 _DEFAULT_SEQ_LEN = 4096
 _DEFAULT_BATCH_TOKENS = 4_194_304
 _DEFAULT_CHIPS = 2048
 _MICRO_BATCHES_PER_STAGE = 4
+# SparseLoCo sends 64 of 4,096 numbers, each as 2 bits and its place as 12 (arXiv 2508.15706): 146 times less than fp32.
+_SPARSE_BYTES = 64 / 4096 * 14 / 8
 _MOST_OFF = 0.25  # of a likely shape's parameters from those of a row
 _BEFORE_FUSED = 2206  # FlashAttention is arXiv 2205.14135: what was described before wrote its scores to memory
 _ARXIV = r"arxiv(?:\.org/(?:abs|pdf)/|[: ]\s*)(\d{4})\.\d"
+_SIZE_OF_NOTHING = (
+    r"\b(?:DP|H?FSDP|[TMPCE]P|VPP?|virtual[- ]pipeline|micro[- ]?batch|MBS|H)[\s=:_-]*0+\b"  # `TP0`, `H=0`
+)
 _OF_A_CONVENTION = ("tflops_per_chip_reported", "mfu_pct_reported")
 _PRECISIONS = ("bf16", "fp16", "fp8", "fp4")
 GOODPUT = (
@@ -120,21 +126,46 @@ def _is_fused(row: Row, architecture: Architecture) -> bool:
     return not years or max(years) >= _BEFORE_FUSED
 
 
-def _thin_link(row: Row, notes: list[str]) -> ThinLink | None:
+def _thin_link(
+    row: Row, num_chips: int, hardware: Hardware, fixed: dict[str, Any], notes: list[str]
+) -> ThinLink | None:
+    """The link of groups that exchange every so many steps, each a node of the chips; None of a run on one cluster."""
     found = re.search(r"(?:diloco|loco).*?H\s*=\s*0*([1-9]\d*)", row.parallelism, re.I)
     if not found:
+        if row.quantity == TIME_SHARE:
+            raise CannotPredict(
+                f"how often groups exchange is not in parallelism = {row.parallelism!r}", "write it as `DiLoCo H=100`"
+            )
         return None
+    nodes = max(1, num_chips // hardware.node_size)
+    groups = nodes if num_chips % nodes == 0 else 1
+    if row.quantity == TIME_SHARE and groups == 1:
+        raise CannotPredict(
+            f"{num_chips} chips are no groups of {hardware.node_size}", "mend n_chips: each group is a node here"
+        )
+    fixed["groups"] = groups
     notes.append("groups joined by the public internet: 0.5 Gbit/s and 50 ms assumed")
     int8 = "int8" in row.precision or "int8" in row.parallelism
-    return ThinLink(0.5e9 / 8, sync_every=int(found.group(1)), bytes_per_parameter=1.0 if int8 else 2.0)
+    num_bytes = 1.0 if int8 else 2.0
+    if "sparseloco" in row.parallelism.lower():
+        # Each group keeps other numbers, so they are not summed on the way: it receives those of all others, where a
+        # mean in a ring takes two passes of one group's.
+        num_bytes = _SPARSE_BYTES * groups / 2
+        notes.append(f"of each group {_SPARSE_BYTES:.2g} bytes a parameter, to all others")
+    return ThinLink(0.5e9 / 8, sync_every=int(found.group(1)), bytes_per_parameter=num_bytes)
 
 
-def _refuse_unpredictable(row: Row) -> None:
+def refuse_unpredictable(row: Row) -> None:
+    """Refuse what no prediction is made of, whatever its other cells say.
+
+    Raises:
+        CannotPredict: a cell cannot be read, the quantity is none of those known, or what it hangs on is not in a row.
+    """
     if row.faults:
         raise CannotPredict(*row.faults[0])
-    if row.quantity not in QUANTITIES:
+    if row.quantity not in OUTCOMES:
         named = f"quantity {row.quantity!r} is not predicted" if row.quantity else "the row names no quantity"
-        raise CannotPredict(named, f"name one of {', '.join(QUANTITIES)}")
+        raise CannotPredict(named, f"name one of {', '.join(OUTCOMES)}")
     if row.quantity in ("chip_hours", "wall_days") and row.tokens is None:
         raise CannotPredict("no number of tokens", "fill tokens_t: how long a run takes hangs on it")
     if row.kind == "rl_run":
@@ -195,7 +226,7 @@ def _fix_what_goes_together(row: Row, is_fused: bool, fixed: dict[str, Any]) -> 
     that are counted with the recomputed ones were recomputed."""
     if not is_fused or is_of_recomputed_layers(row.convention):
         fixed.setdefault("recompute", "full")
-    says_so = re.search(r"sequence[- ]parallel", row.parallelism, re.I) is not None
+    says_so = re.search(r"sequence[- ]parallel|\bSP\b(?![\s=:_-]*\d)", row.parallelism, re.I) is not None
     fixed.setdefault("sequence_parallel", is_fused or says_so)
 
 
@@ -207,7 +238,7 @@ def case_of(row: Row) -> Case:
             can stand in for.
     """
     notes = list(row.readings)
-    _refuse_unpredictable(row)
+    refuse_unpredictable(row)
     hardware, architecture = _hardware(row, notes), _architecture(row, notes)
     batch = batch_words(row.global_batch)
     notes += batch.notes
@@ -217,7 +248,7 @@ def case_of(row: Row) -> Case:
     is_run = row.kind == "full_run"
     if row.quantity in _OF_A_CONVENTION and not is_known(row.convention):
         notes.append(f"mfu_convention = {row.convention!r} is none that is known: attention's causal half is counted")
-    if zero := re.search(r"\b(?:DP|H?FSDP|[TMPCE]P|VPP?|micro[- ]?batch|MBS|H)[\s=:_-]*0+\b", row.parallelism, re.I):
+    if zero := re.search(_SIZE_OF_NOTHING, row.parallelism, re.I):
         raise CannotPredict(f"{zero.group()!r} in parallelism = {row.parallelism!r}", "sizes of a layout begin at 1")
     told = row.parallelism or (architecture.train_layout if is_run else "")
     words = layout_words(told, row.num_chips, architecture.num_layers)
@@ -229,10 +260,7 @@ def case_of(row: Row) -> Case:
     if is_run and not architecture.interleaved:
         fixed.setdefault("interleave", 1)
     num_chips = _num_chips(row, words, fixed, notes)
-    link = _thin_link(row, notes)
-    if link is not None:
-        nodes = max(1, num_chips // hardware.node_size)
-        fixed["groups"] = nodes if num_chips % nodes == 0 else 1
+    link = _thin_link(row, num_chips, hardware, fixed, notes)
     is_fused = _is_fused(row, architecture)
     if batch.size is not None:
         batch_size = batch.sequences(seq_len)

@@ -32,7 +32,8 @@ _RECOMPUTE = (
 # What joins others, what is read elsewhere (groups over thin links, int8), and what every layout here has anyway.
 _NO_MATTER = re.compile(
     r"[a-z]*loco\b|\bH\s*=\s*\d+|\bint8\b|\bsequence[- ]?parallel\w*|\bfull[_ ]shard\b|\b(?:ckpt|checkpoint\w*)\b"
-    r"|\brecomp\w*|\bparallel\w*|\bcompile\b|(?<![a-z])x(?![a-z])|\b(?:and|with|plus)\b|\bno [tpce]p\b",
+    r"|\brecomp\w*|\bparallel\w*|\bcompile\b|(?<![a-z])x(?![a-z])|\b(?:and|with|plus)\b|\bno [tpce]p\b"
+    r"|\b[SD]P\b(?![\s=:_-]*\d)",
     re.I,
 )
 
@@ -108,6 +109,10 @@ def _read_other_words(text: _Text, fixed: dict[str, Any]) -> None:
     # Megatron names its number.
     if found := text.find(r"((?:\bnon|\bnot|\bno|\bwithout)[\s-]*)?interleav\w*"):
         fixed.setdefault("interleave", 1 if found.group(1) else 2)
+    if found := text.find(
+        rf"\bvirtual[- ](?:pipeline|stages?|chunks?)(?:[- ](?:parallel\w*|stages?|size))*{_BETWEEN}(\d+)"
+    ):
+        fixed.setdefault("interleave", int(found.group(1)))
     for pattern, recompute in _RECOMPUTE:
         if text.find(pattern):
             fixed["recompute"] = recompute
@@ -181,6 +186,7 @@ def _notes(text: str, words: LayoutWords, unread: list[str], named: bool) -> lis
     """What is searched for because the words do not say it, and what of them says nothing here."""
     fixed, notes = words.fixed, []
     is_read = fixed or words.tensor_overlap or words.bf16_sums or words.zero_bubble or not text.strip()
+    is_read = is_read or "loco" in text.lower()  # what is said of groups over thin links is read elsewhere
     if not named:
         what = "layout not given" if is_read else f"the layout {text!r} could not be read"
         if "data" in fixed:

@@ -12,6 +12,7 @@ from crosschip.plan.step import Layout, StepEstimate
 from crosschip.plan.step_time import estimate_step
 from crosschip.plan.validate.cases import GOODPUT, CannotPredict, Case, with_batch
 from crosschip.plan.validate.conventions import counted_flops_per_token, counts_recomputed
+from crosschip.plan.validate.rows import TIME_SHARE
 
 __all__ = ["choose_layout", "predicted_value", "value_of"]
 
@@ -73,6 +74,8 @@ def value_of(case: Case, estimate: StepEstimate) -> float:
         return _reported_flops_per_s(case, estimate) / 1e12
     if quantity == "mfu_pct_reported":
         return 100 * _reported_flops_per_s(case, estimate) / case.hardware.bf16_flops
+    if quantity == TIME_SHARE:  # of groups over thin links: what of a round computes
+        return 100 * (1 - estimate.parts["outer step"] / estimate.step_s)
     assert row.tokens is not None
     goodput = 1.0 if case.job.thin_link is not None or row.without_stops else GOODPUT
     hours = row.tokens / estimate.tokens_per_s_per_chip / 3600 / goodput

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crosschip.errors import CrosschipError
+from crosschip.plan.failures import PlanError
 from crosschip.plan.hardware import kind_named
 from crosschip.plan.known_architectures import known_architecture
 from crosschip.plan.validate.cases import CannotPredict, Case, case_of
 from crosschip.plan.validate.fitting import Fitted, fit_kinds, hardware_for
 from crosschip.plan.validate.predicting import choose_layout, predicted_value
 from crosschip.plan.validate.rows import Outcome, Row, read_rows
+from crosschip.plan.validate.stops import StoppedRun, is_of_stops, stopped_run, training_shares
 
 __all__ = ["SCHEMA_VERSION", "validate_rows"]
 
@@ -30,10 +33,14 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
     A prediction sees its own row's inputs and the fitted parameters, and no outcome.
     """
     cases: dict[str, Case] = {}
+    stopped: dict[str, StoppedRun] = {}
     skipped: dict[str, str] = {}
     for row, _ in rows:
         try:
-            cases[row.id] = case_of(row)
+            if is_of_stops(row):
+                stopped[row.id] = stopped_run(row)
+            else:
+                cases[row.id] = case_of(row)
         except CannotPredict as error:
             skipped[row.id] = _skipped(error)
     known = [
@@ -51,8 +58,10 @@ def validate_rows(rows: Sequence[tuple[Row, Outcome]]) -> dict[str, Any]:
         entry["group"] = _group_of(row)
         if row.id in skipped:
             told.append({**entry, "skipped": skipped[row.id]})
-            continue
-        told.append({**entry, **_predicted(cases[row.id], outcome, fitted, shares)})
+        elif row.id in stopped:
+            told.append({**entry, **_left_by_stops(stopped[row.id], outcome)})
+        else:
+            told.append({**entry, **_predicted(cases[row.id], outcome, fitted, shares)})
     return {
         "schema_version": SCHEMA_VERSION,
         "document": "plan validation",
@@ -92,7 +101,7 @@ def _plain_model(row: Row) -> str:
     return known.name if known is not None else "".join(each for each in row.model.lower() if each.isalnum())
 
 
-def _skipped(error: CannotPredict) -> str:
+def _skipped(error: CrosschipError) -> str:
     return f"{error.problem}: {error.remedy}"
 
 
@@ -109,12 +118,25 @@ def _predicted(case: Case, outcome: Outcome, fitted: dict[str, Fitted], shares: 
     if hardware.kind not in fitted:
         of_it = "what others reach of theirs" if fitted else "0.85, assumed"
         notes.append(f"no row calibrates {hardware.kind}: its product share times {of_it}")
+    return _compared(value, outcome, str(layout), case.num_chips, notes)
+
+
+def _left_by_stops(run: StoppedRun, outcome: Outcome) -> dict[str, Any]:
+    try:
+        low, middle, high = training_shares(run)
+    except PlanError as error:
+        return {"skipped": _skipped(error)}
+    notes = [*run.notes, f"P10 to P90: {low:.1f} to {high:.1f} %", *([outcome.note] if outcome.note else [])]
+    return _compared(middle, outcome, "-", run.num_chips, notes)
+
+
+def _compared(value: float, outcome: Outcome, layout: str, num_chips: int, notes: list[str]) -> dict[str, Any]:
     return {
         "predicted": value,
         "published": outcome.value,
         "error": None if outcome.value is None else value / outcome.value - 1,
-        "layout": str(layout),
-        "num_chips": case.num_chips,
+        "layout": layout,
+        "num_chips": num_chips,
         "notes": notes,
     }
 

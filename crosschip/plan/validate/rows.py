@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,41 +10,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from crosschip.errors import RecipeError
+from crosschip.plan.validate.numbers import Odd, OutOfBounds, number, percentage, reading, whole
 
-__all__ = ["MOST_COUNT", "OUTCOMES", "QUANTITIES", "SHIPPED_ROWS", "Outcome", "Row", "read_rows"]
+__all__ = ["OUTCOMES", "SHIPPED_ROWS", "TIME_SHARE", "Outcome", "Row", "read_rows"]
 
 SHIPPED_ROWS = Path(__file__).parent.parent / "data" / "published_runs.csv"
 
-# Columns that hold results. A `Row` has none of them; `Outcome` holds the one that its row names.
+TIME_SHARE = "effective_time_or_goodput_pct"
+# Columns that hold results. A `Row` has none of them; `Outcome` holds the one that its row names as its quantity.
 OUTCOMES = (
     "chip_hours",
     "wall_days",
     "tok_s_per_chip",
     "tflops_per_chip_reported",
     "mfu_pct_reported",
-    "effective_time_or_goodput_pct",
-    "step_time_s",
-)
-QUANTITIES = (
-    "chip_hours",
-    "wall_days",
-    "tok_s_per_chip",
-    "tflops_per_chip_reported",
-    "mfu_pct_reported",
+    TIME_SHARE,
     "step_time_s",
 )
 _ROUNDED = 1.02  # active over all parameters that are the same but for rounding, at most
 _IS_MIXTURE = 0.95  # active over all parameters, below which a token does not meet them all
-MOST_COUNT = 100_000_000  # of chips, and of tokens in a sequence
-# Between these a number is taken for one: no run is as small or as large, and products of them stay finite.
-_LEAST_NUMBER, _MOST_NUMBER = 1e-6, 1e12
-# A letter counts 1024, as in a batch: `8K` tokens of a sequence.
-_LETTERS = {"k": 1024, "m": 1024 * 1024}
-_ABOUT = re.compile(r"^(?:[~≈]|about|around|approx(?:imately|\.)?|circa|ca\.?)\s*(?=[\d.])", re.I)
-_LETTERED = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([km])\b", re.I)
-_RANGE = re.compile(r"([\d.]+)\s*[-–]\s*([\d.]+)")
-_PLAIN = re.compile(r"[\d.,_]+(?:e[+-]?\d+)?", re.I)
 _T = TypeVar("_T")
+_ARCHITECTURES = {"dense": r"\bdense\b", "moe": r"(?<!non-)(?<!non )\bmoe\b|mixture|\bsparse\b"}
 _NEEDED = ("id", "quantity", "model", "chip")
 
 
@@ -85,62 +70,10 @@ class Outcome:
     note: str = ""
 
 
-class _Odd(Exception):
-    """A cell that cannot be read: the problem and its remedy."""
-
-    def __init__(self, problem: str, remedy: str = "mend the cell, or leave it empty") -> None:
-        super().__init__(problem)
-        self.told = (problem, remedy)
-
-
-class _OutOfBounds(_Odd):
-    """A number that no run can have."""
-
-
-def _value(text: str) -> float | None:
-    """The number that a cell says, nan where it says none, None where it is empty; of a range its middle."""
-    text = _ABOUT.sub("", text.strip()).replace(",", "").replace("_", "")
-    if not text:
-        return None
-    try:
-        if between := _RANGE.fullmatch(text):
-            return (float(between.group(1)) + float(between.group(2))) / 2
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _checked(value: float | None, cell: str, name: str) -> float | None:
-    if value is None:
-        return None
-    if not math.isfinite(value) or value <= 0:
-        raise _Odd(f"{name} = {cell!r} is not a positive number")
-    if not _LEAST_NUMBER <= value <= _MOST_NUMBER:
-        raise _OutOfBounds(f"{name} = {cell!r} is not between {_LEAST_NUMBER:g} and {_MOST_NUMBER:g}")
-    return value
-
-
-def _number(cell: str, name: str) -> float | None:
-    return _checked(_value(cell), cell, name)
-
-
-def _scaled(found: re.Match[str]) -> str:
-    return repr(float(found.group(1)) * _LETTERS[found.group(2).lower()])
-
-
-def _whole(cell: str, name: str) -> int | None:
-    value = _checked(_value(_LETTERED.sub(_scaled, cell)), cell, name)
-    if value is None:
-        return None
-    if value != round(value) or value > MOST_COUNT:
-        raise _Odd(f"{name} = {cell!r} is no whole number up to {MOST_COUNT:,}")
-    return round(value)
-
-
 def _word(cell: str, name: str, words: tuple[str, ...]) -> str:
     """One of these words, or nothing."""
     if cell.lower() not in ("", *words):
-        raise _Odd(f"{name} = {cell!r} is none of {', '.join(words)}")
+        raise Odd(f"{name} = {cell!r} is none of {', '.join(words)}")
     return cell.lower()
 
 
@@ -159,22 +92,21 @@ class _Cells:
     def _read(self, read: Callable[[], _T]) -> _T | None:
         try:
             return read()
-        except _Odd as odd:
+        except Odd as odd:
             self.faults.append(odd.told)
             return None
 
     def _said(self, name: str, value: float | None) -> None:
-        if value is not None and not _PLAIN.fullmatch(cell := self.text(name)):
-            middle = ", the middle of its range" if _RANGE.search(_LETTERED.sub(_scaled, cell)) else ""
-            self.readings.append(f"{name} = {cell!r} is read as {value:,.10g}{middle}")
+        if said := reading(self.text(name), name, value):
+            self.readings.append(said)
 
     def number(self, name: str, scale: float) -> float | None:
-        value = self._read(lambda: _number(self.text(name), name))
+        value = self._read(lambda: number(self.text(name), name))
         self._said(name, value)
         return None if value is None else value * scale
 
     def whole(self, name: str) -> int | None:
-        value = self._read(lambda: _whole(self.text(name), name))
+        value = self._read(lambda: whole(self.text(name), name))
         self._said(name, value)
         return value
 
@@ -197,15 +129,27 @@ def _outcome(cells: _Cells, quantity: str) -> Outcome:
     """An outcome that is no number is none, whether or not its row is predicted; one that is none a run can have makes
     the row faulty: its error would be no number.
     """
-    if quantity not in QUANTITIES:
+    if quantity not in OUTCOMES:
         return Outcome(None)
+    cell = cells.text(quantity)
     try:
-        return Outcome(_number(cells.text(quantity), quantity))
-    except _OutOfBounds as odd:
+        value = (percentage if quantity == TIME_SHARE else number)(cell, quantity)
+        return Outcome(value, reading(cell, quantity, value))
+    except OutOfBounds as odd:
         cells.faults.append(odd.told)
         return Outcome(None)
-    except _Odd as odd:
+    except Odd as odd:
         return Outcome(None, f"{odd}: taken as not published")
+
+
+def _arch(cells: _Cells) -> str:
+    """`dense`, `moe` or nothing; of other words (`fine-grained MoE`) the one of the two that they name."""
+    cell = cells.text("arch")
+    named = [word for word, known in _ARCHITECTURES.items() if re.search(known, cell, re.I)]
+    if len(named) != 1 or cell.lower() == named[0]:
+        return cells.word("arch", "dense", "moe")
+    cells.readings.append(f"arch = {cell!r} is read as {named[0]}")
+    return named[0]
 
 
 def _is_mixture(cells: _Cells, arch: str, total: float | None, active: float | None) -> bool:
@@ -222,18 +166,26 @@ def _is_mixture(cells: _Cells, arch: str, total: float | None, active: float | N
     return arch == "moe" or by_size
 
 
+def _is_for_calibration(cells: _Cells, quantity: str) -> bool:
+    is_marked = cells.word("calibration", "yes", "no") == "yes"
+    if is_marked and quantity == TIME_SHARE:
+        cells.readings.append("calibration = 'yes' of a share of time: nothing is fitted on it")
+        return False
+    return is_marked
+
+
 def _row(line: int, raw: dict[str, str]) -> tuple[Row, Outcome]:
     cells = _Cells(raw)
     text = cells.text
     if not text("id"):
         cells.faults.append(("id is empty", "give each row its own id"))
     total, active = _parameters(cells)
-    arch, quantity = cells.word("arch", "dense", "moe"), text("quantity")
+    arch, quantity = _arch(cells), text("quantity")
     is_moe, outcome = _is_mixture(cells, arch, total, active), _outcome(cells, quantity)
     row = Row(
         id=text("id") or f"line {line}",
         kind=text("kind"),
-        is_calibration=cells.word("calibration", "yes", "no") == "yes",
+        is_calibration=_is_for_calibration(cells, quantity),
         quantity=quantity,
         model=text("model"),
         arch=arch,

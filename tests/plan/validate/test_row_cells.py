@@ -36,19 +36,74 @@ def row(name: str, **changes: Any) -> Row:
         ("n_chips", "approx. 512", 512),
         ("seq_len", "2048-16384", 9216),
         ("params_total_b", "~70", 70e9),
+        ("params_total_b", "718B", 718e9),
+        ("params_total_b", "1.04T", 1040e9),
+        ("params_total_b", "7 billion parameters", 7e9),
+        ("tokens_t", "12T", 12e12),
+        ("tokens_t", "14.8T tokens", 14.8e12),
+        ("tokens_t", "330B", 0.33e12),
+        ("n_chips", "6,144 NPUs", 6144),
+        ("n_chips", "256 nodes x 8", 2048),
+        ("n_chips", "256x8 GPUs", 2048),
+        ("n_chips", "1-3K", 2048),
+        ("seq_len", "4K -> 8K", 4096),
+        ("seq_len", "4096 tokens", 4096),
     ],
 )
 def test_a_number_that_is_not_plain_is_read_and_said(tmp_path: Path, column: str, cell: str, value: float) -> None:
     given = {**cells((ROW,))[0], "params_active_b": "", column: cell}
     ((found, _),) = read_rows(written(tmp_path / "a.csv", [given]))
-    names = {"seq_len": "seq_len", "n_chips": "num_chips", "params_total_b": "params_total"}
-    assert getattr(found, names[column]) == value
+    names = {"seq_len": "seq_len", "n_chips": "num_chips", "params_total_b": "params_total", "tokens_t": "tokens"}
+    assert getattr(found, names[column]) == pytest.approx(value)
     assert not found.faults
     (reading,) = found.readings
     assert reading.startswith(f"{column} = {cell!r} is read as ")
-    assert ("the middle of its range" in reading) == ("-" in cell)
-    if column != "params_total_b":
+    assert ("the middle of its range" in reading) == ("-" in cell and ">" not in cell)
+    if column not in ("params_total_b", "tokens_t"):
         assert reading in case_of(found).notes
+
+
+@pytest.mark.parametrize(
+    ("quantity", "cell", "value"),
+    [
+        ("chip_hours", "2.38M", 2.38e6),
+        ("chip_hours", "2.664M H800 GPU hours", 2.664e6),
+        ("chip_hours", "2.664M GPU hours", 2.664e6),
+        ("chip_hours", "184,320 GPU-h", 184_320),
+        ("chip_hours", "2-3M hours", 2.5e6),
+        ("chip_hours", "1.3M and 0.1M hours", None),
+        ("tok_s_per_chip", "1.2K tok/s/GPU", 1200),
+        ("tflops_per_chip_reported", "390 TFLOPs", 390),
+        ("tflops_per_chip_reported", "~400 TFLOP/s/GPU", 400),
+        ("mfu_pct_reported", ">50 %", 50),
+        ("mfu_pct_reported", "38-43% MFU", 40.5),
+        ("wall_days", "~90 days", 90),
+        ("wall_days", "3 months", None),
+        ("step_time_s", "18.1 s", 18.1),
+    ],
+)
+def test_outcomes_with_their_units_are_read_and_said(
+    tmp_path: Path, quantity: str, cell: str, value: float | None
+) -> None:
+    given = {**cells((ROW,))[0], "quantity": quantity, quantity: cell}
+    ((_, outcome),) = read_rows(written(tmp_path / "a.csv", [given]))
+    assert outcome.value == (None if value is None else pytest.approx(value))
+    assert ("taken as not published" if value is None else f"{quantity} = {cell!r} is read as") in outcome.note
+
+
+@pytest.mark.parametrize(
+    ("cell", "arch"), [("fine-grained MoE", "moe"), ("Sparse", "moe"), ("MoE", "moe"), ("dense (GQA)", "dense")]
+)
+def test_an_architecture_in_other_words_is_read(tmp_path: Path, cell: str, arch: str) -> None:
+    ((found, _),) = read_rows(written(tmp_path / "a.csv", [{**cells((ROW,))[0], "arch": cell}]))
+    assert found.arch == arch
+    assert (f"arch = {cell!r} is read as {arch}" in found.readings) == (cell.lower() != arch)
+
+
+@pytest.mark.parametrize("cell", ["non-MoE", "dense and MoE", "hybrid"])
+def test_an_architecture_that_is_neither_or_both_skips_the_row(tmp_path: Path, cell: str) -> None:
+    ((found, _),) = read_rows(written(tmp_path / "a.csv", [{**cells((ROW,))[0], "arch": cell}]))
+    assert f"arch = {cell!r} is none of dense, moe" in found.faults[0][0]
 
 
 def test_plain_numbers_are_not_told(tmp_path: Path) -> None:
