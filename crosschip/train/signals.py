@@ -6,6 +6,7 @@ launchers hand theirs on: copies of one request, which must not count as a secon
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -64,7 +65,8 @@ class StopSignals:
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
             # os.write: print may be interrupted inside itself, and must not be entered twice.
-            os.write(2, b"\nfinishing this step and saving; another Ctrl-C ends at once\n")
+            with contextlib.suppress(OSError):  # who listened may have ended by the same Ctrl-C
+                os.write(2, b"\nfinishing this step and saving; another Ctrl-C ends at once\n")
             return
         if SUPERVISOR in os.environ or time.monotonic() - self._received_at < ONE_REQUEST_S:
             return
