@@ -202,6 +202,7 @@ def _explain(error: ValidationError, origin: str) -> RecipeError:
             problems.append(f"{key}: {fault['ctx']['error']}" if location else str(fault["ctx"]["error"]))
             remedies.append("change one of the two values")
         else:
-            problems.append(f"{key} = {fault['input']!r}: {fault['msg'].lower()}")
+            message = fault["msg"]  # it may hold a pattern, in which capitals count
+            problems.append(f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}")
             remedies.append(f"give {key} such a value")
     return RecipeError(f"{origin}: " + "; ".join(problems), "; ".join(dict.fromkeys(remedies)))
