@@ -210,6 +210,7 @@ def test_the_stages_of_r1_are_in_order() -> None:
     [
         ({"kind": "sft", "name": "again", "steps": 30, "distilled": "nothing"}, "names no stage of kind 'distill'"),
         ({"kind": "sft", "name": "pretrain", "steps": 30}, "two stages are called pretrain"),
+        ({"kind": "rl", "name": "sft", "steps": 30}, "called sft, as that of a table is"),
         ({"kind": "sft", "name": "again", "stepz": 30}, "did you mean 'steps'?"),
         ({"kind": "rl", "name": "again", "steps": 30, "batch_size": 7}, "leave it out"),
         ({"kind": "rl", "name": "again", "steps": 30, "rollouts": {"engines": ["vllm"]}}, "is no engine"),
