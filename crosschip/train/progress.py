@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -147,4 +146,4 @@ class TerminalProgress:
 
 def open_progress() -> StageProgress:
     """A bar when stderr is a terminal, else lines."""
-    return TerminalProgress() if sys.stderr.isatty() else LineProgress()
+    return TerminalProgress() if STDERR.isatty() else LineProgress()

@@ -16,25 +16,30 @@ _GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, a terminal; a full dis
 
 
 class _Stderr:
-    """Stderr for `print` and rich. What cannot be written is dropped; a reader that is gone is not written to again."""
+    """Stderr for `print` and rich. What cannot be written is dropped; a reader that is gone is not written to again.
+
+    Python has no `sys.stderr` in a process that was started with it closed.
+    """
 
     encoding = "utf-8"
 
     def write(self, text: str) -> int:
         try:
-            sys.stderr.write(text)
+            if sys.stderr is not None:
+                sys.stderr.write(text)
         except OSError as error:
             _note(error)
         return len(text)
 
     def flush(self) -> None:
         try:
-            sys.stderr.flush()
+            if sys.stderr is not None:
+                sys.stderr.flush()
         except OSError as error:
             _note(error)
 
     def isatty(self) -> bool:
-        return sys.stderr.isatty()
+        return sys.stderr is not None and sys.stderr.isatty()
 
     def fileno(self) -> int:
         return sys.stderr.fileno()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,3 +49,11 @@ def test_a_line_that_nobody_gets_is_left_out_and_the_exit_code_stays(stderr: str
     given = writing if stderr == "pipe" else os.open(stderr, os.O_WRONLY)
     ended = subprocess.run([sys.executable, "-c", _TWO_LINES], stdout=subprocess.PIPE, stderr=given, check=False)
     assert (ended.stdout, ended.returncode) == (b"done\n", 130)
+
+
+def test_a_training_without_a_stderr_trains(pretraining: Path, tmp_path: Path) -> None:
+    """As a daemon is started: `crosschip train ... 2>&-`."""
+    command = [sys.executable, "-m", "crosschip", "train", str(pretraining), "--out", str(tmp_path / "run")]
+    ended = subprocess.run(["sh", "-c", f"{shlex.join(command)} 2>&-"], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.returncode) == ("", 0)
+    assert (tmp_path / "run/train/pretrain/checkpoints/step-00000010/COMPLETE").exists()
