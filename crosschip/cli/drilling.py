@@ -56,6 +56,7 @@ def drill(
     """
     from crosschip.recipe import load_recipe
     from crosschip.train.drill.drill import DrillPlan, run_drill
+    from crosschip.train.saying import say
 
     output_place(json_path, "the report", "--json", [recipe])
     settings = _settings_of(recipe, overrides or [])
@@ -80,7 +81,7 @@ def drill(
         seed,
         checkpoint_every=resolved.train.checkpoint_every,
     )
-    report = run_drill(plan, lambda line: print(f"crosschip: {line}", file=sys.stderr, flush=True))
+    report = run_drill(plan, lambda line: say(f"crosschip: {line}"))
     _tell(report, {"recipe": recipe.name, "settings": settings}, directory, json_path or directory / "drill.json")
     raise typer.Exit(_exit_code(report, names == []))
 
@@ -140,8 +141,8 @@ def _tell(report: dict[str, Any], about: dict[str, Any], directory: Path, path: 
     from crosschip.report.drill_table import print_drill
     from crosschip.rundir import write_json
 
-    print_drill(report)
     write_json(path, {**about, **report})
+    print_drill(report)
     print(f"\nreport: {path}")
     if report["interrupted"]:
         raise KeyboardInterrupt

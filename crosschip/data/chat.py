@@ -273,7 +273,7 @@ def split_trained(template: str, messages: Sequence[Document], special_tokens: M
     """The rendered conversation in segments: an assistant's words with their end are trained, all else is not.
 
     Found by rendering prefixes, so it works for any template: a turn begins where the prompt that asks for it ends.
-    A template that rewrites earlier turns when later ones come is a `DataError`.
+    A template that rewrites earlier turns when later ones come, or leaves out reasoning, is a `DataError`.
     """
     full = render_chat(template, messages, special_tokens, False)
     segments, position = [], 0
@@ -292,8 +292,21 @@ def split_trained(template: str, messages: Sequence[Document], special_tokens: M
             )
         segments += [Segment(full[position:begin], False), Segment(full[begin : len(until)], True)]
         position = len(until)
+    _check_reasoning(messages, full)
     segments.append(Segment(full[position:], False))
     return [segment for segment in segments if segment.text]
+
+
+def _check_reasoning(messages: Sequence[Document], rendered: str) -> None:
+    """Refuse a template that does not write what an assistant has thought: nobody would learn it."""
+    for message in messages:
+        reasoning = (message.get("reasoning_content") or "").strip()
+        if reasoning not in rendered:
+            raise DataError(
+                f"the chat template leaves out a turn's reasoning, and it would not be trained: {reasoning[:60]!r}...",
+                "take a template that writes reasoning_content (chat_template.jinja in tokenizer.directory), or rows "
+                "without reasoning",
+            )
 
 
 def _common_prefix_length(a: str, b: str) -> int:

@@ -100,14 +100,23 @@ class RowForm:
         if self._remove is not None:
             answer = self._remove.sub("", answer)
         if s.reasoning_separator is None:
-            return Message("assistant", answer)
+            return Message("assistant", self._left(answer))
         reasoning, separator, final = answer.rpartition(s.reasoning_separator)
         if not separator:
             raise _Unusable(
                 f"the field {s.answer_field!r} has no {s.reasoning_separator!r} in it: {answer[-60:]!r}",
                 "mend the row, or remove data.reasoning_separator",
             )
-        return Message("assistant", final.strip(), reasoning.strip())
+        return Message("assistant", self._left(final.strip()), reasoning.strip())
+
+    def _left(self, answer: str) -> str:
+        """What `remove_pattern` and `reasoning_separator` have left of an answer, unless that is nothing."""
+        if not answer.strip():
+            raise _Unusable(
+                f"nothing is left of the field {self._settings.answer_field!r} as the answer",
+                "mend the row, or look at data.remove_pattern and data.reasoning_separator",
+            )
+        return answer
 
 
 def _text(value: object, field: str, may_be_empty: bool = False) -> str:

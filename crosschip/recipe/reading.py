@@ -27,6 +27,8 @@ from crosschip.recipe.training import GroupSettings, GuardSettings, LinkSettings
 __all__ = ["Recipe", "load_recipe", "parse_recipe"]
 
 
+_OF_TABLES = ("pretrain", "sft", "rl")  # what the stages of [train], [sft] and [rl] are called
+
 _Further = Annotated[FurtherFineTuning | FurtherReinforcement | FurtherDistilling, Field(discriminator="kind")]
 
 
@@ -60,7 +62,7 @@ class Recipe(Settings):
     @property
     def order(self) -> list[tuple[str, StageSettings | FurtherDistilling]]:
         """What is done, in this order: the stages, and between them the making of data."""
-        first = (("pretrain", self.train), ("sft", self.sft), ("rl", self.rl))
+        first = zip(_OF_TABLES, (self.train, self.sft, self.rl), strict=True)
         named = [(name, settings) for name, settings in first if settings is not None]
         return [*named, *((settings.name, settings) for settings in self.then)]
 
@@ -79,6 +81,8 @@ class Recipe(Settings):
         names = [name for name, _ in self.order]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {doubled[0]}; give each of [[then]] another name")
+        if taken := [each.name for each in self.then if each.name in _OF_TABLES]:
+            raise ValueError(f"a stage of [[then]] is called {taken[0]}, as that of a table is; give it another name")
         if isinstance(self.order[0][1], FurtherDistilling):
             raise ValueError(f"{names[0]} has no model to distil: there is no stage before it")
         self._check_distilled(names)
@@ -202,6 +206,7 @@ def _explain(error: ValidationError, origin: str) -> RecipeError:
             problems.append(f"{key}: {fault['ctx']['error']}" if location else str(fault["ctx"]["error"]))
             remedies.append("change one of the two values")
         else:
-            problems.append(f"{key} = {fault['input']!r}: {fault['msg'].lower()}")
+            message = fault["msg"]  # it may hold a pattern, in which capitals count
+            problems.append(f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}")
             remedies.append(f"give {key} such a value")
     return RecipeError(f"{origin}: " + "; ".join(problems), "; ".join(dict.fromkeys(remedies)))

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ComputeDtype", "Fraction", "PositiveInt", "Settings"]
+__all__ = ["ComputeDtype", "Fraction", "NonEmpty", "PositiveInt", "Settings"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonEmpty = Annotated[str, Field(min_length=1)]  # an empty path would be the present directory
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 

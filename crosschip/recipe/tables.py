@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from crosschip.recipe.settings import PositiveInt, Settings
+from crosschip.recipe.settings import NonEmpty, PositiveInt, Settings
 
 __all__ = [
     "ChipSettings",
@@ -30,7 +30,7 @@ class ChipSettings(Settings):
 class ModelSettings(Settings):
     """`[model]`: the architecture in the field names of DeepSeek-V3's `config.json`, or `directory` to start from."""
 
-    directory: str | None = None  # a published model directory: architecture, weights and tokenizer come from there
+    directory: NonEmpty | None = None  # of a published model: architecture, weights and tokenizer come from there
     hidden_size: PositiveInt = 256
     intermediate_size: PositiveInt = 768
     moe_intermediate_size: PositiveInt = 256
@@ -82,7 +82,7 @@ class ModelSettings(Settings):
 class TokenizerSettings(Settings):
     """`[tokenizer]`: a byte-level BPE trained on the data, or `directory` of an existing Hugging Face tokenizer."""
 
-    directory: str | None = None
+    directory: NonEmpty | None = None
     vocab_size: Annotated[int, Field(ge=300)] = 1024
 
 
@@ -96,14 +96,14 @@ class DataSettings(Settings):
     """
 
     source: Literal["arithmetic", "files"] = "files"
-    path: str | None = None
+    path: NonEmpty | None = None
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     text_field: str = "text"
     messages_field: str = "messages"
     question_field: str = "question"
     answer_field: str = "answer"
     question_suffix: str = ""
-    reasoning_separator: str | None = None
+    reasoning_separator: NonEmpty | None = None
     remove_pattern: str | None = None
     skip_bad_rows: Annotated[int, Field(ge=0)] = 0
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05

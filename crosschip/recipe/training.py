@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from crosschip.recipe.settings import ComputeDtype, Fraction, PositiveInt, Settings
+from crosschip.recipe.settings import ComputeDtype, Fraction, NonEmpty, PositiveInt, Settings
 from crosschip.recipe.tables import DataSettings
 
 __all__ = ["GroupSettings", "GuardSettings", "LinkSettings", "ParallelSettings", "StageSettings"]
@@ -118,7 +118,7 @@ class GroupSettings(Settings):
     outer_learning_rate: Annotated[float, Field(gt=0.0)] = 0.7
     outer_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     on_drop: Literal["smaller-batch", "lower-learning-rate"] = "smaller-batch"  # what gives while groups are missing
-    lighthouse: str | None = None  # http://HOST:PORT of the program that the groups meet at; None: start one here
+    lighthouse: NonEmpty | None = None  # http://HOST:PORT of the program that the groups meet at; None: start one here
 
     @model_validator(mode="after")
     def _fits(self) -> GroupSettings:
@@ -147,7 +147,7 @@ class LinkSettings(Settings):
 
     bandwidth_mbit_s: Annotated[float, Field(gt=0.0)] | None = None
     latency_ms: Annotated[float, Field(ge=0.0)] | None = None
-    report: str | None = None
+    report: NonEmpty | None = None
 
     @model_validator(mode="after")
     def _has_a_bandwidth(self) -> LinkSettings:

@@ -32,6 +32,7 @@ from crosschip.train.guard.run_files import EventLog, check_directory, committed
 from crosschip.train.guard.supervisor import Launch, SupervisedRun, supervise
 from crosschip.train.kept_estimate import SHARED_DIRECTORY
 from crosschip.train.outer.lighthouse import Lighthouse
+from crosschip.train.saying import say
 
 __all__ = [
     "GO_ON_WITH",
@@ -135,10 +136,6 @@ def train_to_the_end(command: TrainCommand) -> None:
         raise KeyboardInterrupt
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _supervise_group(command: TrainCommand) -> int:
     train = command.run.path / "train"
     several = command.recipe.groups.num_groups > 1
@@ -158,7 +155,7 @@ def _supervise_group(command: TrainCommand) -> int:
             heartbeats=command.run.path / "heartbeats",
             # A group that the others heal makes progress without a checkpoint of its own.
             committed=functools.partial(logged_steps if several else committed_steps, train),
-            tell=EventLog(train, _say),
+            tell=EventLog(train, say),
             settings=command.recipe.guard,
             go_on_with=f"`{command.go_on_with}`" if command.go_on_with else "--resume",
         )
@@ -181,10 +178,10 @@ class _Groups:
     def __init__(self, command: TrainCommand) -> None:
         self._command = command
         self._settings = command.recipe.groups
-        self._log = EventLog(command.run.path / "train", _say)
+        self._log = EventLog(command.run.path / "train", say)
         self._lighthouse = Lighthouse(min_groups=self._settings.min_groups)
         self._address = self._lighthouse.address
-        _say(f"{self._settings.num_groups} groups meet at {self._address}")
+        say(f"{self._settings.num_groups} groups meet at {self._address}")
         numbers = range(self._settings.num_groups)
         most = command.recipe.guard.max_restarts
         self._restarts = [Restarts(most, logged_steps(self._train_directory(number))) for number in numbers]
@@ -315,7 +312,7 @@ class _Groups:
             codes = [0 if code in in_order else code for code in codes]
         for number, code in enumerate(codes):
             if code:
-                _say(
+                say(
                     f"group {number} ended with exit code {code}; see {group_directory(self._command.run.path, number)}"
                 )
         return next((code if code > 0 else 128 - code for code in codes if code), 0)

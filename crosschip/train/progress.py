@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from crosschip.train.saying import STDERR, say
 
 __all__ = ["LineProgress", "Moment", "SilentProgress", "StageProgress", "TerminalProgress", "describe", "open_progress"]
 
@@ -68,7 +69,7 @@ class LineProgress:
 
     def say(self, text: str) -> None:
         """Print a line to stderr."""
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def start(self, label: str, first_step: int, num_steps: int) -> None:
         """Remember what is being done."""
@@ -112,7 +113,7 @@ class TerminalProgress:
     measures_peak = True
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=STDERR, highlight=False)
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
@@ -145,4 +146,4 @@ class TerminalProgress:
 
 def open_progress() -> StageProgress:
     """A bar when stderr is a terminal, else lines."""
-    return TerminalProgress() if sys.stderr.isatty() else LineProgress()
+    return TerminalProgress() if STDERR.isatty() else LineProgress()

@@ -27,11 +27,13 @@ def fine_tuning_data(
 
 
 def questions(source: Source, tokenizer: ChatTokenizer, longest: int) -> list[Prompt]:
-    """The first held-out questions of up to `longest` tokens, for samples."""
+    """The first held-out questions of up to `longest` tokens, for samples. Where nobody asks, there is none."""
     prompts = []
     for row in source.rows("validation"):
         messages = row.as_messages()
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
+        if not asked:
+            continue
         token_ids = tokenizer.encode_chat(asked, add_generation_prompt=True)
         if len(token_ids) <= longest:
             prompts.append(Prompt(asked[-1].content, tuple(token_ids)))

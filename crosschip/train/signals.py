@@ -6,8 +6,10 @@ launchers hand theirs on: copies of one request, which must not count as a secon
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +43,13 @@ def give_stop_signals_back(before: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
+def _tell_at_once(words: bytes) -> None:
+    """By the system: `print` may be interrupted inside itself, and must not be entered twice."""
+    if sys.stderr is not None:  # else it was closed, and its number may be another file's
+        with contextlib.suppress(OSError):  # who listened may have ended by the same Ctrl-C
+            os.write(2, words)
+
+
 class StopSignals:
     """Within the `with` block, `received` is the number of the first SIGINT or SIGTERM that came, else None.
 
@@ -63,8 +72,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
-            # os.write: print may be interrupted inside itself, and must not be entered twice.
-            os.write(2, b"\nfinishing this step and saving; another Ctrl-C ends at once\n")
+            _tell_at_once(b"\nfinishing this step and saving; another Ctrl-C ends at once\n")
             return
         if SUPERVISOR in os.environ or time.monotonic() - self._received_at < ONE_REQUEST_S:
             return

@@ -135,6 +135,22 @@ def test_the_mask_of_another_template_comes_from_its_prompts(tokenizer: ChatToke
     assert ids[: len(prompt)] == prompt
 
 
+def test_a_template_that_leaves_out_reasoning_is_refused_for_training(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    """As DeepSeek-R1's own does: it is made for conversations that go on, and cuts an answer behind `</think>`."""
+    template = (
+        "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    silent = with_template(tokenizer, tmp_path, template)
+    question, thought = Message("user", "Six?"), Message("assistant", "6", "It is <|eos|> six.")
+    with pytest.raises(DataError, match="leaves out a turn's reasoning") as caught:
+        silent.encode_example([question, thought])
+    assert "reasoning_content" in caught.value.remedy
+    ids, trained = silent.encode_example([question, Message("assistant", "6")])
+    assert silent.decode([one for one, is_trained in zip(ids, trained, strict=True) if is_trained]) == "6"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_training(
     tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:

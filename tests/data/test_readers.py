@@ -89,6 +89,16 @@ def test_an_answer_without_the_separator_is_bad(write_jsonl: WriteJsonl) -> None
         read_all(write_jsonl([{"question": "a", "answer": "b"}]), reasoning_separator="####")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"reasoning_separator": "####", "remove_pattern": r"\d+$"}, {"remove_pattern": ".*"}]
+)
+def test_an_answer_of_which_nothing_is_left_is_bad(write_jsonl: WriteJsonl, settings: dict[str, str]) -> None:
+    path = write_jsonl([{"question": "How many?", "answer": "Half. #### 24"}])
+    with pytest.raises(DataError, match=r"jsonl:1: nothing is left of the field 'answer'") as caught:
+        read_all(path, **settings)
+    assert "data.remove_pattern" in str(caught.value)
+
+
 def test_bad_rows_are_skipped_up_to_the_allowed_number_and_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + b"broken\n" * 3 + b'{"text": "b"}\n')

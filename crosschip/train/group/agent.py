@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from crosschip.errors import EXIT_DEFECT, EXIT_FAIL
 from crosschip.orphans import PARENT, end_with_launcher
 from crosschip.train.group.lost import WAITED_IN_VAIN
+from crosschip.train.saying import say
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -105,7 +106,7 @@ def _told(failures: Mapping[int, ProcessFailure]) -> int:
     waited_for = any(WAITED_IN_VAIN in _message(each) for each in failures.values())
     told = tell_failure(rank, failure, waited_for)
     if told is not None:
-        print(told, file=sys.stderr, flush=True)
+        say(told)
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 

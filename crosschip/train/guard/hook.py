@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -78,19 +78,23 @@ class StepGuard:
         events = self._records(stage_directory / "events.jsonl", _is_an_event, last_step)
         self.policy.remember(metrics, events, last_step)
 
-    def _records(self, path: Path, is_one: Callable[[dict[str, Any]], bool], step: int) -> list[dict[str, Any]]:
-        """The records of a log. One that a crash has torn is left out, and so is, with a word, one with other bytes."""
-        records, unreadable = [], []
-        content = path.read_bytes().decode(errors="replace") if path.exists() else ""
-        for number, line in enumerate(content.split("\n")[:-1], start=1):
-            record = record_of(line)
-            if record is not None and is_one(record):
-                records.append(record)
-            else:
-                unreadable.append(number)
+    def _records(self, path: Path, is_one: Callable[[dict[str, Any]], bool], step: int) -> Iterator[dict[str, Any]]:
+        """The records of a log, one at a time: that of a long training has millions.
+
+        One that a crash has torn is left out, and so is, with a word, one with other bytes.
+        """
+        if not path.exists():
+            return
+        unreadable = []
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                record = record_of(line.decode(errors="replace"))
+                if record is not None and is_one(record) and line.endswith(b"\n"):
+                    yield record
+                elif line.endswith(b"\n"):
+                    unreadable.append(number)
         if unreadable:
             self._tell(unreadable_lines(path, unreadable, step))
-        return records
 
     def judge(self, step: int, result: Measured) -> Literal["update", "skip"]:
         """Decide about a step before a weight is touched (see `GuardPolicy.judge`).

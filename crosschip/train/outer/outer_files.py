@@ -35,7 +35,7 @@ def newest_outer_step(stage_directory: Path) -> int | None:
 def save_outer_state(
     stage_directory: Path, rank: int, step: int, tensors: dict[str, torch.Tensor], counts: dict[str, int]
 ) -> None:
-    """Write what `DiLoCo.export` gave, atomically, and delete the oldest.
+    """Write what `DiLoCo.export` gave, atomically; delete the oldest, and those of steps that a resume has undone.
 
     Raises:
         CheckpointError: it could not be written.
@@ -57,8 +57,10 @@ def save_outer_state(
             f"the outer state of step {step} could not be written to {path}: {error}",
             "free disk space, then go on with --resume",
         ) from error
-    for older in sorted(path.parent.glob(f"step-*-rank-{rank}.safetensors"))[:-_KEPT]:
-        older.unlink()
+    found = sorted(path.parent.glob(f"step-*-rank-{rank}.safetensors"))
+    number = found.index(path) + 1
+    for other in (*found[: max(0, number - _KEPT)], *found[number:]):
+        other.unlink()
 
 
 def other_layout(tensors: dict[str, torch.Tensor], counts: dict[str, int], layout: dict[str, int]) -> str:

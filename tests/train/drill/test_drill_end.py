@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from crosschip.cli.drilling import _exit_code, _fault_names, _settings_of
+from crosschip.cli.drilling import _exit_code, _fault_names, _settings_of, _tell
 from crosschip.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_OK, RecipeError
 from crosschip.recipe import load_recipe
 from crosschip.train.checkpoint import writing
@@ -218,3 +218,15 @@ def test_a_fault_in_a_save_that_was_withdrawn_does_not_strike_later(tmp_path: Pa
     assert written == [("path", "staged")]
     assert writing.write_checkpoint is honest
     assert (taken(tmp_path, 1) is None) is is_withdrawn
+
+
+def test_the_report_is_there_although_nobody_reads_the_table(tmp_path: Path, monkeypatch) -> None:
+    """As in `crosschip drill ... | head`."""
+
+    def closed(report: dict[str, Any]) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("crosschip.report.drill_table.print_drill", closed)
+    with pytest.raises(BrokenPipeError):
+        _tell({"interrupted": False}, {"recipe": "first.toml"}, tmp_path, tmp_path / "drill.json")
+    assert (tmp_path / "drill.json").exists()

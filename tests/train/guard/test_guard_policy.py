@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -292,6 +293,20 @@ def test_a_resumed_guard_decides_as_one_that_was_never_interrupted(tmp_path: Pat
         assert outcome(resumed, step, numbers) == outcome(whole, step, numbers)
     fresh = guard_of(lambda event: None)
     assert outcome(fresh, 101, SPIKE) == "update", "the negative control: without a memory nothing is a spike"
+
+
+def test_the_log_of_a_long_training_is_not_held_in_memory(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.jsonl").open("w") as metrics:
+        for step in range(1, 20_001):
+            metrics.write(json.dumps({"step": step, "loss": 2.0, "gradient_norm": 1.0, "note": "x" * 100}) + "\n")
+    guard = StepGuard(GuardSettings(), 10, "chip0", lambda event: None, "a checkpoint")
+    tracemalloc.start()
+    try:
+        guard.remember(tmp_path, 20_000)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < (tmp_path / "metrics.jsonl").stat().st_size / 4
 
 
 def test_an_error_says_what_to_do() -> None:

@@ -176,3 +176,10 @@ def test_the_newest_four_are_kept(tmp_path: Path) -> None:
     for step in range(1, 8):
         save_outer_state(tmp_path, 0, step, STATE, COUNTS)
     assert [load_outer_state(tmp_path, 0, step) is not None for step in range(1, 8)] == [False] * 3 + [True] * 4
+
+
+def test_a_save_after_going_back_is_kept_and_undoes_what_came_later(tmp_path: Path) -> None:
+    for step in (20, 40, 60, 80, 100, 30):  # resumed from the checkpoint of step 20: later ones were damaged
+        save_outer_state(tmp_path, 0, step, STATE, COUNTS)
+    assert load_outer_state(tmp_path, 0, 30) is not None
+    assert [path.name for path in sorted((tmp_path / "outer").iterdir())] == ["step-00000030-rank-0.safetensors"]
