@@ -86,12 +86,13 @@ def hash_files(directory: Path, names: list[str], tell: Tell = lambda line: None
 def compare_files(directory: Path, certified: list[FileEntry], tell: Tell = lambda line: None) -> Iterator[FileProblem]:
     """Every way in which the files are not those that were certified. Sizes come first: they cost nothing."""
     names, known = files_of(directory), {entry.name: entry for entry in certified}
+    there = set(names)
     for name in names:
         if name not in known:
             yield FileProblem(name, "extra", f"{name} is not among the certified files")
     same_size = []
     for entry in certified:
-        if entry.name not in names:
+        if entry.name not in there:
             yield FileProblem(entry.name, "missing", f"{entry.name} is missing")
         elif (size := _size(directory / entry.name)) != entry.bytes:
             yield FileProblem(entry.name, "changed", f"{entry.name} has {size} B, certified {entry.bytes} B")

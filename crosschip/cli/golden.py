@@ -147,7 +147,7 @@ def replay(
 def _lines_of(file: Path) -> list[str]:
     """The texts of a file, one a line; empty lines are none."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # U+2028 and its like are part of a text
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         problem = f"the texts in {file} cannot be read: {error}"
         raise GoldenError(problem, "give a UTF-8 file, one text a line") from None

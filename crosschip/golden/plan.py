@@ -14,7 +14,10 @@ BATCH_SIZE, BATCH_PLACE = 4, 2  # the other batch size, and the row's place in i
 
 @dataclass(frozen=True)
 class RecordPlan:
-    """How much is recorded. `reorderings` is how many other orders of every sum the noise floor is measured with."""
+    """How much is recorded. `reorderings` is how many other orders of every sum the noise floor is measured with.
+
+    `max_bytes` is of all but the records of the weights, of which there are as many as the model has tensors.
+    """
 
     seed: int = 0
     max_tokens: int = 16384

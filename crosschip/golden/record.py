@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def record(
         The manifest.
 
     Raises:
-        GoldenError: the source holds no complete model, or the bundle would be larger than `plan.max_bytes`.
+        GoldenError: the source holds no complete model, the chip does not run it, a text's token is not in the model's
+            vocabulary, or the bundle would be larger than `plan.max_bytes`.
     """
     plan = plan or RecordPlan()
     directory, tokenizer = model_directory_of(source)
@@ -78,11 +80,12 @@ def record(
     shape = shape_of_causal_lm(directory) if route == "transformers" else _shape_of(read_config(directory)[0])
     tell("hashing the weights")
     weights = {name: each.document() for name, each in records_of(directory).items()}
-    rows, left_out = _rows(shape, tokenizer, texts, token_rows, plan, len(json.dumps(weights)))
+    rows, left_out = _rows(shape, tokenizer, texts, token_rows, plan)
     ids = [row.ids for row in rows]
-    recorder = (CausalLMRecorder if route == "transformers" else _Recorder)(directory, chip, dtype, ids, plan, tell)
-    arrays = recorder.reference()
-    floor = recorder.noise_floor(arrays)
+    with _refusals_told(directory, chip):
+        recorder = (CausalLMRecorder if route == "transformers" else _Recorder)(directory, chip, dtype, ids, plan, tell)
+        arrays = recorder.reference()
+        floor = recorder.noise_floor(arrays)
     arrays |= {
         "input_ids": np.concatenate([np.array(row, dtype=np.int32) for row in ids]),
         "lengths": np.array([len(row) for row in ids], dtype=np.int32),
@@ -112,10 +115,23 @@ def record(
         "weights": weights,
         "fingerprint": fingerprint(chip),
     }
-    size = sum(array.nbytes for array in arrays.values()) + len(json.dumps(manifest, indent=2))
+    chosen = {**manifest, "weights": {}}  # of the tensors nobody can choose fewer
+    size = sum(array.nbytes for array in arrays.values()) + len(json.dumps(chosen, indent=2))
     if size > plan.max_bytes:
         raise GoldenError(f"the bundle would be {size} B, more than {plan.max_bytes}", "record fewer tokens or texts")
     return write_bundle(out, manifest, arrays)
+
+
+@contextmanager
+def _refusals_told(directory: Path, chip: Chip) -> Iterator[None]:
+    """The end of a chip's memory, or an operator or dtype that it has not got, is no fault of ours."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise GoldenError(
+            f"{directory} cannot be recorded on {chip.name}: {type(error).__name__}: {error}",
+            "examine the chip with `crosschip qualify`, or record on another one; where memory ended, on a larger one",
+        ) from error
 
 
 def model_directory_of(source: Path) -> tuple[Path, Path]:
@@ -175,14 +191,12 @@ def _rows(
     texts: Sequence[str],
     token_rows: Sequence[Sequence[int]],
     plan: RecordPlan,
-    weights_bytes: int,
 ) -> tuple[list[Row], list[int]]:
     """The rows that fit, made-up ones first, and the lengths of the ladder that do not."""
     longest, vocab_size = shape.longest, shape.vocab_size
-    room = int(0.95 * (plan.max_bytes - 2 * weights_bytes) / shape.bytes_per_position)
-    room = min(room, plan.max_tokens)
+    room = min(int(0.95 * plan.max_bytes / shape.bytes_per_position), plan.max_tokens)
     if room < 64:
-        problem = f"{plan.max_bytes} B leave room for {max(room, 0)} tokens beside the records of the weights"
+        problem = f"{plan.max_bytes} B leave room for {room} tokens"
         raise GoldenError(problem, "allow a larger bundle")
     for_text = int(_TEXT_SHARE * room) if texts or token_rows else 0
     widest = max(1, _LOGITS_BYTES // (4 * vocab_size * BATCH_SIZE))
@@ -191,6 +205,12 @@ def _rows(
     given = rows_of_ids(token_rows, min(longest, widest), for_text)
     if texts:
         given += text_rows(texts, tokenizer, min(longest, widest), for_text - sum(len(row.ids) for row in given))
+    strange = next((token for row in given for token in row.ids if not 0 <= token < vocab_size), None)
+    if strange is not None:
+        raise GoldenError(
+            f"the text holds token {strange}, the model's vocabulary ends at {vocab_size - 1}",
+            f"leave the text out, or put the model's own tokenizer in the place of {tokenizer}",
+        )
     return rows + given, left_out
 
 

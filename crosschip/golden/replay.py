@@ -77,22 +77,21 @@ def replay(
     comparison.not_covered += left_out(bundle)
     if bundle.manifest["num_nextn_predict_layers"]:
         comparison.not_covered.append("multi-token prediction: only its loss in the training curve")
-    try:
-        model = load_multiplied_out(model_directory, getattr(torch, name), chip.device)
-    except ModelError as error:
-        if not (files.fields or files.weights):
-            raise
-        comparison.broke = f"the model does not load: {error.problem}"  # because of what is already known to differ
-        return comparison
     dtype_of_torch = getattr(torch, name)
     try:
+        model = load_multiplied_out(model_directory, dtype_of_torch, chip.device)
         _run_rows(bundle, model, chip, dtype_of_torch, comparison, has_time, tell)
         if with_curve and bundle.manifest["curve"] is not None and has_time(_UNTIL_CURVE):
             tell("training from the recorded weights")
             comparison.curve = _compare_curve(bundle.manifest, model, chip, dtype_of_torch)
         else:
             comparison.not_covered.append("the training curve: not recorded, not asked for, or no time for it")
-    except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:  # a chip's refusal, or a cut vocabulary
+    except ModelError as error:
+        if not (files.fields or files.weights):
+            raise
+        comparison.broke = f"the model does not load: {error.problem}"  # because of what is already known to differ
+    # A chip's refusal, its memory's end among them, or a cut vocabulary.
+    except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
         comparison.broke = f"{type(error).__name__}: {error}"
     return comparison
 

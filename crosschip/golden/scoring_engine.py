@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Unpack
 
 from crosschip.errors import GoldenError
-from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, Waits, json_of, words_of
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, Waits, check_address, json_of, words_of
 
 __all__ = ["EngineBrokeError", "Prediction", "Scorer", "ScoringEngine", "log_prob_of", "open_scorer"]
 
@@ -47,10 +47,11 @@ def open_scorer(url: str, *, api_key: str | None = None, **waits: Unpack[Waits])
     """The engine at an address, asked in the way that suits it: what it says of its model tells llama.cpp.
 
     Raises:
-        GoldenError: nobody answers there, or it lists no model.
+        GoldenError: nobody answers there, it lists no model, or the address holds a password.
     """
     from crosschip.golden.llamacpp_scoring import LlamaCppEngine
 
+    check_address(url)
     http = ScoringHttp(url, api_key=api_key, **waits)
     try:
         card = http.model_card()

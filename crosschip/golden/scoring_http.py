@@ -23,6 +23,7 @@ __all__ = [
     "TimeOverError",
     "Waits",
     "authorization",
+    "check_address",
     "json_of",
     "words_of",
 ]
@@ -71,6 +72,20 @@ def authorization(api_key: str | None, variable: str = "CROSSCHIP_API_KEY") -> d
         problem = f"the API key cannot be sent: its character {wrong} is no printable ASCII"
         raise GoldenError(problem, f"set {variable} to the key alone, one line of letters, digits and signs")
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def check_address(url: str) -> None:
+    """Refuse an address that certificates and reports, which others read, must not show.
+
+    Raises:
+        GoldenError: it holds a name or a password.
+    """
+    _, at, host = url.partition("://")[2].partition("/")[0].rpartition("@")
+    if at:
+        raise GoldenError(
+            f"the address of {host} holds a name or a password, and would stand in what is written about it",
+            "leave that out and set CROSSCHIP_API_KEY to a key that the engine takes",
+        )
 
 
 class ScoringHttp:

@@ -45,7 +45,7 @@ def choose_bundle(
         given: the bundle that the user named; it is taken or refused.
         beside: where the usual bundle is: a run's `golden`. One that is of other weights, was recorded in a dtype that
             says nothing about this one, or by an earlier handoff of a source with other fields, is left alone, and
-            another is recorded beside it.
+            another is recorded beside it. That one replaces what an earlier handoff recorded there, and nothing else.
         chip: where it is recorded, if it must be.
         dtype: of the handed-off model's arithmetic.
         quantised: its kind of quantisation.
@@ -53,7 +53,8 @@ def choose_bundle(
 
     Raises:
         HandoffError: the given bundle was recorded from other weights.
-        GoldenError: it was cut or altered, says nothing about this dtype, or nothing can be recorded.
+        GoldenError: it was cut or altered, says nothing about this dtype, nothing can be recorded, or there is a bundle
+            in the way that no handoff has recorded.
     """
     if given is not None:
         return GoldenUsed(_given(given, source, dtype, quantised, tell))
@@ -63,10 +64,28 @@ def choose_bundle(
         if there is not None:
             return GoldenUsed(there)
     place = own if beside.exists() else beside
-    if place.exists() and not is_complete(place):
-        raise GoldenError(f"{place} is there and is not a golden bundle", "give --golden DIR, or remove it")
+    _check_free(place)
     _record(source, place, chip, dtype, tell)
     return GoldenUsed(load_bundle(place), is_new=True)
+
+
+def _check_free(place: Path) -> None:
+    """Refuse to record where a bundle of somebody's own is: its chip may not be at hand any more.
+
+    Raises:
+        GoldenError: what is there was not recorded by a handoff.
+    """
+    if not place.exists():
+        return
+    remedy = "give --golden DIR, or move it elsewhere"
+    if not is_complete(place):
+        raise GoldenError(f"{place} is there and is not a golden bundle", remedy)
+    found = load_bundle(place)
+    if not found.manifest.get("for_handoff"):
+        where = f"{found.manifest['recorded_on']} at {found.manifest['recorded_at']}"
+        raise GoldenError(
+            f"the bundle {place} does not fit and was recorded on {where}, by no handoff, so it is not replaced", remedy
+        )
 
 
 @contextmanager

@@ -37,8 +37,15 @@ def chosen_dtype(target: Target, model: ModelSource, run: RunDirectory | None) -
         from crosschip.recipe import parse_recipe
 
         wishes.append(parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe)).handoff.dtype)
-    wishes.append(str(model.config.get("torch_dtype") or model.config.get("dtype")))
+    wishes.append(str(model.config.get("torch_dtype") or model.config.get("dtype") or _dtype_of_weights(model)))
     return next((wish for wish in wishes if wish in target.dtypes), target.dtypes[0])
+
+
+def _dtype_of_weights(model: ModelSource) -> str | None:
+    """Of a model whose config.json is silent: the embedding's."""
+    names = model.tensors.names()
+    embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
+    return None if embedding is None else str(model.tensors.dtype(embedding)).removeprefix("torch.")
 
 
 def computed_in(dtype: str) -> str:

@@ -41,6 +41,7 @@ from crosschip.handoff.describing import (
     quantisation,
 )
 from crosschip.handoff.export import check_kept, check_place, export_model, with_a_name
+from crosschip.handoff.held import held_alone
 from crosschip.handoff.source import ModelSource, open_source
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.rundir import RunDirectory
@@ -124,8 +125,10 @@ def hand_off(
         "quantised": quantisation(target.quantised, written),
     }
     with run.lock() if run is not None else contextlib.nullcontext():
-        used = _exported(model, target, described, directory, golden, beside, run, wishes)
-        made = _examine(directory, described, model, described_source(source, model, run), used, wishes, None)
+        with held_alone(directory):
+            used = _exported(model, target, described, directory, golden, beside, run, wishes)
+        with held_alone(directory):  # the new one
+            made = _examine(directory, described, model, described_source(source, model, run), used, wishes, None)
     return HandoffResult(directory, made.certificate, made.exit_code, used.recorded_now)
 
 
@@ -190,7 +193,7 @@ def certify_directory(
 
     Raises:
         CrosschipError: there is no directory, the bundle or a key cannot be read, an engine is not known or refuses,
-            nothing can be written.
+            nothing can be written, another process is at it.
     """
     directory = with_a_name(directory)
     if not directory.is_dir():
@@ -201,10 +204,11 @@ def certify_directory(
     _check_beforehand(wishes, _is_gguf(directory))
     for engine in wishes.engines or ():
         check_runs(engine, used.bundle)
-    earlier = earlier_certificate(directory, tell)
-    target = described_target(directory, earlier, used.bundle, dtype)
-    source = {"kind": "not at hand", "path": None} if earlier is None else earlier_source(earlier)
-    made = _examine(directory, target, None, source, used, wishes, earlier)
+    with held_alone(directory):
+        earlier = earlier_certificate(directory, tell)
+        target = described_target(directory, earlier, used.bundle, dtype)
+        source = {"kind": "not at hand", "path": None} if earlier is None else earlier_source(earlier)
+        made = _examine(directory, target, None, source, used, wishes, earlier)
     return HandoffResult(directory, made.certificate, made.exit_code, used.recorded_now)
 
 

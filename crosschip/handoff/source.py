@@ -30,6 +30,7 @@ _SPELLED_OUT = ("topk_method", "scoring_func")  # in an export, where the source
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    *("tiktoken.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"),  # of other libraries
 )
 
 
@@ -180,7 +181,8 @@ def _check_complete(
     if settings is None:
         check_tensors(document, {name: stored.shape(name) for name in names}, str(directory))
         return
-    missing = [view.published for view in published_views(settings) if view.published not in names | _shared(settings)]
+    views = list(published_views(settings))
+    missing = [view.published for view in views if view.published not in names and not view.shared]
     if missing:
         _refuse_promised_modules(missing, names, settings, directory)
         raise HandoffError(
@@ -199,10 +201,6 @@ def _refuse_promised_modules(missing: list[str], names: set[str], settings: Mode
             f"model.layers.{first}: multi-token prediction was left out, as transformers does when it saves",
             "set num_nextn_predict_layers to 0 in config.json to hand the model off without it, or complete the files",
         )
-
-
-def _shared(settings: ModelConfig) -> set[str]:
-    return {view.published for view in published_views(settings) if view.shared}
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from crosschip.chips import find_chip
+from crosschip.cli.golden import _lines_of
 from crosschip.errors import GoldenError
 from crosschip.golden.bundle import Bundle
 from crosschip.golden.record import MAX_BYTES, RecordPlan, bytes_per_position, model_directory_of, record
@@ -90,6 +92,30 @@ def test_what_does_not_fit_is_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(GoldenError, match="leave room for"):
         record(model_dir, find_chip("cpu"), tmp_path / "b", plan=RecordPlan(max_bytes=40_000))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_records_of_the_weights_take_no_room_from_the_answers(model_dir: Path, tmp_path: Path) -> None:
+    """A model with many experts has more bytes of records than a bundle has in all."""
+    plan = RecordPlan(max_tokens=70, max_bytes=100_000, reorderings=1, curve=CurvePlan(num_steps=0))
+    manifest = record(model_dir, find_chip("cpu"), tmp_path / "b", plan=plan)
+    assert 2 * len(json.dumps(manifest["weights"])) > plan.max_bytes
+    assert [row["length"] for row in manifest["rows"]] == [1, 2, 15, 16, 17]
+
+
+def test_a_chip_that_does_not_run_the_model_is_told_and_no_defect(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(GoldenError, match=r"cannot be recorded on sim:.*silu"):
+        record(model_dir, find_chip("sim:W3,operator=silu"), tmp_path / "b", plan=RecordPlan(max_tokens=70))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_of_another_vocabulary_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(GoldenError, match="token 97, the model's vocabulary ends at 96"):
+        record(model_dir, find_chip("cpu"), tmp_path / "b", token_rows=[[1, 97]])
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("one\u2028still one\r\n\ntwo\x0c\n", encoding="utf-8")
+    assert _lines_of(tmp_path / "texts") == ["one\u2028still one", "two\x0c"]
 
 
 def test_a_run_means_its_last_complete_checkpoint(tmp_path: Path) -> None:

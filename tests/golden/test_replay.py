@@ -232,6 +232,18 @@ def test_a_chip_that_raises_fails_and_says_what(bundle: Bundle, model_dir: Path)
     assert "silu" in judgement.findings[0]["message"]
 
 
+def test_a_chip_without_room_for_the_weights_fails_and_says_so(
+    bundle: Bundle, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*given: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr("crosschip.golden.replay.load_multiplied_out", no_room)
+    judgement = judged(bundle, model_dir)
+    assert judgement.verdict == "FAIL"
+    assert "tried to allocate 20 GiB" in judgement.findings[0]["message"]
+
+
 def test_without_time_nothing_is_claimed(bundle: Bundle, model_dir: Path) -> None:
     comparison = replay(bundle, model_dir, find_chip("cpu"), has_time=lambda share: False)
     assert (comparison.rows_made, comparison.rows_planned) == (0, len(bundle.lengths))

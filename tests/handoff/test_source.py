@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from crosschip.data import train_tokenizer
 from crosschip.errors import CrosschipError, HandoffError, ModelError, RunDirectoryError
-from crosschip.handoff.describing import described_source
+from crosschip.handoff.describing import chosen_dtype, described_source
 from crosschip.handoff.export import export_model
 from crosschip.handoff.source import open_source
 from crosschip.handoff.targets import TARGETS
-from crosschip.model import load_model, save_model
-from crosschip.model.weights import exported_tensors
+from crosschip.model import ModelConfig, load_model, save_model
+from crosschip.model.weights import TensorView, exported_tensors, published_views
 from crosschip.rundir import COMPLETE, RunDirectory, atomic_directory
 from tests.handoff.conversion.models import SQUARE, save_family, save_training_checkpoint
 from tests.model.configs import random_model
@@ -221,3 +222,34 @@ def test_a_directory_that_is_called_like_a_checkpoint_is_described(
     monkeypatch.chdir(tmp_path)
     described = described_source(Path("step-1000"), open_source(Path("step-1000")), None)
     assert (described["kind"], described["step"], described["stage"]) == ("directory", 1000, None)
+
+
+def test_a_tokenizer_of_another_library_goes_along(published: Path, tmp_path: Path) -> None:
+    """Kimi's tokens are in tiktoken.model, Mistral's own in tekken.json: the files without them answer nobody."""
+    for name in ("tiktoken.model", "tekken.json"):
+        (published / name).write_bytes(b"tokens")
+    export_model(open_source(published), TARGETS["hf"], tmp_path / "out", "float32")
+    assert {"tiktoken.model", "tekken.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_where_config_json_is_silent_the_dtype_is_that_of_the_weights(published: Path, tmp_path: Path) -> None:
+    save_model(load_model(published), tmp_path / "halves", torch.bfloat16)
+    for directory, dtype in ((published, "float32"), (tmp_path / "halves", "bfloat16")):
+        document = json.loads((directory / "config.json").read_text())
+        for field in ("torch_dtype", "dtype"):
+            document.pop(field, None)
+        (directory / "config.json").write_text(json.dumps(document))
+        assert chosen_dtype(TARGETS["hf"], open_source(directory), None) == dtype
+
+
+def test_the_layout_is_gone_through_once_however_many_experts(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3 has 46,000 tensors; for each of them all were listed again."""
+    calls = []
+
+    def counted(config: ModelConfig) -> Iterator[TensorView]:
+        calls.append(config)
+        return published_views(config)
+
+    monkeypatch.setattr("crosschip.handoff.source.published_views", counted)
+    open_source(published)
+    assert len(calls) == 1

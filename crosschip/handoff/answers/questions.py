@@ -67,6 +67,7 @@ def made_questions(
         DataError: an unknown level, or one with fewer distinct held-out problems than were asked for.
     """
     questions: list[Question] = []
+    levels = tuple(dict.fromkeys(levels))  # one that is named twice has the same problems twice
     if set(tasks) & {"answers", "format", "length"}:
         for place, level in enumerate(levels):
             count = num_problems // len(levels) + (place < num_problems % len(levels))
@@ -114,7 +115,8 @@ def _question(line: bytes, where: str, name: str) -> Question:
     remedy = 'write one object a line: {"prompt": "What is 2 + 2?", "answer": "4"}, or "messages" instead of "prompt"'
     try:
         row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        json.dumps(row, ensure_ascii=False).encode()  # half of a character cannot be asked
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and UnicodeEncodeError are ValueErrors
         raise HandoffError(f"{where} is not JSON: {error}", remedy) from None
     if not isinstance(row, dict):
         raise HandoffError(f"{where} holds a {type(row).__name__}", remedy)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from crosschip.engines import EngineCommand, engine_command, running_engine
 from crosschip.errors import HandoffError, ModelError, RunDirectoryError
+from crosschip.golden.scoring_http import check_address
 from crosschip.handoff.answers.engine import Engine, Fault
 from crosschip.model import read_config
 from crosschip.model.weights import has_weights
@@ -41,16 +42,19 @@ def side_of(target: str, *, chip: str = "auto", api_key: str | None = None) -> S
 
     Raises:
         HandoffError: it is neither an address nor a directory that `crosschip serve` loads.
+        GoldenError: the address holds a password.
     """
     side = Side(target, chip, api_key)
+    if side.is_url:
+        check_address(target)
+        return side
     directory = Path(target)
-    if not side.is_url and not (directory / "config.json").is_file():
+    if not (directory / "config.json").is_file():
         what = "an empty directory or one without config.json" if directory.is_dir() else "no directory"
         raise HandoffError(
             f"{target} is {what}, and no address", "give http://HOST:PORT, or a directory that a handoff wrote"
         )
-    if not side.is_url:
-        _check_serves(directory)
+    _check_serves(directory)
     return side
 
 

@@ -8,30 +8,39 @@ from typing import Any
 import httpx
 
 from crosschip.data import Message
-from crosschip.errors import EngineError
+from crosschip.errors import EngineError, GoldenError
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp, json_of
 
 __all__ = ["EngineCodec", "told_by"]
 
 _SILENCE_S = 60.0
 _ASKED_S = 5.0
 _LONGEST = 200  # characters of a version
-_VERSIONS = (("version", "version"), ("props", "build_info"))  # of vLLM and SGLang, and of llama.cpp
+_VERSIONS = (("/version", "version"), ("/props", "build_info"))  # of vLLM and SGLang, and of llama.cpp
 
 
 def told_by(url: str, api_key: str | None = None) -> dict[str, str]:
     """The `version` that an engine at an address tells of itself; nothing where it tells none."""
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    for path, field in _VERSIONS:
-        try:
-            response = httpx.get(
-                f"{url.rstrip('/')}/{path}", headers=headers, timeout=_ASKED_S, trust_env=False
-            ).raise_for_status()
-            found = response.json()[field]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if isinstance(found, str) and found:
-            return {"version": found[:_LONGEST]}
-    return {}
+    try:
+        http = ScoringHttp(url, api_key=api_key, silence_s=_ASKED_S, total_s=_ASKED_S)
+    except GoldenError:  # a key that cannot be sent: the replay says so
+        return {}
+    try:
+        told = (_said(http, path, field) for path, field in _VERSIONS)
+        version = next(filter(None, told), "")
+    finally:
+        http.close()
+    return {"version": version[:_LONGEST]} if version else {}
+
+
+def _said(http: ScoringHttp, path: str, field: str) -> str:
+    """A text that an engine tells of itself; empty where it tells none."""
+    try:
+        status, content = http.exchange("GET", path)
+        found = json_of(content)[field] if status == 200 else ""
+    except (EngineBrokeError, KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 class EngineCodec:

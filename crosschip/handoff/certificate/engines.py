@@ -22,6 +22,7 @@ from crosschip.golden.engine_replay import replay_over_http
 from crosschip.golden.files import FileCheck
 from crosschip.golden.limits import limit_for, target_of
 from crosschip.golden.replay import replay
+from crosschip.golden.scoring_http import check_address
 from crosschip.golden.transformers_replay import replay_through_transformers
 from crosschip.handoff.certificate.arrived import Arrived, write_multiplied_out
 from crosschip.handoff.certificate.engine_codec import EngineCodec, told_by
@@ -74,6 +75,7 @@ def check_engine(engine: str, python: Path | None, is_gguf: bool) -> None:
 
     Raises:
         HandoffError: it is neither a name nor an address, or it reads another form.
+        GoldenError: the address holds a password.
         EngineError: its interpreter is missing.
     """
     if engine in STARTED:
@@ -85,7 +87,9 @@ def check_engine(engine: str, python: Path | None, is_gguf: bool) -> None:
                 "target, or one of model and transformers, which read what the files are multiplied out to",
             )
         engine_command(engine, python)
-    elif engine not in IN_PROCESS and not engine.startswith(("http://", "https://")):
+    elif engine.startswith(("http://", "https://")):
+        check_address(engine)
+    elif engine not in IN_PROCESS:
         raise _unknown(engine)
 
 

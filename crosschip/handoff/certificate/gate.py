@@ -64,7 +64,7 @@ class Gate:
 def gate_of(document: dict[str, Any]) -> Gate:
     """Read a gate of a certificate back."""
     measures = [Measure(**measure) for measure in document["measures"]]
-    return Gate(**{**document, "measures": measures})
+    return Gate(**{**document, "measures": measures, "not_covered": [str(each) for each in document["not_covered"]]})
 
 
 def not_covered(name: str, why: str) -> Gate:

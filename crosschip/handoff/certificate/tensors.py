@@ -140,7 +140,8 @@ def _compare(
 ) -> _Compared:
     found, largest = [], 0.0
     names = list(arrived.names())
-    absent = [name for name in recorded_weights if name not in set(names)]
+    there = set(names)
+    absent = [name for name in recorded_weights if name not in there]
     found += [WeightDifference(name, "missing", f"{name} is missing") for name in absent]
     num_exact = 0
     for number, name in enumerate(names):

@@ -38,7 +38,7 @@ class Architecture:
             self.metadata_of(config)
         except KeyError as error:
             raise HandoffError(f"config.json has no field {error}", "complete the file") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise HandoffError(f"config.json has a field of the wrong kind: {error}", "mend the file") from None
 
     def layout(self, config: dict[str, Any], names: Collection[str]) -> Layout:

@@ -154,11 +154,11 @@ def fields_of(metadata: Metadata) -> dict[str, Any]:
 
 def _scaling_of(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise HandoffError(f"the file's key {_ROPE_SCALING} is {text!r}, no JSON object", "convert the model again")
+        found: dict[str, Any] = json.loads(text)
+        rope_of({"rope_scaling": found}).factors(2)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        problem = f"the file's key {_ROPE_SCALING} is {text[:200]!r}, which is no scaling of Llama 3"
+        raise HandoffError(problem, "convert the model again") from None
     return found
 
 

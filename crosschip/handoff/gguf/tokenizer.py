@@ -91,12 +91,13 @@ def tokenizer_metadata(document: TokenizerDocument, config: dict[str, Any]) -> t
         notes = _check_form(document, model)
         tokens, kinds = _vocabulary(document, int(config["vocab_size"]))
         merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
-    except (KeyError, TypeError, AttributeError) as error:
+        pre_tokenizer = pre_tokenizer_name(document.tokenizer, str(document.path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HandoffError(f"{document.path} is not as expected: {error!r}", "copy or download it again") from None
     adds_bos, adds_eos = _adds(document.path, tokens, config, document.config)
     found: Metadata = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre_tokenizer_name(document.tokenizer, str(document.path)),
+        "tokenizer.ggml.pre": pre_tokenizer,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
         "tokenizer.ggml.merges": merges,

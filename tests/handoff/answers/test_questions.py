@@ -21,6 +21,8 @@ def test_made_questions() -> None:
     assert made_questions(TASKS, 23, 6) != questions
     assert {each.kind for each in made_questions(("tools",), 23, 5)} == {"tools"}
     assert {each.kind for each in made_questions(("length",), 23, 5)} == {"answers"}
+    twice = made_questions(("answers",), 8, 0, levels=(2, 1, 2))
+    assert len({each.messages[0]["content"] for each in twice}) == len({each.id for each in twice}) == 8
     with pytest.raises(DataError, match="level 9"):
         made_questions(("answers",), 5, 0, levels=(9,))
 
@@ -67,6 +69,7 @@ def test_a_file_of_problems(tmp_path: Path) -> None:
         (b'{"prompt": "\xff", "answer": "1"}', "line 1 is not JSON"),
         (b"[" * 100_000, "line 1 is not JSON"),
         (b"[1]", "line 1 holds a list"),
+        (b'{"prompt": "half of \\ud83d", "answer": "1"}', "line 1 is not JSON: .*surrogates"),
         (b'{"prompt": "x"}', "the answer is None"),
         (b'{"prompt": "x", "answer": ""}', "the answer is ''"),
         (b'{"prompt": "x", "answer": true}', "the answer is True"),

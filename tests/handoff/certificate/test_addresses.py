@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from crosschip.errors import GoldenError
+from crosschip.golden.scoring_engine import open_scorer
+from crosschip.handoff.answers import compare_answers
 from crosschip.handoff.certificate.engine_codec import EngineCodec, told_by
 from crosschip.handoff.handing_off import certify_directory
 
@@ -86,3 +91,47 @@ def test_what_an_engine_adds_by_itself_is_asked(answering: Callable[[Answers], s
 
     url = answering({"/tokenize": tokenize, "/props": {"bos_token": "<s>", "eos_token": "</s>"}})
     assert EngineCodec(url).added() == (begin, end)
+
+
+def test_an_address_as_clients_of_openai_write_it_tells_its_version_as_well(
+    answering: Callable[[Answers], str],
+) -> None:
+    assert told_by(f"{answering({'/version': {'version': '0.32.0'}})}/v1/") == {"version": "0.32.0"}
+
+
+def test_an_engine_that_drips_its_version_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosschip.handoff.certificate.engine_codec._ASKED_S", 0.5)
+
+    class Dripping(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the other side went
+                for _ in range(300):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    assert told_by(f"http://127.0.0.1:{server.server_port}") == {}
+    assert time.monotonic() - began < 20
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown(copied: Callable[[str], Path], bundle_dir: Path) -> None:
+    url = "http://me:open-sesame@127.0.0.1:9/v1"
+    asked: list[Callable[[], object]] = [
+        lambda: certify_directory(copied("hf"), bundle_dir, engines=[url], chip="cpu"),
+        lambda: compare_answers(url, url),
+        lambda: open_scorer(url),
+    ]
+    for ask in asked:
+        with pytest.raises(GoldenError, match=r"address of 127.0.0.1:9 holds a name or a password") as caught:
+            ask()
+        assert "sesame" not in str(caught.value)

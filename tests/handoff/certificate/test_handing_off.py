@@ -14,18 +14,20 @@ from typing import Any
 import pytest
 
 from crosschip.certificate import read_certificate, verify
+from crosschip.certificate.document import seal_of, write_certificate
 from crosschip.certificate.signing import make_key, read_public_key
 from crosschip.chips import find_chip
 from crosschip.errors import GoldenError, HandoffError
-from crosschip.golden.bundle import Bundle
+from crosschip.golden.bundle import Bundle, load_bundle
 from crosschip.golden.record import record
 from crosschip.handoff.certificate.engines import check_runs
 from crosschip.handoff.certificate.gate import plain
 from crosschip.handoff.export import export_model
 from crosschip.handoff.handing_off import HandoffResult, certify_directory, hand_off
+from crosschip.handoff.held import held_alone
 from crosschip.handoff.source import TOKENIZER_FILES, open_source
 from crosschip.handoff.targets import TARGETS
-from crosschip.model import ModelConfig, save_model
+from crosschip.model import ModelConfig, read_config, save_model
 from tests.handoff.certificate.conftest import PLAN, Tensors, change_tensors
 from tests.model.configs import random_model
 
@@ -388,3 +390,38 @@ def test_files_in_eight_bits_are_a_source_as_well(model_dir: Path, tmp_path: Pat
     assert made.certificate.verdict in ("PASS", "PASS WITH LIMITS")
     alone = made.certificate.replays[0]["views"][0]["measures"]
     assert next(each["value"] for each in alone if each["what"].startswith("upper 95 %")) == 0.0
+
+
+def test_a_bundle_that_no_handoff_recorded_is_not_replaced(model_dir: Path, tmp_path: Path) -> None:
+    """The chip that recorded it may not be at hand any more."""
+    save_model(random_model(read_config(model_dir)[0], seed=1), tmp_path / "other")
+    for place in (tmp_path / "hf-golden", tmp_path / "hf-golden-float32"):
+        record(tmp_path / "other", find_chip("cpu"), place, plan=PLAN)
+    before = load_bundle(tmp_path / "hf-golden-float32").manifest["seal"]
+    with pytest.raises(GoldenError, match="hf-golden-float32 does not fit and was recorded on cpu"):
+        hand_off(model_dir, "hf", out=tmp_path / "hf", engines=["model"], chip="cpu")
+    assert load_bundle(tmp_path / "hf-golden-float32").manifest["seal"] == before
+    assert not (tmp_path / "hf").exists()
+
+
+def test_two_at_once_do_not_lose_what_one_of_them_finds(
+    copied: Callable[[str], Path], model_dir: Path, bundle_dir: Path
+) -> None:
+    directory = copied("hf")
+    with held_alone(directory):  # as another process does
+        with pytest.raises(HandoffError, match=f"another process hands off to {directory} or certifies it"):
+            certify_directory(directory, bundle_dir, engines=["model"], chip="cpu")
+        with pytest.raises(HandoffError, match="another process"):
+            hand_off(model_dir, "hf", out=directory, golden=bundle_dir, engines=["model"], chip="cpu")
+    assert certify_directory(directory, bundle_dir, engines=["model"], chip="cpu").exit_code == 0
+
+
+@pytest.mark.parametrize("left_out", [5, None])
+def test_a_gate_of_another_form_is_not_taken_over(
+    copied: Callable[[str], Path], bundle_dir: Path, left_out: object
+) -> None:
+    directory = copied("hf")
+    document = certify_directory(directory, bundle_dir, engines=["model"], chip="cpu").certificate.document
+    document["gates"][0]["not_covered"] = left_out
+    write_certificate(directory, {**document, "seal": seal_of(document)})
+    assert certify_directory(directory, bundle_dir, engines=["model"], chip="cpu").exit_code == 0

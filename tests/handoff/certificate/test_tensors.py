@@ -14,6 +14,7 @@ from crosschip.golden.bundle import Bundle
 from crosschip.handoff.certificate.arrived import open_arrived
 from crosschip.handoff.certificate.gate import Gate
 from crosschip.handoff.certificate.tensors import differs_from_source, manifest_gate, rounding_bound
+from crosschip.handoff.conversion.layout import TensorSource
 from crosschip.handoff.conversion.sources import SafetensorsSource
 from crosschip.handoff.source import open_source
 from crosschip.handoff.targets import TARGETS
@@ -139,3 +140,33 @@ def test_a_bundle_of_other_weights_is_told_apart(
     directory = copied("hf")
     change_tensors(directory, swap_rows)
     assert str(differs_from_source(bundle, open_source(directory).tensors)).startswith(O_PROJ)
+
+
+class Counted(str):
+    """A name that counts how often it is looked up."""
+
+    num_hashes = 0
+
+    def __hash__(self) -> int:
+        Counted.num_hashes += 1
+        return super().__hash__()
+
+
+class Named:
+    """A source whose names are counted."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self._names = [Counted(name) for name in source.names()]
+        self.shape, self.dtype, self.read = source.shape, source.dtype, source.read
+
+    def names(self) -> list[Counted]:
+        return self._names
+
+
+def test_names_are_looked_up_a_few_times_each_however_many_there_are(
+    bundle: Bundle, exported: Callable[[str], Path]
+) -> None:
+    source = Named(open_arrived(exported("hf")).tensors)
+    assert manifest_gate(bundle, source)[0].verdict == "PASS"
+    assert 0 < Counted.num_hashes < 20 * len(source.names())

@@ -78,6 +78,7 @@ def test_a_missing_field_is_named() -> None:
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama", {"rope_theta": 1e39}, "a field of the wrong kind: float too large"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling.type = 'linear'"),
         ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'; it was not tried"),
@@ -125,6 +126,8 @@ def digits_in_threes(document: dict[str, Any]) -> None:
         (lambda document: document["model"]["vocab"].update(surplus=999), "has token 999"),
         (lambda document: document["model"].update(ignore_merges=True), "ignore_merges"),
         (lambda document: document["model"].pop("merges"), "not as expected"),
+        (lambda document: document["model"]["vocab"].update(surplus="a text"), "not as expected"),
+        (lambda document: document["pre_tokenizer"].update(pretokenizers=["ByteLevel"]), "not as expected"),
     ],
 )
 def test_tokenizers_that_would_make_other_tokens_are_refused(deepseek: Made, change: Change, words: str) -> None:

@@ -72,6 +72,8 @@ def test_every_tensor_of_dense_models_comes_back(dense: Made, kind: str, fields:
         ("llama", "attention.layer_norm_rms_epsilon", float("nan")),
         ("llama", "embedding_length", [64, 64]),
         ("llama", "general.crosschip_rope_scaling", "{"),
+        ("llama", "general.crosschip_rope_scaling", '{"rope_type": "llama3", "factor": 8.0}'),
+        ("llama", "general.crosschip_rope_scaling", '{"rope_type": "llama3", "factor": "eight"}'),
         ("deepseek2", "rope.dimension_count", "text"),
         ("deepseek2", "expert_weights_scale", float("inf")),
     ],
