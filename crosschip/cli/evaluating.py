@@ -102,15 +102,6 @@ def evaluate(
     hold one) a paired test tells whether B is right as often as A.
     """
     output_place(json_path, "the answers", "--json", [target] if other is None else [target, other])
-    if other is not None:
-        _compare(target, other, json_path)
-        return
-    from crosschip.report.evaluations import evaluation_lines
-    from crosschip.rundir import write_json
-    from crosschip.train.evaluate import evaluate_subject, find_subject, time_limit_s
-
-    subject = find_subject(target, stage, step, say)
-    known = recipe_for(recipe, subject)
     given = {
         "level": level,
         "num_problems": num_problems,
@@ -119,6 +110,17 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "checker": checker,
     }
+    if other is not None:
+        of_answers = {"recipe": recipe, "stage": stage, "step": step, "data": data, "seed": seed}
+        _refuse_of_answers({**of_answers, **given, "chip": chip if chip != "auto" else None})
+        _compare(target, other, json_path)
+        return
+    from crosschip.report.evaluations import evaluation_lines
+    from crosschip.rundir import write_json
+    from crosschip.train.evaluate import evaluate_subject, find_subject, time_limit_s
+
+    subject = find_subject(target, stage, step, say)
+    known = recipe_for(recipe, subject)
     settings = _settings(known, given)
     chosen_seed = seed if seed is not None else known.seed if known is not None else 0
     questions = _questions(known, settings, data, level, num_problems, chosen_seed)
@@ -127,6 +129,16 @@ def evaluate(
     print("\n".join(evaluation_lines(document)))
     if json_path is not None:
         write_json(json_path, document)
+
+
+def _refuse_of_answers(given: dict[str, Any]) -> None:
+    """Two evaluations hold answers that were given already: how to answer says nothing to them."""
+    options = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if options:
+        raise RecipeError(
+            f"{', '.join(options)} together with two evaluations, which are compared as they were written",
+            f"leave out {' and '.join(options)}, or evaluate each side with --json FILE first and compare the files",
+        )
 
 
 def _compare(a: Path, b: Path, json_path: Path | None) -> None:

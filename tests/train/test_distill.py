@@ -224,6 +224,46 @@ def test_an_answer_that_failed_is_asked_again(model: dict[str, Any], tmp_path: P
     assert len(again.asked) == 24 - 4
 
 
+def test_why_answers_failed_is_told_at_once_and_where_nothing_is_kept(model: dict[str, Any], tmp_path: Path) -> None:
+    lines: list[str] = []
+    given = {**model, "problems": problems(), "settings": DistillSettings(samples=2), "tell": lines.append}
+
+    def broken(number: int, sample: int) -> Sampled:
+        return Sampled("x", "1", False, True, True, 3, f"code: the row's tests are no Python ({number}, {sample})")
+
+    with pytest.raises(
+        DataError, match=r"the first that failed: code: the row's tests are no Python \(0, 0\)"
+    ) as raised:
+        distill(**given, out=tmp_path / "none.jsonl", answers=Answering(broken))
+    assert "the checker, its rows or the engine" in raised.value.remedy
+    assert sum("are no Python (5, 1)" in line for line in lines) == 1
+    out = tmp_path / "some.jsonl"
+    report = distill(
+        **given, out=out, answers=Answering(lambda number, s: (broken if number == 3 else by_place)(number, s))
+    )
+    assert "are no Python (3, 0)" in lines[-1]
+    assert json.loads(manifest_path(out).read_text())["counts"]["first_failure"] == report.counts.first_failure
+
+
+def test_two_calls_do_not_make_the_same_file(model: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    given = {**model, "problems": problems(), "settings": DistillSettings(samples=4), "out": out, "tell": print}
+    refused: list[str] = []
+
+    def while_another_one_begins(number: int, sample: int) -> Sampled:
+        if not refused:
+            with pytest.raises(RunDirectoryError, match="another call makes the same file") as raised:
+                distill(**given, answers=Answering(by_place), force=True)
+            refused.append(raised.value.problem)
+        return by_place(number, sample)
+
+    distill(**given, answers=Answering(while_another_one_begins))
+    assert refused
+    rows = out.read_bytes()
+    distill(**given, answers=Answering(by_place), force=True)
+    assert out.read_bytes() == rows
+
+
 def test_an_output_is_not_replaced_unasked(model: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     given = {**model, "problems": problems(), "settings": DistillSettings(samples=2), "out": out, "tell": print}

@@ -18,6 +18,7 @@ import pytest
 
 from crosschip.data import Message
 from crosschip.train.distill.engine import Client
+from tests.handoff.answers.spoken import chat, speaking
 
 
 @contextmanager
@@ -91,6 +92,24 @@ def test_answers_are_drawn_from_all_tokens_whatever_the_model_s_defaults_are(own
     more = {name: body.get(name) for name in ("top_k", "min_p", "repetition_penalty")}
     known = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
     assert more == (known if owner in ("vllm", "crosschip") else dict.fromkeys(known))
+
+
+@pytest.mark.parametrize(("num_busy", "answer"), [(3, "12"), (1_000, "")])
+def test_an_engine_that_has_too_much_to_do_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, num_busy: int, answer: str
+) -> None:
+    monkeypatch.setattr("crosschip.train.distill.engine._BUSY_S", 0.02)
+
+    def speak(body: dict[str, Any]) -> dict[str, Any] | tuple[int, bytes]:
+        return (429, b"full") if len(spoken.bodies) <= num_busy else chat("12")
+
+    with speaking(speak) as spoken:
+        client = Client(spoken.url, timeout_s=0.5 if num_busy > 3 else 30.0)
+        found = client.ask([Message("user", "5 + 7 =")], 8, 1.0, 3)
+        client.close()
+    assert found.content == answer
+    assert len(spoken.bodies) > 3
+    assert found.failure == (None if answer else "HTTP 429: full")
 
 
 ASKS = """

@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,24 @@ def test_plain_text_cannot_be_evaluated(tiny, tmp_path) -> None:
     recipe = tiny("data.source=files", f"data.path={path}", "data.validation_fraction=0.3")
     with pytest.raises(DataError, match="no question with an answer"):
         questions_of(recipe, recipe.evaluate)
+
+
+def test_a_checkpoint_that_training_deletes_meanwhile_is_named_by_its_weights(
+    tiny, uninterrupted, tmp_path, monkeypatch
+) -> None:
+    subject = find_subject(uninterrupted)
+    copied = dataclasses.replace(subject, directory=tmp_path / subject.directory.name)
+    shutil.copytree(subject.directory, copied.directory)
+    answer_all = evaluating.answer_all
+
+    def answers(*arguments):  # type: ignore[no-untyped-def]
+        shutil.rmtree(copied.directory)
+        return answer_all(*arguments)
+
+    monkeypatch.setattr(evaluating, "answer_all", answers)
+    question = Question((Message("user", "1 + 1?"),), "2")
+    document = evaluating.evaluate_subject(copied, [question], tiny().evaluate, seed=0)
+    assert document["model"]["weights_sha256"] == weights_sha256(subject.directory)
 
 
 def test_a_question_without_room_for_an_answer_counts_as_wrong(tiny, uninterrupted, monkeypatch) -> None:

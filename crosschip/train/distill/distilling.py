@@ -29,7 +29,8 @@ MANIFEST_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Counts:
-    """Answers of one level, or of all. `right` and `closed` count every answer, `kept` those that were written."""
+    """Answers of one level, or of all. `right` and `closed` count every answer, `kept` those that were written.
+    `first_failure` is why the first answer of those that failed is none."""
 
     num_problems: int = 0
     num_problems_kept: int = 0  # with at least one answer that was kept
@@ -39,6 +40,7 @@ class Counts:
     finished: int = 0
     kept: int = 0
     reasons: dict[str, int] = field(default_factory=dict)  # what became of every answer; adds up to `asked`
+    first_failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,33 +85,35 @@ def distill(
         checker_timeout_s: of one answer; a checker that takes longer has failed.
 
     Raises:
-        RunDirectoryError: `out` is there already.
+        RunDirectoryError: `out` is there already, or another call is making it.
         DataError: no answer could be kept.
         RecipeError: the checker is not known.
         EngineError: the engine that was to answer is gone.
     """
-    if out.exists() and not force:
-        raise RunDirectoryError(f"{out} is there already", "give another --out, or --force to replace it")
+    _check_free(out, force)
     if out.suffix != ".jsonl":
         raise DataError(f"{out} does not end in .jsonl", "name it so: the rows are read by their ending")
     answers = answers or Here(model_directory, tokenizer, chip, beat)
     model = {"directory": str(model_directory), "weights_sha256": weights_sha256(model_directory, beat)}
     identity = {"model": model, "answers": answers.told, **asked_for(problems, settings, seed)}
     with Journal(out.with_name(f".{out.name}.journal"), identity) as journal:
+        _check_free(out, force)  # another call may have ended since
         _ask_all(journal, answers, problems, settings, seed, tell, checker_timeout_s)
         rows, report = _chosen(journal.answered, problems, settings, out, seed)
         if not rows:
             journal.remove()  # nothing can be chosen from these answers, whatever `keep` is
-            raise DataError(
-                f"none of {report.counts.asked} answers is right and whole: {_told(report.counts)}",
-                "take a model that solves some of the problems, easier ones, more samples or a larger max_new_tokens",
-            )
+            raise _nothing_kept(report.counts)
         manifest_path(out).unlink(missing_ok=True)  # never an old one beside new rows
         write_text(out, "".join(f"{row}\n" for row in rows))
         write_json(report.manifest, _manifest(identity, report, settings))
         journal.remove()
     tell(f"{report.counts.kept} rows in {out}; {_told(report.counts)}")
     return report
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise RunDirectoryError(f"{out} is there already", "give another --out, or --force to replace it")
 
 
 def asked_for(problems: Sequence[Question], settings: DistillSettings, seed: int) -> dict[str, Any]:
@@ -142,12 +146,15 @@ def _ask_all(
         tell(f"going on after {len(problems) - len(missing)} of {len(problems)} problems")
     places: list[Place] = [(number, sample) for number in missing for sample in range(settings.samples)]
     partly: dict[int, dict[int, Sampled]] = {}
-    told = AnswersTold(len(places), tell)
+    told, has_failed = AnswersTold(len(places), tell), False
     with opened_checker(settings.checker, checker_timeout_s) as checker:
         manner = Manner(settings.max_new_tokens, settings.temperature, seed, checker)
         for (number, sample), sampled in answers.ask(problems, places, manner):
             partly.setdefault(number, {})[sample] = sampled
             told.count(sampled.right)
+            if sampled.failure is not None and not has_failed:
+                has_failed = True
+                tell(f"an answer to {problems[number].text[:60]!r} failed: {sampled.failure}; others are counted")
             if len(partly[number]) == settings.samples:
                 of_problem = partly.pop(number)
                 journal.add(number, [of_problem[place] for place in range(settings.samples)])
@@ -191,6 +198,7 @@ def _counted(outcomes: Sequence[tuple[Question, list[Sampled], list[str]]]) -> C
         finished=sum(sample.finished for sample in samples),
         kept=reasons["kept"],
         reasons={reason: reasons[reason] for reason in REASONS},
+        first_failure=next((sample.failure for sample in samples if sample.failure is not None), None),
     )
 
 
@@ -210,4 +218,12 @@ def _manifest(identity: dict[str, Any], report: DistillReport, settings: Distill
 def _told(counts: Counts) -> str:
     reasons = ", ".join(f"{name} {number}" for name, number in counts.reasons.items() if number)
     problems = f"{counts.num_problems_kept} of {counts.num_problems} problems have a row"
-    return f"{counts.right} of {counts.asked} answers right, {problems} ({reasons})"
+    failed = "" if counts.first_failure is None else f"; the first that failed: {counts.first_failure}"
+    return f"{counts.right} of {counts.asked} answers right, {problems} ({reasons}){failed}"
+
+
+def _nothing_kept(counts: Counts) -> DataError:
+    remedy = "take a model that solves some of the problems, easier ones, more samples or a larger max_new_tokens"
+    if counts.reasons["failed"]:
+        remedy = f"mend what the failure names, the checker, its rows or the engine; else {remedy}"
+    return DataError(f"none of {counts.asked} answers is right and whole: {_told(counts)}", remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from crosschip.train.whole_distribution import OF_OPENAI, OF_VLLM
 __all__ = ["Client", "EngineAnswer"]
 
 _SHOWN = 200
+_BUSY = 429
+_BUSY_S = 1.0  # until an engine that has too much to do is asked again
 _KNOWS_MORE = ("crosschip", "vllm", "sglang")  # than OpenAI's fields, by what `owned_by` says of the model
 
 
@@ -40,7 +43,7 @@ class EngineAnswer:
 @dataclass
 class Client:
     """An engine at an address; several threads may ask at once. A request that takes longer than `timeout_s` is given
-    up, whatever came of its answer.
+    up, whatever came of its answer; so long one is asked again that is answered with 429.
 
     Raises:
         EngineError: nothing answers there.
@@ -84,7 +87,7 @@ class Client:
         )
 
     def ask(self, messages: Sequence[Message], max_tokens: int, temperature: float, seed: int) -> EngineAnswer:
-        """The engine's answer; whatever goes wrong is told in `failure`."""
+        """The engine's answer; whatever goes wrong is told in `failure`. One that has too much to do is asked again."""
         body = {
             "model": self.described["model"],
             "messages": [{"role": message.role, "content": message.content} for message in messages],
@@ -94,8 +97,12 @@ class Client:
             **(OF_VLLM if self._takes_more else {}),
             "seed": seed,
         }
+        ends = time.monotonic() + self.timeout_s
         try:
             status, content = self._http.exchange("POST", "/v1/chat/completions", body)
+            while status == _BUSY and time.monotonic() + _BUSY_S < ends:
+                time.sleep(_BUSY_S)
+                status, content = self._http.exchange("POST", "/v1/chat/completions", body)
             if status != 200:
                 return EngineAnswer(failure=f"HTTP {status}: {words_of(content)}")
             return _read(json_of(content))

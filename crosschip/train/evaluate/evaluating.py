@@ -82,6 +82,7 @@ def evaluate_subject(
     """
     tokenizer = load_tokenizer(subject.tokenizer)
     device = find_chip(chip).device
+    weights_sum = weights_sha256(subject.directory)  # now: a training that goes on deletes its older checkpoints
     decoder = Decoder(load_model(subject.directory, dtype=torch.float32, device=device), torch.float32, by_kernels=True)
     places: list[_Place] = [(number, None) for number in range(len(questions))]
     if settings.samples > 1:
@@ -100,7 +101,7 @@ def evaluate_subject(
         "schema_version": SCHEMA_VERSION,
         "stage": subject.stage,
         "step": subject.step,
-        "model": {"directory": str(subject.directory), "weights_sha256": weights_sha256(subject.directory)},
+        "model": {"directory": str(subject.directory), "weights_sha256": weights_sum},
         "dtype": "float32",
         "device": str(device),
         "max_new_tokens": settings.max_new_tokens,

@@ -157,13 +157,18 @@ class Reinforcer:
         except RunDirectoryError as error:
             self.events.put("rollouts not kept", error.problem, "training goes on; the next save tries again")
 
-    def renew(self) -> None:
-        """Begin anew with the weights as they are: rollouts of before are not used any more, nor told of."""
+    def roll_back(self) -> None:
+        """Begin anew with the weights gone back to: nothing is used that the weights of before have sampled."""
+        self._renew(1 + self.settings.rollouts.max_staleness)  # with the next version some of it would still be fresh
+
+    def _renew(self, num_versions: int) -> None:
+        """Publish the weights as they are, so many versions later; the batch in training is not used any more, nor told
+        of."""
         self.stream.forget()
         self._numbers.clear()
         self._updates_left = 0
         self._kept_step = None
-        self.version += 1
+        self.version += num_versions
         self._publish("publish", self.position.step)
 
     def _publish(self, phase: str, step: int) -> None:
@@ -233,7 +238,7 @@ class Reinforcer:
             self._answer(agreement)
         if beyond and self.settings.rollouts.on_mismatch == "drop":
             self._give_back("the batch has answers of an engine that was dropped")
-            self.renew()
+            self._renew(1)
             raise StepNotCommitted
         return sums
 

@@ -68,7 +68,7 @@ class HeldOutProblems:
             )
 
     def score(self, model: Transformer, beat: Callable[[], None] | None = None) -> HeldOutScore:
-        """Answer them all in fp32; `beat` is called with each token of the answers."""
+        """Answer them all in fp32; `beat` is called with each token of the answers, and with each that is judged."""
         num_right = num_tokens = num_errors = 0
         decoder = Decoder(model, torch.float32, by_kernels=True)
         with opened_checker(self._checker_name, self._timeout_s) as checker:
@@ -79,5 +79,7 @@ class HeldOutProblems:
                 num_tokens += len(answer)
                 num_right += found.right
                 num_errors += found.error is not None
+                if beat is not None:
+                    beat()  # many end at one token, and each may take its checker as long as it is let
         num_problems = len(self._askings)
         return HeldOutScore(num_right, num_problems, num_tokens / num_problems, num_errors)

@@ -122,7 +122,7 @@ def loop_hooks(reinforcer: Reinforcer, around: Surroundings) -> LoopHooks:
         measured=reinforcer.measured,
         validate=lambda step: _score(reinforcer, around, held_out),
         after_save=reinforcer.after_save,
-        after_roll_back=reinforcer.renew,
+        after_roll_back=reinforcer.roll_back,
         new_events=reinforcer.events.taken,
         close=reinforcer.close,
     )

@@ -96,7 +96,7 @@ def test_who_waits_while_rank_zero_brings_weights_to_engines_may_be_silent(
     monkeypatch.setattr(reinforcer_module, "gather_model", lambda model, world: object())
     world = Watched(rank, tmp_path, lambda: None)
     reinforcer = reinforcer_of(tmp_path, heartbeat, world, InstantRollouts(settings()) if rank == 0 else None)
-    reinforcer.renew()
+    reinforcer.roll_back()
     (waiting,) = world.seen  # type: ignore[attr-defined]
     assert waiting.phase == "publish"
     assert (waiting.allowance_s > A_DAY_S) == (rank == 1)

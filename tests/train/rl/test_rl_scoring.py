@@ -87,6 +87,16 @@ def test_answers_are_judged_by_the_checker_that_counts_most(
     assert (failing.num_right, failing.num_errors) == (0, 5)
 
 
+def test_each_answer_that_is_judged_is_a_sign_of_life(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    monkeypatch.setitem(CHECKERS, "arithmetic", lambda attempt: float(len(happened.append("judged") or "")))  # type: ignore[func-returns-value]
+    writes(monkeypatch, [tokenizer.encode("5")] * 5)
+    HeldOutProblems(SOURCE, tokenizer, settings_of()).score(None, lambda: happened.append("beat"))  # type: ignore[arg-type]
+    assert happened == ["judged", "beat"] * 5
+
+
 def test_reasoning_that_the_prompt_opened_and_nobody_closed_is_no_answer(
     tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

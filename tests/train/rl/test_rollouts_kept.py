@@ -28,6 +28,7 @@ from crosschip.train.stage_job import StagePosition
 from tests.train.rl.made import problem, sample, settings
 
 BATCH = 4  # answers that a step trains
+ON_POLICY = {"rollouts": {"max_staleness": 0}}
 
 
 @dataclass
@@ -39,9 +40,13 @@ class InstantRollouts:
     published: list[int] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    last_batch: list[Group] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.settings.prompts, 0, 8, drop_without_signal=False, has_signal=lambda group: True)
+        staleness = self.settings.rollouts.max_staleness
+        self.ledger = Ledger(
+            self.settings.prompts, staleness, 8, drop_without_signal=False, has_signal=lambda group: True
+        )
 
     def publish(self, version: int, write: Any, beat: Any) -> None:
         self.published.append(version)
@@ -57,7 +62,8 @@ class InstantRollouts:
                 for answer in range(4 * number, 4 * number + 4)
             ]
             self.ledger.finish(Group(problem(number), tuple(answers)))
-        return Window().batch(self.ledger.take(), True, WorkClock(0.0).cut(1.0))
+        self.last_batch = self.ledger.take()
+        return Window().batch(self.last_batch, True, WorkClock(0.0).cut(1.0))
 
     def drop_engine(self, name: str, reason: str) -> None:
         self.dropped.append(name)
@@ -146,7 +152,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def two_updates(**more: object) -> RlSettings:
-    return settings(updates_per_batch=2, steps=8, checkpoint_every=3, **more)
+    return settings(**{"updates_per_batch": 2, "steps": 8, "checkpoint_every": 3, **ON_POLICY, **more})
 
 
 def test_a_resume_in_the_middle_of_a_batch_trains_the_same_answers(tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_the_rest_of_a_batch_keeps_what_the_trainer_computed_before_its_first_up
 def test_after_a_roll_back_batches_begin_anew_and_weights_go_out_when_they_are_used_up(tmp_path: Path) -> None:
     stage = Stage(tmp_path, two_updates())
     stage.go(0, 3)
-    stage.reinforcer.renew()  # back to the weights of step 3, in the middle of a batch
+    stage.reinforcer.roll_back()  # back to the weights of step 3, in the middle of a batch
     stage.published_after.clear()
     for step in range(4, 8):
         stage.step(step)
@@ -187,11 +193,23 @@ def test_after_a_roll_back_batches_begin_anew_and_weights_go_out_when_they_are_u
     assert stage.rollouts.published == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_after_a_roll_back_nothing_is_trained_that_the_weights_of_before_have_sampled(
+    tmp_path: Path, max_staleness: int
+) -> None:
+    stage = Stage(tmp_path, two_updates(rollouts={"max_staleness": max_staleness}))
+    stage.go(0, 3)
+    stage.reinforcer.roll_back()
+    gone_back_to = stage.rollouts.published[-1]
+    stage.step(4)
+    assert min(group.oldest_version for group in stage.rollouts.last_batch) == gone_back_to
+
+
 def test_what_was_measured_of_rollouts_that_are_thrown_away_is_not_told(tmp_path: Path) -> None:
     stage = Stage(tmp_path, two_updates())
     stage.reinforcer.begin(0)
     stage.reinforcer.stream.batch(0, BATCH)
-    stage.reinforcer.renew()
+    stage.reinforcer.roll_back()
     assert stage.reinforcer.measured() == {}
 
 
