@@ -23,7 +23,7 @@ from crosschip.rundir import RunDirectory, read_json, write_json
 from crosschip.train.guard.heartbeat import read_beats
 from crosschip.train.launching import TrainingFailedError
 from crosschip.voyage import STEPS, Step, Voyage, run_voyage
-from crosschip.voyage.steps import _trained_steps
+from crosschip.voyage.steps import _is_qualified, _trained_steps
 
 RECIPE = """
 name = "tiny"
@@ -191,6 +191,36 @@ def test_other_recipe_is_refused_by_key(recipe: Path, tmp_path: Path, rehearsal:
         run_voyage(recipe, tmp_path / "run", ["train.steps=13"])
     assert "--out" in caught.value.remedy
     assert read_json(tmp_path / "run" / "resolved.json")["train"]["steps"] == 12
+
+
+def test_until_training_begins_the_chip_may_change_as_a_failed_examination_advises(
+    recipe: Path, tmp_path: Path, rehearsal: Rehearsal
+) -> None:
+    run = tmp_path / "run"
+    run_voyage(recipe, run, ["chips.train=sim:W3,operator=silu"])
+    run_voyage(recipe, run, ["chips.train=cpu", 'qualify.on_fail="go on"'])
+    resolved = read_json(run / "resolved.json")
+    assert (resolved["chips"]["train"], resolved["qualify"]["on_fail"]) == ("cpu", "go on")
+    (run / "train").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"chips\.train was 'cpu' and is now 'auto'.*qualify\.on_fail"):
+        run_voyage(recipe, run)
+
+
+def test_a_run_that_goes_on_upon_another_chip_is_not_qualified(recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    voyage = Voyage(load_recipe(recipe, ["qualify.time_s=30"]), recipe, [], run, [], STEPS)
+    chip = {"name": "npu:0", "vendor": "Huawei Ascend", "model_name": "Ascend910B2", "memory_bytes": 1}
+    voyage.document = {"chips": {"train": {"fingerprint": {"chip": chip}}}}
+    report = {"complete": True, "verdict": "PASS", "fingerprint": {"chip": chip}}
+    for document, expected in (
+        (report, True),
+        ({**report, "fingerprint": {"chip": {**chip, "model_name": "Ascend910C"}}}, False),
+        ({**report, "fingerprint": None}, False),
+        ({**report, "complete": False}, False),
+        ([], False),
+    ):
+        write_json(run.qualification("auto", "train"), document)
+        assert _is_qualified(voyage) is expected
 
 
 def test_newer_voyage_is_refused(recipe: Path, tmp_path: Path, rehearsal: Rehearsal) -> None:

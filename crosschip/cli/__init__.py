@@ -5,6 +5,8 @@ Rooms are imported inside the verbs, so that `--help` answers at once and withou
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -62,4 +64,8 @@ app.add_typer(plan_app, name="plan")
 
 def main() -> None:
     """Run the command line; `python -m crosschip` and the `crosschip` script both come here."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A locale without a character that is to be shown (a narrow space, a Greek letter) must not end the work.
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from crosschip.doctor.environment import Environment, normalised
+from crosschip.doctor.environment import AUTOLOAD, Environment, normalised
 from crosschip.doctor.known import CUDA_DRIVERS, KNOWN_PLUGINS, TORCH_HIGHEST, TORCH_LOWEST, KnownPlugin
 from crosschip.doctor.report import Finding
 
 __all__ = ["check_environment"]
-
-_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def check_environment(environment: Environment) -> list[Finding]:
@@ -227,7 +225,7 @@ def _check_two_accelerators(environment: Environment) -> Iterator[Finding]:
 
 
 def _check_autoload(environment: Environment) -> Iterator[Finding]:
-    switched_off = environment.variables.get(_AUTOLOAD, "1") == "0"
+    switched_off, switch = not environment.autoloads, f"{AUTOLOAD}={environment.variables.get(AUTOLOAD)}"
     for entry in environment.autoload:
         detail = f"{entry.name} = {entry.value} of {entry.distribution} {entry.version}"
         yield Finding("note" if switched_off else "ok", "autoload", detail)
@@ -235,11 +233,11 @@ def _check_autoload(environment: Environment) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "autoload",
-            f"{_AUTOLOAD}=0 is set, so torch will not load its plug-in and the chip is not seen",
-            f"unset {_AUTOLOAD}, unless the plug-in is what breaks `import torch`",
+            f"{switch} is set, so torch will not load its plug-in and the chip is not seen",
+            f"unset {AUTOLOAD}, unless the plug-in is what breaks `import torch`",
         )
     elif switched_off:
-        yield Finding("note", "autoload", f"{_AUTOLOAD}=0 is set; there is no plug-in that it would keep out")
+        yield Finding("note", "autoload", f"{switch} is set; there is no plug-in that it would keep out")
 
 
 def _check_companions(environment: Environment) -> Iterator[Finding]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["AutoloadEntry", "Environment", "gather_environment", "normalised"]
+__all__ = ["AUTOLOAD", "AutoloadEntry", "Environment", "gather_environment", "normalised"]
+
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch's switch
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Environment:
     torch_build: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     root: Path = Path("/")
+
+    @property
+    def autoloads(self) -> bool:
+        """Whether torch loads plug-ins at the end of its import: any value of the switch but 1 forbids it."""
+        return self.variables.get(AUTOLOAD, "1") == "1"
 
     def exists(self, path: str) -> bool:
         """Whether an absolute path is there, seen from `root`."""
@@ -109,7 +116,8 @@ class _Found:
         name, version = normalised(distribution.metadata["Name"]), distribution.metadata["Version"]
         if not version:
             raise ValueError("its METADATA has no Version")
-        place = str(distribution.locate_file(""))
+        # By its real path: in a virtual environment lib64 may be another name for lib, and both are looked through.
+        place = os.path.realpath(str(distribution.locate_file("")))
         if place not in self.places.setdefault(name, []):
             self.places[name].append(place)
         if name in self.versions:

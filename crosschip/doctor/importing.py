@@ -6,22 +6,23 @@ own, so that the one that breaks the import can be named.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-from crosschip.doctor.environment import AutoloadEntry, Environment
+from crosschip.doctor.environment import AUTOLOAD, AutoloadEntry, Environment
 from crosschip.doctor.report import Finding
 
 __all__ = ["IMPORT_DEADLINE_S", "check_import"]
 
 IMPORT_DEADLINE_S = 120.0  # a first import from a cold network disk takes tens of seconds
 
-_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _MARK = "crosschip-doctor:"
 
 _DESCRIBE = f"""
@@ -69,7 +70,7 @@ def check_import(environment: Environment, deadline_s: float) -> list[Finding]:
     if not culprits:
         problem = f"fails only with all plug-ins together: {attempt.failure}"
         culprits = [Finding("problem", "import torch", problem, "keep one plug-in in an environment")]
-    return [*culprits, Finding("note", "import torch", f"works with {_AUTOLOAD}=0: {_describe(without)}")]
+    return [*culprits, Finding("note", "import torch", f"works with {AUTOLOAD}=0: {_describe(without)}")]
 
 
 def _accuse(entry: AutoloadEntry, failure: str) -> Finding:
@@ -77,7 +78,7 @@ def _accuse(entry: AutoloadEntry, failure: str) -> Finding:
         "problem",
         "import torch",
         f"is broken by the plug-in {entry.name!r} of {entry.distribution} {entry.version}: {failure}",
-        f"mend what it needs (driver, SDK, version), or pip uninstall {entry.distribution}; until then {_AUTOLOAD}=0 "
+        f"mend what it needs (driver, SDK, version), or pip uninstall {entry.distribution}; until then {AUTOLOAD}=0 "
         "lets torch run without it",
     )
 
@@ -85,7 +86,7 @@ def _accuse(entry: AutoloadEntry, failure: str) -> Finding:
 def _missed_chip(environment: Environment, attempt: Attempt) -> list[Finding]:
     """A plug-in that loads and still leaves torch without an accelerator."""
     described = attempt.described or {}
-    if not environment.autoload or described.get("accelerator") or environment.variables.get(_AUTOLOAD) == "0":
+    if not environment.autoload or described.get("accelerator") or not environment.autoloads:
         return []
     names = ", ".join(entry.distribution for entry in environment.autoload)
     detail = f"{names} loaded, but torch.accelerator sees no chip"
@@ -101,37 +102,41 @@ def _describe(attempt: Attempt) -> str:
 
 def _try(code: str, deadline_s: float, *arguments: str, autoload: bool = True) -> Attempt:
     """Run `code` in a fresh interpreter of its own session; everything it started ends with it."""
-    environment = dict(os.environ) if autoload else {**os.environ, _AUTOLOAD: "0"}
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, errors = child.communicate(timeout=deadline_s)
-    except subprocess.TimeoutExpired:
-        _end_session(child)
-        child.communicate()
-        return Attempt(f"it did not end within {deadline_s:g} s")
-    finally:
-        _end_session(child)
-    if child.returncode < 0:
-        return Attempt(f"the process was ended by {signal.Signals(-child.returncode).name}")
-    if child.returncode:
-        return Attempt(_last_error(errors))
-    marked = [line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK)]
-    return Attempt(None, json.loads(marked[-1]) if marked else None)
+    environment = dict(os.environ) if autoload else {**os.environ, AUTOLOAD: "0"}
+    # Files and no pipes: what a plug-in has started may hold them open long after the child's end.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            child.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            return Attempt(f"it did not end within {deadline_s:g} s")
+        finally:
+            _end_session(child)
+        if child.returncode < 0:
+            return Attempt(f"the process was ended by {signal.Signals(-child.returncode).name}")
+        if child.returncode:
+            return Attempt(_last_error(_read(errors)))
+        marked = [line.removeprefix(_MARK) for line in _read(output).splitlines() if line.startswith(_MARK)]
+        return Attempt(None, json.loads(marked[-1]) if marked else None)
 
 
-def _end_session(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
+def _end_session(child: subprocess.Popen[bytes]) -> None:
+    """End the child and all that it started, also where it has ended by itself."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing of it is left
         os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    child.wait()
+
+
+def _read(written: IO[bytes]) -> str:
+    written.seek(0)
+    return written.read().decode(errors="replace")
 
 
 def _last_error(errors: str) -> str:

@@ -130,7 +130,7 @@ def _exam(job: dict[str, Any]) -> dict[str, Any]:
 
 def _left_of(job: dict[str, Any]) -> float:
     """What the start of this process has left of the exam's time, in seconds; on a busy machine a start takes long."""
-    started_s = time.time() - job.get("given_at", time.time())
+    started_s = time.monotonic() - job.get("given_at", time.monotonic())
     return max(_LEAST_S, float(job["budget_s"]) - started_s)
 
 

@@ -36,7 +36,7 @@ class Journal:
 
     def now(self, what: str) -> None:
         """Name what is about to run on the chip: an operator call, a step. Each must take seconds at most."""
-        self._write({"now": what, "at": time.time()})
+        self._write({"now": what, "at": time.monotonic()})
 
     def ready(self, what: str, reproducer: str) -> None:
         """Name the file that does a part again, written before the part, which may end the process."""

@@ -143,7 +143,7 @@ def _watch(child: subprocess.Popen[bytes] | ForkedProcess, job: dict[str, Any], 
 
 
 def _hangs(state: JournalState, limit_s: float) -> bool:
-    return state.now is not None and state.now_at is not None and time.time() - state.now_at > limit_s
+    return state.now is not None and state.now_at is not None and time.monotonic() - state.now_at > limit_s
 
 
 def _how_it_ended(code: int, stopped: How | None, job: dict[str, Any], result: Path, log: Path) -> Ended:

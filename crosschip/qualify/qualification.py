@@ -308,7 +308,7 @@ def _exam_job(
         "trace": str(going.directory / "trace.json"),
         "journal": str(journal),
         "budget_s": budget_s,
-        "given_at": time.time(),
+        "given_at": time.monotonic(),
         "part_limit_s": request.part_limit_s,
         "reproducers": str(reproducers_of(request.report)),
         "seed": request.seed,

@@ -23,7 +23,7 @@ def one_each(
     Where two disagree the chip counts as undecided; so does one whose report contradicts itself, and an engine at a
     loopback address whose report does not say on which machine that is, if another report has the same address.
     """
-    chosen: dict[tuple[str, str], tuple[str, Document]] = {}
+    found: dict[tuple[str, str], list[tuple[str, Document]]] = {}
     titles, notes = _titles(reports)
     for file, report in reports.items():
         believed, doubts = _believed(file, report)
@@ -36,24 +36,26 @@ def one_each(
                 f"{file} does not say on which machine {titles[file]} is, and another report has the same address: "
                 "they are kept apart, and a pass of this one recommends nothing; examine it again with this crosschip"
             )
-        if key not in chosen:
-            chosen[key] = file, believed
-            continue
-        chosen[key], note = _of_two(key, chosen[key], (file, believed))
-        notes.append(note)
+        found.setdefault(key, []).append((file, believed))
+    chosen = {}
+    for key, same in found.items():
+        chosen[key], more = _of_several(key, same)
+        notes += more
     return chosen, notes
 
 
-def _of_two(
-    key: tuple[str, str], before: tuple[str, Document], after: tuple[str, Document]
-) -> tuple[tuple[str, Document], str]:
-    kept, other = sorted((before, after), key=lambda pair: thoroughness(pair[1]), reverse=True)
-    verdicts = {kept[1]["verdict"], other[1]["verdict"]}
-    note = f"{key[0]} was examined twice to {key[1]}: {kept[0]} is used, not {other[0]}"
+def _of_several(key: tuple[str, str], same: list[tuple[str, Document]]) -> tuple[tuple[str, Document], list[str]]:
+    """The most thorough one; undecided if one of them is a failure and another is none, whatever their order."""
+    (file, report), *others = sorted(same, key=lambda pair: thoroughness(pair[1]), reverse=True)
+    if not others:
+        return (file, report), []
+    times = "twice" if len(others) == 1 else f"{len(same)} times"
+    note = f"{key[0]} was examined {times} to {key[1]}: {file} is used, not {', '.join(name for name, _ in others)}"
+    verdicts = list(dict.fromkeys(each["verdict"] for _, each in [(file, report), *others]))
     if "FAIL" in verdicts and len(verdicts) > 1:
-        note += f"; they disagree ({kept[1]['verdict']} and {other[1]['verdict']}), so the chip counts as undecided"
-        kept = kept[0], {**kept[1], "verdict": "INCONCLUSIVE"}
-    return kept, note
+        note += f"; they disagree ({' and '.join(verdicts)}), so the chip counts as undecided"
+        report = {**report, "verdict": "INCONCLUSIVE"}
+    return (file, report), [note]
 
 
 def _titles(reports: Mapping[str, Document]) -> tuple[dict[str, str], list[str]]:

@@ -70,7 +70,9 @@ def paint_svg(
         "path.simplify": True,
         "text.parse_math": math_text,
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own settings, as text by LaTeX, are for their figures
+        matplotlib.rcParams.update(settings)
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 

@@ -97,11 +97,17 @@ def _open(voyage: Voyage, recipe_path: Path) -> None:
 
 
 def _check_same_recipe(voyage: Voyage) -> None:
+    """Refuse to mix two recipes. Until something is trained, the chip that trains and what is asked of it may change:
+    that is what the step which examines it advises when the chip fails.
+    """
     path = voyage.run.resolved_recipe
     if not path.exists():
         return
     before = parse_recipe(read_json(path), str(path)).model_dump(mode="json")
-    differing = differences(before, voyage.recipe.model_dump(mode="json"))
+    now = voyage.recipe.model_dump(mode="json")
+    if not (voyage.run.path / "train").exists():
+        before["qualify"], before["chips"]["train"] = now["qualify"], now["chips"]["train"]
+    differing = differences(before, now)
     if differing:
         raise RunDirectoryError(
             f"{voyage.run.path} holds the run of another recipe: {'; '.join(differing)}",

@@ -78,13 +78,23 @@ def _qualification(voyage: Voyage) -> Path:
 
 
 def _is_qualified(voyage: Voyage) -> bool:
+    """Whether the report is of the chip that is here now, which another machine or a new plug-in may have changed."""
     report = _qualification(voyage)
     if voyage.recipe.qualify.time_s == 0:
         return True
     if not report.exists():
         return False
     document = read_json(report)
-    return bool(document["complete"]) and (document["verdict"] != "FAIL" or voyage.recipe.qualify.on_fail == "go on")
+    if not isinstance(document, dict) or document.get("complete") is not True:
+        return False
+    if not (_is_trained(voyage) or _is_of_chip(document, voyage.document["chips"]["train"]["fingerprint"])):
+        return False
+    return document.get("verdict") != "FAIL" or voyage.recipe.qualify.on_fail == "go on"
+
+
+def _is_of_chip(report: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
+    examined = (report.get("fingerprint") or {}).get("chip") or {}
+    return all(examined.get(key) == fingerprint["chip"].get(key) for key in ("name", "vendor", "model_name"))
 
 
 def _train(voyage: Voyage) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,14 @@ def test_two_reports_become_text_a_page_and_a_document(reports: list[str], tmp_p
     assert read_json(document)["document"] == "comparison"
     CliRunner().invoke(app, ["compare", *reports, "--out", str(text)])
     assert text.read_text(encoding="utf-8") in ended.output
+
+
+def test_a_locale_that_lacks_a_character_ends_nothing(reports: list[str]) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "crosschip", "compare", *reports]
+    ended = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert b"\\u2013" in ended.stdout  # a dash
 
 
 @pytest.mark.parametrize(

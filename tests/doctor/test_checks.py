@@ -173,8 +173,9 @@ def test_two_plug_ins(machine: Environment) -> None:
     assert "2 at once: torch-nova, torch-npu" in only_problem(environment)
 
 
-def test_autoload_that_is_switched_off(machine: Environment) -> None:
-    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+@pytest.mark.parametrize("value", ["0", "false", ""])
+def test_autoload_that_is_switched_off(machine: Environment, value: str) -> None:
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": value}
     assert problems(replace(machine, variables=off)) == []
     assert "unset TORCH_DEVICE_BACKEND_AUTOLOAD" in only_problem(replace(with_plugin(machine), variables=off))
 

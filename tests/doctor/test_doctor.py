@@ -103,6 +103,20 @@ time.sleep(60)
     assert not marker.exists()
 
 
+def test_what_a_plug_in_leaves_running_holds_nothing_up_and_is_ended(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    code = f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4); open({str(marker)!r}, 'w')"])
+print("crosschip-doctor:{{}}")
+"""
+    began = time.monotonic()
+    assert _try(code, deadline_s=3).failure is None  # the helper has the child's output, too
+    assert time.monotonic() - began < 3
+    time.sleep(5)
+    assert not marker.exists()
+
+
 def test_a_failure_without_words_is_a_failure() -> None:
     assert _try("import sys; sys.exit(3)", 30).failure == "it ended with an error and said nothing"
     assert _try("pass", 30).failure is None
@@ -127,6 +141,12 @@ def test_distributions_are_read_without_importing_them(tmp_path: Path) -> None:
     assert environment.requirements["torchvision"] == ["torch==2.13.0"]
     assert [(entry.name, entry.distribution) for entry in environment.autoload] == [("torch_nova", "torch-nova")]
     assert environment.vllm_platforms == ("ascend",)
+
+
+def test_one_place_under_two_names_is_one_copy(tmp_path: Path) -> None:
+    make_distribution(tmp_path / "lib", "torch", "2.13.0")
+    (tmp_path / "lib64").symlink_to("lib")
+    assert gather_environment([str(tmp_path / "lib64"), str(tmp_path / "lib")]).copies == {}
 
 
 def test_a_distribution_that_is_damaged_hides_no_other(tmp_path: Path) -> None:

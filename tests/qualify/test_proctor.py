@@ -142,6 +142,12 @@ def test_a_waiting_child_without_a_job_ends(tmp_path: Path, stem: Stem | None) -
     assert waiting.log.read_bytes() == b""
 
 
+def test_a_clock_that_is_set_forward_makes_no_part_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 3600.0)  # of this process, as if the child's had begun before
+    assert run(tmp_path, "hang", deadline_s=8.0, part_limit_s=600.0).how == "budget"
+
+
 def test_the_deadline_ends_a_child_whose_parts_seem_to_live(tmp_path: Path) -> None:
     ended = run(tmp_path, "hang", deadline_s=6.0, part_limit_s=3600.0)
     assert ended.how == "budget"

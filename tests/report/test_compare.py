@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -271,6 +272,21 @@ def test_the_more_thorough_of_two_reports_counts_and_a_disagreement_is_open() ->
     document = compare({"smoke.json": failed, "soak.json": soak})
     assert "they disagree" in document["notes"][0]
     assert document["recommendations"]["train"]["answer"] == "INCONCLUSIVE"
+
+
+def test_a_disagreement_stays_open_in_whatever_order_three_reports_come() -> None:
+    reports = {
+        "failed.json": qualification(finding("FAIL"), tier="smoke", **H20),
+        "standard.json": qualification(tier="standard", **H20),
+        "soak.json": qualification(tier="soak", **H20),
+        "other.json": qualification(finding("FAIL"), **ASCEND),
+    }
+    for names in itertools.permutations(reports):
+        document = compare({name: reports[name] for name in names})
+        assert document["recommendations"]["train"]["answer"] == "INCONCLUSIVE", names
+        (note,) = document["notes"]
+        assert "3 times to train: soak.json is used" in note
+        assert "they disagree" in note
 
 
 def test_a_chip_that_could_not_be_used_is_the_one_of_its_device() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import matplotlib
+import pytest
+
 from crosschip.report.curves import Series, thin
 from crosschip.report.plots import Plot, draw
 
@@ -14,3 +17,11 @@ def chart(marks: Series | None) -> str:
 def test_marks_above_the_line_are_within_the_axes() -> None:
     assert ">0.6<" in chart(Series([0, 3], [0.65, 0.7], 0))
     assert ">0.6<" not in chart(None)
+
+
+@pytest.mark.parametrize("setting", [{"text.usetex": True}, {"axes.prop_cycle": "cycler(color='r')", "font.size": 3}])
+def test_settings_of_the_user_s_own_figures_do_not_reach_ours(setting: dict[str, object]) -> None:
+    drawn = chart(None)
+    with matplotlib.rc_context(setting):
+        assert chart(None) == drawn
+        assert all(matplotlib.rcParams[key] == matplotlib.RcParams(setting)[key] for key in setting)

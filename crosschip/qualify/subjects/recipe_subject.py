@@ -13,9 +13,10 @@ from crosschip.qualify.finding import Role
 from crosschip.qualify.subjects.fitting import fitted_config, num_active_parameters, small_config
 from crosschip.qualify.subjects.subject import DtypeSetting
 from crosschip.qualify.subjects.transformer_workload import TransformerPlan, TransformerWorkload
-from crosschip.recipe import Recipe, StageSettings, load_recipe
+from crosschip.recipe import Recipe, StageSettings, load_recipe, parse_recipe
+from crosschip.rundir import RunDirectory, read_json
 
-__all__ = ["TransformerSubject", "load_recipe_subject"]
+__all__ = ["TransformerSubject", "load_recipe_subject", "load_run_subject"]
 
 _VOCAB_MULTIPLE = 64  # `train` rounds the embedding's rows up to this
 
@@ -67,7 +68,22 @@ def load_recipe_subject(path: Path, origin: str) -> TransformerSubject:
     Raises:
         CrosschipError: the recipe or the model directory it names cannot be read.
     """
-    recipe = load_recipe(path)
+    return _subject_of(load_recipe(path), origin)
+
+
+def load_run_subject(directory: Path, origin: str) -> TransformerSubject:
+    """The recipe of a run, with what was set over it where the run knows that.
+
+    Raises:
+        CrosschipError: as `load_recipe_subject`.
+    """
+    run = RunDirectory(directory)
+    if run.resolved_recipe.is_file():
+        return _subject_of(parse_recipe(read_json(run.resolved_recipe), str(run.resolved_recipe)), origin)
+    return load_recipe_subject(run.recipe, origin)
+
+
+def _subject_of(recipe: Recipe, origin: str) -> TransformerSubject:
     stage = recipe.stages[0][1]
     directory = None if recipe.model.directory is None else Path(recipe.model.directory)
     config = _config(recipe) if directory is None else read_config(directory)[0]

@@ -108,7 +108,9 @@ def _from_recipe(path: Path, origin: str) -> Subject:
 
 def _from_directory(path: Path, origin: str) -> Subject:
     if (path / "recipe.toml").is_file():
-        return _from_recipe(path / "recipe.toml", origin)
+        from crosschip.qualify.subjects.recipe_subject import load_run_subject
+
+        return load_run_subject(path, origin)
     if (path / "config.json").is_file():
         from crosschip.qualify.subjects.model_directory import load_model_directory
 

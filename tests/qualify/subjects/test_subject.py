@@ -21,6 +21,8 @@ from crosschip.qualify.subjects.fitting import BYTES_PER_PARAMETER, fitted_confi
 from crosschip.qualify.subjects.made_tokens import ruled_tokens
 from crosschip.qualify.subjects.recipe_subject import TransformerSubject
 from crosschip.qualify.subjects.subject import load_subject, working_dtype
+from crosschip.recipe import load_recipe
+from crosschip.rundir import write_json
 from crosschip.train.preparation import VOCAB_MULTIPLE
 from tests.qualify.conftest import FIRST
 
@@ -154,6 +156,16 @@ def test_a_run_directory_is_its_recipe(tmp_path: Path) -> None:
     shutil.copy(FIRST, tmp_path / "recipe.toml")
     subject = load_subject(str(tmp_path))
     assert (subject.name, subject.origin) == ("first", str(tmp_path))
+
+
+def test_a_run_is_examined_with_what_was_set_over_its_recipe(tmp_path: Path) -> None:
+    shutil.copy(FIRST, tmp_path / "recipe.toml")
+    recipe = load_recipe(Path(FIRST), ["model.hidden_size=96", "train.dtype='bfloat16'"])
+    write_json(tmp_path / "resolved.json", recipe.model_dump(mode="json"))
+    subject = load_subject(str(tmp_path))
+    assert isinstance(subject, TransformerSubject)
+    assert subject.config.hidden_size == 96
+    assert subject.dtype_setting("train") == "bfloat16"
 
 
 def test_deepseek_goes_to_our_own_transformer(tmp_path: Path) -> None:

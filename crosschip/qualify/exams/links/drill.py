@@ -91,7 +91,7 @@ def start_apart(
     with Ranks(directory, chips, start_limit_s + timeout_s + 60.0) as ranks:
         ranks.wait(lambda: ranks.all_have("ready") or ranks.is_over(), start_limit_s, tick)
         ranks.go([{"do": "touch"}], timeout_s, [0.0] * late + [skew_s])
-        started_at = time.time()
+        started_at = time.monotonic()
         ranks.wait(lambda: ranks.all_have("met") or ranks.is_over(), skew_s + start_limit_s, tick)
         met = [note["at"] for note in ranks.having("met")]
         met_after_s = max(met) - started_at if len(met) == len(chips) else None

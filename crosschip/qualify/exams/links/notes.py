@@ -18,7 +18,7 @@ class Notes:
 
     def add(self, **note: Any) -> None:
         """Note something; the time is added."""
-        self._file.write(json.dumps({**note, "at": time.time()}) + "\n")
+        self._file.write(json.dumps({**note, "at": time.monotonic()}) + "\n")
 
 
 class NotesReader:

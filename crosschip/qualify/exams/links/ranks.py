@@ -103,7 +103,7 @@ class Ranks:
     def signal(self, rank: int, number: signal.Signals) -> float:
         """Send a signal to a rank; the time at which it was sent."""
         os.kill(self.processes[rank].pid, number)
-        return time.time()
+        return time.monotonic()
 
     def notes(self, rank: int) -> list[dict[str, Any]]:
         """What a rank has noted so far."""
@@ -139,7 +139,7 @@ class Ranks:
                 how = f"{raised[0]['raised']}: {raised[0]['message']}"
                 found.append(Death(rank, how, self.doing(rank), raised[0]["at"]))
             elif code is not None and not any("ended" in note for note in notes):
-                found.append(Death(rank, self._death(rank, code), self.doing(rank), time.time()))
+                found.append(Death(rank, self._death(rank, code), self.doing(rank), time.monotonic()))
         return sorted(found, key=lambda each: each.at)
 
     def doing(self, rank: int) -> str:
