@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from crosschip.certificate import Status
 from crosschip.errors import ServeError
+from crosschip.serve.engine.chosen import ChosenToken
 from crosschip.serve.engine.engine_info import (
     NOT_LOOKED_FOR,
     EngineInfo,
@@ -26,7 +27,7 @@ from crosschip.serve.engine.engine_info import (
 from crosschip.serve.engine.manifest import weights_identity
 from crosschip.serve.engine.overwrite import probe_scores
 from crosschip.serve.engine.refusals import EngineClosed, QueueFull, refuse_impossible
-from crosschip.serve.engine.request import Request, SamplingParams, TokenEvent, TokenScore
+from crosschip.serve.engine.request import Request, SamplingParams, TokenEvent
 from crosschip.serve.engine.scheduler import Scheduler, Step
 from crosschip.serve.engine.version_names import VersionNames
 
@@ -38,25 +39,12 @@ __all__ = ["NOT_LOOKED_FOR", "Engine", "EngineInfo", "EngineLoad", "Handle", "Pr
 logger = logging.getLogger("crosschip.serve")
 
 
-class _Choice(Protocol):
-    """The next token of a request, as the runner gives it."""
-
-    @property
-    def request(self) -> Request: ...
-    @property
-    def token_id(self) -> int: ...
-    @property
-    def finite(self) -> bool: ...
-    @property
-    def score(self) -> TokenScore | None: ...
-
-
 class _Runner(Protocol):
     """What computes a step. Its decoder is the weights, and can be replaced between two steps."""
 
     decoder: Any
 
-    def run(self, step: Step) -> Sequence[_Choice]: ...
+    def run(self, step: Step) -> Sequence[ChosenToken]: ...
     def clear(self, blocks: Sequence[int]) -> None: ...
     def routes(self, request: Request) -> NDArray[Any]: ...
 
@@ -240,6 +228,8 @@ class Engine:
                 if not step.is_empty:
                     self._compute(step)
                 self._publish_load()
+        except Exception:
+            logger.exception("the engine has stopped: start the server again, and look at the chip")
         finally:
             self._end_all()
 
@@ -249,6 +239,10 @@ class Engine:
         except Exception as error:  # a defect or a chip's failure ends these requests, not the server
             logger.exception("a step failed; its requests end with an error")
             self._fail_active(f"{type(error).__name__}: {error}")
+            # A chip may compute nothing any more (an error of CUDA stays for as long as the process does). An engine
+            # that looks well and fails everything draws requests: it is the least loaded one. So here it raises.
+            self._scheduler.forget_contents()
+            probe_scores(self._runner, self.info.vocab_size)
         else:
             self._scheduler.advance(step)
             self._finish_step(step, choices)
@@ -316,7 +310,7 @@ class Engine:
             "this is a defect of the engine or the chip: start a new server with the directory",
         )
 
-    def _finish_step(self, step: Step, choices: Sequence[_Choice]) -> None:
+    def _finish_step(self, step: Step, choices: Sequence[ChosenToken]) -> None:
         ended = self._tell_prompts(step)
         answered: set[Request] = set()
         self._num_drafts += len(step.drafted)
@@ -379,11 +373,13 @@ class Engine:
         self._finish(dict.fromkeys(self._scheduler.active, event))
 
     def _end_all(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._handles |= {handle.request: handle for handle in self._arrived}
+            update, self._update = self._update, None
         event = TokenEvent(finish_reason="abort", error="the engine was closed", ended_by="server_ended")
         self._finish(dict.fromkeys(list(self._handles), event))
         self._load = self._measure_load(alive=False)
-        with self._wake:
-            update, self._update = self._update, None
         if update is not None:
             update.error = ServeError("the engine was closed before the new weights were taken", "start it again")
             update.done.set()

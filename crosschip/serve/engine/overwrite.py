@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from crosschip.serve.engine.blocks import BLOCK_TOKENS
+from crosschip.serve.engine.chosen import ChosenToken
 from crosschip.serve.engine.request import Request, SamplingParams, TokenScore
 from crosschip.serve.engine.scheduler import PrefillChunk, Step
 
@@ -24,15 +25,8 @@ __all__ = ["Overwritten", "check_overwrite", "probe_scores"]
 _PROBE_TOKENS = 24  # fewer than a block, so that one block is enough for the probe and what it decodes
 
 
-class _Choice(Protocol):
-    @property
-    def token_id(self) -> int: ...
-    @property
-    def score(self) -> TokenScore | None: ...
-
-
 class _Runs(Protocol):
-    def run(self, step: Step) -> Sequence[_Choice]: ...
+    def run(self, step: Step) -> Sequence[ChosenToken]: ...
 
 
 @dataclass(frozen=True)

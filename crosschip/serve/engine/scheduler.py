@@ -206,13 +206,18 @@ class Scheduler:
         self.blocks.forget(request.blocks)
         return [block for block in request.blocks if self.blocks.references(block) == 1]
 
-    def forget_all(self) -> None:
-        """The weights change: nothing that was computed so far may be used."""
+    def forget_contents(self) -> None:
+        """Nothing that was computed so far may be used."""
         assert not self._running
         for request in self._waiting:
             self._holdings.leave(request)
-            request.weights_version = None
         self.blocks.forget_all()
+
+    def forget_all(self) -> None:
+        """The weights change: what waits is begun on the new ones."""
+        self.forget_contents()
+        for request in self._waiting:
+            request.weights_version = None
 
     def _make_room(self, request: Request, num_tokens: int) -> None:
         """Room for a request's next tokens; for want of blocks the request admitted last is preempted."""

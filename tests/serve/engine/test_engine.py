@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from crosschip.errors import ServeError
 from crosschip.model import Decoder, load_model
 from crosschip.serve import load_engine
 from crosschip.serve.engine.engine import Engine, EngineInfo
+from crosschip.serve.engine.refusals import EngineClosed
 from crosschip.serve.engine.request import SamplingParams, TokenEvent
 from crosschip.serve.engine.runner import Runner
 from crosschip.serve.engine.scheduler import Scheduler
+from tests.serve.engine.engines import running
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, num_logprobs=2)
 # Log-probs of fp32 logits of size ~10: sums of a few hundred products in another order differ by some 1e-6 each.
@@ -247,6 +250,63 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(random_dir: Path) -
         assert answer(shaky, [1, 2])[-1].finish_reason == "length"
     finally:
         shaky.close()
+
+
+@pytest.mark.parametrize("max_len", [8, 64], ids=["short", "long"])
+def test_after_a_failed_step_nothing_it_may_have_left_is_found(random_dir: Path, max_len: int) -> None:
+    prompt, params = list(range(3, 3 + max_len - 4)), SamplingParams(4, temperature=0.0, num_logprobs=2)
+    with running(random_dir, max_batch_size=2, max_model_len=max_len) as engine:
+        before = answer(engine, prompt, params)
+        run = engine._runner.run
+
+        def fail_once(step: object) -> object:
+            engine._runner.run = run  # type: ignore[method-assign]
+            raise RuntimeError("out of memory")
+
+        engine._runner.run = fail_once  # type: ignore[method-assign, assignment]
+        assert answer(engine, prompt, params)[-1].finish_reason == "error"
+        found = engine.load.prefix_tokens_found
+        assert answer(engine, prompt, params) == before
+        assert engine.load.prefix_tokens_found == found
+
+
+def test_a_chip_that_computes_nothing_any_more_ends_the_engine(random_dir: Path) -> None:
+    dead = make_engine(random_dir, num_slots=1)
+
+    def fail(step: object) -> object:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    dead._runner.run = fail  # type: ignore[method-assign, assignment]
+    first, second = dead.submit([1, 2], SamplingParams(max_tokens=5)), None
+    with contextlib.suppress(EngineClosed):
+        second = dead.submit([1, 2], SamplingParams(max_tokens=5))
+    assert list(first)[-1].error == "RuntimeError: an illegal memory access was encountered"
+    if second is not None:
+        assert list(second)[-1].ended_by == "server_ended"
+    dead._thread.join(20)
+    assert not dead.load.alive
+    with pytest.raises(EngineClosed):
+        dead.submit([1], SamplingParams(max_tokens=1))
+
+
+def test_what_arrives_while_the_engine_stops_is_told(random_dir: Path) -> None:
+    """By a defect, as the first request has begun and the second was not yet seen."""
+    broken, fails, arrived = make_engine(random_dir, num_slots=2), threading.Event(), threading.Event()
+
+    def schedule() -> object:
+        fails.set()
+        assert arrived.wait(20)
+        raise AssertionError("a defect")
+
+    broken._scheduler.schedule = schedule  # type: ignore[method-assign, assignment]
+    first = broken.submit([1, 2], SamplingParams(max_tokens=5))
+    assert fails.wait(20)
+    second = broken.submit([1, 2], SamplingParams(max_tokens=5))
+    arrived.set()
+    broken._thread.join(20)
+    for handle in (first, second):
+        assert handle._events.get(timeout=20).ended_by == "server_ended"
+    assert not broken.load.alive
 
 
 def test_closing_ends_what_is_under_way(random_dir: Path) -> None:
