@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from typing import Any
 
 from crosschip.errors import DataError
@@ -13,6 +14,7 @@ __all__ = ["check_math", "last_boxed", "load_math_verify"]
 
 _BOX = "\\boxed{"
 _HASHES = "####"
+_THIN_SPACES = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")  # as in 12\,345, where math-verify sees no 12345
 _MAX_BOX_CHARACTERS = 1_000  # no final answer is longer, and what sympy does with it grows faster than its length
 
 
@@ -66,7 +68,8 @@ def _are_equal(expected: str, boxed: str) -> bool:
 def _parsed(expression: str) -> Any:
     math_verify = load_math_verify()
     latex = math_verify.LatexExtractionConfig(boxed_match_priority=0)
-    return math_verify.parse(_BOX + expression + "}", extraction_config=[latex], parsing_timeout=None)
+    boxed = _BOX + _THIN_SPACES.sub("", expression) + "}"
+    return math_verify.parse(boxed, extraction_config=[latex], parsing_timeout=None)
 
 
 @functools.cache
