@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import threading
@@ -112,7 +113,8 @@ class ParityWatch:
     def _describe_engine(self, name: str) -> dict[str, Any]:
         weights, window = self._windows.get(name, (Weights(), None))
         figures = window.figures() if window else {"verdict": "undecided", "tokens": 0, "answers": 0}
-        told = {key: value if value != float("inf") else "inf" for key, value in figures.items()}
+        # Of numbers JSON takes finite ones alone.
+        told = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()}
         not_covered = self._uncovered.get(name, {})
         return {"engine": name, "weights_version": weights.version or None, **told, "not_covered": not_covered}
 

@@ -197,6 +197,18 @@ def test_the_verdict_of_a_window(answers: list[Scored], logprob: float | None, v
     assert window.figures()["verdict"] == verdict
 
 
+@pytest.mark.parametrize("scored", [scored_of(math.inf, 200), scored_of(1e-8, 200, dlogp=math.nan)])
+def test_an_alarm_of_what_is_no_number_is_told_as_json(scored: Scored) -> None:
+    table = ParityTable(model="m", reference="http://r", mean_kl=LIMIT)
+    watch = ParityWatch(table, bound_of(table), GatewayMetrics())
+    settings = settings_of({"name": "e", "url": "http://e", "model": "m"})
+    (engine,) = Fleet(settings, {"e": Status("UNCERTIFIED", "")}, False).engines
+    watch._note(engine, Weights("1", "a"), scored)
+    (told,) = json.loads(json.dumps(watch.describe(), allow_nan=False))["engines"]
+    assert told["verdict"] == "alarm"
+    assert {"inf", "nan"} & {told["mean_kl"], told["mean_abs_dlogp"]}
+
+
 def test_an_alarm_ends_with_the_verdict_ok_alone(caplog: pytest.LogCaptureFixture) -> None:
     table = ParityTable(model="m", reference="http://r", mean_kl=LIMIT, window_tokens=256)
     watch = ParityWatch(table, bound_of(table), metrics := GatewayMetrics())
