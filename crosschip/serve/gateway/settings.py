@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from crosschip.errors import ServeError
@@ -34,8 +35,14 @@ class _Strict(BaseModel):
 
 
 def _checked_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")) or len(url.split("://", 1)[1].strip("/")) == 0:
-        raise ValueError("no address; give one like http://127.0.0.1:8001")
+    try:
+        parsed = httpx.URL(url)
+        is_address = parsed.scheme in ("http", "https") and parsed.host != "" and 0 < (parsed.port or 80) < 2**16
+        problem = "" if is_address and not parsed.query and not parsed.fragment else "no address"
+    except httpx.InvalidURL as error:
+        problem = f"no address ({error})"
+    if problem:
+        raise ValueError(f"{problem}; give one like http://127.0.0.1:8001")
     return url.rstrip("/").removesuffix("/v1")
 
 
