@@ -190,7 +190,7 @@ def render_chat(
             documents=None,
             **special_tokens,
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         roles = ", ".join(str(message["role"]) for message in messages) or "none"
         raise DataError(
             f"the chat template refuses a conversation with the roles {roles}: {error}",

@@ -101,7 +101,8 @@ class ScoringHttp:
         self._deadline = waits.get("deadline")
         self._lost: list[ConnectionLostError] = []  # after which the question was asked again
         limits = httpx.Limits() if keep_alive else httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(headers=authorization(api_key), limits=limits, trust_env=False)
+        authorities = httpx.create_ssl_context()  # with SSL_CERT_FILE, though no proxies of the environment
+        self._http = httpx.Client(headers=authorization(api_key), limits=limits, trust_env=False, verify=authorities)
 
     def close(self) -> None:
         """Close the connections."""

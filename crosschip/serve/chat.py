@@ -116,7 +116,11 @@ def _converse(chat: _Chat, lines: TextIO, out: TextIO) -> None:
 def _turns(lines: TextIO, at_terminal: bool, out: TextIO) -> Iterator[str]:
     """Lines without their end. At a terminal each is asked for, with editing where readline is there."""
     if not at_terminal:
-        yield from (line.strip() for line in lines)
+        try:
+            yield from (line.strip() for line in lines)
+        except UnicodeDecodeError as error:
+            remedy = f"convert it, for example with `iconv -t {error.encoding}`"
+            raise ServeError(f"the input is no text in {error.encoding}: {error.reason}", remedy) from None
         return
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines once it is imported)
@@ -158,7 +162,7 @@ class _Chat:
 
     def turn(self, text: str) -> None:
         """Ask, and write the answer as it comes; an answer that was stopped stays in the conversation as it is."""
-        self.messages.append({"role": "user", "content": text})
+        self.messages.append({"role": "user", "content": _whole(text)})
         answer: list[str] = []
         try:
             self._stream(answer)
@@ -166,10 +170,11 @@ class _Chat:
             self._write((_PLAIN if self._styled else "") + "\n[stopped]")
         except (httpx.HTTPError, ServeError) as error:
             self.messages.pop()
+            self._write(_PLAIN if self._styled else "")
             if isinstance(error, ServeError):
                 raise
             raise ServeError(f"the server went away: {error}", "see its log, and start it again") from error
-        self.messages.append({"role": "assistant", "content": "".join(answer)})
+        self.messages.append({"role": "assistant", "content": _whole("".join(answer))})
         self._write("\n")
 
     def _stream(self, answer: list[str]) -> None:
@@ -201,8 +206,14 @@ class _Chat:
         return _PLAIN if self._styled else "</think>"
 
     def _write(self, text: str) -> None:
-        self.out.write(text)
+        encoding = self.out.encoding or "utf-8"
+        self.out.write(text.encode(encoding, "replace").decode(encoding))
         self.out.flush()
+
+
+def _whole(text: str) -> str:
+    """With the halves of a surrogate pair joined, which may come in two parts; one alone is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _shown(text: str) -> str:
@@ -230,13 +241,18 @@ def _refuse_without_key(response: httpx.Response) -> None:
 
 def _deltas(response: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in _lines(response):
-        if not line.startswith("data: ") or line == "data: [DONE]":
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == "[DONE]":
             continue
-        chunk = json.loads(line[len("data: ") :])
-        if "error" in chunk:
-            raise _refusal(json.dumps(chunk))
-        for choice in chunk["choices"]:
-            yield choice["delta"]
+        try:
+            chunk = json.loads(data)
+            if chunk.get("error") is not None:
+                raise _refusal(data)
+            deltas = [choice["delta"] for choice in chunk["choices"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            problem = f"the server sent what is no part of a chat's answer: {data[:80]!r}"
+            raise ServeError(problem, "give the address of an OpenAI-compatible server") from None
+        yield from deltas
 
 
 def _refusal(body: str) -> ServeError:

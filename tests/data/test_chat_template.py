@@ -60,6 +60,12 @@ def test_an_unknown_role_is_refused(tokenizer: ChatTokenizer) -> None:
         tokenizer.render([Message("user", "x"), Message("robot", "x")], False)
 
 
+@pytest.mark.parametrize("template", ["{{ messages | dictsort }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+def test_whatever_a_template_fails_with_is_a_refusal(tokenizer: ChatTokenizer, tmp_path: Path, template: str) -> None:
+    with pytest.raises(DataError, match="refuses a conversation with the roles user"):
+        with_template(tokenizer, tmp_path, template).render([Message("user", "x")], False)
+
+
 def test_a_template_cannot_leave_its_sandbox(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     evil = with_template(tokenizer, tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(DataError, match="unsafe"):

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -99,6 +101,41 @@ def test_a_server_with_keys_is_given_that_of_the_environment(keyed_url: str, mon
         monkeypatch.setenv("CROSSCHIP_API_KEY", key) if key else monkeypatch.delenv("CROSSCHIP_API_KEY")
         with pytest.raises(ServeError, match=f"{words}.*\n.*CROSSCHIP_API_KEY"):
             chat_terminal(keyed_url, lines=io.StringIO(), out=out)
+
+
+@contextmanager
+def server_that_streams(*data: str) -> Iterator[tuple[str, list[Any]]]:
+    """Its address, and the messages that it was sent."""
+    asked: list[Any] = []
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"data": [{"id": "m"}]})
+
+    async def chat(request: Request) -> Response:
+        asked.append((await request.json())["messages"])
+        return Response("".join(f"data:{each}\n\n" for each in data))
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])]
+    with in_thread(Starlette(routes=routes), lifespan=False) as url:
+        yield url, asked
+
+
+@pytest.mark.parametrize("data", ["{", "7", "{}", '{"choices": [7]}', '{"choices": [{"text": "x"}]}'])
+def test_what_is_no_part_of_an_answer_is_told(data: str) -> None:
+    with server_that_streams(data) as (url, _), pytest.raises(ServeError, match="no part of a chat's answer"):
+        chat_terminal(url, lines=io.StringIO("Hi\n"), out=io.StringIO())
+
+
+def test_halves_of_a_character_and_letters_that_the_terminal_lacks() -> None:
+    parts = [
+        f'{{"choices": [{{"delta": {{"content": "{text}"}}}}], "error": null}}' for text in (r"\ud83d", r"\ude00ß")
+    ]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with server_that_streams(*parts, "[DONE]") as (url, asked):
+        chat_terminal(url, lines=io.StringIO("Hi\udcff\nAnd?\n"), out=out)
+    assert [message["content"] for message in asked[1]] == ["Hi\ufffd", "\U0001f600ß", "And?"]
+    with server_that_streams("[DONE]") as (url, _), pytest.raises(ServeError, match="no text in utf-8"):
+        chat_terminal(url, lines=io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"), out=out)
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])

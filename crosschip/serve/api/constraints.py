@@ -87,13 +87,13 @@ class AnswerConstraint:
         self._num_seen = 0
         self._may_open = self._open_id is not None and self._close_id is not None and not in_reasoning
 
-    def allowed(self, output_ids: Sequence[int]) -> NDArray[np.bool_] | None:
-        """[vocab_size] which tokens may follow the answer so far; None: all of them."""
+    def allowed(self, output_ids: Sequence[int]) -> NDArray[np.bool_]:
+        """[vocab_size] which tokens may follow the answer so far. A reasoning may not end it: the form is still due."""
         for token in output_ids[self._num_seen :]:
             self._see(token)
         self._num_seen = len(output_ids)
         if self._in_reasoning:
-            return None
+            return ~self._only_the_end()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             self.problem = self.problem or _one_line(self._matcher.get_error())

@@ -28,6 +28,7 @@ class Upstreams:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._connect_s = settings.forwarding.connect_s
+        self._authorities = httpx.create_ssl_context()  # with SSL_CERT_FILE, though no proxies of the environment
         self._clients = {table.name: self._client(table) for table in settings.engines}
 
     def _client(self, table: EngineTable) -> httpx.AsyncClient:
@@ -40,7 +41,14 @@ class Upstreams:
             max_keepalive_connections=table.max_in_flight,
             keepalive_expiry=_KEEP_ALIVE_S,
         )
-        return httpx.AsyncClient(base_url=table.url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        return httpx.AsyncClient(
+            base_url=table.url,
+            headers=headers,
+            timeout=timeout,
+            limits=limits,
+            trust_env=False,
+            verify=self._authorities,
+        )
 
     async def close(self) -> None:
         """Close all connections."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,24 +22,33 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from crosschip.serve.api.listening import bind, uvicorn_config
+from crosschip.serve.api.listening import Tls, bind, uvicorn_config
 from crosschip.serve.gateway.app import Gateway, create_gateway
 from crosschip.serve.gateway.settings import GatewaySettings
 from tests.serve.conftest import RunningServer, running_server
 
 
 @contextmanager
-def in_thread(app: Any, lifespan: bool = True) -> Iterator[str]:
+def in_thread(app: Any, lifespan: bool = True, tls: Tls | None = None) -> Iterator[str]:
     """An ASGI app on a free port, served from a thread."""
     listener: socket.socket = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn_config(app, grace_s=1, lifespan=lifespan))
+    server = uvicorn.Server(uvicorn_config(app, grace_s=1, lifespan=lifespan, tls=tls))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
+
+
+def make_tls(tmp_path: Path) -> tuple[Path, Path]:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
 
 
 def settings_of(*engines: dict[str, Any], **tables: Any) -> GatewaySettings:

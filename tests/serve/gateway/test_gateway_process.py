@@ -28,6 +28,7 @@ from tests.serve.gateway.conftest import (
     ScriptedEngine,
     delta,
     event,
+    make_tls,
     scripted,
     wait_until,
 )
@@ -110,15 +111,6 @@ def test_admins_drain_engines_and_others_do_not(tmp_path: Path) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         httpx.post(f"{url}/admin/undrain", json={}, headers=admin)
         assert httpx.post(f"{url}/v1/chat/completions", json=QUESTION, headers=user).status_code == 200
-
-
-def make_tls(tmp_path: Path) -> tuple[Path, Path]:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    return certificate, key
 
 
 def test_tls_by_files(tmp_path: Path) -> None:

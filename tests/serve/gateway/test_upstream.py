@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from crosschip.certificate import Status
+from crosschip.golden.scoring_http import EngineBrokeError, ScoringHttp
+from crosschip.serve.api.listening import Tls
 from crosschip.serve.gateway.admission import Admission
 from crosschip.serve.gateway.attempt import Attempt
 from crosschip.serve.gateway.calls import Call
@@ -18,7 +21,17 @@ from crosschip.serve.gateway.health import HealthWatch
 from crosschip.serve.gateway.metrics import GatewayMetrics
 from crosschip.serve.gateway.settings import GatewaySettings
 from crosschip.serve.gateway.upstream import Upstreams
-from tests.serve.gateway.conftest import QUESTION, settings_of, table
+from tests.serve.gateway.conftest import (
+    QUESTION,
+    ScriptedEngine,
+    ask,
+    in_thread,
+    make_tls,
+    running_gateway,
+    settings_of,
+    table,
+    wait_until,
+)
 
 DEADLINE_S = 20.0  # of a test whose engine never ends
 MOST_BYTES = 2**20
@@ -44,6 +57,21 @@ def engine_that_sends(monkeypatch: pytest.MonkeyPatch, ends: bool, status: int =
     monkeypatch.setattr(Upstreams, "_client", lambda *_: client)
     monkeypatch.setattr("crosschip.serve.gateway.upstream._MOST_BYTES", MOST_BYTES)
     return settings_of(table("a", "http://engine"), health={"timeout_s": DEADLINE_S if ends else 0.01, "failures": 1})
+
+
+def test_an_engine_with_a_certificate_of_ones_own_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = make_tls(tmp_path)
+    with in_thread(ScriptedEngine().app(), lifespan=False, tls=Tls(certificate, key)) as url:
+        settings = settings_of(table("a", url))
+        with running_gateway(settings, wait_for=0) as gateway:
+            (engine,) = gateway.gateway.fleet.engines
+            wait_until(lambda: "CERTIFICATE_VERIFY_FAILED" in str(engine.problem), "its certificate is not known")
+        with pytest.raises(EngineBrokeError, match="CERTIFICATE_VERIFY_FAILED"):
+            ScoringHttp(url).exchange("GET", "/v1/models")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with running_gateway(settings) as gateway:
+            assert ask(gateway.url, stream=True).status_code == 200
+        assert ScoringHttp(url).exchange("GET", "/v1/models")[0] == 200
 
 
 @pytest.mark.parametrize(("ends", "words"), [(True, "1 MiB"), (False, "within 0.01 s")])
