@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from crosschip.errors import HandoffError, RunDirectoryError
 from crosschip.handoff.conversion.shards import RECORD_FILE, SHARD_BYTES, Tell
+from crosschip.handoff.held import locked
 from crosschip.handoff.source import ModelSource, last_checkpoint, open_source
 from crosschip.handoff.targets import TARGETS, Target
 from crosschip.recipe import Recipe
@@ -130,12 +130,7 @@ def _partial(path: Path) -> Iterator[Path]:
     """The directory of an unfinished export, held by this process alone; it stays only if there is use for it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    held = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HandoffError(f"another process writes {path}", "wait for it, or give another directory") from None
+    with locked(partial, f"another process writes {path}") as held:
         if not partial.is_dir() or os.fstat(held).st_ino != partial.stat().st_ino:
             raise HandoffError(f"another process wrote {path} just now", "run the command again")
         try:
@@ -143,8 +138,6 @@ def _partial(path: Path) -> Iterator[Path]:
         finally:
             if partial.is_dir() and not (partial / RECORD_FILE).is_file():
                 shutil.rmtree(partial)
-    finally:
-        os.close(held)
 
 
 def _publish(partial: Path, path: Path) -> None:
