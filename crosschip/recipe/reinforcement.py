@@ -74,7 +74,8 @@ class RlSettings(StageSettings):
 
     A batch of rollouts is `prompts` problems with `samples` answers each; `updates_per_batch` optimizer steps are
     taken with it, so `batch_size` follows from the three. An answer's advantage is its reward minus the mean of its
-    group, divided by the group's deviation if `divide_by_deviation`. `kl_weight` pulls towards the weights that the
+    group, divided by the group's deviation if `divide_by_deviation`, and times `negative_weight` where it is below 0
+    (with two rewards that is a lower baseline: arXiv 2506.20520). `kl_weight` pulls towards the weights that the
     stage began with. `seq_len` bounds prompt and answer together, in tokens. The policy is the model at `temperature`:
     answers are sampled at it, and log-probs computed. Below 1 less is explored, and what is learned is nearer to the
     greedy answer.
@@ -91,6 +92,7 @@ class RlSettings(StageSettings):
     reward_timeout_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = 10.0
     reward_workers: PositiveInt | None = None  # processes for checkers; None: the usable cores, at most 8
     divide_by_deviation: bool = True
+    negative_weight: Annotated[float, Field(ge=0.0)] = 1.0  # on advantages below 0
     average: Literal["token", "answer"] = "token"  # whether long answers count more
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     clip_high: Annotated[float, Field(gt=0.0)] = 0.28

@@ -39,7 +39,9 @@ def counts(group: Group, settings: RlSettings) -> npt.NDArray[np.bool_]:
 def advantages(group: Group, settings: RlSettings) -> npt.NDArray[np.float32]:
     """The advantage of each answer, [samples]; 0 for those that are left out, who also count in no mean.
 
-    arXiv 2402.03300, section 4.1.2; without the division as in arXiv 2503.20783.
+    arXiv 2402.03300, section 4.1.2; without the division as in arXiv 2503.20783. Those below 0 times `negative_weight`:
+    where rewards are 0 and 1 this is a baseline below the mean, which leaves the expected gradient on the policy its
+    direction, and holds off the policy where the mean does not (arXiv 2506.20520).
     """
     used = counts(group, settings)
     found = np.zeros(len(group.samples), dtype=np.float32)
@@ -50,7 +52,8 @@ def advantages(group: Group, settings: RlSettings) -> npt.NDArray[np.float32]:
     centred, deviation = rewards - rewards.mean(), rewards.std()
     if deviation < _LEAST_DEVIATION:
         return found
-    found[used] = centred / deviation if settings.divide_by_deviation else centred
+    scaled = centred / deviation if settings.divide_by_deviation else centred
+    found[used] = np.where(scaled < 0, settings.negative_weight * scaled, scaled)
     return found
 
 

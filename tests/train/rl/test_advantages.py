@@ -24,6 +24,27 @@ def test_without_division_the_spread_of_the_rewards_stays() -> None:
     assert found.tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
+def test_bad_answers_may_count_less() -> None:
+    rewards = group(1.0, 0.0, 0.0, None, 0.0)
+    found = advantages(rewards, settings(divide_by_deviation=False, negative_weight=0.4))
+    assert found == pytest.approx([0.75, -0.1, -0.1, 0.0, -0.1])
+    only_good = advantages(rewards, settings(negative_weight=0.0))
+    assert only_good[0] == advantages(rewards, settings())[0]
+    assert not only_good[1:].any()
+
+
+@pytest.mark.parametrize("num_right", range(1, 8))
+def test_where_rewards_are_0_and_1_that_is_a_lower_baseline(num_right: int) -> None:
+    """A(r) = c (r - b) with b below the mean: what is added to every answer moves no expected gradient."""
+    rewards = [1.0] * num_right + [0.0] * (8 - num_right)
+    mean = num_right / 8
+    found = advantages(group(*rewards), settings(divide_by_deviation=False, negative_weight=0.25))
+    scale = found[0] - found[-1]
+    baseline = -found[-1] / scale
+    assert 0 < baseline < mean
+    assert found == pytest.approx([scale * (reward - baseline) for reward in rewards], abs=1e-6)
+
+
 def test_equal_rewards_teach_nothing() -> None:
     assert advantages(group(1.0, 1.0, 1.0), settings()).tolist() == [0.0, 0.0, 0.0]
 
