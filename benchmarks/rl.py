@@ -43,10 +43,43 @@ OUT = Path(__file__).parent.parent / "docs" / "results" / "rl"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     rl_ours.add_options(parser)
+    parser.add_argument("--level", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
+    parser.add_argument("--every", type=int, default=4, help="steps between two scores")
     parser.add_argument("--their-steps", type=int, default=8, help="theirs takes longer; the rate needs few")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=OUT, help="without .json, .md and .svg")
     return parser.parse_args()
+
+
+def our_side(options: argparse.Namespace, model: Path, place: Path) -> list[dict[str, Any]]:
+    """Plain GRPO as TRL has it: groups without signal are kept, bad answers count as much as good ones."""
+    settings = {
+        "seed": options.seed,
+        "data.levels": [options.level],
+        "rl.data.levels": [options.level],
+        "rl.steps": options.steps,
+        "rl.prompts": options.prompts,
+        "rl.samples": options.samples,
+        "rl.seq_len": options.max_new_tokens + 64,
+        "rl.max_new_tokens": options.max_new_tokens,
+        "rl.temperature": options.temperature,
+        "rl.learning_rate": options.learning_rate,
+        "rl.warmup_steps": 2,
+        "rl.decay_share": 0.0,
+        "rl.beta2": 0.95,
+        "rl.negative_weight": 1.0,
+        "rl.drop_without_signal": "false",
+        "rl.validate_every": options.every,
+        "rl.validation_sequences": options.problems,
+    }
+    recipe = rl_ours.RECIPES / "first.toml"
+    return rl_ours.train(recipe, model, place / "ours", (f"{name}={value}" for name, value in settings.items()))
 
 
 def their_side(options: argparse.Namespace, model: Path, place: Path, python: Path) -> list[dict[str, Any]]:
@@ -164,7 +197,7 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="crosschip-rl-"))
     try:
         model = rl_ours.start_model(options.run, place)
-        ours = rl_ours.train(options, model, place / "ours", ["rl.drop_without_signal=false"])
+        ours = our_side(options, model, place)
         theirs = their_side(options, model, place, python)
         document = {
             "benchmark": "rl",

@@ -31,15 +31,16 @@ def arguments() -> argparse.Namespace:
 
 
 def reward_of(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 where what follows the reasoning is the expected number."""
+    """1 where reasoning was opened and closed once and the number behind it is the expected one."""
 
-    def is_right(completion: Any, expected: str) -> bool:
+    def judged(completion: Any, expected: str) -> float:
         text = completion[-1]["content"] if isinstance(completion, list) else completion
         _, close, said = text.partition("</think>")
         numbers = re.findall(r"-?\d+", said)
-        return bool(close) and bool(numbers) and numbers[-1] == expected
+        formed = text.startswith("<think>") and text.count("<think>") == text.count("</think>") == 1
+        return float(bool(close) and formed and bool(numbers) and numbers[-1] == expected)
 
-    return [float(is_right(*pair)) for pair in zip(completions, answer, strict=True)]
+    return [judged(*pair) for pair in zip(completions, answer, strict=True)]
 
 
 class Recorder(TrainerCallback):

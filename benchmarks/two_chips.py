@@ -2,10 +2,10 @@
 
     python benchmarks/two_chips.py --run RUN
 
-RUN is a run of `recipes/first.toml`; all ways begin with the model that its fine-tuning ended with, train on the CPU in
-bf16, and sample in bf16. The other chip is simulated (`sim:noisy`); its score at the end is compared problem by problem
-(McNemar) with that of the run whose rollouts came from the trainer's own chip. Writes docs/results/two-chips.json and
-two-chips.md.
+RUN is a run of `recipes/first.toml`; all ways begin with the model that its fine-tuning ended with, and do what
+`recipes/two-chips.toml` has from `[rl]` on, on the CPU and in bf16 throughout. The other chip is simulated
+(`sim:noisy`); its score at the end is compared problem by problem (McNemar) with that of the run whose rollouts came
+from the trainer's own chip. Writes docs/results/two-chips.json and two-chips.md.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any
 import rl_ours
 
 from crosschip.chips import find_chip, fingerprint
+from crosschip.recipe import load_recipe
 from crosschip.rundir import read_json, write_json, write_text
 
+RECIPE = rl_ours.RECIPES / "two-chips.toml"
 OUT = Path(__file__).parent.parent / "docs" / "results" / "two-chips"
 UNCORRECTED = ('rl.rollouts.correction="none"', "rl.rollouts.replay_routes=false", 'rl.rollouts.on_mismatch="warn"')
 SAME = "the trainer's chip"
@@ -50,8 +52,10 @@ def crosschip(*words: object) -> None:
 
 def one_way(options: argparse.Namespace, model: Path, place: Path, settings: tuple[str, ...]) -> dict[str, Any]:
     """Train, and ask the held-out problems."""
-    records = rl_ours.train(options, model, place, settings)
-    crosschip("evaluate", place, "--json", place / "evaluation.json")
+    always = (f"seed={options.seed}", f"rl.validation_sequences={options.problems}")
+    records = rl_ours.train(RECIPE, model, place, (*always, *settings))
+    asked = ("--num-problems", options.problems)
+    crosschip("evaluate", place, *asked, "--json", place / "evaluation.json")
     facts = ("mismatch_k3", "mismatch_mean_dp", "truncated_share", "both_work_share", "entropy")
     return {
         "seconds": records[-1]["seconds"],
@@ -62,13 +66,13 @@ def one_way(options: argparse.Namespace, model: Path, place: Path, settings: tup
 
 def markdown(document: dict[str, Any]) -> str:
     """The document as Markdown."""
-    settings, machine = document["settings"], document["fingerprint"]
+    recipe, machine = document["recipe"], document["fingerprint"]
     lines = [
         "# Rollouts on another chip",
         "",
-        f"{settings['steps']} steps of {settings['prompts']} problems of level {settings['level']} times "
-        f"{settings['samples']} answers from one fine-tuned model; all sides compute in bf16. "
-        f"Greedy answers to {settings['problems']} held-out problems; before, {document['before']:.1%}.",
+        f"{recipe['steps']} steps of {recipe['prompts']} problems times {recipe['samples']} answers from one "
+        f"fine-tuned model, as in `recipes/two-chips.toml`; all sides compute in bf16. Greedy answers to "
+        f"{document['settings']['problems']} held-out problems; before, {document['before']:.1%}.",
         "",
         "| rollouts on | after | beside the trainer's chip | p | KL (k3) | cut off |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -104,15 +108,8 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="crosschip-two-chips-"))
     try:
         model = rl_ours.start_model(options.run, place)
-        asked = (
-            "--level",
-            options.level,
-            "--num-problems",
-            options.problems,
-            "--max-new-tokens",
-            options.max_new_tokens,
-        )
-        crosschip("evaluate", options.run, "--stage", "sft", *asked, "--json", place / "before.json")
+        asked = ("--stage", "sft", "--recipe", RECIPE, "--num-problems", options.problems)
+        crosschip("evaluate", options.run, *asked, "--json", place / "before.json")
         found: dict[str, dict[str, Any]] = {}
         for number, (name, settings) in enumerate(ways(options.chip).items()):
             found[name] = one_way(options, model, place / str(number), settings)
@@ -125,6 +122,7 @@ def main() -> None:
             "benchmark": "two-chips",
             "command": shlex.join(["python", "benchmarks/two_chips.py", *sys.argv[1:]]),
             "settings": {name: str(value) for name, value in vars(options).items()},
+            "recipe": load_recipe(RECIPE).model_dump()["rl"],
             "before": read_json(place / "before.json")["score"],
             "ways": found,
             "fingerprint": fingerprint(find_chip("cpu")),

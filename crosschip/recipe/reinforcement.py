@@ -24,10 +24,14 @@ StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")]
 
 
 class RewardSettings(Settings):
-    """One term of the reward: a checker by its name or as `package.module:function`, and what it counts."""
+    """One term of the reward: a checker by its name or as `package.module:function`, and what it counts.
+
+    Where it is `required` and gives less than 1.0, the whole reward is at most 0.0, whatever the other terms say.
+    """
 
     checker: str
     weight: float = 1.0
+    required: bool = False
 
 
 class RolloutSettings(Settings):

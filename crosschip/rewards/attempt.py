@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from crosschip.errors import printable
 
-__all__ = ["Attempt", "Checker", "RewardTerm", "Verdict", "as_reward", "what_was_raised"]
+__all__ = ["FULL_REWARD", "Attempt", "Checker", "RewardTerm", "Verdict", "as_reward", "what_was_raised"]
 
+FULL_REWARD = 1.0  # of a checker: less is not right
 _MAX_REASON_CHARACTERS = 500
 
 
@@ -37,17 +38,19 @@ Checker = Callable[[Attempt], float]
 
 
 class RewardTerm(NamedTuple):
-    """A checker's name, or `package.module:function`, and the weight of its value in the reward."""
+    """A checker by name or as `package.module:function`, its weight, and whether it must be 1.0 for any reward."""
 
     checker: str
     weight: float
+    required: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The weighted sum of the parts, or the reason why there is none; `reward` is None exactly where `error` is not.
 
-    `parts` has the unweighted value of each checker that gave one, also beside an error of another checker.
+    Where a required part is less than 1.0 the reward is at most 0.0. `parts` has the unweighted value of each checker
+    that gave one, also beside an error of another checker.
     """
 
     reward: float | None

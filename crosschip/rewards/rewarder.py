@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from crosschip.errors import RecipeError
-from crosschip.rewards.attempt import Attempt, RewardTerm, Verdict, as_reward, what_was_raised
+from crosschip.rewards.attempt import FULL_REWARD, Attempt, RewardTerm, Verdict, as_reward, what_was_raised
 from crosschip.rewards.checkers import IN_PROCESS, checked_name, find_checker
 from crosschip.rewards.worker_process import CheckerError, WorkerLostError, WorkerProcess
 
@@ -24,11 +24,14 @@ _warned: set[tuple[str, ...]] = set()
 class Rewarder:
     """Judges attempts by a weighted sum of checkers. `judge` may be called from several threads; `close` it at the end.
 
-    `arithmetic` and `format` run here. All others run in `workers` child processes; one that is late is killed and
-    replaced, and only its own attempt has an error.
+    What falls short of a required checker earns at most 0.0, whatever the others say. `arithmetic` and `format` run
+    here. All others run in `workers` child processes; one that is late is killed and replaced, and only its own
+    attempt has an error.
     """
 
-    def __init__(self, terms: Sequence[tuple[str, float]], timeout_s: float = 10.0, workers: int = 1) -> None:
+    def __init__(
+        self, terms: Sequence[RewardTerm | tuple[str, float]], timeout_s: float = 10.0, workers: int = 1
+    ) -> None:
         """Load all checkers; what cannot be loaded, or makes no sense, is a `RecipeError`."""
         self._terms = _checked_terms(terms)
         _check_numbers(timeout_s, workers)
@@ -67,7 +70,7 @@ class Rewarder:
     def _verdict(self, attempt: Attempt, futures: Sequence[Future[float] | None]) -> Verdict:
         parts: dict[str, float] = {}
         errors: list[str] = []
-        for (name, _), future in zip(self._terms, futures, strict=True):
+        for (name, *_), future in zip(self._terms, futures, strict=True):
             try:
                 parts[name] = _judged_here(name, attempt) if future is None else future.result()
             except CancelledError:
@@ -136,12 +139,13 @@ class Rewarder:
 def _weighed(terms: Sequence[RewardTerm], parts: dict[str, float]) -> Verdict:
     """The verdict where every checker gave a value: the sum, or an error where it would spoil the whole group."""
     try:
-        reward = math.fsum(weight * parts[name] for name, weight in terms)
+        reward = math.fsum(term.weight * parts[term.checker] for term in terms)
     except (OverflowError, ValueError):  # also of an infinity less another
         reward = math.nan
     if abs(reward) <= _LARGEST_REWARD:
-        return Verdict(reward, parts, None)
-    told = " + ".join(f"{weight:g} * {parts[name]:g} ({name})" for name, weight in terms)
+        has_all = all(parts[term.checker] >= FULL_REWARD for term in terms if term.required)
+        return Verdict(reward if has_all else min(reward, 0.0), parts, None)
+    told = " + ".join(f"{term.weight:g} * {parts[term.checker]:g} ({term.checker})" for term in terms)
     why = f"the reward {told} is not between -{_LARGEST_REWARD:,.0f} and {_LARGEST_REWARD:,.0f}"
     return Verdict(None, parts, f"{why}; scale the checkers or their weights")
 
@@ -153,14 +157,14 @@ def _judged_here(name: str, attempt: Attempt) -> float:
         raise CheckerError(what_was_raised(error)) from error
 
 
-def _checked_terms(terms: Sequence[tuple[str, float]]) -> list[RewardTerm]:
-    checked = [RewardTerm(checked_name(name), weight) for name, weight in terms]
+def _checked_terms(terms: Sequence[RewardTerm | tuple[str, float]]) -> list[RewardTerm]:
+    checked = [RewardTerm(checked_name(name), *rest) for name, *rest in terms]
     names = [term.checker for term in checked]
     if not names:
         raise RecipeError("there is no reward to learn from", "name at least one checker, as `arithmetic`")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"the rewards {twice} are named twice", "name each once and give it the sum of the weights")
-    for name, weight in checked:
+    for name, weight, _ in checked:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise RecipeError(f"the weight of the reward {name!r} is {weight!r}", "give a finite number, as 1.0")
     return checked

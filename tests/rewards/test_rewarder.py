@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,19 @@ def test_a_reward_is_the_weighted_sum_of_its_parts() -> None:
     ]
     assert made.judge([]) == []
     made.close()
+
+
+def test_what_falls_short_of_a_required_checker_earns_nothing_and_still_its_penalties() -> None:
+    """Form that is a condition: neither right without it nor wrong with it is worth anything."""
+    answers = [attempt("72", "72"), attempt("73", "72"), attempt("72", "72", reasoning=None)]
+    terms = [RewardTerm("arithmetic", 1.0), RewardTerm("format", 0.0, required=True)]
+    with closing(Rewarder(terms)) as made:
+        assert [verdict.reward for verdict in made.judge(answers)] == [1.0, 0.0, 0.0]
+    with_penalty = [RewardTerm("arithmetic", -2.0), RewardTerm("format", 0.5, required=True)]
+    with closing(Rewarder(with_penalty)) as made:
+        assert [verdict.reward for verdict in made.judge(answers)] == [-1.5, 0.5, -2.0]
+    with closing(Rewarder([RewardTerm("arithmetic", 1.0, required=True)])) as made:
+        assert [verdict.reward for verdict in made.judge(answers)] == [1.0, 0.0, 1.0]
 
 
 def test_checkers_of_all_kinds_together() -> None:

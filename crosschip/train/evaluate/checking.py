@@ -8,13 +8,11 @@ from typing import NamedTuple
 
 from crosschip.data import check_answer
 from crosschip.recipe import Recipe, RlSettings
-from crosschip.rewards import Attempt, Rewarder
+from crosschip.rewards import FULL_REWARD, Attempt, Rewarder
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Checker", "Finding", "opened_checker", "time_limit_s"]
 
 DEFAULT_TIMEOUT_S: float = RlSettings.model_fields["reward_timeout_s"].default
-
-FULL_REWARD = 1.0  # of a named checker: less is not right
 
 
 class Finding(NamedTuple):

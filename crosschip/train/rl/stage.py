@@ -12,7 +12,7 @@ import torch
 
 from crosschip.chips.host import usable_cores
 from crosschip.recipe import Recipe, RlSettings
-from crosschip.rewards import Rewarder
+from crosschip.rewards import Rewarder, RewardTerm
 from crosschip.train.group.full_model import gather_model
 from crosschip.train.group.waiting import rank_zero_begins
 from crosschip.train.group.world import PATIENCE, World
@@ -93,7 +93,7 @@ def _open_rollouts(
     problems = Problems(around.source, tokenizer, settings.seq_len - settings.max_new_tokens, recipe.seed, beat)
     if problems.num_too_long:
         around.progress.say(f"{problems.num_too_long} problems were left out: their prompts are too long for seq_len")
-    terms = [(term.checker, term.weight) for term in settings.rewards]
+    terms = [RewardTerm(term.checker, term.weight, term.required) for term in settings.rewards]
     workers = settings.reward_workers or min(_MOST_REWARD_WORKERS, usable_cores())
     rewarder = Rewarder(terms, settings.reward_timeout_s, workers)
     around.progress.say(f"{len(problems)} problems; answers come from {', '.join(settings.rollouts.engines)}")
