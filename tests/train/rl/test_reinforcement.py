@@ -104,6 +104,20 @@ def test_the_policy_gets_what_is_rewarded(recipe_file: Path, tmp_path: Path) -> 
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
 
+def test_without_what_is_required_nothing_is_rewarded(recipe_file: Path, tmp_path: Path) -> None:
+    """The model is far too small to close its reasoning in 16 tokens; letters alone would be worth something."""
+    terms = 'rl.rewards=[{checker="tests.train.rl.checkers:lettered"},{checker="format",weight=0.0,required=%s}]'
+    judged = []
+    for required in ("false", "true"):
+        run = RunDirectory(tmp_path / required)
+        recipe = load_recipe(recipe_file, [terms % required, "rl.max_groups_tried=1", "rl.validate_every=100"])
+        train_recipe(recipe, run, progress=LineProgress(None))
+        judged.append([float(str(line["judged_reward"])) for line in lines(run.stage("rl") / "metrics.jsonl")])
+    without, with_it = judged
+    assert min(without) > 0.0
+    assert with_it == [0.0] * 3
+
+
 def test_several_updates_with_one_batch(recipe_file: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     recipe = load_recipe(recipe_file, ["rl.steps=4", "rl.updates_per_batch=2", "rl.kl_weight=0.01"])
