@@ -26,6 +26,7 @@ from crosschip.recipe import load_recipe
 from crosschip.rundir import read_json, write_json, write_text
 
 RECIPE = rl_ours.RECIPES / "two-chips.toml"
+SETTINGS = load_recipe(RECIPE).model_dump()["rl"]
 OUT = Path(__file__).parent.parent / "docs" / "results" / "two-chips"
 UNCORRECTED = ('rl.rollouts.correction="none"', "rl.rollouts.replay_routes=false", 'rl.rollouts.on_mismatch="warn"')
 SAME = "the trainer's chip"
@@ -52,7 +53,14 @@ def crosschip(*words: object) -> None:
 
 def one_way(options: argparse.Namespace, model: Path, place: Path, settings: tuple[str, ...]) -> dict[str, Any]:
     """Train, and ask the held-out problems."""
-    always = (f"seed={options.seed}", f"rl.validation_sequences={options.problems}")
+    always = (
+        f"seed={options.seed}",
+        f"rl.steps={options.steps}",
+        f"rl.validate_every={options.steps}",
+        f"rl.checkpoint_every={options.steps}",
+        f"rl.sample_every={options.steps}",
+        f"rl.validation_sequences={options.problems}",
+    )
     records = rl_ours.train(RECIPE, model, place, (*always, *settings))
     asked = ("--num-problems", options.problems)
     crosschip("evaluate", place, *asked, "--json", place / "evaluation.json")
@@ -70,8 +78,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# Rollouts on another chip",
         "",
-        f"{recipe['steps']} steps of {recipe['prompts']} problems times {recipe['samples']} answers from one "
-        f"fine-tuned model, as in `recipes/two-chips.toml`; all sides compute in bf16. Greedy answers to "
+        f"{document['settings']['steps']} steps of {recipe['prompts']} problems times {recipe['samples']} answers "
+        f"from one fine-tuned model, as in `recipes/two-chips.toml`; all sides compute in bf16. Greedy answers to "
         f"{document['settings']['problems']} held-out problems; before, {document['before']:.1%}.",
         "",
         "| rollouts on | after | beside the trainer's chip | p | KL (k3) | cut off |",
@@ -102,6 +110,7 @@ def _interval(test: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     rl_ours.add_options(parser)
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help="as in the recipe: %(default)s")
     parser.add_argument("--chip", default="sim:noisy", help="of the rollouts")
     parser.add_argument("--out", type=Path, default=OUT, help="without .json and .md")
     options = parser.parse_args()
@@ -122,7 +131,7 @@ def main() -> None:
             "benchmark": "two-chips",
             "command": shlex.join(["python", "benchmarks/two_chips.py", *sys.argv[1:]]),
             "settings": {name: str(value) for name, value in vars(options).items()},
-            "recipe": load_recipe(RECIPE).model_dump()["rl"],
+            "recipe": SETTINGS,
             "before": read_json(place / "before.json")["score"],
             "ways": found,
             "fingerprint": fingerprint(find_chip("cpu")),
