@@ -158,7 +158,8 @@ def _judged_here(name: str, attempt: Attempt) -> float:
 
 
 def _checked_terms(terms: Sequence[RewardTerm | tuple[str, float]]) -> list[RewardTerm]:
-    checked = [RewardTerm(checked_name(name), *rest) for name, *rest in terms]
+    given = [term if isinstance(term, RewardTerm) else RewardTerm(*term) for term in terms]
+    checked = [term._replace(checker=checked_name(term.checker)) for term in given]
     names = [term.checker for term in checked]
     if not names:
         raise RecipeError("there is no reward to learn from", "name at least one checker, as `arithmetic`")
