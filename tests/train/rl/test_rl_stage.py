@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from crosschip.rewards import RewardTerm
 from crosschip.train.group.world import ALONE, PATIENCE, World
 from crosschip.train.guard.heartbeat import Heartbeat, read_beats
 from crosschip.train.rl import stage
@@ -32,7 +33,7 @@ def test_checkers_run_in_as_many_processes_as_asked_for(
     around = cast(stage.Surroundings, MagicMock())
     made = settings(reward_workers=asked, reward_timeout_s=3.0)
     stage._open_rollouts(made, around, torch.float32, EventQueue())
-    assert opened == [([("arithmetic", 1.0)], 3.0, expected)]
+    assert opened == [([RewardTerm("arithmetic", 1.0)], 3.0, expected)]
 
 
 @pytest.mark.parametrize("fault", [{"reward_timeout_s": 1e10}, {"reward_workers": 0}])
