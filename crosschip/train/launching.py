@@ -243,7 +243,7 @@ class _Groups:
         """
         for number, process in enumerate(self._processes):
             code = process.poll()
-            if code in (None, 0, *INTERRUPTED) or number in self._given_up:
+            if code is None or code in (0, *INTERRUPTED) or number in self._given_up:
                 continue
             how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
             lost = Ended("killed", f"the supervisor of group {number} {how}", code, is_final=code > 0)

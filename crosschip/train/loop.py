@@ -35,7 +35,7 @@ NEW_TOKENS_PER_SAMPLE = 96
 
 
 def run_stage(job: StageJob) -> StageEnd:
-    """Train from the job's position to its last step, or to the first SIGINT or SIGTERM; a checkpoint ends it.
+    """Train from the job's position to its last step, or to the first stop signal; a checkpoint ends it.
 
     A signal that any rank gets stops all of them after the same step. Rank 0 writes the logs.
 

@@ -128,7 +128,13 @@ class TerminalProgress:
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[now]}"),
         )
-        self._bar = Progress(*columns, console=self._console, refresh_per_second=2)
+        self._bar = Progress(
+            *columns,
+            console=self._console,
+            refresh_per_second=2,
+            redirect_stdout=False,
+            redirect_stderr=False,  # what STDERR writes would come back here, for ever
+        )
         self._bar.start()
         self._task = self._bar.add_task(label, total=num_steps, completed=first_step, now="")
 

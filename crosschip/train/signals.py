@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: the first asks for an orderly end, the next one ends at once.
+"""Ctrl-C, SIGTERM and a closed terminal while training: the first asks for an orderly end, the next one ends at once.
 
 What ends a whole job (`scancel`, systemd, a time limit) gives its signal to every process of it, and supervisors and
 launchers hand theirs on: copies of one request, which must not count as a second one.
@@ -18,8 +18,9 @@ from typing import Any
 
 from crosschip.train.guard.processes import SUPERVISOR
 
-__all__ = ["ONE_REQUEST_S", "StopSignals", "catch_stop_signals", "give_stop_signals_back"]
+__all__ = ["ONE_REQUEST_S", "STOP_SIGNALS", "StopSignals", "catch_stop_signals", "give_stop_signals_back"]
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_REQUEST_S = 2.0  # what comes so soon after the first signal is a copy of it
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it, and gets no chance to bring it back
 
@@ -28,13 +29,16 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 def catch_stop_signals(handler: Handler) -> dict[int, Any]:
-    """Let SIGINT and SIGTERM go to `handler`; returns what handled them before.
+    """Let `STOP_SIGNALS` go to `handler`; returns what handled them before.
 
-    Outside the main thread, where Python delivers no signals, nothing is caught.
+    Outside the main thread, where Python delivers no signals, nothing is caught; and no SIGHUP that is ignored, as
+    `nohup` wants it.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and is_hangup_ignored)]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def give_stop_signals_back(before: dict[int, Any]) -> None:
@@ -51,7 +55,7 @@ def _tell_at_once(words: bytes) -> None:
 
 
 class StopSignals:
-    """Within the `with` block, `received` is the number of the first SIGINT or SIGTERM that came, else None.
+    """Within the `with` block, `received` is the number of the first of `STOP_SIGNALS` that came, else None.
 
     Another one, `ONE_REQUEST_S` later or more, ends the process at once. Not below a supervisor, which kills its ranks
     itself when a second signal comes: a rank may be in a long C call, and learns late when a copy of the first came.

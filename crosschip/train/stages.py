@@ -73,8 +73,8 @@ def train_recipe(
     Called by several ranks (see `train.group`), they train one model together; rank 0 holds the lock and tells.
 
     With `resume` it goes on from the newest whole checkpoint, bit-exactly on the same machine with the same number of
-    threads; what was finished is left alone. SIGINT and SIGTERM finish the step, save, and say how to go on with
-    `resume_command`.
+    threads; what was finished is left alone. SIGINT, SIGTERM and SIGHUP finish the step, save, and say how to go on
+    with `resume_command`.
 
     Raises:
         RecipeError: it names a checker that does not exist.

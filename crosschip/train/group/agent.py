@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 from crosschip.errors import EXIT_DEFECT, EXIT_FAIL
 from crosschip.orphans import PARENT, end_with_launcher
 from crosschip.train.group.lost import WAITED_IN_VAIN
+from crosschip.train.guard.restarts import INTERRUPTED
 from crosschip.train.saying import say
+from crosschip.train.signals import catch_stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 __all__ = ["first_failure", "main", "tell_failure"]
-
-_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # how ranks end that were asked to stop, and saved
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
             run_id=Path(directory).name,
             max_restarts=0,
             local_addr="localhost",
-            signals_to_handle="SIGHUP,SIGQUIT",
+            signals_to_handle="SIGQUIT",
         )
         received: list[int] = []
 
@@ -59,8 +59,7 @@ def main(arguments: list[str]) -> int:
             received.append(number)
             _give_to_ranks(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, hand_on)
+        catch_stop_signals(hand_on)
         try:
             elastic_launch(config, sys.executable)("-m", "crosschip", *arguments[1:])
         except ChildFailedError as error:
@@ -124,7 +123,7 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
 
     def order(item: tuple[int, ProcessFailure]) -> int:
         code = item[1].exitcode
-        if code in _STOPPED:
+        if code in INTERRUPTED:
             return 0
         if code < 0:
             return 1 if code != -signal.SIGTERM else 4
@@ -135,7 +134,7 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
 
 def tell_failure(rank: int, failure: ProcessFailure, waited_for: bool) -> str | None:
     """What to say of a failure that its rank has not said itself; `waited_for`: others have waited for it in vain."""
-    if failure.exitcode in _STOPPED:
+    if failure.exitcode in INTERRUPTED:
         return None
     if failure.exitcode == -signal.SIGKILL and waited_for:
         return (

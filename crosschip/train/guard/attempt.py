@@ -22,6 +22,7 @@ from crosschip.train.guard.interruption import Interruption
 from crosschip.train.guard.processes import DeathWatch, end_all, num_oom_kills, process_state, start_marked
 from crosschip.train.guard.restarts import INTERRUPTED, Ended, classify_death, first_failure
 from crosschip.train.guard.starved import CoreWaits
+from crosschip.train.signals import STOP_SIGNALS
 
 __all__ = ["Attempt", "Launch"]
 
@@ -153,7 +154,7 @@ class Attempt:
         known = [beat for beat in self._beats if rank in (None, beat.rank)]
         has_saved = any(beat.left_with in INTERRUPTED for beat in known)
         was_beginning = all(beat.phase == START for beat in known)
-        if has_saved or (was_beginning and ended.exit_code in (*INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)):
+        if has_saved or (was_beginning and ended.exit_code in (*INTERRUPTED, *(-number for number in STOP_SIGNALS))):
             return dataclasses.replace(
                 ended, event="interrupted", exit_code=self._interruption.exit_code, is_final=True
             )

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to the supervisor, which are not for itself. No torch here."""
+"""Stop signals to the supervisor, which are not for itself. No torch here."""
 
 from __future__ import annotations
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crosschip.errors import EXIT_BAD_USAGE, EXIT_FAIL, EXIT_OK
+from crosschip.train.signals import STOP_SIGNALS
 
 __all__ = ["INTERRUPTED", "Ended", "Restarts", "classify_death", "first_failure"]
 
 Kind = Literal["finished", "interrupted", "refused", "hang", "killed", "crash", "exception", "out-of-memory"]
 
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # how a loop ends that was asked to
+INTERRUPTED = tuple(128 + number for number in STOP_SIGNALS)  # how a loop ends that was asked to
 _LONGEST_WAIT_S = 30.0
 
 
@@ -80,7 +81,7 @@ def _killed_by(number: int, ran_out_of_memory: bool) -> tuple[Kind, str, bool]:
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number == signal.SIGKILL and ran_out_of_memory:
         return "out-of-memory", f"the kernel killed it because memory ran out ({name})", False
-    if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if number in (signal.SIGKILL, *STOP_SIGNALS):
         return "killed", f"it was killed from outside ({name})", False
     return "crash", f"it died of {name}", False
 

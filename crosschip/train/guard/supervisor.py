@@ -56,9 +56,9 @@ class SupervisedRun:
 def supervise(run: SupervisedRun) -> int:
     """Run to the end, with as many restarts as progress is worth; returns the exit code of the training.
 
-    The first SIGINT or SIGTERM is handed on to every rank for an orderly end, the second ends all at once. Where that
-    end does not come in order, it is told, and the exit code is the real one instead of the signal's. When this
-    process is killed, the kernel ends the ranks. Call it in the main thread.
+    The first stop signal (`train.signals`) is handed on to every rank for an orderly end, the second ends all at once.
+    Where that end does not come in order, it is told, and the exit code is the real one instead of the signal's. When
+    this process is killed, the kernel ends the ranks. Call it in the main thread.
 
     Raises:
         NoProgressError: more than `max_restarts` attempts in a row brought no new checkpoint.
