@@ -163,9 +163,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _process_start_time(pid: int) -> str | None:
-    """The kernel's start time of a process (Linux), so that a reused process id is not taken for the holder."""
+    """The kernel's start time of a process (Linux), so that a reused process id is not taken for the holder.
+
+    None for one that is dead: where nobody takes it away, as in a container without an init, it keeps its id for ever.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return None
 

@@ -227,6 +227,20 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
         assert read_json(tmp_path / "run" / "lock.json")["pid"] == os.getpid()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is told by /proc")
+def test_so_is_that_of_one_whose_body_nobody_takes_away(tmp_path: Path) -> None:
+    """As in a container whose first process is no init; here its parent, this process, has not waited for it yet."""
+    killed = start(HOLD, tmp_path / "run")
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+    try:
+        os.kill(killed.pid, 0)  # the negative control: its id is still taken
+        with RunDirectory(tmp_path / "run").lock():
+            assert read_json(tmp_path / "run" / "lock.json")["pid"] == os.getpid()
+    finally:
+        end(killed)
+
+
 def test_the_lock_is_released_when_the_block_ends(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ValueError, match="on purpose"), run.lock():
