@@ -162,26 +162,30 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _process_start_time(pid: int) -> str | None:
-    """The kernel's start time of a process (Linux), so that a reused process id is not taken for the holder.
-
-    None for one that is dead: where nobody takes it away, as in a container without an init, it keeps its id for ever.
-    """
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on, which is the state (Linux)."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return None if fields[0] in "ZX" else fields[19]
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return None
 
 
+def _process_start_time(pid: int) -> str | None:
+    """The kernel's start time of a process (Linux), so that a reused process id is not taken for the holder."""
+    fields = _stat(pid)
+    return None if fields is None else fields[19]
+
+
 def _is_running(pid: int) -> bool:
+    """Not who is dead and keeps its id, as it does for ever where nobody takes the dead away (no init)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass  # it is there, and somebody else's
-    return True
+    fields = _stat(pid)
+    return fields is None or fields[0] not in "ZX"
 
 
 def _holder_is_alive(holder: dict[str, Any]) -> bool:
@@ -216,11 +220,8 @@ def _is_held_above(lock: Path) -> bool:
 def _processes_above() -> list[int]:
     """Parent, its parent, and so on (Linux); elsewhere the parent alone."""
     found = [os.getppid()]
-    while found[-1] > 1:
-        try:
-            found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
-        except (OSError, IndexError):
-            break
+    while found[-1] > 1 and (fields := _stat(found[-1])) is not None:
+        found.append(int(fields[1]))
     return found
 
 

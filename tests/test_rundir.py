@@ -196,6 +196,19 @@ def test_a_killed_writer_leaves_nothing_that_counts_and_the_next_one_clears_up(t
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is told by /proc")
+def test_what_a_dead_writer_left_is_cleared_up_although_nobody_has_taken_it_away(tmp_path: Path) -> None:
+    writer = start(WRITE_DIRECTORY, tmp_path / "made")
+    writer.kill()
+    os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)
+    try:
+        with atomic_directory(tmp_path / "made"):
+            pass
+        assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+    finally:
+        end(writer)
+
+
 def test_a_living_writer_is_not_disturbed(tmp_path: Path) -> None:
     writer = start(WRITE_DIRECTORY, tmp_path / "made")
     with atomic_directory(tmp_path / "made"):
